@@ -1,0 +1,25 @@
+PYTHON = python3
+BIN = .venv/bin
+
+qvm.pyz: qvm.py build_zipapp.py
+	$(PYTHON) build_zipapp.py $@
+
+# Install what the tests need and run all of them.
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: .venv/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+.venv/installed: tests/requirements.txt tests/install
+	tests/install
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv qvm.pyz
+
+.PHONY: test lint clean

@@ -776,6 +776,115 @@ def cache_folder(environ: Dict[str, str]) -> str:
   return os.path.join(home, "qvm")
 
 
+# ---- Files and programs -------------------------------------------------------------------------
+
+PATIENCE = 10.0  # seconds that QEMU has to end after SIGTERM
+
+
+def read_json(path: str) -> Dict[str, Any]:
+  """The object in a JSON file; empty when there is none, or no sound one."""
+  import json
+
+  try:
+    with open(path, "rb") as file:
+      value = json.loads(file.read(1 << 20).decode("utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def write_json(path: str, value: Dict[str, Any]) -> None:
+  """Write a JSON file so that it is there whole or not at all."""
+  import json
+
+  with open(path + ".tmp", "w") as file:
+    file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  os.replace(path + ".tmp", path)
+
+
+def remove_file(path: str) -> None:
+  """Remove a file if it is there."""
+  with contextlib.suppress(FileNotFoundError):
+    os.unlink(path)
+
+
+def remove_tree(path: str) -> None:
+  """Remove a folder if it is there, read-only parts included."""
+  import shutil
+
+  if os.path.islink(path) or os.path.isfile(path):
+    return os.unlink(path)
+  if os.path.isdir(path):
+    shutil.rmtree(path)
+
+
+def start(command: Sequence[str], keep: Sequence[int] = (), **streams: Any) -> Any:
+  """Start a program; the only function that does. QvmError explains why it cannot run."""
+  import subprocess
+
+  try:
+    return subprocess.Popen(list(command), pass_fds=tuple(keep), **streams)
+  except OSError as error:
+    raise cannot_run(command[0], error)
+
+
+def cannot_run(program: str, error: OSError) -> QvmError:
+  """Why the system does not execute a program."""
+  EBADARCH = 86  # macOS: "Bad CPU type in executable"
+  message = f"{program} cannot be executed: {describe(error)}"
+  if error.errno == EBADARCH or (sys.platform == "darwin" and error.errno == errno.ENOEXEC):
+    return QvmError(
+      message,
+      "the downloaded QEMU is built for Intel: install Rosetta (softwareupdate --install-rosetta) "
+      "or add --qemu with a QEMU of your own, such as Homebrew's",
+    )
+  if error.errno == errno.ENOEXEC:
+    return QvmError(
+      message, "it is built for another CPU; add --qemu with one made for this machine"
+    )
+  if error.errno == errno.EACCES:
+    return QvmError(
+      message,
+      "is its file system mounted noexec? QVM_CACHE_DIR can name a folder on another one",
+    )
+  if error.errno == errno.ENOENT and os.path.exists(program):
+    return QvmError(message, "its loader or interpreter is missing on this system")
+  return QvmError(message)
+
+
+def run_program(command: Sequence[str]) -> None:
+  """Run a helper such as qemu-img to its end; QvmError with its words when it fails."""
+  import subprocess
+
+  with signals.hold():
+    process = start(
+      command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output = process.communicate()[0].decode("utf-8", "replace").strip()
+  if process.returncode:
+    raise QvmError(
+      "{} failed ({}): {}".format(command[0], ending(process.returncode), " ".join(output.split()))
+    )
+
+
+def ending(code: int) -> str:
+  """How a process ended, in words."""
+  return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def end_process(process: Any) -> None:
+  """Make sure that a process has ended."""
+  import subprocess
+
+  if process.poll() is None:
+    process.terminate()
+    try:
+      process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+
+
 # ---- Fetch --------------------------------------------------------------------------------------
 
 ATTEMPTS = 5
@@ -1312,43 +1421,6 @@ BAD_NAME_ERRORS = (
   errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
   errno.ENOTDIR,
 )  # fmt: skip
-
-
-def read_json(path: str) -> Dict[str, Any]:
-  """The object in a JSON file; empty when there is none, or no sound one."""
-  import json
-
-  try:
-    with open(path, "rb") as file:
-      value = json.loads(file.read(1 << 20).decode("utf-8"))
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
-def write_json(path: str, value: Dict[str, Any]) -> None:
-  """Write a JSON file so that it is there whole or not at all."""
-  import json
-
-  with open(path + ".tmp", "w") as file:
-    file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  os.replace(path + ".tmp", path)
-
-
-def remove_file(path: str) -> None:
-  """Remove a file if it is there."""
-  with contextlib.suppress(FileNotFoundError):
-    os.unlink(path)
-
-
-def remove_tree(path: str) -> None:
-  """Remove a folder if it is there, read-only parts included."""
-  import shutil
-
-  if os.path.islink(path) or os.path.isfile(path):
-    return os.unlink(path)
-  if os.path.isdir(path):
-    shutil.rmtree(path)
 
 
 def make_folders(cache: str) -> None:
@@ -1993,42 +2065,6 @@ def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
 
 # ---- Console and processes ----------------------------------------------------------------------
 
-PATIENCE = 10.0  # seconds that QEMU has to end after SIGTERM
-
-
-def start(command: Sequence[str], keep: Sequence[int] = (), **streams: Any) -> Any:
-  """Start a program; the only function that does. QvmError explains why it cannot run."""
-  import subprocess
-
-  try:
-    return subprocess.Popen(list(command), pass_fds=tuple(keep), **streams)
-  except OSError as error:
-    raise cannot_run(command[0], error)
-
-
-def cannot_run(program: str, error: OSError) -> QvmError:
-  """Why the system does not execute a program."""
-  EBADARCH = 86  # macOS: "Bad CPU type in executable"
-  message = f"{program} cannot be executed: {describe(error)}"
-  if error.errno == EBADARCH or (sys.platform == "darwin" and error.errno == errno.ENOEXEC):
-    return QvmError(
-      message,
-      "the downloaded QEMU is built for Intel: install Rosetta (softwareupdate --install-rosetta) "
-      "or add --qemu with a QEMU of your own, such as Homebrew's",
-    )
-  if error.errno == errno.ENOEXEC:
-    return QvmError(
-      message, "it is built for another CPU; add --qemu with one made for this machine"
-    )
-  if error.errno == errno.EACCES:
-    return QvmError(
-      message,
-      "is its file system mounted noexec? QVM_CACHE_DIR can name a folder on another one",
-    )
-  if error.errno == errno.ENOENT and os.path.exists(program):
-    return QvmError(message, "its loader or interpreter is missing on this system")
-  return QvmError(message)
-
 
 @contextlib.contextmanager
 def terminal_kept() -> Iterator[None]:
@@ -2050,26 +2086,6 @@ def terminal_kept() -> Iterator[None]:
       termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-def run_program(command: Sequence[str]) -> None:
-  """Run a helper such as qemu-img to its end; QvmError with its words when it fails."""
-  import subprocess
-
-  with signals.hold():
-    process = start(
-      command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    output = process.communicate()[0].decode("utf-8", "replace").strip()
-  if process.returncode:
-    raise QvmError(
-      "{} failed ({}): {}".format(command[0], ending(process.returncode), " ".join(output.split()))
-    )
-
-
-def ending(code: int) -> str:
-  """How a process ended, in words."""
-  return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
 def run_qemu(command: Sequence[str], keep: Sequence[int], started: Callable[[int], None]) -> int:
   """Run QEMU in the foreground until it ends; returns its exit code, 128+N after signal N.
 
@@ -2087,19 +2103,6 @@ def run_qemu(command: Sequence[str], keep: Sequence[int], started: Callable[[int
       if process:
         end_process(process)
   return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
-
-
-def end_process(process: Any) -> None:
-  """Make sure that a process has ended."""
-  import subprocess
-
-  if process.poll() is None:
-    process.terminate()
-    try:
-      process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
 
 
 def make_overlay(plan: Plan) -> None:

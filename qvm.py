@@ -139,7 +139,10 @@ class Signals:
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
-    """Let a signal wait until what may not be interrupted is done."""
+    """Let a signal wait until what may not be interrupted is done; other threads get none."""
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
     self.held = True
     try:
       yield
@@ -347,6 +350,7 @@ def find_guest(os_name: str, arch: str) -> Guest:
 
 ACCELERATORS = ("hvf", "kvm", "tcg")
 SSH_PORT = 2847
+VERSION = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
 
 
 class Address(NamedTuple):
@@ -374,6 +378,10 @@ class Options(NamedTuple):
   qemu_args: Tuple[str, ...] = ()
   progress: bool = False
   json: bool = False
+  refresh: bool = False
+  verify: bool = False
+  mirror: str = ""
+  all: bool = False
   help: bool = False
   version: bool = False
 
@@ -398,7 +406,7 @@ def parse_name(text: str) -> str:
 
 def parse_version(text: str) -> str:
   """A version, which becomes part of file names and URLs."""
-  if not re.match(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z", text):
+  if not re.match(VERSION, text):
     raise UsageError(
       f"bad version '{text}'; allowed are up to 50 letters, digits and . _ + ~ -, such as 15.1"
     )
@@ -491,6 +499,13 @@ OPTIONS = (
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
          "one more argument for QEMU; may be given several times", True),
   Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
+  Option(("--refresh",), "refresh", "", bool,
+         "replace what is cached by the newest release, unless\nan instance depends on the old image"),
+  Option(("--verify",), "verify", "", bool,
+         "compare what is cached with the digests noted when it came,\nand with the release's"),
+  Option(("--mirror",), "mirror", "DIR", os.path.abspath,
+         "put the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
+  Option(("--all",), "all", "", bool, "also images that no instance needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
   Option(("-h", "--help"), "help", "", bool, "show this help"),
   Option(("--version",), "version", "", bool, "show the version of qvm"),
@@ -511,7 +526,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "run": Command(
-    "OS VERSION", 2, 2,
+    "OS [VERSION]", 1, 2,
     ("platform", "rm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu", "qemu_args",
      "progress"),
     "Boot a guest in this terminal, downloading first what is missing.",
@@ -523,9 +538,21 @@ COMMANDS = {
     ),
   ),
   "pull": Command(
-    "OS VERSION", 2, 2, ("platform", "qemu", "progress"),
+    "OS [VERSION]", 1, 2,
+    ("platform", "refresh", "verify", "mirror", "qemu", "progress"),
     "Download everything that `run` needs, so that it works offline.",
-    ("qvm pull freebsd 15.1", "qvm pull --platform arm64 openbsd 7.9"),
+    (
+      "qvm pull freebsd 15.1",
+      "qvm pull --platform arm64 openbsd latest",
+      "qvm pull --refresh netbsd 10.1",
+      "qvm pull --verify freebsd 15.1",
+      "qvm pull --mirror /srv/qvm freebsd 15.1",
+    ),
+  ),
+  "search": Command(
+    "[OS]", 0, 1, ("json",),
+    "Show the versions that can be had, by CPU, with the release each comes from.",
+    ("qvm search", "qvm search --json openbsd"),
   ),
   "list": Command(
     "", 0, 0, ("json",),
@@ -536,6 +563,11 @@ COMMANDS = {
     "NAME...", 1, 1000, (),
     "Remove instances that do not run, with everything their guests wrote.",
     ("qvm rm freebsd-15.1-x86-64", "qvm rm build test"),
+  ),
+  "clean": Command(
+    "", 0, 0, ("all", "dry_run"),
+    "Delete what interrupted runs left; never an instance.",
+    ("qvm clean", "qvm clean --all --dry-run"),
   ),
   "config": Command(
     "print-path", 1, 1, (),
@@ -620,13 +652,14 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
   form = COMMANDS[command]
   usage = f"qvm {command} {form.operands}"
   if len(operands) < form.least:
-    names = f" (OS: {', '.join(OS_NAMES)})" if form.operands.startswith("OS") else ""
+    names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
     raise UsageError(f"too few words; it is: {usage}{names}")
   if len(operands) > form.most:
     raise UsageError(f"'{operands[form.most]}' is one word too many; it is: {usage.strip()}")
-  if command in ("run", "pull"):
+  if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
-    parse_version(operands[1])
+    for version in operands[1:]:
+      parse_version(version)
   if command == "rm":
     for name in operands:
       parse_name(name)
@@ -647,8 +680,10 @@ def help_text(command: str) -> str:
   if command:
     form = COMMANDS[command]
     lines += [(f"usage: qvm {command} [OPTIONS] {form.operands}").rstrip(), "", form.summary]
-    if form.operands.startswith("OS"):
+    if "OS" in form.operands:
       lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
+    if "VERSION" in form.operands:
+      lines += ["Without VERSION, or with `latest`, it is the newest there is for that CPU."]
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
@@ -667,6 +702,7 @@ def help_text(command: str) -> str:
 # ---- Plan ---------------------------------------------------------------------------------------
 
 RELEASES_URL = "https://github.com/cross-platform-actions"
+API_URL = "https://api.github.com/repos/cross-platform-actions"
 
 
 class Host(NamedTuple):
@@ -691,8 +727,11 @@ class Plan(NamedTuple):
   base: str
   disk: str
   image_asset: str
+  bundle_asset: str
   qemu_asset: str
   tools_asset: str
+  own_qemu: bool  # --qemu: qemu-img is the user's too
+  refresh: bool  # replace what is cached by what is newest
 
 
 def host_of(system: str, machine: str) -> Host:
@@ -739,10 +778,10 @@ def own_qemu_img(own_qemu: str) -> str:
   return os.path.abspath(found)
 
 
-def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
+def make_plan(
+  options: Options, host: Host, guest: Guest, version: str, cache: str, suffix: str
+) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm overlay its own."""
-  guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  version = parse_version(options.operands[1])
   check_host(host, guest, options.qemu)
   check_own_qemu(guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
@@ -762,8 +801,11 @@ def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
     base=os.path.join(cache, "base", stem + ".qcow2"),
     disk=os.path.join(cache, "instances", name + ".qcow2"),
     image_asset=stem + ".qcow2",
+    bundle_asset=stem + ".tar.zst",
     qemu_asset=f"qemu-system-{cpu}-{host.system}.tar",
     tools_asset=f"resources-{host.system}.tar",
+    own_qemu=bool(options.qemu),
+    refresh=options.refresh,
   )
 
 
@@ -778,6 +820,7 @@ def cache_folder(environ: Dict[str, str]) -> str:
 
 # ---- Files and programs -------------------------------------------------------------------------
 
+CHUNK = 1 << 18  # bytes that are read or written at a time
 PATIENCE = 10.0  # seconds that QEMU has to end after SIGTERM
 
 
@@ -793,13 +836,54 @@ def read_json(path: str) -> Dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
+def write_text(path: str, text: str) -> None:
+  """Write a file so that it is there whole or not at all."""
+  with open(path + ".tmp", "w", encoding="utf-8") as file:
+    file.write(text)
+  os.replace(path + ".tmp", path)
+
+
 def write_json(path: str, value: Dict[str, Any]) -> None:
-  """Write a JSON file so that it is there whole or not at all."""
+  """Write a JSON file."""
   import json
 
-  with open(path + ".tmp", "w") as file:
-    file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  os.replace(path + ".tmp", path)
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def file_sha256(path: str) -> str:
+  """The SHA-256 of a file, in hexadecimal."""
+  digest = new_sha256()
+  with open(path, "rb") as file:
+    for chunk in iter(lambda: file.read(CHUNK), b""):
+      digest.update(chunk)
+  return str(digest.hexdigest())
+
+
+def new_sha256() -> Any:
+  """A fresh SHA-256."""
+  import hashlib
+
+  return hashlib.sha256()
+
+
+def names_in(cache: str, folder: str) -> List[str]:
+  """The names in one of the cache's folders, sorted; none when it is not there."""
+  try:
+    return sorted(os.listdir(os.path.join(cache, folder)))
+  except FileNotFoundError:
+    return []
+
+
+def paths_in(cache: str, folder: str) -> List[str]:
+  """The paths in one of the cache's folders."""
+  return [os.path.join(cache, folder, name) for name in names_in(cache, folder)]
+
+
+def tree_size(path: str) -> int:
+  """The bytes that a file, or a folder with all in it, takes on the disk."""
+  walk = [] if os.path.islink(path) else os.walk(path)
+  inside = [os.path.join(folder, name) for folder, _, names in walk for name in names]
+  return sum(os.lstat(p).st_blocks * 512 for p in [path, *inside])
 
 
 def remove_file(path: str) -> None:
@@ -890,7 +974,7 @@ def end_process(process: Any) -> None:
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0  # seconds that a Retry-After may ask for
 HEADWAY = 1 << 20  # bytes after which an attempt counts as progress and the attempts start anew
-CHUNK = 1 << 18
+QUOTA_HINT = "GITHUB_TOKEN raises it from 60 to 5,000 requests an hour"
 RETRY_CODES = (408, 425, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
@@ -899,8 +983,11 @@ class Net(NamedTuple):
   """How to reach the release server."""
 
   releases: str  # the address above the repositories, without a slash at the end
+  api: str  # the same of GitHub's API; empty: there is none, as with a mirror
+  token: str  # for the API only
   timeout: float  # seconds for a connection, and for the next bytes to come
   retry_delay: float  # seconds before the first retry
+  attempts: int  # in a row without headway
   cancelled: threading.Event  # set when the result is wanted no more
 
 
@@ -920,12 +1007,20 @@ class Cancelled(Exception):
 def net_from(environ: Dict[str, str]) -> Net:
   """Read the addresses and times from the environment; UsageError for bad ones."""
   releases = environ.get("QVM_RELEASES_URL") or RELEASES_URL
-  if not re.match(r"https?://[^/\s]+[!-~]*\Z", releases):
-    raise UsageError(f"QVM_RELEASES_URL: '{releases}' is not an http:// or https:// address")
+  api = environ.get("QVM_API_URL") or (API_URL if releases == RELEASES_URL else "")
+  for name, url in (("QVM_RELEASES_URL", releases), ("QVM_API_URL", api)):
+    if url and not re.match(r"(https?://[^/\s]+|file:///)[!-~]*\Z", url):
+      raise UsageError(f"{name}: '{url}' is not an http://, https:// or file:/// address")
+  token = (environ.get("GITHUB_TOKEN") or environ.get("GH_TOKEN") or "").strip()
+  if not re.match(r"[!-~]*\Z", token):
+    raise UsageError("GITHUB_TOKEN or GH_TOKEN: the token has characters that no token has")
   return Net(
     releases.rstrip("/"),
+    api.rstrip("/"),
+    token,
     seconds_from(environ, "QVM_TIMEOUT", 30.0),
     seconds_from(environ, "QVM_RETRY_DELAY", 1.0),
+    ATTEMPTS,
     threading.Event(),
   )
 
@@ -990,6 +1085,8 @@ def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop:
   request = urllib.request.Request(url, headers=dict(headers or {}))
   request.add_header("User-Agent", "qvm/" + __version__)
   request.add_header("Accept-Encoding", "identity")
+  if net.token and net.api and url.startswith(net.api + "/"):
+    request.add_unredirected_header("Authorization", "Bearer " + net.token)
   try:
     opener = urllib.request.build_opener(redirect_handler(stop))
     answer = opener.open(request, timeout=net.timeout)
@@ -1015,6 +1112,8 @@ def http_failure(url: str, error: Any) -> Exception:
   if 300 <= code < 400:
     return QvmError(f"{short(url)}: bad redirect: {error.msg}")
   message = f"{short(final)} answers {code} {error.msg}"
+  if error.headers.get("x-ratelimit-remaining") == "0":
+    return QvmError(f"{message}: the quota of GitHub's API is used up", QUOTA_HINT)
   expired = code == 403 and short(final) != short(url)  # a signed address: ask for a new one
   if code in RETRY_CODES or expired or code == 416:
     return Transient(message, retry_after(error.headers.get("Retry-After")), code)
@@ -1054,6 +1153,8 @@ def connection_failure(url: str, error: Exception) -> Exception:
       "python.org's Python on macOS: run 'Install Certificates.command' once; behind a company's "
       "proxy: set SSL_CERT_FILE to the file with its certificates",
     )
+  if url.startswith("file:") and isinstance(cause, OSError):
+    return NotFound(f"{short(url)}: {describe(cause)}")
   if isinstance(cause, socket.timeout):
     return Transient(f"{short(url)}: no answer in time")
   if isinstance(cause, (OSError, http.client.HTTPException)):
@@ -1079,26 +1180,28 @@ def proxy_hint(url: str) -> str:
 
 
 def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callable[[], int]) -> T:
-  """Call attempt until it raises no Transient; five in a row without headway are an error.
+  """Call attempt until it raises no Transient; so many in a row without headway are an error.
 
   progress tells the bytes there are; pauses double each time and are spread at random, so that
   a fleet of runners does not come back all at once.
   """
-  left, reached = ATTEMPTS, progress()
+  left, reached = net.attempts, progress()
   while True:
     try:
       return attempt()
     except Transient as error:
       if progress() >= reached + HEADWAY:
-        left, reached = ATTEMPTS, progress()
+        left, reached = net.attempts, progress()
       left -= 1
       if not left:
-        raise QvmError(f"{error} ({ATTEMPTS} attempts)", proxy_hint(url))
+        raise QvmError(
+          f"{error} ({net.attempts} attempts)" if net.attempts > 1 else str(error), proxy_hint(url)
+        )
       import random
 
       pause = error.wait
       if pause is None:
-        pause = net.retry_delay * 2 ** (ATTEMPTS - 1 - left) * random.uniform(0.75, 1.25)
+        pause = net.retry_delay * 2 ** (net.attempts - 1 - left) * random.uniform(0.75, 1.25)
       say(f"{error}; trying again in {pause:.1f} s")
       if net.cancelled.wait(pause):
         raise Cancelled()
@@ -1160,13 +1263,6 @@ class Transfer:
 
   def complete(self) -> bool:
     return self.total is not None and self.done == self.total
-
-
-def new_sha256() -> Any:
-  """A fresh SHA-256."""
-  import hashlib
-
-  return hashlib.sha256()
 
 
 def download(net: Net, url: str, name: str, folder: str) -> Transfer:
@@ -1367,23 +1463,84 @@ def next_result(results: Any, pause: float) -> Optional[BaseException]:
 
 # ---- Releases -----------------------------------------------------------------------------------
 
+MOST_DATA = 32 << 20  # bytes of release data: 100 releases of the largest repository are 2 MB
+MOST_PAGES = 10
+TAG = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
+DIGEST = r"sha256:[0-9a-f]{64}\Z"
+
+
+class Release(NamedTuple):
+  """One release: its tag, and its assets by name with their SHA-256, empty where unknown."""
+
+  tag: str
+  assets: Dict[str, str]
+
+
+def unquoted(text: str) -> str:
+  """Text from a URL, without its percent signs."""
+  from urllib.parse import unquote
+
+  return unquote(text)
+
+
+class Later:
+  """A call that goes on in a thread of its own; result() waits for it and raises its error."""
+
+  def __init__(self, function: Callable[[], Any]) -> None:
+    self.function = function
+    self.value: Any = None
+    self.error: Optional[BaseException] = None
+    self.thread = threading.Thread(target=self.work, daemon=True)
+    self.thread.start()
+
+  def work(self) -> None:
+    try:
+      self.value = self.function()
+    except BaseException as error:  # raised by result(), in the thread that wants it
+      self.error = error
+
+  def result(self) -> Any:
+    self.thread.join()
+    if self.error:
+      raise self.error
+    return self.value
+
+
+def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
+  """One attempt at a small answer: its body, and its Location where a redirect was asked for."""
+  with open_url(net, url, stop=stop) as answer:
+    location = answer.headers.get("Location") or ""
+    if stop and stop in location:
+      return b"", location
+    try:
+      body = answer.read(MOST_DATA + 1)
+    except Exception as error:
+      raise connection_failure(url, error)
+  if len(body) > MOST_DATA:
+    raise QvmError(f"{short(url)}: the answer is larger than any release data")
+  return body, ""
+
+
+def get(net: Net, url: str) -> str:
+  """The text of a page, with retries."""
+  return with_retries(net, url, lambda: fetch_bytes(net, url)[0], lambda: 0).decode(
+    "utf-8", "replace"
+  )
+
 
 def newest_tag(net: Net, repo: str) -> str:
   """The tag of a repository's newest release, read from the redirect of releases/latest.
 
-  GitHub answers 302 to …/releases/tag/TAG, without an API quota, and skips prereleases.
+  GitHub answers 302 to …/releases/tag/TAG, without an API quota, and skips prereleases. On a
+  plain file server releases/latest is a file that holds the tag.
   """
-  url = f"{net.releases}/{repo}/releases/latest"
-
-  def attempt() -> str:
-    with open_url(net, url, stop="/releases/tag/") as answer:
-      return answer.headers.get("Location") or ""
-
-  location = with_retries(net, url, attempt, lambda: 0)
-  import urllib.parse
-
-  tag = urllib.parse.unquote(location.split("?")[0].split("#")[0].rpartition("/releases/tag/")[2])
-  if "/releases/tag/" not in location or not re.match(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z", tag):
+  url, mark = f"{net.releases}/{repo}/releases/latest", "/releases/tag/"
+  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark), lambda: 0)
+  if location:
+    tag = unquoted(location.split("?")[0].split("#")[0].rpartition(mark)[2])
+  else:
+    tag = body[:200].decode("ascii", "replace").strip()
+  if not re.match(TAG, tag):
     raise QvmError(f"{short(url)} names no newest release", f"does {repo} hold releases?")
   return tag
 
@@ -1395,22 +1552,163 @@ def asset_url(net: Net, repo: str, tag: str, name: str) -> str:
   return f"{net.releases}/{repo}/releases/download/{quote(tag)}/{quote(name)}"
 
 
-class Newest:
-  """The newest tags of this run, each asked for once however many threads want it."""
+def api_release(data: Any) -> Optional[Release]:
+  """A release from the API's JSON; None for drafts, prereleases and what is no release."""
+  if not isinstance(data, dict) or data.get("draft") or data.get("prerelease"):
+    return None
+  tag, assets = data.get("tag_name"), data.get("assets")
+  if not isinstance(tag, str) or not re.match(TAG, tag) or not isinstance(assets, list):
+    return None
+  found = {}
+  for asset in assets:
+    if isinstance(asset, dict) and isinstance(asset.get("name"), str):
+      digest = asset.get("digest")
+      sound = isinstance(digest, str) and re.match(DIGEST, digest)
+      found[asset["name"]] = str(digest)[7:] if sound else ""
+  return Release(tag, found)
+
+
+def api_data(net: Net, path: str) -> Any:
+  """One attempt at the API; QvmError says why there is no answer."""
+  import json
+
+  url = f"{net.api}/{path}"
+  try:
+    return json.loads(fetch_bytes(net, url)[0].decode("utf-8"))
+  except (ValueError, RecursionError):
+    raise QvmError(f"{short(url)}: the answer is no JSON")
+  except Transient as error:
+    raise QvmError(str(error))
+
+
+def api_releases(net: Net, repo: str) -> List[Release]:
+  """All releases of a repository from the API, the newest first."""
+  releases: List[Release] = []
+  for page in range(1, MOST_PAGES + 1):
+    data = api_data(net, f"{repo}/releases?per_page=100&page={page}")
+    if not isinstance(data, list):
+      raise QvmError(f"{short(net.api)}/{repo}/releases: the answer is no list of releases")
+    releases += [release for release in map(api_release, data) if release]
+    if len(data) < 100:
+      break
+  return releases
+
+
+def page_release(net: Net, repo: str, tag: str) -> Release:
+  """A release from its page fragment, which shows the assets as links and often their digests."""
+  from urllib.parse import quote
+
+  text = get(net, f"{net.releases}/{repo}/releases/expanded_assets/{quote(tag)}")
+  assets: Dict[str, str] = {}
+  pieces = re.split(r'href="[^"]*/releases/download/[^"/]+/([^"/]+)"', text)
+  for name, after in zip(pieces[1::2], pieces[2::2]):
+    digest = re.search(r"\bsha256:([0-9a-f]{64})\b", after)
+    assets[unquoted(name)] = digest.group(1) if digest else assets.get(unquoted(name), "")
+  return Release(tag, assets)
+
+
+def page_releases(net: Net, repo: str) -> List[Release]:
+  """The newest releases from the pages, one request for each; a mirror may have just one.
+
+  The feed tells nothing of prereleases: what is newer than the newest release is one.
+  """
+  newest = newest_tag(net, repo)
+  tags = [newest]
+  with contextlib.suppress(NotFound):
+    feed = get(net, f"{net.releases}/{repo}/releases.atom")
+    listed = [unquoted(tag) for tag in re.findall(r'/releases/tag/([^"<>/\s]+)"', feed)]
+    listed = [tag for tag in dict.fromkeys(listed) if re.match(TAG, tag)]
+    tags = listed[listed.index(newest) :] if newest in listed else [newest, *listed]
+  releases = []
+  for tag in tags:
+    with contextlib.suppress(NotFound):
+      releases.append(page_release(net, repo, tag))
+  return releases
+
+
+class Releases:
+  """What is known of the releases in this run, each thing asked for once by all threads."""
 
   def __init__(self, net: Net) -> None:
     self.net = net
     self.lock = threading.Lock()
-    self.locks: Dict[str, threading.Lock] = {}
-    self.tags: Dict[str, str] = {}
+    self.asked: Dict[Tuple[str, ...], Later] = {}
+
+  def once(self, key: Tuple[str, ...], function: Callable[[], T], wait: bool = True) -> T:
+    """The result of the first call with that key; without wait only begin."""
+    with self.lock:
+      if key not in self.asked:
+        self.asked[key] = Later(function)
+      later = self.asked[key]
+    return later.result() if wait else None  # type: ignore[return-value]
 
   def tag(self, repo: str) -> str:
-    with self.lock:
-      lock = self.locks.setdefault(repo, threading.Lock())
-    with lock:
-      if repo not in self.tags:
-        self.tags[repo] = newest_tag(self.net, repo)
-      return self.tags[repo]
+    """The tag of the newest release."""
+    return self.once((repo,), lambda: newest_tag(self.net, repo))
+
+  def digest(self, repo: str, tag: str, name: str) -> str:
+    """The SHA-256 of an asset, empty where no release data tell it."""
+    return self.once((repo, tag), lambda: self.one(repo, tag)).assets.get(name, "")
+
+  def one(self, repo: str, tag: str) -> Release:
+    """A release's data from the API, else from its page, else empty."""
+    if self.net.api:
+      with contextlib.suppress(QvmError):
+        release = api_release(api_data(self.net, f"{repo}/releases/tags/{tag}"))
+        if release:
+          return release
+    with contextlib.suppress(QvmError, Transient):
+      return page_release(self.net, repo, tag)
+    return Release(tag, {})
+
+  def all(self, repo: str) -> List[Release]:
+    """All releases, the newest first, as far as the API or else the pages tell."""
+    return self.once((repo, "", "all"), lambda: self.listed(repo))
+
+  def listed(self, repo: str) -> List[Release]:
+    """What all() remembers."""
+    if self.net.api:
+      try:
+        return api_releases(self.net, repo)
+      except QvmError as error:
+        say(f"{error}; reading the release pages instead")
+    return page_releases(self.net, repo)
+
+
+class Image(NamedTuple):
+  """An image that can be had: the newest release that has it, and the asset's name there."""
+
+  version: str
+  arch: str
+  release: str
+  asset: str
+
+
+def images_in(os_name: str, releases: Sequence[Release]) -> List[Image]:
+  """The images of an OS, the newest version first; the newest release that has one wins."""
+  found: Dict[Tuple[str, str], Image] = {}
+  pattern = re.compile(os_name + r"-(.+)-(x86-64|arm64)\.(qcow2|tar\.zst)\Z")
+  for release in releases:
+    for name in sorted(release.assets):  # the qcow2 before the tar.zst
+      match = pattern.match(name)
+      if match and re.match(VERSION, match.group(1)):
+        version, arch = match.group(1), match.group(2)
+        found.setdefault((version, arch), Image(version, arch, release.tag, name))
+  return sorted(found.values(), key=lambda image: version_key(image.version), reverse=True)
+
+
+def version_key(version: str) -> List[Tuple[int, int, str]]:
+  """Orders versions: 9.4 < 10.0, r1beta4 < r1beta6 < r1, r151056 < r151058, 15.0-rc1 < 15.0."""
+  key = []
+  for number, word in re.findall(r"([0-9]+)|([a-z]+)", version.lower()):
+    early = word in ("alpha", "beta", "rc", "pre")
+    key.append((2, int(number), "") if number else (0 if early else 3, 0, word))
+  return [*key, (1, 0, "")]
+
+
+def is_candidate(version: str) -> bool:
+  """Whether a version is a release candidate, which `latest` never means."""
+  return bool(re.search(r"(^|[^a-z])rc[0-9]*($|[^a-z])", version.lower()))
 
 
 # ---- Cache --------------------------------------------------------------------------------------
@@ -1615,97 +1913,21 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
   raise QvmError("{} is refused: {}".format(os.path.basename(path)[: -len(".part")], problem))
 
 
-def fetch_asset(
-  plan: Plan, newest: Newest, repo: str, name: str
-) -> Tuple[Transfer, Dict[str, Any]]:
-  """Download an asset of a repository's newest release; returns it with its record."""
-  tag = newest.tag(repo)
-  url = asset_url(newest.net, repo, tag, name)
-  transfer = download(newest.net, url, name, os.path.join(plan.cache, "downloads"))
-  record = {"release": tag, "url": url, "size": transfer.done, "sha256": transfer.hash.hexdigest()}
-  record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-  return transfer, record
+@contextlib.contextmanager
+def gate(folder: str) -> Iterator[None]:
+  """Let one process at a time look at or take the locks of instances.
 
+  Whether an instance runs is told by trying its lock; without the gate, two that try at once
+  would each believe that the other is a running QEMU. The lock is on the folder itself.
+  """
+  import fcntl
 
-def tree_program(plan: Plan) -> str:
-  """The downloaded QEMU's program, whether or not it is the one that runs."""
-  return os.path.join(plan.tree, "bin", "qemu-system-" + QEMU_CPUS[plan.guest.arch])
-
-
-def fetch_qemu(plan: Plan, newest: Newest) -> None:
-  """Download QEMU for the guest's CPU and put its tree in place."""
-  with artefact_lock(plan.cache, plan.qemu_asset):
-    if os.path.isfile(tree_program(plan)):
-      return
-    transfer, record = fetch_asset(plan, newest, "resources", plan.qemu_asset)
-    aside = plan.tree + ".tmp"
-    program = unpack_aside(transfer.part, aside, ("bin/qemu",))
-    root = os.path.dirname(os.path.dirname(program))
-    if not os.path.isdir(os.path.join(root, "share", "qemu")):
-      raise QvmError(f"{plan.qemu_asset} is refused: it holds no share/qemu")
-    os.chmod(program, 0o755)
-    os.rename(program, os.path.join(root, "bin", os.path.basename(tree_program(plan))))
-    write_json(os.path.join(root, "release.json"), record)
-    remove_tree(plan.tree)  # at most a damaged one: it has no program
-    os.rename(root, plan.tree)
-    remove_tree(aside)
-    transfer.reset()
-
-
-def fetch_qemu_img(plan: Plan, newest: Newest) -> None:
-  """Download qemu-img."""
-  with artefact_lock(plan.cache, plan.tools_asset):
-    if os.path.isfile(plan.qemu_img):
-      return
-    transfer, record = fetch_asset(plan, newest, "resources", plan.tools_asset)
-    aside = os.path.join(plan.cache, "bin", "resources.tmp")
-    program = unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img"))
-    write_json(plan.qemu_img + ".json", record)
-    publish(program, plan.qemu_img, 0o755)
-    remove_tree(aside)
-    transfer.reset()
-
-
-def fetch_image(plan: Plan, newest: Newest) -> None:
-  """Download the base image."""
-  with artefact_lock(plan.cache, plan.image_asset):
-    if os.path.isfile(plan.base):
-      return
-    repo = plan.guest.os + "-builder"
-    try:
-      transfer, record = fetch_asset(plan, newest, repo, plan.image_asset)
-    except NotFound:
-      raise QvmError(
-        f"the newest release of {repo}, {newest.tag(repo)}, has no {plan.image_asset}",
-        f"see {newest.net.releases}/{repo}/releases for what there is",
-      )
-    try:
-      check_image(transfer.part)
-    except QvmError:
-      transfer.reset()
-      raise
-    write_json(record_path(plan.base), record)
-    publish(transfer.part, plan.base, 0o444)
-    transfer.reset()
-
-
-def record_path(base: str) -> str:
-  """Where a base image's release, URL, size and digest are noted."""
-  return base[: -len(".qcow2")] + ".json"
-
-
-def fetch_missing(plan: Plan, net: Net) -> None:
-  """Download at the same time whatever the plan needs and the cache has not; else ask nothing."""
-  newest = Newest(net)
-  jobs: List[Callable[[], None]] = []
-  if not os.path.isfile(tree_program(plan)):
-    jobs.append(lambda: fetch_qemu(plan, newest))
-  if not os.path.isfile(plan.qemu_img):
-    jobs.append(lambda: fetch_qemu_img(plan, newest))
-  if not os.path.isfile(plan.base):
-    jobs.append(lambda: fetch_image(plan, newest))
-  if jobs:
-    in_parallel(net, jobs)
+  fd = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(fd)
 
 
 def check_image(path: str) -> None:
@@ -1740,6 +1962,403 @@ def check_image(path: str) -> None:
     problem = "its sizes make no sense"
   if problem:
     raise QvmError(f"the image {path} is refused: {problem}")
+
+
+def backing_file(path: str) -> str:
+  """The name of the backing file that an overlay's header tells; empty when there is none."""
+  try:
+    with open(path, "rb") as file:
+      head = file.read(20)
+      file.seek(int.from_bytes(head[8:16], "big"))
+      return os.fsdecode(file.read(min(int.from_bytes(head[16:20], "big"), 1023)))
+  except (OSError, OverflowError, ValueError):
+    return ""
+
+
+def dependants(cache: str, base: str) -> List[str]:
+  """The names of the instances whose overlays lie on a base image."""
+  needed = os.path.join("..", "base", os.path.basename(base))
+  disks = [path for path in paths_in(cache, "instances") if path.endswith(".qcow2")]
+  mine = [path for path in disks if backing_file(path) == needed]
+  return [os.path.basename(path)[: -len(".qcow2")] for path in mine]
+
+
+def check_unused(plan: Plan) -> None:
+  """Refuse to replace a base image on which instances depend."""
+  names = dependants(plan.cache, plan.base)
+  if names:
+    raise QvmError(
+      f"{plan.base} cannot be refreshed: these instances depend on it: {', '.join(names)}",
+      "qvm rm deletes them, with all that their guests wrote",
+    )
+
+
+def fetch_asset(
+  releases: Releases, repo: str, tag: str, name: str, folder: str
+) -> Tuple[Transfer, Dict[str, Any]]:
+  """Download an asset and check its digest where the release data name one.
+
+  Returns it with its record. One that differs is fetched once more from the start.
+  """
+  url = asset_url(releases.net, repo, tag, name)
+  expected = Later(lambda: releases.digest(repo, tag, name))
+  for last in (False, True):
+    transfer = download(releases.net, url, name, folder)
+    digest, wanted = transfer.hash.hexdigest(), expected.result()
+    if not wanted:
+      say(f"no digest is known for {name}: only its length could be checked")
+    if not wanted or digest == wanted:
+      break
+    transfer.reset()
+    problem = f"{short(url)}: what arrives has not the digest that the release names"
+    if last:
+      raise QvmError(f"{problem} (sha256 {wanted}, not {digest})", "it has been deleted")
+    say(f"{problem}; fetching it once more")
+  record = {"release": tag, "url": url, "size": transfer.done, "asset_sha256": digest}
+  record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+  return transfer, record
+
+
+def downloads(plan: Plan) -> str:
+  """Where unfinished files lie."""
+  return os.path.join(plan.cache, "downloads")
+
+
+def is_there(plan: Plan, releases: Releases, path: str, record: str, name: str) -> bool:
+  """Whether a part of resources is cached, with --refresh also whether it is the newest."""
+  if not os.path.isfile(path) or not plan.refresh:
+    return os.path.isfile(path)
+  url = asset_url(releases.net, "resources", releases.tag("resources"), name)
+  newest = read_json(record).get("url") == url
+  if newest:
+    say(f"{name} is the newest")
+  return newest
+
+
+def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer, Dict[str, Any]]:
+  """Download an asset of the newest release of QEMU."""
+  return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
+
+
+def tree_program(plan: Plan) -> str:
+  """The downloaded QEMU's program, whether or not it is the one that runs."""
+  return os.path.join(plan.tree, "bin", "qemu-system-" + QEMU_CPUS[plan.guest.arch])
+
+
+def fetch_qemu(plan: Plan, releases: Releases) -> None:
+  """Download QEMU for the guest's CPU and put its tree in place."""
+  record_file = os.path.join(plan.tree, "release.json")
+  with artefact_lock(plan.cache, plan.qemu_asset):
+    if is_there(plan, releases, tree_program(plan), record_file, plan.qemu_asset):
+      return
+    transfer, record = fetch_resource(releases, plan.qemu_asset, downloads(plan))
+    aside = plan.tree + ".tmp"
+    program = unpack_aside(transfer.part, aside, ("bin/qemu",))
+    root = os.path.dirname(os.path.dirname(program))
+    if not os.path.isdir(os.path.join(root, "share", "qemu")):
+      remove_tree(aside)
+      raise QvmError(f"{plan.qemu_asset} is refused: it holds no share/qemu")
+    os.chmod(program, 0o755)
+    record["sha256"] = file_sha256(program)
+    os.rename(program, os.path.join(root, "bin", os.path.basename(tree_program(plan))))
+    write_json(os.path.join(root, "release.json"), record)
+    put_tree(root, plan.tree)
+    remove_tree(aside)
+    transfer.reset()
+
+
+def put_tree(root: str, link: str) -> None:
+  """Make link, a symbolic link, lead to a new tree, so that it is replaced in one step.
+
+  The tree before stays until the next one comes, for a QEMU that is just starting from it.
+  """
+  folder, name = os.path.split(link)
+  before = os.readlink(link) if os.path.islink(link) else ""
+  now = f".{name}-{os.urandom(4).hex()}"
+  os.rename(root, os.path.join(folder, now))
+  remove_file(link + ".new")
+  os.symlink(now, link + ".new")
+  if not os.path.islink(link):
+    remove_tree(link)  # from a copy of the cache that followed links
+  os.replace(link + ".new", link)
+  for entry in os.listdir(folder):
+    if entry.startswith(f".{name}-") and entry not in (now, before):
+      remove_tree(os.path.join(folder, entry))
+
+
+def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
+  """Download qemu-img."""
+  record_file = plan.qemu_img + ".json"
+  with artefact_lock(plan.cache, plan.tools_asset):
+    if is_there(plan, releases, plan.qemu_img, record_file, plan.tools_asset):
+      return
+    transfer, record = fetch_resource(releases, plan.tools_asset, downloads(plan))
+    aside = os.path.join(plan.cache, "bin", "resources.tmp")
+    program = unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img"))
+    record["sha256"] = file_sha256(program)
+    write_json(record_file, record)
+    publish(program, plan.qemu_img, 0o755)
+    remove_tree(aside)
+    transfer.reset()
+
+
+# -- Images, as qcow2 or as bundles --
+
+
+UNZSTD = (("zstd", "-dcq"), ("unzstd", "-cq"), ("zstdcat", "-q"),
+          ("bsdtar", "-cf", "-", "--format=pax", "@-"))  # fmt: skip
+MOST_DISK = 1 << 40  # bytes of a bundle's disk, holes included
+ZSTD_HINT = "install zstd (Debian: apt-get install zstd, macOS: brew install zstd)"
+
+
+def cached_images(cache: str, os_name: str) -> List[Image]:
+  """The base images of an OS that are cached, the newest version first."""
+  return images_in(os_name, [Release("", dict.fromkeys(names_in(cache, "base"), ""))])
+
+
+def unzstd_command() -> List[str]:
+  """A program that unpacks zstd from stdin to stdout; empty where there is none."""
+  import shutil
+
+  for name, *words in UNZSTD:
+    path = shutil.which(name)
+    if path:
+      return [path, *words]
+  return []
+
+
+def can_unzstd() -> bool:
+  """Whether bundles can be unpacked here: Python has zstd from 3.14 on."""
+  import importlib.util
+
+  with contextlib.suppress(ImportError):
+    if importlib.util.find_spec("compression.zstd"):
+      return True
+  return bool(unzstd_command())
+
+
+@contextlib.contextmanager
+def unzstd(path: str) -> Iterator[Any]:
+  """The unpacked bytes of a zstd file, as a stream; ValueError when the file is damaged."""
+  try:
+    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+  except ImportError:
+    zstd = None
+  if zstd:
+    try:
+      with zstd.open(path) as stream:
+        yield stream
+    except zstd.ZstdError as error:
+      raise ValueError(str(error))
+    return
+  import subprocess
+
+  with open(path, "rb") as packed:
+    process = start(
+      unzstd_command(), stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+  try:
+    yield process.stdout
+    while process.stdout.read(CHUNK):  # so that the program sees and checks the end
+      pass
+    if process.wait():
+      raise ValueError(f"it is damaged, says {unzstd_command()[0]}")
+  finally:
+    process.stdout.close()
+    end_process(process)
+
+
+def unpack_bundle(stream: Any, folder: str) -> None:
+  """Unpack disk.img and kernel, and nothing else, from a tar stream into a new folder."""
+  import tarfile
+
+  os.mkdir(folder)
+  with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as archive:
+    for member in archive:
+      name = "/".join(safe_name(member.name))
+      if not name and member.isdir():
+        continue
+      path = os.path.join(folder, name)
+      if name not in ("disk.img", "kernel") or not member.isreg() or os.path.lexists(path):
+        raise ValueError(f"its member '{member.name[:100]}' is not expected")
+      if member.size > MOST_DISK:
+        raise ValueError("its disk is larger than any")
+      write_sparse(archive, member, path)
+  if not os.path.isfile(os.path.join(folder, "disk.img")):
+    raise ValueError("it holds no disk.img")
+
+
+def write_sparse(archive: Any, member: Any, path: str) -> None:
+  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
+
+  A sparse member's pieces lie one behind the other in the stream, which is at the first.
+  """
+  zeros = bytes(CHUNK)
+  pieces = member.sparse if member.issparse() else [(0, member.size)]
+  with open(path, "wb") as file:
+    for offset, size in pieces:
+      while size > 0:
+        chunk = archive.fileobj.read(min(size, CHUNK))
+        if not chunk:
+          raise ValueError("it is cut short")
+        if chunk != zeros[: len(chunk)]:
+          file.seek(offset)
+          file.write(chunk)
+        offset, size = offset + len(chunk), size - len(chunk)
+    file.truncate(member.size)
+
+
+def convert_bundle(plan: Plan, part: str) -> str:
+  """Unpack a downloaded bundle and make a qcow2 of its disk; returns the qcow2's path.
+
+  A kernel is put beside the base image, unused for now.
+  """
+  import tarfile
+
+  aside = os.path.join(downloads(plan), plan.image_asset + ".tmp")
+  remove_tree(aside)
+  say(f"unpacking {os.path.basename(part)[: -len('.part')]}")
+  try:
+    with unzstd(part) as stream:
+      unpack_bundle(stream, aside)
+  except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+    remove_tree(aside)
+    raise QvmError(f"{os.path.basename(part)[: -len('.part')]} is refused: {error}")
+  except BaseException:
+    remove_tree(aside)
+    raise
+  disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
+  run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
+  os.unlink(disk)
+  kernel = os.path.join(aside, "kernel")
+  if os.path.exists(kernel):
+    publish(kernel, kernel_path(plan.base), 0o444)
+  return result
+
+
+def kernel_path(base: str) -> str:
+  """Where the kernel of a bundle is kept."""
+  return base[: -len(".qcow2")] + ".kernel"
+
+
+def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
+  """Releases and assets that may be the image, the best first, found out only as needed."""
+  repo, qcow2 = plan.guest.os + "-builder", plan.image_asset
+  bundle, unpackable = plan.bundle_asset, can_unzstd()
+  newest = releases.tag(repo)
+  yield newest, qcow2
+  if unpackable:
+    yield newest, bundle
+  for release in releases.all(repo):
+    if qcow2 in release.assets and release.tag != newest:
+      yield release.tag, qcow2
+    elif bundle in release.assets and not unpackable:
+      say(f"{release.tag} has {bundle}, which takes zstd to unpack; looking for an older qcow2")
+    elif bundle in release.assets and release.tag != newest:
+      yield release.tag, bundle
+
+
+def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
+  """Make the base image from the newest release that has it; tools waits for qemu-img."""
+  repo = plan.guest.os + "-builder"
+  with artefact_lock(plan.cache, plan.image_asset):
+    there = os.path.isfile(plan.base)
+    if there and not plan.refresh:
+      return
+    for tag, name in candidates(plan, releases):
+      url = asset_url(releases.net, repo, tag, name)
+      if there and read_json(record_path(plan.base)).get("url") == url:
+        say(f"{name} of {tag} is the newest")
+        return
+      if there:
+        if not asset_exists(releases.net, url):
+          continue
+        check_unused(plan)  # before the download; put_image looks again
+      try:
+        transfer, record = fetch_asset(releases, repo, tag, name, downloads(plan))
+      except NotFound:
+        continue
+      if tag != releases.tag(repo):
+        say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
+      put_image(plan, transfer, record, tools)
+      return
+    raise no_such_image(plan, releases)
+
+
+def asset_exists(net: Net, url: str) -> bool:
+  """Whether a URL can be fetched, asked by fetching its first byte."""
+  try:
+    with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close(), lambda: 0)
+  except NotFound:
+    return False
+  return True
+
+
+def put_image(
+  plan: Plan, transfer: Transfer, record: Dict[str, Any], tools: Callable[[], None]
+) -> None:
+  """Check a downloaded image, converted if it is a bundle, and make it the base image."""
+  source = transfer.part
+  try:
+    if transfer.name == plan.bundle_asset:
+      tools()
+      source = convert_bundle(plan, transfer.part)
+    check_image(source)
+  except QvmError:
+    transfer.reset()
+    raise
+  same = source == transfer.part
+  record["sha256"] = record["asset_sha256"] if same else file_sha256(source)
+  with gate(os.path.join(plan.cache, "instances")):
+    if os.path.exists(plan.base):
+      check_unused(plan)
+    write_json(record_path(plan.base), record)
+    publish(source, plan.base, 0o444)
+  transfer.reset()
+  remove_tree(os.path.join(downloads(plan), plan.image_asset + ".tmp"))
+
+
+def no_such_image(plan: Plan, releases: Releases) -> QvmError:
+  """The error for a version that no release has, with what there is instead."""
+  import difflib
+
+  guest = plan.guest
+  images = images_in(guest.os, releases.all(guest.os + "-builder"))
+  versions = [image.version for image in images if image.arch == guest.arch]
+  if plan.version in versions:
+    return QvmError(
+      f"{plan.bundle_asset} takes zstd to unpack, and no release has a qcow2", ZSTD_HINT
+    )
+  near = difflib.get_close_matches(plan.version, versions, 3, 0.5)
+  return QvmError(
+    f"there is no {guest.title} {plan.version} for {guest.arch}"
+    + (f"; the nearest: {', '.join(near)}" if near else ""),
+    f"there are {', '.join(versions)}" if versions else "no release names any version for it",
+  )
+
+
+def record_path(base: str) -> str:
+  """Where a base image's release, URL, size and digests are noted."""
+  return base[: -len(".qcow2")] + ".json"
+
+
+def fetch_missing(plan: Plan, net: Net) -> None:
+  """Download at the same time whatever the plan needs and the cache has not; else ask nothing."""
+  releases = Releases(net)
+  jobs: List[Callable[[], None]] = []
+
+  def tools() -> None:
+    if not plan.own_qemu:
+      releases.once(("", "qemu-img"), lambda: fetch_qemu_img(plan, releases))
+
+  if plan.refresh or not os.path.isfile(tree_program(plan)):
+    jobs.append(lambda: fetch_qemu(plan, releases))
+  if not plan.own_qemu and (plan.refresh or not os.path.isfile(plan.qemu_img)):
+    jobs.append(tools)
+  if plan.refresh or not os.path.isfile(plan.base):
+    jobs.append(lambda: fetch_image(plan, releases, tools))
+  if jobs:
+    in_parallel(net, jobs)
 
 
 # ---- Instances ----------------------------------------------------------------------------------
@@ -1788,23 +2407,6 @@ def instance_files(cache: str, name: str) -> Files:
   return Files(os.path.join(cache, "instances"), name)
 
 
-@contextlib.contextmanager
-def gate(folder: str) -> Iterator[None]:
-  """Let one process at a time look at or take the locks of instances.
-
-  Whether an instance runs is told by trying its lock; without the gate, two that try at once
-  would each believe that the other is a running QEMU. The lock is on the folder itself.
-  """
-  import fcntl
-
-  fd = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(fd)
-
-
 def take_instance(files: Files) -> int:
   """Take an instance's lock; QvmError names the process that has it."""
   with gate(files.folder):
@@ -1833,12 +2435,12 @@ def holder(files: Files) -> str:
     return "unknown process"
 
 
-def is_running(files: Files) -> bool:
-  """Whether a qvm or its QEMU holds the instance's lock; to be asked within the gate."""
+def is_locked(path: str) -> bool:
+  """Whether a process holds the lock on a file; for an instance's lock within the gate only."""
   import fcntl
 
   try:
-    fd = os.open(files.lock, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY)
   except FileNotFoundError:
     return False
   try:
@@ -1927,14 +2529,6 @@ def record_instance(plan: Plan, files: Files, ssh: str) -> None:
   write_json(files.record, dict(instance._asdict()))
 
 
-def disk_usage(path: str) -> int:
-  """The bytes a file takes on the disk."""
-  try:
-    return os.stat(path).st_blocks * 512
-  except OSError:
-    return 0
-
-
 class Row(NamedTuple):
   """One line of `qvm list`."""
 
@@ -1959,14 +2553,14 @@ def list_instances(cache: str) -> List[Row]:
       if not entry.endswith(".qcow2"):
         continue
       files = Files(folder, entry[: -len(".qcow2")])
-      running = is_running(files)
+      running = is_locked(files.lock)
       try:
         it = read_instance(files)
       except QvmError:
         it = Instance(files.name, "?", "?", "?")
       ssh = it.ssh if running else ""
       state = "running" if running else "stopped"
-      size, ephemeral = disk_usage(files.disk), os.path.exists(files.mark)
+      size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
       rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral))
   return rows
 
@@ -2086,25 +2680,6 @@ def terminal_kept() -> Iterator[None]:
       termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-def run_qemu(command: Sequence[str], keep: Sequence[int], started: Callable[[int], None]) -> int:
-  """Run QEMU in the foreground until it ends; returns its exit code, 128+N after signal N.
-
-  keep are the descriptors of the locks, which QEMU inherits so that they last as long as it
-  does. A signal to qvm ends QEMU: SIGTERM, after 10 seconds SIGKILL.
-  """
-  process = None
-  with terminal_kept():
-    try:
-      with signals.hold():
-        process = start(command, keep)
-        started(process.pid)
-      process.wait()
-    finally:
-      if process:
-        end_process(process)
-  return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
-
-
 def make_overlay(plan: Plan) -> None:
   """Make the instance's disk, an overlay on the base image, unless it is there."""
   if os.path.lexists(plan.disk):
@@ -2160,10 +2735,43 @@ def this_host() -> Host:
   return host_of(uname.sysname, uname.machine)
 
 
-def plan_from(options: Options) -> Plan:
+def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
-  cache = cache_folder(dict(os.environ))
-  return make_plan(options, this_host(), cache, os.urandom(3).hex())
+  cache, host = cache_folder(dict(os.environ)), this_host()
+  guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
+  version = "".join(options.operands[1:])
+  if version.lower() in ("", "latest"):
+    version = latest_version(options, net, guest, cache)
+  return make_plan(options, host, guest, version, cache, os.urandom(3).hex())
+
+
+def quick(net: Net) -> Net:
+  """For requests that there is an answer without: a short time, few attempts."""
+  return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
+
+
+def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
+  """The newest version for a CPU; `run` takes the newest cached when no server can be asked."""
+  cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
+  cached = [version for version in cached if not is_candidate(version)]
+  if options.dry_run:
+    if not cached:
+      raise UsageError("--dry-run asks no server: name the version, as in freebsd 15.1")
+    return cached[0]
+  fallback = cached if options.command == "run" else []
+  try:
+    releases = Releases(quick(net) if fallback else net).all(guest.os + "-builder")
+  except QvmError as error:
+    if not fallback:
+      raise
+    say(f"{error}; taking the newest cached version, {fallback[0]}")
+    return fallback[0]
+  images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
+  versions = [image.version for image in images if not is_candidate(image.version)]
+  if not versions:
+    raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
+  say(f"the newest {guest.title} for {guest.arch} is {versions[0]}")
+  return versions[0]
 
 
 def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
@@ -2175,7 +2783,7 @@ def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
 def cmd_run(options: Options) -> int:
   """Boot a guest in this terminal."""
   net = net_from(dict(os.environ))
-  plan = plan_from(options)
+  plan = plan_from(options, net)
   if options.dry_run:
     import shlex
 
@@ -2193,18 +2801,45 @@ def cmd_run(options: Options) -> int:
       stack.callback(remove_instance, files)
       open(files.mark, "w").close()
     chosen = options.ssh.chosen and reserve_port(plan.cache, options.ssh, stack)
-    fetch_missing(plan, net)
+    stack.enter_context(terminal_kept())
+    process = None
+    while not process:
+      fetch_missing(plan, net)
+      address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
+      process = boot(plan, options, address, (lock, port_lock), stack)
+    welcome(plan, address)
+    process.wait()
+  return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+
+
+def boot(
+  plan: Plan,
+  options: Options,
+  address: Address,
+  locks: Tuple[int, int],
+  stack: contextlib.ExitStack,
+) -> Any:
+  """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster.
+
+  QEMU inherits the locks, so that they last as long as it does, whatever becomes of qvm.
+  """
+  files = instance_files(plan.cache, plan.name)
+  with gate(files.folder):
+    if not all(os.path.isfile(path) for path in (plan.base, plan.qemu, plan.qemu_img)):
+      return None
     check_image(plan.base)
-    address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
+    check_instance(plan, files)
     record_instance(plan, files, f"{address.host}:{address.port}")
     make_overlay(plan)
-    command = qemu_command(plan, options, facts_for(plan, options, address))
-    return run_qemu(command, (lock, port_lock), lambda pid: welcome(plan, address, lock, pid))
+    with signals.hold():
+      process = start(qemu_command(plan, options, facts_for(plan, options, address)), locks)
+      stack.callback(end_process, process)
+      note_holder(locks[0], "QEMU", process.pid)
+  return process
 
 
-def welcome(plan: Plan, address: Address, lock: int, pid: int) -> None:
+def welcome(plan: Plan, address: Address) -> None:
   """Say how to get in, once QEMU has started."""
-  note_holder(lock, "QEMU", pid)
   if address.port != SSH_PORT and not address.chosen:
     say(f"port {SSH_PORT} is taken; this machine gets {address.port}")
   host = "127.0.0.1" if address.host == "0.0.0.0" else address.host
@@ -2214,15 +2849,152 @@ def welcome(plan: Plan, address: Address, lock: int, pid: int) -> None:
 
 
 def cmd_pull(options: Options) -> int:
-  """Download everything that `run` needs."""
+  """Download everything that `run` needs, or fill a mirror, or verify what is there."""
   net = net_from(dict(os.environ))
-  plan = plan_from(options)
+  plan = plan_from(options, net)
+  if options.mirror:
+    fill_mirror(plan, Releases(net), options.mirror)
+    return 0
   make_folders(plan.cache)
   sweep(plan.cache)
   fetch_missing(plan, net)
   check_image(plan.base)
   say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
-  return 0
+  return verify(plan, Releases(quick(net))) if options.verify else 0
+
+
+def verify(plan: Plan, releases: Releases) -> int:
+  """Compare what is cached with its record and its release; prints a line for each, 1 if bad."""
+  things = [
+    (plan.base, record_path(plan.base), plan.guest.os + "-builder"),
+    (tree_program(plan), os.path.join(plan.tree, "release.json"), "resources"),
+  ]
+  if not plan.own_qemu:
+    things.append((plan.qemu_img, plan.qemu_img + ".json", "resources"))
+  verdicts = []
+  for path, record_file, repo in things:
+    verdicts.append(verdict(releases, path, read_json(record_file), repo))
+    emit(f"{os.path.basename(path)}: {verdicts[-1]}")
+  if all(text.startswith("ok") for text in verdicts):
+    return 0
+  say(f"delete what is damaged, below {plan.cache}, and pull it again")
+  return EXIT_FAILED
+
+
+def verdict(releases: Releases, path: str, record: Dict[str, Any], repo: str) -> str:
+  """Whether a file is what its record and its release say."""
+  if not isinstance(record.get("sha256"), str):
+    return "unknown: no digest was noted when it came"
+  if file_sha256(path) != record["sha256"]:
+    return "DAMAGED: it has not the digest that was noted when it came"
+  tag, name = str(record.get("release")), str(record.get("url")).rpartition("/")[2]
+  digest = releases.digest(repo, tag, unquoted(name)) if re.match(TAG, tag) else ""
+  if digest and digest != record.get("asset_sha256"):
+    return f"DAMAGED: {tag} now names another digest"
+  return (
+    f"ok, as {tag} says" if digest else "ok, as noted when it came; the release cannot be asked"
+  )
+
+
+def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
+  """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
+  for name in (plan.qemu_asset, plan.tools_asset):
+    mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
+  repo = plan.guest.os + "-builder"
+  for tag, name in candidates(plan, releases):
+    with contextlib.suppress(NotFound):
+      return mirror_asset(releases, folder, repo, tag, name)
+  raise no_such_image(plan, releases)
+
+
+def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str) -> None:
+  """Put one asset into a mirror, and into the files that stand for its release's pages."""
+  top = os.path.join(folder, repo, "releases")
+  target = os.path.join(top, "download", tag, name)
+  page = os.path.join(top, "expanded_assets", tag)
+  if not os.path.isfile(target):
+    for path in (target, page):
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+    transfer, record = fetch_asset(releases, repo, tag, name, os.path.dirname(target))
+    with open(page, "a") as file:
+      file.write(f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a> ')
+      file.write(f"sha256:{record['asset_sha256']}\n")
+    publish(transfer.part, target, 0o644)
+    transfer.reset()
+  tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
+  feed = "".join(f'<link href="/{repo}/releases/tag/{tag}"/>\n' for tag in tags)
+  for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
+    write_text(os.path.join(folder, repo, path), text)
+  emit(target)
+
+
+def cmd_search(options: Options) -> int:
+  """Show the versions that can be had, or without a network those that are cached."""
+  cache, net = cache_folder(dict(os.environ)), quick(net_from(dict(os.environ)))
+  names = [word.lower() for word in options.operands] or list(OS_NAMES)
+  releases = Releases(net)
+  for name in names:  # all at the same time
+    releases.once((name, "images"), images_of(releases, name), wait=False)
+  rows: List[Dict[str, Any]] = []
+  errors: Dict[str, QvmError] = {}
+  for name in names:
+    try:
+      images = releases.once((name, "images"), images_of(releases, name))
+    except QvmError as error:
+      errors[name], images = error, []
+    rows += search_rows(name, images, cached_images(cache, name))
+  for name, problem in errors.items():
+    say(f"only what is cached of {name} is shown: {problem}")
+  if options.json:
+    import json
+
+    emit(json.dumps(rows, indent=2))
+  else:
+    show_search(rows)
+  return EXIT_FAILED if errors and not rows else 0
+
+
+def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
+  """A call that asks for the images of an OS."""
+  return lambda: images_in(name, releases.all(name + "-builder"))
+
+
+def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[Dict[str, Any]]:
+  """The images of an OS as --json shows them, the newest version first."""
+  here = {(image.version, image.arch) for image in cached}
+  known = {(image.version, image.arch) for image in images}
+  every = images + [image for image in cached if (image.version, image.arch) not in known]
+  every.sort(key=lambda image: version_key(image.version), reverse=True)
+  return [
+    {
+      "os": name,
+      "version": image.version,
+      "arch": image.arch,
+      "release": image.release or None,
+      "asset": image.asset,
+      "cached": (image.version, image.arch) in here,
+    }
+    for image in every
+  ]
+
+
+def show_search(rows: List[Dict[str, Any]]) -> None:
+  """Print the versions as a table with a column for each CPU."""
+  cells: Dict[Tuple[str, str], Dict[str, str]] = {}
+  for row in rows:
+    text = " ".join(filter(None, [row["release"], "(cached)" if row["cached"] else ""]))
+    cells.setdefault((row["os"], row["version"]), {})[row["arch"]] = text
+  table = [("OS", "VERSION", "X86-64", "ARM64")]
+  for (name, version), arches in cells.items():
+    table.append((name, version, arches.get("x86-64", "-"), arches.get("arm64", "-")))
+  show_table(table)
+
+
+def show_table(table: Sequence[Sequence[str]]) -> None:
+  """Print rows with their columns aligned."""
+  widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+  for line in table:
+    emit(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()))
 
 
 def cmd_list(options: Options) -> int:
@@ -2240,9 +3012,7 @@ def cmd_list(options: Options) -> int:
     state = row.state + (" (--rm)" if row.ephemeral else "")
     cells = (row.name, row.os, row.version, row.arch, state, row.ssh or "-", megabytes(row.size))
     table.append(cells)
-  widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-  for line in table:
-    emit(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()))
+  show_table(table)
   return 0
 
 
@@ -2268,6 +3038,69 @@ def cmd_rm(options: Options) -> int:
   return 0
 
 
+def cmd_clean(options: Options) -> int:
+  """Delete leftovers, with --all also what can be downloaded again; never an instance."""
+  cache = cache_folder(dict(os.environ))
+  folder = os.path.join(cache, "instances")
+  total = 0
+  if os.path.isdir(folder):
+    with gate(folder):
+      paths = leftovers(cache) + (unneeded(cache) if options.all else [])
+      for path in paths:
+        size = tree_size(path)
+        total += size
+        emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache)}")
+        if not options.dry_run:
+          remove_tree(path)
+  say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
+  return 0
+
+
+def leftovers(cache: str) -> List[str]:
+  """What killed runs left: unfinished downloads, --rm overlays, temporary files, unheld locks."""
+  found = []
+  for name in names_in(cache, "downloads"):
+    artefact = re.sub(r"\.(part|lock|tmp|json|json\.tmp)\Z", "", name)
+    if not is_locked(os.path.join(cache, "downloads", artefact + ".lock")):
+      found.append(os.path.join(cache, "downloads", name))
+  for name in names_in(cache, "instances"):
+    stem = re.sub(r"\.(qcow2|json|lock|console\.log|ephemeral)(\.tmp)?\Z", "", name)
+    files = instance_files(cache, stem)
+    loose = name.endswith((".tmp", ".lock")) or os.path.exists(files.mark)
+    if loose and not is_locked(files.lock):
+      found.append(os.path.join(cache, "instances", name))
+  found += [p for p in paths_in(cache, "ports") if not is_locked(p)]
+  if not fetching(cache):
+    trees = paths_in(cache, "qemu")
+    used = {os.path.realpath(path) for path in trees if os.path.islink(path)}
+    old = [p for p in trees if os.path.basename(p).startswith(".") and p not in used]
+    temporary = [p for d in ("base", "bin", "qemu") for p in paths_in(cache, d)]
+    found += old + [p for p in temporary if p.endswith((".tmp", ".new"))]
+  return found
+
+
+def unneeded(cache: str) -> List[str]:
+  """Base images that no instance needs, and QEMU when nothing runs; all can be fetched again."""
+  if fetching(cache):
+    say("something is being downloaded: only leftovers go")
+    return []
+  bases = [path for path in paths_in(cache, "base") if path.endswith(".qcow2")]
+  found = []
+  for base in bases:
+    if not dependants(cache, base):
+      found += [p for p in (base, record_path(base), kernel_path(base)) if os.path.exists(p)]
+  if any(is_locked(path) for path in paths_in(cache, "instances") if path.endswith(".lock")):
+    say("an instance is running: QEMU stays")
+    return found
+  programs = paths_in(cache, "qemu") + paths_in(cache, "bin")
+  return found + [path for path in programs if not path.endswith((".tmp", ".new"))]
+
+
+def fetching(cache: str) -> bool:
+  """Whether a qvm is downloading or unpacking something."""
+  return any(is_locked(path) for path in paths_in(cache, "downloads") if path.endswith(".lock"))
+
+
 def cmd_config(options: Options) -> int:
   """Print the cache folder."""
   emit(cache_folder(dict(os.environ)))
@@ -2277,8 +3110,10 @@ def cmd_config(options: Options) -> int:
 CALLS: Dict[str, Callable[[Options], int]] = {
   "run": cmd_run,
   "pull": cmd_pull,
+  "search": cmd_search,
   "list": cmd_list,
   "rm": cmd_rm,
+  "clean": cmd_clean,
   "config": cmd_config,
 }
 

@@ -175,9 +175,12 @@ class Qvm:
     )
 
   def files(self):
-    """The paths of all files below the cache, relative to it."""
-    found = (p for p in self.cache.rglob("*") if p.is_file() or p.is_symlink())
-    return sorted(str(p.relative_to(self.cache)) for p in found)
+    """The paths of all files below the cache, relative to it; QEMU's tree under its link only."""
+    found = []
+    for folder, folders, names in os.walk(self.cache, followlinks=True):
+      folders[:] = [name for name in folders if not name.startswith(".")]
+      found += [os.path.relpath(os.path.join(folder, name), self.cache) for name in names]
+    return sorted(found)
 
   def record(self, path):
     """What the stand-in recorded; blocks until it runs when path is a FIFO."""

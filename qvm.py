@@ -500,7 +500,7 @@ OPTIONS = (
          "one more argument for QEMU; may be given several times", True),
   Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
   Option(("--refresh",), "refresh", "", bool,
-         "replace what is cached by the newest release, unless\nan instance depends on the old image"),
+         "replace what is cached by the newest release,\nunless an instance depends on the old image"),
   Option(("--verify",), "verify", "", bool,
          "compare what is cached with the digests noted when it came,\nand with the release's"),
   Option(("--mirror",), "mirror", "DIR", os.path.abspath,

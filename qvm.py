@@ -500,7 +500,7 @@ OPTIONS = (
          "one more argument for QEMU; may be given several times", True),
   Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
   Option(("--refresh",), "refresh", "", bool,
-         "replace what is cached by the newest release,\nunless an instance depends on the old image"),
+         "replace what is cached by the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
          "compare what is cached with the digests noted when it came,\nand with the release's"),
   Option(("--mirror",), "mirror", "DIR", os.path.abspath,
@@ -2666,18 +2666,17 @@ def terminal_kept() -> Iterator[None]:
   import fcntl
   import termios
 
-  try:
-    before = termios.tcgetattr(0)
-    flags = fcntl.fcntl(0, fcntl.F_GETFL)
-  except (termios.error, OSError, ValueError):
-    yield
-    return
+  before, flags = None, 0
+  with contextlib.suppress(termios.error, OSError):
+    if os.tcgetpgrp(0) == os.getpgrp():  # in the background it is not ours to change
+      before, flags = termios.tcgetattr(0), fcntl.fcntl(0, fcntl.F_GETFL)
   try:
     yield
   finally:
-    with contextlib.suppress(termios.error, OSError):
-      fcntl.fcntl(0, fcntl.F_SETFL, flags)
-      termios.tcsetattr(0, termios.TCSADRAIN, before)
+    if before:
+      with contextlib.suppress(termios.error, OSError):
+        fcntl.fcntl(0, fcntl.F_SETFL, flags)
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def make_overlay(plan: Plan) -> None:

@@ -1033,6 +1033,11 @@ def seconds_from(environ: Dict[str, str], name: str, default: float) -> float:
   return float(text)
 
 
+def quick(net: Net) -> Net:
+  """For requests that there is an answer without: a short time, few attempts."""
+  return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
+
+
 def short(url: str) -> str:
   """A URL fit for a message: no user, no password, no signed query."""
   return re.sub(r"(//)[^/@]*@", r"\1", url.split("?")[0].split("#")[0])
@@ -1651,14 +1656,15 @@ class Releases:
     return self.once((repo, tag), lambda: self.one(repo, tag)).assets.get(name, "")
 
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page, else empty."""
-    if self.net.api:
+    """A release's data from the API, else from its page, else empty: no download waits long."""
+    net = quick(self.net)
+    if net.api:
       with contextlib.suppress(QvmError):
-        release = api_release(api_data(self.net, f"{repo}/releases/tags/{tag}"))
+        release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
         if release:
           return release
-    with contextlib.suppress(QvmError, Transient):
-      return page_release(self.net, repo, tag)
+    with contextlib.suppress(QvmError):
+      return page_release(net, repo, tag)
     return Release(tag, {})
 
   def all(self, repo: str) -> List[Release]:
@@ -2742,11 +2748,6 @@ def plan_from(options: Options, net: Net) -> Plan:
   if version.lower() in ("", "latest"):
     version = latest_version(options, net, guest, cache)
   return make_plan(options, host, guest, version, cache, os.urandom(3).hex())
-
-
-def quick(net: Net) -> Net:
-  """For requests that there is an answer without: a short time, few attempts."""
-  return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
 
 
 def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:

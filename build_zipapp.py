@@ -46,8 +46,9 @@ def main() -> None:
   """Write the zipapp, whole or not at all."""
   here = os.path.dirname(os.path.abspath(__file__))
   output = sys.argv[1] if len(sys.argv) > 1 else os.path.join(here, "qvm.pyz")
+  packed = build(os.path.join(here, "qvm.py"))
   with open(output + ".tmp", "wb") as file:
-    file.write(build(os.path.join(here, "qvm.py")))
+    file.write(packed)
   os.chmod(output + ".tmp", 0o755)
   os.replace(output + ".tmp", output)
 

@@ -53,6 +53,13 @@ class UsageError(QvmError):
 
   code = EXIT_USAGE
 
+  def __init__(self, message: str, hint: str = "") -> None:
+    super().__init__(re.sub(r"\S{300,}", lambda word: word.group()[:300] + "...", message), hint)
+
+
+class RefusedError(QvmError):
+  """A file is damaged or hostile; to fetch it again may help, to keep it does not."""
+
 
 class Interrupted(BaseException):
   """A signal asks qvm to end; clean-up runs while this passes through."""
@@ -72,13 +79,14 @@ class Reporter:
 
   def __init__(self) -> None:
     self.progress = False
+    self.newline = "\n"  # on a raw terminal a carriage return goes with it
     self.lock = threading.Lock()
     self.drawn = False
 
   def say(self, text: str) -> None:
     """Write one `qvm: …` line; a closed stderr is no reason to fail."""
     with self.lock:
-      self._write(f"qvm: {printable(text)}\n")
+      self._write(f"qvm: {printable(text)}{self.newline}")
       self.drawn = False
 
   def draw(self, text: str) -> None:
@@ -110,9 +118,32 @@ say = report.say
 
 def emit(text: str) -> None:
   """Write one line of result to stdout, file names byte for byte."""
-  sys.stdout.flush()
-  sys.stdout.buffer.write(os.fsencode(text) + b"\n")
-  sys.stdout.buffer.flush()
+  try:
+    data = os.fsencode(text)
+  except UnicodeEncodeError:  # help in a locale without UTF-8
+    data = text.encode("utf-8", "surrogateescape")
+  write_all(1, data + b"\n")
+
+
+def write_all(fd: int, data: bytes) -> None:
+  """Write all bytes, also to a descriptor that somebody has made non-blocking."""
+  import select
+
+  view = memoryview(data)
+  while view:
+    try:
+      view = view[os.write(fd, view) :]
+    except BlockingIOError:
+      select.select([], [fd], [])
+
+
+def open_standard_streams() -> None:
+  """Where stdin, stdout or stderr is closed, no other file may get its number."""
+  for fd in (0, 1, 2):
+    try:
+      os.fstat(fd)
+    except OSError:
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -136,6 +167,10 @@ class Signals:
       self.caught = number
       if not self.held:
         raise Interrupted(number)
+
+  def finish(self) -> None:
+    """Everything is done: what comes now is too late to matter."""
+    self.caught = self.caught or -1
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
@@ -309,18 +344,19 @@ class Guest(NamedTuple):
   title: str
   user: str  # who may log in over ssh
   console: bool  # whether the guest writes to its serial port
+  power_off: str  # the command that ends it cleanly, for that user
   table: str
 
 
 GUESTS = (
-  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, FREEBSD_X86_64),
-  Guest("freebsd", "arm64", "FreeBSD", "runner", True, FREEBSD_ARM64),
-  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, OPENBSD_X86_64),
-  Guest("openbsd", "arm64", "OpenBSD", "runner", True, OPENBSD_ARM64),
-  Guest("netbsd", "x86-64", "NetBSD", "runner", True, NETBSD_X86_64),
-  Guest("netbsd", "arm64", "NetBSD", "runner", True, NETBSD_ARM64),
-  Guest("haiku", "x86-64", "Haiku", "user", False, HAIKU_X86_64),
-  Guest("omnios", "x86-64", "OmniOS", "runner", True, OMNIOS_X86_64),
+  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, "sudo shutdown -p now", FREEBSD_X86_64),
+  Guest("freebsd", "arm64", "FreeBSD", "runner", True, "sudo shutdown -p now", FREEBSD_ARM64),
+  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, "sudo shutdown -p now", OPENBSD_X86_64),
+  Guest("openbsd", "arm64", "OpenBSD", "runner", True, "sudo shutdown -p now", OPENBSD_ARM64),
+  Guest("netbsd", "x86-64", "NetBSD", "runner", True, "sudo shutdown -p now", NETBSD_X86_64),
+  Guest("netbsd", "arm64", "NetBSD", "runner", True, "sudo shutdown -p now", NETBSD_ARM64),
+  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", HAIKU_X86_64),
+  Guest("omnios", "x86-64", "OmniOS", "runner", True, "sudo shutdown -i5 -g0 -y", OMNIOS_X86_64),
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
 ARCHES = {
@@ -350,6 +386,7 @@ def find_guest(os_name: str, arch: str) -> Guest:
 
 ACCELERATORS = ("hvf", "kvm", "tcg")
 SSH_PORT = 2847
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z"
 VERSION = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
 
 
@@ -376,6 +413,11 @@ class Options(NamedTuple):
   accel: str = "hvf:kvm:tcg"
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
+  detach: bool = False
+  boot_timeout: float = 600.0
+  console_log: str = ""
+  force: bool = False
+  offline: bool = False
   progress: bool = False
   json: bool = False
   refresh: bool = False
@@ -396,7 +438,7 @@ def parse_arch(text: str) -> str:
 
 def parse_name(text: str) -> str:
   """An instance's name, which is also the name of its files."""
-  if not re.match(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z", text):
+  if not re.match(NAME, text):
     raise UsageError(
       f"bad instance name '{text}'; allowed are up to 100 letters, digits and . _ + ~ -, "
       "a letter or digit first"
@@ -464,6 +506,13 @@ def parse_program(text: str) -> str:
   return os.path.abspath(path)
 
 
+def parse_seconds(text: str) -> float:
+  """A time in seconds, at most a day."""
+  if not re.match(r"[0-9]{1,5}(\.[0-9]{1,3})?\Z", text) or float(text) > 86400:
+    raise UsageError(f"bad number of seconds '{text}'; allowed are 0 to 86400")
+  return float(text)
+
+
 def parse_text(text: str) -> str:
   """Any words."""
   return text
@@ -498,6 +547,14 @@ OPTIONS = (
          "use this qemu-system-… and the qemu-img beside it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
          "one more argument for QEMU; may be given several times", True),
+  Option(("-d", "--detach"), "detach", "", bool,
+         "run in the background, once ssh answers; see qvm list and qvm stop"),
+  Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
+         "how long a detached run waits for ssh (default: 600)"),
+  Option(("--console-log",), "console_log", "FILE", os.path.abspath,
+         "append what the guest writes to its console to FILE"),
+  Option(("--force",), "force", "", bool, "end what runs at once, without waiting for the guest"),
+  Option(("--offline",), "offline", "", bool, "leave the network out"),
   Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
   Option(("--refresh",), "refresh", "", bool,
          "replace what is cached by the newest release,\nunless an instance needs the old image"),
@@ -528,12 +585,13 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION]", 1, 2,
     ("platform", "rm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu", "qemu_args",
-     "progress"),
+     "detach", "boot_timeout", "console_log", "progress"),
     "Boot a guest in this terminal, downloading first what is missing.",
     (
       "qvm run freebsd 15.1",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
+      "qvm run --detach --name web freebsd 15.1",
       "qvm run --dry-run netbsd 10.1",
     ),
   ),
@@ -559,20 +617,35 @@ COMMANDS = {
     "Show the instances: their state, address and size on disk.",
     ("qvm list", "qvm list --json"),
   ),
+  "stop": Command(
+    "NAME...", 1, 1000, ("force",),
+    "Power instances off: over ssh, else with SIGTERM, else with SIGKILL.",
+    ("qvm stop freebsd-15.1-x86-64", "qvm stop --force build test"),
+  ),
   "rm": Command(
-    "NAME...", 1, 1000, (),
-    "Remove instances that do not run, with everything their guests wrote.",
-    ("qvm rm freebsd-15.1-x86-64", "qvm rm build test"),
+    "NAME...", 1, 1000, ("force",),
+    "Remove instances, with everything their guests wrote.",
+    ("qvm rm freebsd-15.1-x86-64", "qvm rm --force build test"),
   ),
   "clean": Command(
     "", 0, 0, ("all", "dry_run"),
     "Delete what interrupted runs left; never an instance.",
     ("qvm clean", "qvm clean --all --dry-run"),
   ),
+  "doctor": Command(
+    "", 0, 0, ("offline", "json"),
+    "Say what this host can and cannot do, and the fix for each fault.",
+    ("qvm doctor", "qvm doctor --offline --json"),
+  ),
   "config": Command(
     "print-path", 1, 1, (),
     "Print the folder in which qvm keeps everything.",
     ("qvm config print-path", 'du -sh "$(qvm config print-path)"'),
+  ),
+  "completion": Command(
+    "bash|zsh|fish", 1, 1000, (),
+    "Print a script with which the shell completes qvm's words.",
+    ('eval "$(qvm completion bash)"', "qvm completion fish | source"),
   ),
 }  # fmt: skip
 
@@ -660,11 +733,13 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
     find_os(operands[0])
     for version in operands[1:]:
       parse_version(version)
-  if command == "rm":
+  if command in ("rm", "stop"):
     for name in operands:
       parse_name(name)
   if command == "config" and operands[0] != "print-path":
     raise UsageError(f"config knows only print-path, not '{operands[0]}'")
+  if command == "completion" and operands[0] not in ("bash", "zsh", "fish", "words"):
+    raise UsageError(f"no such shell: '{operands[0]}'; there are bash, zsh, fish")
 
 
 def find_os(text: str) -> str:
@@ -778,10 +853,10 @@ def own_qemu_img(own_qemu: str) -> str:
   return os.path.abspath(found)
 
 
-def make_plan(
-  options: Options, host: Host, guest: Guest, version: str, cache: str, suffix: str
-) -> Plan:
+def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm overlay its own."""
+  guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
+  version = parse_version(options.operands[1])
   check_host(host, guest, options.qemu)
   check_own_qemu(guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
@@ -814,8 +889,10 @@ def cache_folder(environ: Dict[str, str]) -> str:
   if environ.get("QVM_CACHE_DIR"):
     return os.path.abspath(environ["QVM_CACHE_DIR"])
   xdg = environ.get("XDG_CACHE_HOME", "")
-  home = xdg if os.path.isabs(xdg) else os.path.join(os.path.expanduser("~"), ".cache")
-  return os.path.join(home, "qvm")
+  home = os.path.expanduser("~")
+  if not os.path.isabs(xdg) and home == "~":
+    raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
+  return os.path.abspath(os.path.join(xdg if os.path.isabs(xdg) else home + "/.cache", "qvm"))
 
 
 # ---- Files and programs -------------------------------------------------------------------------
@@ -836,18 +913,28 @@ def read_json(path: str) -> Dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def write_text(path: str, text: str) -> None:
+def find_program(name: str, folder: Optional[str] = None) -> str:
+  """The absolute path of a program on PATH or in a folder; empty when there is none."""
+  import shutil
+
+  path = shutil.which(name, path=folder)
+  return os.path.abspath(path) if path else ""
+
+
+def write_text(path: str, text: str, mode: int = 0o644) -> None:
   """Write a file so that it is there whole or not at all."""
+  remove_file(path + ".tmp")
   with open(path + ".tmp", "w", encoding="utf-8") as file:
     file.write(text)
+  os.chmod(path + ".tmp", mode)
   os.replace(path + ".tmp", path)
 
 
-def write_json(path: str, value: Dict[str, Any]) -> None:
+def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
   """Write a JSON file."""
   import json
 
-  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
 
 
 def file_sha256(path: str) -> str:
@@ -856,6 +943,17 @@ def file_sha256(path: str) -> str:
   with open(path, "rb") as file:
     for chunk in iter(lambda: file.read(CHUNK), b""):
       digest.update(chunk)
+  return str(digest.hexdigest())
+
+
+def tree_sha256(root: str) -> str:
+  """One SHA-256 for all files below a folder and their names, but for its release.json."""
+  digest = new_sha256()
+  for folder, folders, names in os.walk(root):
+    folders.sort()
+    for path in sorted(os.path.join(folder, name) for name in names if name != "release.json"):
+      digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+      digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
   return str(digest.hexdigest())
 
 
@@ -870,7 +968,7 @@ def names_in(cache: str, folder: str) -> List[str]:
   """The names in one of the cache's folders, sorted; none when it is not there."""
   try:
     return sorted(os.listdir(os.path.join(cache, folder)))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
 
 
@@ -974,6 +1072,7 @@ def end_process(process: Any) -> None:
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0  # seconds that a Retry-After may ask for
 HEADWAY = 1 << 20  # bytes after which an attempt counts as progress and the attempts start anew
+URL = r"(https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?|file://(/[!-~]*)?)\Z"
 QUOTA_HINT = "GITHUB_TOKEN raises it from 60 to 5,000 requests an hour"
 RETRY_CODES = (408, 425, 429, 500, 502, 503, 504)
 T = TypeVar("T")
@@ -1006,30 +1105,32 @@ class Cancelled(Exception):
 
 def net_from(environ: Dict[str, str]) -> Net:
   """Read the addresses and times from the environment; UsageError for bad ones."""
-  releases = environ.get("QVM_RELEASES_URL") or RELEASES_URL
+  releases = (environ.get("QVM_RELEASES_URL") or RELEASES_URL).rstrip("/")
   api = environ.get("QVM_API_URL") or (API_URL if releases == RELEASES_URL else "")
   for name, url in (("QVM_RELEASES_URL", releases), ("QVM_API_URL", api)):
-    if url and not re.match(r"(https?://[^/\s]+|file:///)[!-~]*\Z", url):
-      raise UsageError(f"{name}: '{url}' is not an http://, https:// or file:/// address")
+    if url and not re.match(URL, url):
+      raise UsageError(
+        f"{name}: '{short(url)}' is no http://HOST, https://HOST or file:/// address"
+      )
   token = (environ.get("GITHUB_TOKEN") or environ.get("GH_TOKEN") or "").strip()
   if not re.match(r"[!-~]*\Z", token):
     raise UsageError("GITHUB_TOKEN or GH_TOKEN: the token has characters that no token has")
   return Net(
-    releases.rstrip("/"),
+    releases,
     api.rstrip("/"),
     token,
-    seconds_from(environ, "QVM_TIMEOUT", 30.0),
-    seconds_from(environ, "QVM_RETRY_DELAY", 1.0),
+    seconds_from(environ, "QVM_TIMEOUT", 30.0, 0.1),
+    seconds_from(environ, "QVM_RETRY_DELAY", 1.0, 0.0),
     ATTEMPTS,
     threading.Event(),
   )
 
 
-def seconds_from(environ: Dict[str, str], name: str, default: float) -> float:
+def seconds_from(environ: Dict[str, str], name: str, default: float, least: float) -> float:
   """A time in seconds from the environment, at most an hour."""
   text = environ.get(name) or str(default)
-  if not re.match(r"[0-9]{1,4}(\.[0-9]{1,6})?\Z", text) or float(text) > 3600:
-    raise UsageError(f"{name}: '{text}' is not a number of seconds from 0 to 3600")
+  if not re.match(r"[0-9]{1,4}(\.[0-9]{1,6})?\Z", text) or not least <= float(text) <= 3600:
+    raise UsageError(f"{name}: '{text}' is not a number of seconds from {least:g} to 3600")
   return float(text)
 
 
@@ -1057,17 +1158,17 @@ def redirect_handler(stop: str) -> Any:
     def redirect_request(
       self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Any:
-      if stop and stop in newurl:
-        return None
-      fp.close()  # or else urllib reads the whole body, however long
       old, new = (urllib.parse.urlsplit(url).scheme.lower() for url in (req.full_url, newurl))
       if new != old and new != "https":
         raise QvmError(
           f"{short(req.full_url)} redirects from {old} to {short(newurl)}, which is not safe"
         )
+      if stop and stop in newurl:
+        return None
+      fp.close()  # or else urllib reads the whole body, however long
       return urllib.request.Request(
         newurl,
-        headers=req.headers,  # not the unredirected ones, which are for the first host only
+        headers={k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"},
         method=req.get_method(),
         origin_req_host=req.origin_req_host,
         unverifiable=True,
@@ -1115,6 +1216,8 @@ def http_failure(url: str, error: Any) -> Exception:
   """What an HTTP status that is no success means."""
   code, final = error.code, error.geturl() or url
   if 300 <= code < 400:
+    if "location" not in error.headers:  # the connection may have ended before it came
+      return Transient(f"{short(url)}: a redirect that leads nowhere")
     return QvmError(f"{short(url)}: bad redirect: {error.msg}")
   message = f"{short(final)} answers {code} {error.msg}"
   if error.headers.get("x-ratelimit-remaining") == "0":
@@ -1122,7 +1225,7 @@ def http_failure(url: str, error: Any) -> Exception:
   expired = code == 403 and short(final) != short(url)  # a signed address: ask for a new one
   if code in RETRY_CODES or expired or code == 416:
     return Transient(message, retry_after(error.headers.get("Retry-After")), code)
-  return NotFound(message) if code in (404, 410) else QvmError(message)
+  return NotFound(message) if code in (404, 410) else QvmError(message, proxy_used(url))
 
 
 class NotFound(QvmError):
@@ -1168,20 +1271,29 @@ def connection_failure(url: str, error: Exception) -> Exception:
 
 
 def describe(error: BaseException) -> str:
-  """An exception in words: what the system says, else its text, else its kind."""
-  return getattr(error, "strerror", None) or str(error) or type(error).__name__
+  """An exception in words: what the system says, else its text without passwords, else its kind."""
+  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+  if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    text = f"the disk is full: {text}"
+  return re.sub(r"\S*@", "", str(text))
 
 
-def proxy_hint(url: str) -> str:
-  """Names the proxy that the request goes through, if there is one."""
+def proxy_used(url: str) -> str:
+  """Names the proxy that a request goes through; empty when there is none."""
   import urllib.parse
   import urllib.request
 
   parts = urllib.parse.urlsplit(url)
   proxy = urllib.request.getproxies().get(parts.scheme)
   if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
-    return "is the network up? what has been downloaded is kept, try again"
-  return f"the request goes through the proxy {short(proxy)} ({parts.scheme}_proxy)"
+    return ""
+  return f"the request goes through the proxy {proxy_name(proxy)} ({parts.scheme}_proxy)"
+
+
+def proxy_name(proxy: str) -> str:
+  """Host and port of a proxy, never what may be a password."""
+  match = re.match(r"(.*@|[a-z0-9]*:?//)?([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?/*\Z", proxy)
+  return f"{match.group(2)}{match.group(3) or ''}" if match else "(an address that is not one)"
 
 
 def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callable[[], int]) -> T:
@@ -1200,7 +1312,8 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callabl
       left -= 1
       if not left:
         raise QvmError(
-          f"{error} ({net.attempts} attempts)" if net.attempts > 1 else str(error), proxy_hint(url)
+          f"{error} ({net.attempts} attempts)" if net.attempts > 1 else str(error),
+          proxy_used(url) or "is the network up? what has been downloaded is kept, try again",
         )
       import random
 
@@ -1220,6 +1333,7 @@ class Transfer:
   """
 
   running: "List[Transfer]" = []  # those that --progress shows
+  abandoned = False  # whether threads may still be at work although their result is not wanted
 
   def __init__(self, net: Net, url: str, name: str, folder: str) -> None:
     self.net, self.url, self.name = net, url, name
@@ -1302,14 +1416,45 @@ def fetch_rest(transfer: Transfer) -> None:
       check_range(transfer, answer.headers)
     else:
       start_over(transfer, answer.headers)
+    check_space(transfer)
     announce(transfer)
-    with open(transfer.part, "ab") as part:
-      copy_body(transfer, answer, part)
+    try:
+      with open(transfer.part, "ab") as part:
+        copy_body(transfer, answer, part)
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise QvmError(f"{transfer.part}: {describe(error)}")
+      left = (transfer.total or transfer.done) - os.path.getsize(transfer.part)
+      raise disk_full(transfer.part, left - free_space(os.path.dirname(transfer.part)))
   if transfer.total is None:  # a chunked body, which tells its own end
     transfer.total = transfer.done
   if transfer.done != transfer.total:
     done, total = megabytes(transfer.done), megabytes(transfer.total)
     raise Transient(f"{short(transfer.url)}: the connection ended after {done} of {total}")
+
+
+def check_space(transfer: Transfer) -> None:
+  """Refuse a download for which there is no room, counting those that go on beside it."""
+  running = [it for it in list(Transfer.running) if it.total is not None]
+  wanted = sum((it.total or 0) - it.done for it in running)
+  free = free_space(os.path.dirname(transfer.part))
+  if wanted > free:
+    raise disk_full(transfer.part, wanted - free)
+
+
+def free_space(folder: str) -> int:
+  """The bytes that may still be written to a folder's file system."""
+  stat = os.statvfs(folder)
+  return stat.f_bavail * stat.f_frsize
+
+
+def disk_full(path: str, missing: int) -> QvmError:
+  """The error for a disk without room, with the bytes that are missing."""
+  return QvmError(
+    f"the disk is full: {path} takes {megabytes(max(missing, 1))} more than there is",
+    "free some space (qvm clean --all --dry-run shows what can go) and try again: "
+    "what is there is kept",
+  )
 
 
 def announce(transfer: Transfer) -> None:
@@ -1327,7 +1472,7 @@ def check_range(transfer: Transfer, headers: Any) -> None:
   """A 206 must bring just the bytes asked for, of the same object; else all starts over."""
   match = re.match(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)\Z", headers.get("Content-Range") or "")
   etag = headers.get("ETag") or ""
-  same = not etag or transfer.validator in (etag, headers.get("Last-Modified"))
+  same = transfer.validator in (etag, headers.get("Last-Modified"))
   if (
     not match
     or [int(match.group(i)) for i in (1, 3)] != [transfer.done, transfer.total]
@@ -1346,8 +1491,8 @@ def start_over(transfer: Transfer, headers: Any) -> None:
   chunked = (headers.get("Transfer-Encoding") or "").lower() == "chunked"
   if re.match(r"[0-9]{1,15}\Z", length) and not chunked:
     transfer.total = int(length)
-  elif not chunked:
-    raise QvmError(f"{short(transfer.url)}: the server does not say how long the file is")
+  elif not chunked:  # the connection may have ended before it did
+    raise Transient(f"{short(transfer.url)}: the server does not say how long the file is")
   etag = headers.get("ETag") or ""
   strong = re.match(r'"[^"]*"\Z', etag)
   transfer.validator = etag if strong else (headers.get("Last-Modified") or "")
@@ -1361,23 +1506,20 @@ def copy_body(transfer: Transfer, answer: Any, part: IO[bytes]) -> None:
   """Append the body to the part file, looking at its first bytes on the way."""
   import http.client
   import socket
-  import ssl
 
-  buffer = memoryview(bytearray(CHUNK))
   looked = len(transfer.head) >= 512
   while not transfer.net.cancelled.is_set():
+    wanted = CHUNK if transfer.total is None else min(CHUNK, transfer.total - transfer.done)
     try:
-      size = answer.readinto(buffer)
+      chunk = answer.read1(wanted) if wanted else b""  # what is there: a time-out loses none of it
     except socket.timeout:
       raise Transient(f"{short(transfer.url)}: no more data for {transfer.net.timeout:g} s")
-    except (ConnectionError, ssl.SSLError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
       raise Transient(f"{short(transfer.url)}: the connection broke: {describe(error)}")
-    except OSError as error:
-      raise Transient(f"{short(transfer.url)}: {describe(error)}")
-    if not size:
+    if not chunk:
       return
-    part.write(buffer[:size])
-    transfer.take(buffer[:size])
+    part.write(chunk)
+    transfer.take(chunk)
     if not looked and len(transfer.head) >= 512:
       looked = True
       part.flush()
@@ -1452,6 +1594,7 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
         raise failure
   except BaseException:
     net.cancelled.set()
+    Transfer.abandoned = True
     raise
 
 
@@ -1546,7 +1689,11 @@ def newest_tag(net: Net, repo: str) -> str:
   else:
     tag = body[:200].decode("ascii", "replace").strip()
   if not re.match(TAG, tag):
-    raise QvmError(f"{short(url)} names no newest release", f"does {repo} hold releases?")
+    page = " but is an HTML page" if looks_like_html(body) else ""
+    raise QvmError(
+      f"{short(url)} names no newest release{page}",
+      f"does {repo} hold releases, or does a login page of this network stand in between?",
+    )
   return tag
 
 
@@ -1615,7 +1762,8 @@ def page_release(net: Net, repo: str, tag: str) -> Release:
 def page_releases(net: Net, repo: str) -> List[Release]:
   """The newest releases from the pages, one request for each; a mirror may have just one.
 
-  The feed tells nothing of prereleases: what is newer than the newest release is one.
+  The feed tells nothing of prereleases: what is newer than the newest release is one, and so
+  is what is named like one.
   """
   newest = newest_tag(net, repo)
   tags = [newest]
@@ -1626,6 +1774,8 @@ def page_releases(net: Net, repo: str) -> List[Release]:
     tags = listed[listed.index(newest) :] if newest in listed else [newest, *listed]
   releases = []
   for tag in tags:
+    if tag != newest and re.search(r"[0-9][-._]?(alpha|beta|rc|pre)", tag.lower()):
+      continue
     with contextlib.suppress(NotFound):
       releases.append(page_release(net, repo, tag))
   return releases
@@ -1655,6 +1805,11 @@ class Releases:
     """The SHA-256 of an asset, empty where no release data tell it."""
     return self.once((repo, tag), lambda: self.one(repo, tag)).assets.get(name, "")
 
+  def forget(self, repo: str, tag: str) -> None:
+    """Ask anew for a release's data the next time."""
+    with self.lock:
+      self.asked.pop((repo, tag), None)
+
   def one(self, repo: str, tag: str) -> Release:
     """A release's data from the API, else from its page, else empty: no download waits long."""
     net = quick(self.net)
@@ -1675,7 +1830,9 @@ class Releases:
     """What all() remembers."""
     if self.net.api:
       try:
-        return api_releases(self.net, repo)
+        releases = api_releases(self.net, repo)
+        if releases:
+          return releases
       except QvmError as error:
         say(f"{error}; reading the release pages instead")
     return page_releases(self.net, repo)
@@ -1731,8 +1888,11 @@ def make_folders(cache: str) -> None:
   """Make the cache and its folders, for this user only."""
   os.makedirs(os.path.dirname(cache), exist_ok=True)
   for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports"):
+    path = os.path.join(cache, name) if name else cache
     with contextlib.suppress(FileExistsError):
-      os.mkdir(os.path.join(cache, name), 0o700)
+      os.mkdir(path, 0o700)
+    if not os.path.isdir(path):
+      raise QvmError(f"{path} is in the way: it is not a folder")
 
 
 def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
@@ -1772,20 +1932,34 @@ def drop_lock(fd: int, path: str) -> None:
 
 
 @contextlib.contextmanager
-def artefact_lock(cache: str, name: str) -> Iterator[None]:
-  """Hold the right to fetch one artefact, waiting for another qvm that fetches it."""
-  path = os.path.join(cache, "downloads", name + ".lock")
+def artefact_lock(folder: str, name: str) -> Iterator[None]:
+  """Hold the right to fetch one artefact into a folder, waiting for a qvm that fetches it.
+
+  Beside it goes a shared lock on the folder: `clean` takes that alone.
+  """
+  import fcntl
+
+  path = os.path.join(folder, name + ".lock")
 
   def wait() -> bool:
     say(f"waiting for another qvm that downloads {name}")
     return True
 
-  fd = try_lock(path, wait)
-  assert fd is not None  # wait says yes
+  shared = os.open(folder, os.O_RDONLY)
   try:
-    yield
+    try:
+      fcntl.flock(shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      say("waiting for another qvm that cleans up")
+      fcntl.flock(shared, fcntl.LOCK_SH)
+    fd = try_lock(path, wait)
+    assert fd is not None  # wait says yes
+    try:
+      yield
+    finally:
+      drop_lock(fd, path)
   finally:
-    drop_lock(fd, path)
+    os.close(shared)
 
 
 def publish(source: str, target: str, mode: int) -> None:
@@ -1798,9 +1972,11 @@ def publish(source: str, target: str, mode: int) -> None:
 
 def safe_name(name: str) -> List[str]:
   """The parts of an archive member's name; ValueError when it could lead out of the tree."""
-  parts = [part for part in name.split("/") if part not in ("", ".")]
-  if name.startswith("/") or "\0" in name or any(len(os.fsencode(p)) > 255 for p in parts):
+  if name.startswith("/") or "\0" in name or len(name) > 1000:
     raise ValueError("is not a plain path")
+  parts = [part for part in name.split("/") if part not in ("", ".")]
+  if any(len(os.fsencode(part)) > 255 for part in parts):
+    raise ValueError("has too long a name")
   if ".." in parts:
     raise ValueError("leads out of the archive")
   return parts
@@ -1808,7 +1984,7 @@ def safe_name(name: str) -> List[str]:
 
 def check_link(parts: List[str], target: str) -> None:
   """A symbolic link may only climb within the tree, and only at the start of its target."""
-  if target.startswith("/") or "\0" in target or len(target) > 1000:
+  if not target or target.startswith("/") or "\0" in target or len(target) > 1000:
     raise ValueError(f"is a link to {target[:100]}")
   words = [word for word in target.split("/") if word not in ("", ".")]
   climbs = 0
@@ -1818,7 +1994,7 @@ def check_link(parts: List[str], target: str) -> None:
     raise ValueError(f"is a link out of the archive, to {target[:100]}")
 
 
-def check_member(member: Any, files: Set[Tuple[str, ...]]) -> List[str]:
+def check_member(member: Any, plain: Set[Tuple[str, ...]]) -> List[str]:
   """The parts of one member's name; ValueError when it is not a plain file, folder or link."""
   parts = safe_name(member.name)
   if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
@@ -1826,8 +2002,8 @@ def check_member(member: Any, files: Set[Tuple[str, ...]]) -> List[str]:
   if member.issym():
     check_link(parts, member.linkname)
   elif member.islnk():
-    if tuple(safe_name(member.linkname)) not in files:
-      raise ValueError("is a link to what is not in the archive")
+    if tuple(safe_name(member.linkname)) not in plain:
+      raise ValueError("is a link to what is no file of the archive")
   elif not member.isreg() and not member.isdir():
     raise ValueError("is a device or another special file")
   if not parts and not member.isdir():
@@ -1839,20 +2015,28 @@ def check_members(archive: Any) -> List[Tuple[Any, List[str]]]:
   """The members of a tar archive with the parts of their names; ValueError for a hostile one."""
   members: List[Tuple[Any, List[str]]] = []
   files: Set[Tuple[str, ...]] = set()
+  plain: Set[Tuple[str, ...]] = set()
   folders: Set[Tuple[str, ...]] = set()
   size = 0
   for member in archive:
     size += member.size
+    if member.size < 0:
+      raise ValueError("it is damaged")
     if len(members) >= MOST_MEMBERS or size > MOST_BYTES:
       raise ValueError("it holds more than any QEMU")
     try:
-      parts = check_member(member, files)
+      parts = check_member(member, plain)
     except ValueError as error:
       raise ValueError(f"its member '{member.name[:100]}' {error}")
     members.append((member, parts))
     if not member.isdir():
       files.add(tuple(parts))
+    if member.isreg() or member.islnk():
+      plain.add(tuple(parts))
     folders.update(tuple(parts[:n]) for n in range(len(parts) + member.isdir()))
+  archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header for the end
+  if archive.fileobj.read(512) != bytes(512):
+    raise ValueError("it is cut short or damaged")
   clash = files & folders  # something would be written through a link or over a file
   if clash:
     raise ValueError("'{}' is both a folder and something else".format("/".join(min(clash))))
@@ -1891,32 +2075,59 @@ def unpack(path: str, folder: str) -> None:
 def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
   """Unpack a downloaded archive into a new folder and return the file that has one of the names.
 
-  It may lie in that folder or, in an archive with one top folder, in that one. An archive that
-  is damaged, hostile or without that file is deleted, with an error.
+  It may lie in that folder or, in an archive with one top folder, in that one. RefusedError
+  when the archive is damaged, hostile or without that file; then nothing is left of it.
   """
+  import lzma
   import tarfile
   import zlib
 
   remove_tree(folder)
   try:
     unpack(path, folder)
-    inside = os.listdir(folder)
-    for top in [""] + (inside if len(inside) == 1 else []):
-      for name in names:
-        found = os.path.join(folder, top, name)
-        if os.path.isfile(found):
-          return found
-    raise ValueError(f"it holds no {names[0]}")
-  except (tarfile.TarError, ValueError, EOFError, zlib.error, OverflowError) as error:
-    problem = str(error)
+    return find_unpacked(folder, names)
+  except (tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, EOFError,
+          OverflowError, RecursionError, MemoryError) as error:  # fmt: skip
+    problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
   except OSError as error:
-    if error.errno not in BAD_NAME_ERRORS:
+    if error.errno is not None and error.errno not in BAD_NAME_ERRORS:
       remove_tree(folder)
-      raise
+      raise QvmError(f"{folder} cannot be unpacked: {describe(error)}")
     problem = describe(error)
   remove_tree(folder)
   remove_file(path)
-  raise QvmError("{} is refused: {}".format(os.path.basename(path)[: -len(".part")], problem))
+  raise RefusedError(f"{os.path.basename(path)[: -len('.part')]} is refused: {problem}")
+
+
+def find_unpacked(folder: str, names: Sequence[str]) -> str:
+  """The file of that name in an unpacked archive or its one top folder; ValueError without."""
+  inside = os.listdir(folder)
+  for top in ["", *(inside if len(inside) == 1 else [])]:
+    for name in names:
+      found = os.path.join(folder, top, name)
+      if os.path.isfile(found):
+        check_links(found[: -len(name)])
+        return found
+  raise ValueError(f"it holds no {names[0]}")
+
+
+def check_links(root: str) -> None:
+  """The part of an archive that is kept may have no links to what is not."""
+  inside = os.path.realpath(root) + "/"
+  for folder, folders, names in os.walk(root):
+    for path in (os.path.join(folder, name) for name in folders + names):
+      if os.path.islink(path) and not (os.path.realpath(path) + "/").startswith(inside):
+        raise ValueError(f"its member '{os.path.relpath(path, root)}' is a link out of the archive")
+
+
+@contextlib.contextmanager
+def reset_if_refused(transfer: Transfer) -> Iterator[None]:
+  """Forget a download that turns out to be damaged or hostile."""
+  try:
+    yield
+  except RefusedError:
+    transfer.reset()
+    raise
 
 
 @contextlib.contextmanager
@@ -1934,6 +2145,23 @@ def gate(folder: str) -> Iterator[None]:
     yield
   finally:
     os.close(fd)
+
+
+def tables_fit(number: Callable[[int, int], int], size: int) -> bool:
+  """Whether what a qcow2 header tells of its tables is possible in a file of that size."""
+  cluster = 1 << number(20, 4)
+  entries, l1, refcounts, clusters = number(36, 4), number(40, 8), number(48, 8), number(56, 4)
+  if number(4, 4) == 3 and (number(96, 4) > 6 or not 104 <= number(100, 4) <= min(cluster, size)):
+    return False
+  needed = -(-number(24, 8) // (cluster * (cluster // 8)))
+  return (
+    needed <= entries <= 1 << 22
+    and 0 < clusters * cluster <= 1 << 23
+    and l1 % cluster == refcounts % cluster == 0
+    and 0 < l1 <= size - 8 * entries
+    and 0 < refcounts <= size - clusters * cluster
+    and number(60, 4) <= 65536
+  )
 
 
 def check_image(path: str) -> None:
@@ -1966,8 +2194,10 @@ def check_image(path: str) -> None:
     problem = "it is encrypted"
   elif not 9 <= number(20, 4) <= 21 or not 0 < number(24, 8) <= 1 << 46:
     problem = "its sizes make no sense"
+  elif not tables_fit(number, os.path.getsize(path)):
+    problem = "its tables make no sense: is it cut short?"
   if problem:
-    raise QvmError(f"the image {path} is refused: {problem}")
+    raise RefusedError(f"the image {path} is refused: {problem}")
 
 
 def backing_file(path: str) -> str:
@@ -2007,8 +2237,8 @@ def fetch_asset(
   Returns it with its record. One that differs is fetched once more from the start.
   """
   url = asset_url(releases.net, repo, tag, name)
-  expected = Later(lambda: releases.digest(repo, tag, name))
   for last in (False, True):
+    expected = Later(lambda: releases.digest(repo, tag, name))
     transfer = download(releases.net, url, name, folder)
     digest, wanted = transfer.hash.hexdigest(), expected.result()
     if not wanted:
@@ -2020,9 +2250,40 @@ def fetch_asset(
     if last:
       raise QvmError(f"{problem} (sha256 {wanted}, not {digest})", "it has been deleted")
     say(f"{problem}; fetching it once more")
+    releases.forget(repo, tag)
   record = {"release": tag, "url": url, "size": transfer.done, "asset_sha256": digest}
   record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
   return transfer, record
+
+
+def record_path(path: str) -> str:
+  """Where release, URL, size and digests of a cached file or QEMU's program are noted."""
+  if os.path.basename(path).startswith("qemu-system-"):
+    return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
+  return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
+
+
+def place(source: str, target: str, record: Dict[str, Any], mode: int) -> None:
+  """Publish a file with its record, so that a kill at any moment leaves them matching.
+
+  Until the file has its place, its record waits beside the old one and tells by the inode
+  which of the two files it is meant for; record_of takes the one that fits.
+  """
+  waiting = record_path(target) + ".new"
+  write_json(waiting, {**record, "inode": os.stat(source).st_ino}, 0o444)
+  publish(source, target, mode)
+  os.replace(waiting, record_path(target))
+
+
+def record_of(path: str) -> Dict[str, Any]:
+  """The record of a cached file; empty when there is none."""
+  waiting = record_path(path) + ".new"
+  new = read_json(waiting)
+  if new and os.path.exists(path) and new.get("inode") == os.stat(path).st_ino:
+    with contextlib.suppress(OSError):
+      os.replace(waiting, record_path(path))  # what the killed qvm was about to do
+    return new
+  return read_json(record_path(path))
 
 
 def downloads(plan: Plan) -> str:
@@ -2030,12 +2291,12 @@ def downloads(plan: Plan) -> str:
   return os.path.join(plan.cache, "downloads")
 
 
-def is_there(plan: Plan, releases: Releases, path: str, record: str, name: str) -> bool:
+def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
   if not os.path.isfile(path) or not plan.refresh:
     return os.path.isfile(path)
   url = asset_url(releases.net, "resources", releases.tag("resources"), name)
-  newest = read_json(record).get("url") == url
+  newest = record_of(path).get("url") == url
   if newest:
     say(f"{name} is the newest")
   return newest
@@ -2053,22 +2314,29 @@ def tree_program(plan: Plan) -> str:
 
 def fetch_qemu(plan: Plan, releases: Releases) -> None:
   """Download QEMU for the guest's CPU and put its tree in place."""
-  record_file = os.path.join(plan.tree, "release.json")
-  with artefact_lock(plan.cache, plan.qemu_asset):
-    if is_there(plan, releases, tree_program(plan), record_file, plan.qemu_asset):
+  with artefact_lock(downloads(plan), plan.qemu_asset):
+    if is_there(plan, releases, tree_program(plan), plan.qemu_asset):
       return
     transfer, record = fetch_resource(releases, plan.qemu_asset, downloads(plan))
     aside = plan.tree + ".tmp"
-    program = unpack_aside(transfer.part, aside, ("bin/qemu",))
-    root = os.path.dirname(os.path.dirname(program))
-    if not os.path.isdir(os.path.join(root, "share", "qemu")):
-      remove_tree(aside)
-      raise QvmError(f"{plan.qemu_asset} is refused: it holds no share/qemu")
-    os.chmod(program, 0o755)
-    record["sha256"] = file_sha256(program)
-    os.rename(program, os.path.join(root, "bin", os.path.basename(tree_program(plan))))
+    with reset_if_refused(transfer):
+      program = unpack_aside(transfer.part, aside, ("bin/qemu",))
+      root = os.path.dirname(os.path.dirname(program))
+      named = os.path.join(root, "bin", os.path.basename(tree_program(plan)))
+      taken = [os.path.join(root, "release.json" + end) for end in ("", ".tmp")]
+      fit = os.path.isdir(os.path.join(root, "share", "qemu"))
+      if not os.path.isfile(named):  # some archives may have it under both names
+        taken.append(named)
+      if not fit or any(os.path.lexists(path) for path in taken):
+        remove_tree(aside)
+        raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
+    if not os.path.isfile(named):
+      os.rename(program, named)
+    os.chmod(named, 0o755)
+    record["sha256"] = tree_sha256(root)
     write_json(os.path.join(root, "release.json"), record)
-    put_tree(root, plan.tree)
+    with gate(os.path.join(plan.cache, "instances")):
+      put_tree(root, plan.tree)
     remove_tree(aside)
     transfer.reset()
 
@@ -2094,16 +2362,16 @@ def put_tree(root: str, link: str) -> None:
 
 def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
   """Download qemu-img."""
-  record_file = plan.qemu_img + ".json"
-  with artefact_lock(plan.cache, plan.tools_asset):
-    if is_there(plan, releases, plan.qemu_img, record_file, plan.tools_asset):
+  with artefact_lock(downloads(plan), plan.tools_asset):
+    if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
       return
     transfer, record = fetch_resource(releases, plan.tools_asset, downloads(plan))
     aside = os.path.join(plan.cache, "bin", "resources.tmp")
-    program = unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img"))
+    with reset_if_refused(transfer):
+      program = os.path.realpath(unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img")))
     record["sha256"] = file_sha256(program)
-    write_json(record_file, record)
-    publish(program, plan.qemu_img, 0o755)
+    with gate(os.path.join(plan.cache, "instances")):
+      place(program, plan.qemu_img, record, 0o755)
     remove_tree(aside)
     transfer.reset()
 
@@ -2112,7 +2380,7 @@ def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
 
 
 UNZSTD = (("zstd", "-dcq"), ("unzstd", "-cq"), ("zstdcat", "-q"),
-          ("bsdtar", "-cf", "-", "--format=pax", "@-"))  # fmt: skip
+          ("bsdtar", "-cf", "-", "--format=pax", "--ignore-zeros", "@-"))  # fmt: skip
 MOST_DISK = 1 << 40  # bytes of a bundle's disk, holes included
 ZSTD_HINT = "install zstd (Debian: apt-get install zstd, macOS: brew install zstd)"
 
@@ -2124,10 +2392,8 @@ def cached_images(cache: str, os_name: str) -> List[Image]:
 
 def unzstd_command() -> List[str]:
   """A program that unpacks zstd from stdin to stdout; empty where there is none."""
-  import shutil
-
   for name, *words in UNZSTD:
-    path = shutil.which(name)
+    path = find_program(name)
     if path:
       return [path, *words]
   return []
@@ -2135,25 +2401,28 @@ def unzstd_command() -> List[str]:
 
 def can_unzstd() -> bool:
   """Whether bundles can be unpacked here: Python has zstd from 3.14 on."""
-  import importlib.util
+  return bool(python_zstd() or unzstd_command())
 
-  with contextlib.suppress(ImportError):
-    if importlib.util.find_spec("compression.zstd"):
-      return True
-  return bool(unzstd_command())
+
+def python_zstd() -> Any:
+  """Python's own module for zstd, None where it has none."""
+  try:
+    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+  except ImportError:
+    return None
+  return zstd
 
 
 @contextlib.contextmanager
 def unzstd(path: str) -> Iterator[Any]:
   """The unpacked bytes of a zstd file, as a stream; ValueError when the file is damaged."""
-  try:
-    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
-  except ImportError:
-    zstd = None
+  zstd = python_zstd()
   if zstd:
     try:
       with zstd.open(path) as stream:
         yield stream
+        while stream.read(CHUNK):  # the end is looked at too
+          pass
     except zstd.ZstdError as error:
       raise ValueError(str(error))
     return
@@ -2187,7 +2456,7 @@ def unpack_bundle(stream: Any, folder: str) -> None:
       path = os.path.join(folder, name)
       if name not in ("disk.img", "kernel") or not member.isreg() or os.path.lexists(path):
         raise ValueError(f"its member '{member.name[:100]}' is not expected")
-      if member.size > MOST_DISK:
+      if not 0 <= member.size <= MOST_DISK:
         raise ValueError("its disk is larger than any")
       write_sparse(archive, member, path)
   if not os.path.isfile(os.path.join(folder, "disk.img")):
@@ -2199,8 +2468,13 @@ def write_sparse(archive: Any, member: Any, path: str) -> None:
 
   A sparse member's pieces lie one behind the other in the stream, which is at the first.
   """
-  zeros = bytes(CHUNK)
+  zeros, end = bytes(CHUNK), 0
   pieces = member.sparse if member.issparse() else [(0, member.size)]
+  pieces = [(offset, size) for offset, size in pieces if size]  # tarfile fills up with (0, 0)
+  for offset, size in pieces:
+    if size < 0 or offset < end or offset + size > member.size:
+      raise ValueError("its disk has pieces out of place")
+    end = offset + size
   with open(path, "wb") as file:
     for offset, size in pieces:
       while size > 0:
@@ -2214,31 +2488,23 @@ def write_sparse(archive: Any, member: Any, path: str) -> None:
     file.truncate(member.size)
 
 
-def convert_bundle(plan: Plan, part: str) -> str:
-  """Unpack a downloaded bundle and make a qcow2 of its disk; returns the qcow2's path.
-
-  A kernel is put beside the base image, unused for now.
-  """
+def convert_bundle(plan: Plan, part: str, aside: str) -> str:
+  """Unpack a downloaded bundle and make a qcow2 of its disk; returns the qcow2's path."""
   import tarfile
 
-  aside = os.path.join(downloads(plan), plan.image_asset + ".tmp")
+  name = os.path.basename(part)[: -len(".part")]
   remove_tree(aside)
-  say(f"unpacking {os.path.basename(part)[: -len('.part')]}")
+  say(f"unpacking {name}")
   try:
     with unzstd(part) as stream:
       unpack_bundle(stream, aside)
   except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-    remove_tree(aside)
-    raise QvmError(f"{os.path.basename(part)[: -len('.part')]} is refused: {error}")
-  except BaseException:
-    remove_tree(aside)
-    raise
+    raise RefusedError(f"{name} is refused: {error}")
+  except OSError as error:
+    raise QvmError(f"{name} cannot be unpacked: {aside}: {describe(error)}")
   disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
   run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
   os.unlink(disk)
-  kernel = os.path.join(aside, "kernel")
-  if os.path.exists(kernel):
-    publish(kernel, kernel_path(plan.base), 0o444)
   return result
 
 
@@ -2256,7 +2522,7 @@ def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
   if unpackable:
     yield newest, bundle
   for release in releases.all(repo):
-    if qcow2 in release.assets and release.tag != newest:
+    if qcow2 in release.assets:  # the newest too: its first 404 may have been a passing one
       yield release.tag, qcow2
     elif bundle in release.assets and not unpackable:
       say(f"{release.tag} has {bundle}, which takes zstd to unpack; looking for an older qcow2")
@@ -2267,13 +2533,13 @@ def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
 def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
   """Make the base image from the newest release that has it; tools waits for qemu-img."""
   repo = plan.guest.os + "-builder"
-  with artefact_lock(plan.cache, plan.image_asset):
+  with artefact_lock(downloads(plan), plan.image_asset):
     there = os.path.isfile(plan.base)
     if there and not plan.refresh:
       return
     for tag, name in candidates(plan, releases):
       url = asset_url(releases.net, repo, tag, name)
-      if there and read_json(record_path(plan.base)).get("url") == url:
+      if there and record_of(plan.base).get("url") == url:
         say(f"{name} of {tag} is the newest")
         return
       if there:
@@ -2304,24 +2570,32 @@ def put_image(
   plan: Plan, transfer: Transfer, record: Dict[str, Any], tools: Callable[[], None]
 ) -> None:
   """Check a downloaded image, converted if it is a bundle, and make it the base image."""
-  source = transfer.part
+  source, aside = transfer.part, os.path.join(downloads(plan), plan.image_asset + ".tmp")
+  record["sha256"] = record["asset_sha256"]
   try:
-    if transfer.name == plan.bundle_asset:
-      tools()
-      source = convert_bundle(plan, transfer.part)
-    check_image(source)
-  except QvmError:
-    transfer.reset()
-    raise
-  same = source == transfer.part
-  record["sha256"] = record["asset_sha256"] if same else file_sha256(source)
-  with gate(os.path.join(plan.cache, "instances")):
-    if os.path.exists(plan.base):
-      check_unused(plan)
-    write_json(record_path(plan.base), record)
-    publish(source, plan.base, 0o444)
+    with reset_if_refused(transfer):
+      if transfer.name == plan.bundle_asset:
+        tools()
+        source = convert_bundle(plan, transfer.part, aside)
+        record["sha256"] = file_sha256(source)
+      check_image(source)
+    record["bytes"] = os.path.getsize(source)
+    with gate(os.path.join(plan.cache, "instances")):
+      if os.path.exists(plan.base):
+        check_unused(plan)
+      place(source, plan.base, record, 0o444)
+      put_kernel(os.path.join(aside, "kernel"), kernel_path(plan.base))
+  finally:
+    remove_tree(aside)
   transfer.reset()
-  remove_tree(os.path.join(downloads(plan), plan.image_asset + ".tmp"))
+
+
+def put_kernel(source: str, target: str) -> None:
+  """Keep a bundle's kernel beside the base image, unused for now; without one there is none."""
+  if os.path.exists(source):
+    publish(source, target, 0o444)
+  else:
+    remove_file(target)
 
 
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
@@ -2331,6 +2605,11 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   guest = plan.guest
   images = images_in(guest.os, releases.all(guest.os + "-builder"))
   versions = [image.version for image in images if image.arch == guest.arch]
+  if plan.version in versions and can_unzstd():
+    return QvmError(
+      f"a release names {guest.title} {plan.version} for {guest.arch}, but the server has it not",
+      f"see {releases.net.releases}/{guest.os}-builder/releases",
+    )
   if plan.version in versions:
     return QvmError(
       f"{plan.bundle_asset} takes zstd to unpack, and no release has a qcow2", ZSTD_HINT
@@ -2341,11 +2620,6 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
     + (f"; the nearest: {', '.join(near)}" if near else ""),
     f"there are {', '.join(versions)}" if versions else "no release names any version for it",
   )
-
-
-def record_path(base: str) -> str:
-  """Where a base image's release, URL, size and digests are noted."""
-  return base[: -len(".qcow2")] + ".json"
 
 
 def fetch_missing(plan: Plan, net: Net) -> None:
@@ -2403,6 +2677,15 @@ class Files(NamedTuple):
     return self.path(".lock")
 
   @property
+  def console(self) -> str:
+    return self.path(".console.log")
+
+  @property
+  def known_hosts(self) -> str:
+    """The host keys of this guest, kept apart from the user's."""
+    return self.path(".known_hosts")
+
+  @property
   def mark(self) -> str:
     """An empty file that says: throw the instance away once it does not run."""
     return self.path(".ephemeral")
@@ -2428,8 +2711,9 @@ def take_instance(files: Files) -> int:
 
 def note_holder(fd: int, program: str, pid: int) -> None:
   """Write into a lock file who holds it, for people; the lock itself decides."""
-  os.ftruncate(fd, 0)
-  os.pwrite(fd, f"{program} process {pid}\n".encode(), 0)
+  with contextlib.suppress(OSError):  # a full disk must not keep `rm` from freeing some
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{program} process {pid}\n".encode(), 0)
 
 
 def holder(files: Files) -> str:
@@ -2462,7 +2746,8 @@ def read_instance(files: Files) -> Instance:
   """The record of an instance; QvmError when it is gone or damaged."""
   value = read_json(files.record)
   texts = {key: value.get(key, "") for key in Instance._fields}
-  if not all(isinstance(text, str) for text in texts.values()) or texts["name"] != files.name:
+  sound = all(isinstance(text, str) for text in texts.values()) and texts["name"] == files.name
+  if not sound or not all(texts[key] for key in ("os", "version", "arch")):
     raise QvmError(
       f"the record of the instance {files.name} is missing or damaged: {files.record}",
       f"its disk is untouched; `qvm rm {files.name}` would delete it",
@@ -2473,7 +2758,16 @@ def read_instance(files: Files) -> Instance:
 def remove_instance(files: Files) -> None:
   """Delete the files of an instance whose lock the caller holds; the --rm mark goes last."""
   with signals.hold():
-    for suffix in (".qcow2", ".qcow2.tmp", ".json", ".json.tmp", ".console.log", ".ephemeral"):
+    for suffix in (
+      ".qcow2",
+      ".qcow2.tmp",
+      ".json",
+      ".json.tmp",
+      ".console.log",
+      ".known_hosts",
+      ".known_hosts.old",
+      ".ephemeral",
+    ):
       remove_file(files.path(suffix))
 
 
@@ -2515,7 +2809,7 @@ def check_instance(plan: Plan, files: Files) -> None:
       f"the instance {files.name} needs its base image {plan.base}, which is gone",
       f"put the file back; or give up what the guest wrote: qvm rm {files.name}",
     )
-  digest = read_json(record_path(plan.base)).get("sha256")
+  digest = record_of(plan.base).get("sha256")
   if mine.base_sha256 and digest and mine.base_sha256 != digest:
     raise QvmError(
       f"the instance {files.name} was made on another base image than {plan.base} now is",
@@ -2524,12 +2818,23 @@ def check_instance(plan: Plan, files: Files) -> None:
     )
 
 
+def check_base(plan: Plan) -> None:
+  """Refuse a base image that is unsafe, or not as long as it was when it came."""
+  check_image(plan.base)
+  noted, size = record_of(plan.base).get("bytes"), os.path.getsize(plan.base)
+  if isinstance(noted, int) and noted != size:
+    raise QvmError(
+      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}",
+      "put the right file back, or delete it and pull it again",
+    )
+
+
 def record_instance(plan: Plan, files: Files, ssh: str) -> None:
   """Note what the instance is and where it listens in this run."""
   if os.path.exists(files.disk):
     digest = read_instance(files).base_sha256
   else:
-    digest = str(read_json(record_path(plan.base)).get("sha256") or "")
+    digest = str(record_of(plan.base).get("sha256") or "")
   guest = plan.guest
   instance = Instance(files.name, guest.os, plan.version, guest.arch, digest, ssh)
   write_json(files.record, dict(instance._asdict()))
@@ -2564,7 +2869,7 @@ def list_instances(cache: str) -> List[Row]:
         it = read_instance(files)
       except QvmError:
         it = Instance(files.name, "?", "?", "?")
-      ssh = it.ssh if running else ""
+      ssh = it.ssh if running and not holder(files).startswith("qvm") else ""
       state = "running" if running else "stopped"
       size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
       rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral))
@@ -2656,7 +2961,7 @@ def has_linaro(share: str) -> bool:
 def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
   """Whether KVM on this CPU shows guests AMX or LA57, which older BSD kernels do not survive."""
   try:
-    with open(cpuinfo) as file:
+    with open(cpuinfo, errors="replace") as file:
       flags = next((line.split() for line in file if line.startswith("flags")), [])
   except OSError:
     return False
@@ -2664,6 +2969,16 @@ def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
 
 
 # ---- Console and processes ----------------------------------------------------------------------
+
+KEYS = (
+  "Ctrl-A x ends the machine at once, like pulling its plug",
+  "Ctrl-A h shows these keys",
+  "Ctrl-A Ctrl-A sends Ctrl-A; every other key goes to the guest",
+)
+# Private modes of terminals (xterm's ctlseqs) that guests change and people stumble over.
+MODES_ON = (7, 25)  # line wrap, cursor
+MODES_OFF = (1, 47, 1000, 1002, 1003, 1004, 1006, 1047, 1049, 2004)  # keys, screens, mouse, paste
+TAIL = 8192  # bytes of QEMU's last words that are kept
 
 
 @contextlib.contextmanager
@@ -2679,10 +2994,257 @@ def terminal_kept() -> Iterator[None]:
   try:
     yield
   finally:
+    report.newline = "\n"
     if before:
       with contextlib.suppress(termios.error, OSError):
         fcntl.fcntl(0, fcntl.F_SETFL, flags)
         termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def is_interactive() -> bool:
+  """Whether a person sits at a terminal in front of us."""
+  try:
+    return os.isatty(0) and os.isatty(1) and os.tcgetpgrp(0) == os.getpgrp()
+  except OSError:
+    return False
+
+
+class Keyboard:
+  """Parts what is typed into what the guest gets and the commands behind Ctrl-A."""
+
+  def __init__(self) -> None:
+    self.prefix = False
+
+  def feed(self, typed: bytes) -> Tuple[bytes, str]:
+    """The bytes for the guest, and the command letters among them; x ends both."""
+    sent, commands = bytearray(), ""
+    for byte in typed:
+      if not self.prefix:
+        self.prefix = byte == 1
+        sent += b"" if self.prefix else bytes([byte])
+        continue
+      self.prefix = False
+      if byte == 1:
+        sent.append(byte)
+      elif byte in b"xX":
+        return bytes(sent), commands + "x"
+      elif byte in b"hH?":
+        commands += "h"
+    return bytes(sent), commands
+
+
+class Modes:
+  """Notes which modes of the terminal the guest has changed, so that they can be undone."""
+
+  def __init__(self) -> None:
+    self.rest = b""  # the start of a sequence that a read cut in two
+    self.changed: Set[int] = set()
+
+  def watch(self, shown: bytes) -> None:
+    text = self.rest + shown
+    for numbers, switch in re.findall(rb"\x1b\[\?([0-9;]{1,30})([hl])", text):
+      for number in (int(n) for n in numbers.split(b";") if n):
+        if number in MODES_ON + MODES_OFF:
+          usual = (number in MODES_ON) == (switch == b"h")
+          (self.changed.discard if usual else self.changed.add)(number)
+    start = text.rfind(b"\x1b", max(0, len(text) - 40))
+    self.rest = text[start:] if start >= 0 else b""
+
+  def undo(self) -> bytes:
+    """What sets the changed modes and the colours back."""
+    on = b"".join(
+      b"\x1b[?%d%s" % (n, b"h" if n in MODES_ON else b"l") for n in sorted(self.changed)
+    )
+    return on + b"\x1b[0m"
+
+
+class Relay:
+  """Passes the bytes between QEMU's pipes and our terminal and files until QEMU ends."""
+
+  def __init__(
+    self, process: Any, interactive: bool, log: Optional[IO[bytes]], full: Callable[[], bool]
+  ) -> None:
+    self.process, self.interactive, self.log, self.full = process, interactive, log, full
+    self.keyboard, self.modes = Keyboard(), Modes()
+    self.pending = b""  # typed, but not yet taken by QEMU
+    self.words = b""  # QEMU's own last words
+    self.stdout_lost = False
+    self.fell_back: List[str] = []
+
+  def run(self) -> None:
+    """Relay until QEMU has ended and all that it wrote is passed on."""
+    import select
+
+    out, err, keys = self.process.stdout, self.process.stderr, self.process.stdin
+    sources = {stream.fileno(): stream for stream in (out, err) if stream}
+    typed = {0} if self.interactive else set()
+    if keys:
+      os.set_blocking(keys.fileno(), False)
+    told = False
+    while sources:
+      ended = self.process.poll() is not None
+      writers = [keys.fileno()] if self.pending and keys else []
+      ready, free, _ = select.select([*sources, *typed], writers, [], 0 if ended else 1.0)
+      if free:
+        self.type(b"")
+      if 0 in ready and not self.read_keys():
+        typed.clear()
+      for fd in [fd for fd in ready if fd in sources]:
+        chunk = os.read(fd, CHUNK)
+        if not chunk:
+          del sources[fd]
+        elif sources[fd] is err:
+          self.complain(chunk)
+        else:
+          self.show(chunk)
+      if ended and not ready:
+        break  # another process has inherited its pipes
+      if not ready and not told and self.full():
+        told = True
+        say("the disk is full: QEMU has stopped the guest; free some space and start it again")
+
+  def read_keys(self) -> bool:
+    """Handle what was typed; False at the end of the input."""
+    try:
+      data = os.read(0, CHUNK)
+    except OSError:
+      data = b""
+    sent, commands = self.keyboard.feed(data)
+    self.type(sent)
+    for command in commands:
+      if command == "x":
+        say("ending the machine")
+        end_process(self.process)
+      else:
+        for line in KEYS:
+          say(line)
+    return bool(data)
+
+  def type(self, data: bytes) -> None:
+    """Hand typed bytes to QEMU as far as it takes them; the rest waits."""
+    self.pending += data
+    try:
+      while self.pending:
+        self.pending = self.pending[os.write(self.process.stdin.fileno(), self.pending) :]
+    except BlockingIOError:
+      pass
+    except OSError:
+      self.pending = b""  # it has ended
+
+  def show(self, chunk: bytes) -> None:
+    """Pass on what the guest wrote, to our stdout and the log."""
+    if self.log:
+      try:
+        self.log.write(chunk)
+      except OSError as error:
+        say(f"{self.log.name}: {describe(error)}; the console is logged no more")
+        self.log = None
+    if self.interactive:
+      self.modes.watch(chunk)
+    if not self.stdout_lost:
+      try:
+        write_all(1, chunk)
+      except OSError:
+        self.stdout_lost = True  # the machine goes on, as it would without us in between
+
+  def complain(self, chunk: bytes) -> None:
+    """Pass on QEMU's own words, and keep the last of them."""
+    self.words = (self.words + chunk)[-TAIL:]
+    if not self.fell_back:
+      self.fell_back = fell_back(self.words.decode("utf-8", "replace"))
+      for line in self.fell_back:
+        say(line)
+    with contextlib.suppress(OSError):
+      write_all(2, chunk.replace(b"\n", b"\r\n") if report.newline == "\r\n" else chunk)
+
+
+def go_raw() -> None:
+  """Let every key pass through our terminal untouched, Ctrl-C, Ctrl-Z and Ctrl-S included."""
+  import termios
+  import tty
+
+  tty.setraw(0, termios.TCSADRAIN)
+  report.newline = "\r\n"
+
+
+def disk_is_full(path: str) -> bool:
+  """Whether a write there fails; QEMU then stops the guest without a word (werror=enospc)."""
+  with contextlib.suppress(OSError):
+    return free_space(path) < 128 << 10  # less than two of qcow2's clusters
+  return False
+
+
+def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
+  """The last lines of a console log after its first start bytes, without control characters."""
+  try:
+    with open(path, "rb") as file:
+      file.seek(max(start, os.path.getsize(path) - 65536))
+      text = file.read().decode("utf-8", "replace")
+  except OSError:
+    return []
+  text = re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|c)", "", text).replace("\r", "")
+  return [printable(line) for line in text.split("\n") if line.strip()][-count:]
+
+
+# What QEMU says, what that means, and what to do about it.
+CAUSES = (
+  (r"kvm_\w+: Assertion", "KVM is there but broken underneath (a virtual machine in another?)",
+   "add --accel tcg, which is slower"),
+  (r"initialize kvm: Permission denied", "/dev/kvm is there but may not be used",
+   "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"),
+  (r"set up host forwarding rule", "the ssh port is taken by another program",
+   "choose another with --ssh-port"),
+  (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
+   "end that one first, or use another --name"),
+  (r"cannot set up guest memory|Cannot allocate memory", "there is not enough memory",
+   "give the guest less, such as -m 2G"),
+  (r"No space left on device|Disk quota exceeded", "the disk is full",
+   "free some space (qvm clean shows what can go), then run it again"),
+  (r"invalid accelerator|accelerator .* not found|failed to initialize", "no accelerator works",
+   "add --accel tcg, which works everywhere"),
+  (r"failed to find romfile|could not load PC BIOS|Could not open .*share/qemu",
+   "QEMU's firmware is incomplete", "qvm clean --all removes it; the next run fetches it again"),
+)  # fmt: skip
+FELL_BACK = r"initialize kvm: Permission denied(.|\n)*falling back to tcg"
+
+
+def explain(words: str) -> List[str]:
+  """What is known about QEMU's words of failure: the cause and the fix."""
+  words = re.split(r"falling back to \w+", words)[-1]  # what came before is no reason to end
+  for pattern, cause, fix in CAUSES:
+    if re.search(pattern, words, re.IGNORECASE):
+      return [f"QEMU could not go on: {cause}", fix]
+  return []
+
+
+def fell_back(words: str) -> List[str]:
+  """What to say when QEMU runs, but without the KVM that there is."""
+  if not re.search(FELL_BACK, words):
+    return []
+  return [f"{CAUSES[1][1]}: the guest is emulated, which is much slower", CAUSES[1][2]]
+
+
+def memory_warning(memory: str, available: Optional[int]) -> str:
+  """A warning when a guest's memory is more than the host has to spare, both in bytes."""
+  number, factor = memory.rstrip("MGT"), {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+  wanted = int(number) << factor
+  if available is None or wanted <= available:
+    return ""
+  return (
+    f"the guest gets {megabytes(wanted)} of memory, but only {megabytes(available)} are free: "
+    "if it is killed or slow, give it less with -m"
+  )
+
+
+def available_memory(meminfo: str) -> Optional[int]:
+  """The bytes of memory that programs can still get; all there is where nobody tells."""
+  with contextlib.suppress(OSError, ValueError, IndexError):
+    with open(meminfo) as file:
+      line = next((line for line in file if line.startswith("MemAvailable:")), "")
+    return int(line.split()[1]) << 10
+  with contextlib.suppress(OSError, ValueError):
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return None
 
 
 def make_overlay(plan: Plan) -> None:
@@ -2717,7 +3279,7 @@ def reserve_port(cache: str, wanted: Address, stack: contextlib.ExitStack) -> Tu
   """A free port, with the descriptor of a lock that keeps other qvms away from it."""
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
     address = wanted._replace(port=port)
-    path = os.path.join(cache, "ports", f"{port}.lock")
+    path = os.path.join(cache, "ports", f"{address.host}-{port}.lock")
     fd = try_lock(path, lambda: False)
     if fd is None:
       continue
@@ -2729,6 +3291,135 @@ def reserve_port(cache: str, wanted: Address, stack: contextlib.ExitStack) -> Tu
     f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
     "choose another, or leave --ssh-port out to get a free one",
   )
+
+
+# ---- Guest access -------------------------------------------------------------------------------
+
+STOP_PATIENCE = 120.0  # seconds that a guest has to power itself off
+
+
+def reachable(address: Address) -> str:
+  """The host part under which this machine reaches a forwarded port."""
+  return "127.0.0.1" if address.host == "0.0.0.0" else address.host
+
+
+def has_banner(address: Address, timeout: float) -> bool:
+  """Whether an ssh server answers; QEMU's forward accepts long before the guest listens."""
+  import socket
+
+  try:
+    with socket.create_connection((reachable(address), address.port), timeout) as link:
+      link.settimeout(timeout)
+      start = chunk = link.recv(4)
+      while chunk and len(start) < 4 and b"SSH-".startswith(start):
+        chunk = link.recv(4 - len(start))
+        start += chunk
+      return start == b"SSH-"
+  except OSError:
+    return False
+
+
+def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool]) -> bool:
+  """Wait for an ssh banner; False when the time is up or ended(pause) says that QEMU is gone."""
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
+    if has_banner(address, 3.0):
+      return True
+    if ended(0.3):
+      return False
+  return False
+
+
+def ssh_command(files: Files, guest: Guest, address: Address) -> List[str]:
+  """OpenSSH's client for an instance, without the user's configuration and known hosts."""
+  program = find_program("ssh")
+  if not program:
+    raise QvmError("there is no ssh on PATH", "install OpenSSH's client")
+  options = {
+    "BatchMode": "yes",
+    "ConnectTimeout": "10",
+    "LogLevel": "ERROR",
+    "StrictHostKeyChecking": "no",
+    "UserKnownHostsFile": '"' + files.known_hosts.replace("%", "%%") + '"',
+  }
+  words = [program, "-F", "/dev/null", "-p", str(address.port)]
+  for name, value in options.items():
+    words += ["-o", f"{name}={value}"]
+  return [*words, f"{guest.user}@{reachable(address)}"]
+
+
+def holder_pid(files: Files) -> int:
+  """The process that holds an instance's lock, as noted in it; 0 when that cannot be read."""
+  match = re.search(r"process ([0-9]+)", holder(files))
+  return int(match.group(1)) if match else 0
+
+
+def wait_released(files: Files, seconds: float) -> bool:
+  """Wait until nobody holds the instance's lock any more."""
+  deadline = time.monotonic() + seconds
+  while True:
+    with gate(files.folder):
+      if not is_locked(files.lock):
+        return True
+    if time.monotonic() >= deadline:
+      return False
+    time.sleep(0.1)
+
+
+def stop_instance(files: Files, force: bool) -> None:
+  """End a running machine: its own power-off, then SIGTERM, then SIGKILL, each said."""
+  if not force and power_off(files):
+    if wait_released(files, STOP_PATIENCE):
+      return say(f"{files.name} has powered off")
+    say(f"{files.name} has not powered off in {STOP_PATIENCE:g} s")
+  for number, patience in ((signal.SIGTERM, PATIENCE + 2), (signal.SIGKILL, PATIENCE)):
+    pid = holder_pid(files)
+    if not pid or wait_released(files, 0):
+      break
+    say(f"{files.name}: sending {number.name} to {holder(files)}")
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, number)
+    if wait_released(files, patience):
+      return
+  if not wait_released(files, 0):
+    raise QvmError(f"the instance {files.name} cannot be ended ({holder(files)})")
+
+
+def noted_address(instance: Instance, files: Files) -> Address:
+  """Where a running instance listens; QvmError when it does not, or its record is damaged."""
+  if holder(files).startswith("qvm"):
+    raise QvmError("its QEMU has not started yet")
+  try:
+    return parse_address(instance.ssh)
+  except UsageError:
+    raise QvmError(f"its record is damaged: {files.record}")
+
+
+def power_off(files: Files) -> bool:
+  """Ask the guest over ssh to power itself off; whether it took the order."""
+  import subprocess
+
+  try:
+    instance = read_instance(files)
+    guest, address = find_guest(instance.os, instance.arch), noted_address(instance, files)
+    command = [*ssh_command(files, guest, address), guest.power_off]
+  except QvmError as error:
+    say(f"{files.name} cannot be asked to power off: {error}")
+    return False
+  say(f"{files.name} is asked to power off")
+  process = start(
+    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+  )
+  try:
+    words = process.communicate(timeout=60)[1].decode("utf-8", "replace")
+  except subprocess.TimeoutExpired:
+    words = "no answer in 60 s"
+  finally:
+    end_process(process)
+  if process.returncode != 255 or "closed by remote host" in words:
+    return True  # the connection may well end before the command does
+  say(f"{files.name} cannot be asked to power off: {printable(' '.join(words.split()))}")
+  return False
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -2744,10 +3435,11 @@ def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
   cache, host = cache_folder(dict(os.environ)), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  version = "".join(options.operands[1:])
-  if version.lower() in ("", "latest"):
+  if "".join(options.operands[1:]).lower() in ("", "latest"):
+    check_host(host, guest, options.qemu)  # before any request
     version = latest_version(options, net, guest, cache)
-  return make_plan(options, host, guest, version, cache, os.urandom(3).hex())
+    options = options._replace(operands=(guest.os, version))
+  return make_plan(options, host, cache, os.urandom(3).hex())
 
 
 def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
@@ -2801,15 +3493,117 @@ def cmd_run(options: Options) -> int:
       stack.callback(remove_instance, files)
       open(files.mark, "w").close()
     chosen = options.ssh.chosen and reserve_port(plan.cache, options.ssh, stack)
+    log = open_log(options, files, stack)
+    log_start = os.fstat(log.fileno()).st_size if log else 0
+    warning = memory_warning(options.memory, available_memory("/proc/meminfo"))
+    if warning:
+      say(warning)
     stack.enter_context(terminal_kept())
-    process = None
-    while not process:
+    streams = qemu_streams(options, log)
+    process, address, port_lock = None, options.ssh, -1
+    for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
       fetch_missing(plan, net)
       address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
-      process = boot(plan, options, address, (lock, port_lock), stack)
+      process = boot(plan, options, address, (lock, port_lock), streams, stack)
+      if process:
+        break
+    if not process:
+      raise QvmError(f"{plan.cache} loses files as soon as they are there")
+    if options.detach:
+      return leave_running(plan, options, address, process, log_start, stack)
     welcome(plan, address)
+    return attend(plan, process, log)
+
+
+def open_log(options: Options, files: Files, stack: contextlib.ExitStack) -> Optional[IO[bytes]]:
+  """The file for the console, if one was asked for; a detached machine has one of its own."""
+  if options.console_log:
+    return stack.enter_context(open(options.console_log, "ab", buffering=0))
+  if options.detach:
+    if not os.path.lexists(files.disk):
+      stack.callback(remove_stray_log, files)
+    return stack.enter_context(open(files.console, "wb", buffering=0))
+  return None
+
+
+def remove_stray_log(files: Files) -> None:
+  """A run that got no disk leaves no console log."""
+  if not os.path.lexists(files.disk):
+    remove_file(files.console)
+
+
+def qemu_streams(options: Options, log: Optional[IO[bytes]]) -> Dict[str, Any]:
+  """What QEMU's stdin, stdout and stderr are: pipes to us only where we have something to do."""
+  import subprocess
+
+  if options.detach:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    return {**streams, "start_new_session": True}
+  streams = {"stderr": subprocess.PIPE, "bufsize": 0}
+  if is_interactive():
+    return {**streams, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  return {**streams, "stdout": subprocess.PIPE} if log else streams
+
+
+def attend(plan: Plan, process: Any, log: Optional[IO[bytes]]) -> int:
+  """Relay the console until QEMU ends; returns its exit code, 128+N after signal N."""
+  folder = os.path.dirname(plan.disk)
+  relay = Relay(process, bool(process.stdin), log, lambda: disk_is_full(folder))
+  try:
+    if relay.interactive:
+      go_raw()
+      say("Ctrl-A x ends the machine, Ctrl-A h shows the keys; all others go to the guest")
+    relay.run()
     process.wait()
+  finally:
+    if relay.interactive:
+      with contextlib.suppress(OSError):
+        write_all(1, relay.modes.undo())
+  if process.returncode:
+    for line in explain(relay.words.decode("utf-8", "replace")):
+      say(line)
   return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+
+
+def leave_running(
+  plan: Plan,
+  options: Options,
+  address: Address,
+  process: Any,
+  log_start: int,
+  stack: contextlib.ExitStack,
+) -> int:
+  """Wait until ssh answers, then leave the machine to itself; QvmError when it dies before."""
+  import subprocess
+
+  log = options.console_log or instance_files(plan.cache, plan.name).console
+  say(f"{plan.name} boots in the background, its console goes to {log}")
+
+  def ended(seconds: float) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(seconds)
+    return process.returncode is not None
+
+  answers = wait_for_ssh(address, options.boot_timeout, ended)
+  lines = last_lines(log, start=log_start)
+  if process.poll() is not None:
+    for line in lines:
+      say("| " + line)
+    problem = f"the machine {plan.name} ended before ssh answered ({ending(process.returncode)})"
+    raise QvmError(problem, ": ".join(explain("\n".join(lines))))
+  for line in fell_back("\n".join(lines)):
+    say(line)
+  stack.pop_all()  # QEMU has the locks
+  if not answers:
+    say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
+  emit(plan.name)
+  emit(ssh_line(plan.guest, address))
+  return 0
+
+
+def ssh_line(guest: Guest, address: Address) -> str:
+  """The command with which a person gets in."""
+  return f"ssh -p {address.port} {guest.user}@{reachable(address)}"
 
 
 def boot(
@@ -2817,6 +3611,7 @@ def boot(
   options: Options,
   address: Address,
   locks: Tuple[int, int],
+  streams: Dict[str, Any],
   stack: contextlib.ExitStack,
 ) -> Any:
   """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster.
@@ -2827,12 +3622,13 @@ def boot(
   with gate(files.folder):
     if not all(os.path.isfile(path) for path in (plan.base, plan.qemu, plan.qemu_img)):
       return None
-    check_image(plan.base)
+    check_base(plan)
     check_instance(plan, files)
     record_instance(plan, files, f"{address.host}:{address.port}")
     make_overlay(plan)
     with signals.hold():
-      process = start(qemu_command(plan, options, facts_for(plan, options, address)), locks)
+      command = qemu_command(plan, options, facts_for(plan, options, address))
+      process = start(command, locks, **streams)
       stack.callback(end_process, process)
       note_holder(locks[0], "QEMU", process.pid)
   return process
@@ -2842,8 +3638,7 @@ def welcome(plan: Plan, address: Address) -> None:
   """Say how to get in, once QEMU has started."""
   if address.port != SSH_PORT and not address.chosen:
     say(f"port {SSH_PORT} is taken; this machine gets {address.port}")
-  host = "127.0.0.1" if address.host == "0.0.0.0" else address.host
-  say(f"ssh -p {address.port} {plan.guest.user}@{host}")
+  say(ssh_line(plan.guest, address))
   if not plan.guest.console:
     say(f"{plan.guest.title} writes nothing to this terminal; once it is up, ssh gets in")
 
@@ -2865,15 +3660,12 @@ def cmd_pull(options: Options) -> int:
 
 def verify(plan: Plan, releases: Releases) -> int:
   """Compare what is cached with its record and its release; prints a line for each, 1 if bad."""
-  things = [
-    (plan.base, record_path(plan.base), plan.guest.os + "-builder"),
-    (tree_program(plan), os.path.join(plan.tree, "release.json"), "resources"),
-  ]
+  things = [(plan.base, plan.guest.os + "-builder"), (tree_program(plan), "resources")]
   if not plan.own_qemu:
-    things.append((plan.qemu_img, plan.qemu_img + ".json", "resources"))
+    things.append((plan.qemu_img, "resources"))
   verdicts = []
-  for path, record_file, repo in things:
-    verdicts.append(verdict(releases, path, read_json(record_file), repo))
+  for path, repo in things:
+    verdicts.append(verdict(releases, path, repo))
     emit(f"{os.path.basename(path)}: {verdicts[-1]}")
   if all(text.startswith("ok") for text in verdicts):
     return 0
@@ -2881,19 +3673,23 @@ def verify(plan: Plan, releases: Releases) -> int:
   return EXIT_FAILED
 
 
-def verdict(releases: Releases, path: str, record: Dict[str, Any], repo: str) -> str:
-  """Whether a file is what its record and its release say."""
+def verdict(releases: Releases, path: str, repo: str) -> str:
+  """Whether a file, or the tree of a QEMU, is what its record and its release say."""
+  record = record_of(path)
   if not isinstance(record.get("sha256"), str):
     return "unknown: no digest was noted when it came"
-  if file_sha256(path) != record["sha256"]:
+  tree = os.path.dirname(os.path.dirname(path))
+  digest = tree_sha256(tree) if "qemu-system-" in path[len(tree) :] else file_sha256(path)
+  if digest != record["sha256"]:
     return "DAMAGED: it has not the digest that was noted when it came"
-  tag, name = str(record.get("release")), str(record.get("url")).rpartition("/")[2]
-  digest = releases.digest(repo, tag, unquoted(name)) if re.match(TAG, tag) else ""
-  if digest and digest != record.get("asset_sha256"):
-    return f"DAMAGED: {tag} now names another digest"
-  return (
-    f"ok, as {tag} says" if digest else "ok, as noted when it came; the release cannot be asked"
-  )
+  tag, name = str(record.get("release")), unquoted(str(record.get("url")).rpartition("/")[2])
+  asset = record.get("asset_sha256")
+  if name.endswith(".qcow2") and asset != digest:
+    return "DAMAGED: its record contradicts itself"
+  named = releases.digest(repo, tag, name) if re.match(TAG, tag) else ""
+  if named and named != asset:
+    return f"DAMAGED: {tag} names another digest"
+  return f"ok, as {tag} says" if named else "ok, as noted when it came; the release cannot be asked"
 
 
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
@@ -2912,19 +3708,21 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
   top = os.path.join(folder, repo, "releases")
   target = os.path.join(top, "download", tag, name)
   page = os.path.join(top, "expanded_assets", tag)
-  if not os.path.isfile(target):
-    for path in (target, page):
-      os.makedirs(os.path.dirname(path), exist_ok=True)
-    transfer, record = fetch_asset(releases, repo, tag, name, os.path.dirname(target))
-    with open(page, "a") as file:
-      file.write(f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a> ')
-      file.write(f"sha256:{record['asset_sha256']}\n")
-    publish(transfer.part, target, 0o644)
-    transfer.reset()
-  tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
-  feed = "".join(f'<link href="/{repo}/releases/tag/{tag}"/>\n' for tag in tags)
-  for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
-    write_text(os.path.join(folder, repo, path), text)
+  for path in (target, page):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+  with artefact_lock(os.path.dirname(target), name):
+    if not os.path.isfile(target):
+      transfer, record = fetch_asset(releases, repo, tag, name, os.path.dirname(target))
+      line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
+      with open(page, "a") as file:
+        file.write(f"{line} sha256:{record['asset_sha256']}\n")
+      publish(transfer.part, target, 0o644)
+      transfer.reset()
+  with artefact_lock(folder, repo):
+    tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
+    feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
+    for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
+      write_text(os.path.join(folder, repo, path), text)
   emit(target)
 
 
@@ -3016,22 +3814,40 @@ def cmd_list(options: Options) -> int:
   return 0
 
 
+def cmd_stop(options: Options) -> int:
+  """Power running instances off; all names are looked at before any is stopped."""
+  cache = cache_folder(dict(os.environ))
+  chosen = [instance_files(cache, name) for name in dict.fromkeys(options.operands)]
+  for files in chosen:
+    if not os.path.lexists(files.disk):
+      raise QvmError(f"there is no instance {files.name}; nothing is stopped", "see qvm list")
+    if wait_released(files, 0):
+      raise QvmError(f"the instance {files.name} does not run; nothing is stopped", "see qvm list")
+  for files in chosen:
+    stop_instance(files, options.force)
+    emit(files.name)
+  sweep(cache)
+  return 0
+
+
 def cmd_rm(options: Options) -> int:
   """Remove instances; all names are looked at before anything is removed."""
   cache = cache_folder(dict(os.environ))
   sweep(cache)
+  chosen = [instance_files(cache, name) for name in dict.fromkeys(options.operands)]
+  for files in chosen:
+    if not os.path.lexists(files.disk):
+      raise QvmError(f"there is no instance {files.name}; nothing is removed", "see qvm list")
+  for files in chosen if options.force else []:
+    if not wait_released(files, 0):
+      stop_instance(files, True)
   with contextlib.ExitStack() as stack:
-    chosen = []
-    for name in dict.fromkeys(options.operands):
-      files = instance_files(cache, name)
-      if not os.path.lexists(files.disk):
-        raise QvmError(f"there is no instance {name}; nothing is removed", "see qvm list")
+    for files in chosen:
       try:
         fd = take_instance(files)
       except QvmError as error:
-        raise QvmError(f"{error}; nothing is removed", "end it first")
+        raise QvmError(f"{error}; nothing is removed", "qvm stop ends it, qvm rm --force as well")
       stack.callback(drop_lock, fd, files.lock)
-      chosen.append(files)
     for files in chosen:
       remove_instance(files)
       emit(files.name)
@@ -3041,64 +3857,445 @@ def cmd_rm(options: Options) -> int:
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
   cache = cache_folder(dict(os.environ))
-  folder = os.path.join(cache, "instances")
-  total = 0
-  if os.path.isdir(folder):
-    with gate(folder):
-      paths = leftovers(cache) + (unneeded(cache) if options.all else [])
-      for path in paths:
-        size = tree_size(path)
-        total += size
-        emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache)}")
-        if not options.dry_run:
-          remove_tree(path)
+  total = clean(cache, options) if os.path.isdir(os.path.join(cache, "instances")) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 
 
-def leftovers(cache: str) -> List[str]:
-  """What killed runs left: unfinished downloads, --rm overlays, temporary files, unheld locks."""
+def clean(cache: str, options: Options) -> int:
+  """Delete what `clean` may, or only name it; returns the bytes that it takes."""
+  total = 0
+  with contextlib.ExitStack() as stack:
+    alone = only_one(os.path.join(cache, "downloads"), stack)
+    stack.enter_context(gate(os.path.join(cache, "instances")))
+    orphans = orphan_names(cache)
+    paths = unfinished(cache, alone) + instance_leftovers(cache, orphans)
+    if alone:
+      paths += temporaries(cache) + (unneeded(cache, orphans) if options.all else [])
+    elif options.all:
+      say("something is being downloaded: images and QEMU stay")
+    for path in paths:
+      size = tree_size(path)
+      total += size
+      emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache)}")
+      if not options.dry_run:
+        remove_tree(path)
+  return total
+
+
+def only_one(folder: str, stack: contextlib.ExitStack) -> bool:
+  """Whether no qvm downloads into a folder; if so, those that want to wait for the stack."""
+  import fcntl
+
+  fd = os.open(folder, os.O_RDONLY)
+  stack.callback(os.close, fd)
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
+
+
+def unfinished(cache: str, alone: bool) -> List[str]:
+  """Downloads that nobody goes on with; while somebody downloads, just those of other files."""
   found = []
-  for name in names_in(cache, "downloads"):
-    artefact = re.sub(r"\.(part|lock|tmp|json|json\.tmp)\Z", "", name)
-    if not is_locked(os.path.join(cache, "downloads", artefact + ".lock")):
-      found.append(os.path.join(cache, "downloads", name))
-  for name in names_in(cache, "instances"):
-    stem = re.sub(r"\.(qcow2|json|lock|console\.log|ephemeral)(\.tmp)?\Z", "", name)
-    files = instance_files(cache, stem)
-    loose = name.endswith((".tmp", ".lock")) or os.path.exists(files.mark)
-    if loose and not is_locked(files.lock):
-      found.append(os.path.join(cache, "instances", name))
-  found += [p for p in paths_in(cache, "ports") if not is_locked(p)]
-  if not fetching(cache):
-    trees = paths_in(cache, "qemu")
-    used = {os.path.realpath(path) for path in trees if os.path.islink(path)}
-    old = [p for p in trees if os.path.basename(p).startswith(".") and p not in used]
-    temporary = [p for d in ("base", "bin", "qemu") for p in paths_in(cache, d)]
-    found += old + [p for p in temporary if p.endswith((".tmp", ".new"))]
+  for path in paths_in(cache, "downloads"):
+    stem, suffix = os.path.splitext(re.sub(r"\.tmp\Z", "", path))
+    stem = re.sub(r"\.tar\.zst\Z", ".qcow2", stem if suffix != ".qcow2" else stem + suffix)
+    known = re.search(r"\.(qcow2|tar)\Z", stem) and suffix in (".part", ".json", ".lock", ".qcow2")
+    if known and (alone or not is_locked(stem + ".lock")):
+      found.append(path)
   return found
 
 
-def unneeded(cache: str) -> List[str]:
-  """Base images that no instance needs, and QEMU when nothing runs; all can be fetched again."""
-  if fetching(cache):
-    say("something is being downloaded: only leftovers go")
-    return []
-  bases = [path for path in paths_in(cache, "base") if path.endswith(".qcow2")]
+def orphan_names(cache: str) -> List[str]:
+  """The --rm instances whose qvm and QEMU were killed; to be asked within the gate."""
+  marks = [name for name in names_in(cache, "instances") if name.endswith(".ephemeral")]
+  stems = [name[: -len(".ephemeral")] for name in marks]
+  return [stem for stem in stems if not is_locked(instance_files(cache, stem).lock)]
+
+
+def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
+  """The files of orphans, half-made disks, and locks that nobody holds."""
   found = []
-  for base in bases:
-    if not dependants(cache, base):
-      found += [p for p in (base, record_path(base), kernel_path(base)) if os.path.exists(p)]
+  for path in paths_in(cache, "instances"):
+    match = re.match(INSTANCE_FILE, os.path.basename(path))
+    if not match or is_locked(instance_files(cache, match.group(1)).lock):
+      continue
+    if match.group(1) in orphans or path.endswith((".tmp", ".lock")):
+      found.append(path)
+  ports = [path for path in paths_in(cache, "ports") if path.endswith(".lock")]
+  return found + [path for path in ports if not is_locked(path)]
+
+
+INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|ephemeral)(\.tmp|\.old)?\Z"
+
+
+def temporaries(cache: str) -> List[str]:
+  """What publishing left when it was killed, records without a file, and QEMU's former trees."""
+  found = []
+  for path in paths_in(cache, "base"):
+    base = re.sub(r"\.(json|kernel|qcow2)(\.new)?(\.tmp)?\Z", ".qcow2", path)
+    if base != path and not os.path.exists(base) or re.search(r"\.json(\.new)?\.tmp\Z", path):
+      found.append(path)
+  trees = paths_in(cache, "qemu")
+  for path in [*trees, *paths_in(cache, "bin")]:
+    name = os.path.basename(path)
+    former = re.match(r"\.(x86_64|aarch64)-[0-9a-f]{8}\Z", name) and not any(
+      os.path.realpath(link) == os.path.realpath(path) for link in trees if os.path.islink(link)
+    )
+    if former or re.match(r"((x86_64|aarch64|resources)\.(tmp|new)|qemu-img\.json\.\S+)\Z", name):
+      found.append(path)
+  return found
+
+
+def unneeded(cache: str, orphans: Sequence[str]) -> List[str]:
+  """Base images that no instance needs, and QEMU when nothing runs; all can be fetched again."""
+  found = []
+  for base in [path for path in paths_in(cache, "base") if path.endswith(".qcow2")]:
+    if not set(dependants(cache, base)) - set(orphans):
+      beside = (base, record_path(base), record_path(base) + ".new", kernel_path(base))
+      found += [path for path in beside if os.path.exists(path)]
   if any(is_locked(path) for path in paths_in(cache, "instances") if path.endswith(".lock")):
     say("an instance is running: QEMU stays")
     return found
-  programs = paths_in(cache, "qemu") + paths_in(cache, "bin")
-  return found + [path for path in programs if not path.endswith((".tmp", ".new"))]
+  links = [path for path in paths_in(cache, "qemu") if os.path.basename(path) in QEMU_CPUS.values()]
+  trees = [os.path.realpath(path) for path in links if os.path.islink(path)]
+  tools = os.path.join(cache, "bin", "qemu-img")
+  programs = [*trees, *links, tools, tools + ".json"]
+  return found + [path for path in programs if os.path.lexists(path)]
 
 
-def fetching(cache: str) -> bool:
-  """Whether a qvm is downloading or unpacking something."""
-  return any(is_locked(path) for path in paths_in(cache, "downloads") if path.endswith(".lock"))
+class Check(NamedTuple):
+  """One line of `qvm doctor`: ok, warning or fault, what was looked at, and the fix."""
+
+  state: str
+  name: str
+  text: str
+  fix: str = ""
+
+
+NEEDED = 2 << 30  # bytes that a first run takes: QEMU, an image, what the guest writes
+
+
+def cmd_doctor(options: Options) -> int:
+  """Say what this host can and cannot do, and the fix for each fault; downloads nothing."""
+  cache = cache_folder(dict(os.environ))
+  network = None if options.offline else Later(lambda: check_network(net_from(dict(os.environ))))
+  checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
+  checks += [*check_qemu(cache), check_zstd()]
+  checks += check_accelerators(sys.platform, "/dev/kvm", native_qemu(cache))
+  checks.append(check_instances(cache))
+  checks += within(network, DOCTOR_PATIENCE) if network else [Check("ok", "network", "left out")]
+  if options.json:
+    import json
+
+    emit(json.dumps([check._asdict() for check in checks], indent=2))
+  else:
+    for check in checks:
+      emit(printable(f"{check.state:<8} {check.name + ':':<13} {check.text}"))
+      if check.fix:
+        emit(printable(f"{'':<22} → {check.fix}"))
+  return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
+
+
+DOCTOR_PATIENCE = 8.0  # seconds for all questions to the network together
+
+
+def within(later: Later, seconds: float) -> List[Check]:
+  """The result of a check that may hang."""
+  later.thread.join(seconds)
+  if later.thread.is_alive():
+    return [
+      Check("fault", "network", f"no answer in {seconds:g} s", "is a proxy needed? https_proxy")
+    ]
+  try:
+    return list(later.result())
+  except QvmError as error:
+    return [Check("fault", "network", str(error), error.hint or "correct it, or unset it")]
+
+
+def check_system() -> Check:
+  """Whether qvm works on this system."""
+  uname = os.uname()
+  text = f"{uname.sysname} {uname.release} on {uname.machine}"
+  try:
+    host = this_host()
+    check_host(host, GUESTS[0], "")
+  except QvmError as error:
+    return Check("fault", "host", f"{text}: {error}", error.hint)
+  if host == Host("macos", "arm64") and not os.path.exists("/Library/Apple/usr/share/rosetta"):
+    fix = "softwareupdate --install-rosetta, or --qemu with a QEMU of your own"
+    return Check("fault", "host", f"{text}, without Rosetta, which QEMU needs", fix)
+  return Check("ok", "host", text)
+
+
+def check_python() -> Check:
+  """The Python that runs qvm, and its TLS."""
+  version = sys.version.split()[0]
+  try:
+    import ssl
+  except ImportError:
+    return Check("fault", "Python", f"{version} without ssl", "use a Python that has TLS")
+  return Check("ok", "Python", f"{version}, {ssl.OPENSSL_VERSION}, {sys.executable}")
+
+
+def check_ssh() -> Check:
+  """OpenSSH's client, which `stop` needs."""
+  if not find_program("ssh"):
+    fix = "install OpenSSH's client (Debian: apt-get install openssh-client)"
+    return Check("warning", "ssh", "there is no ssh on PATH: stop cannot power guests off", fix)
+  code, words = ask_program([find_program("ssh"), "-V"])
+  if code:
+    return Check("warning", "ssh", f"it does not start: {words}", "install OpenSSH's client again")
+  return Check("ok", "ssh", words)
+
+
+def check_cache(cache: str) -> Check:
+  """Whether the cache folder, or what will hold it, can be written and has room."""
+  there = cache
+  if os.path.lexists(cache) and not os.path.isdir(cache):
+    return Check("fault", "cache", f"{cache} is not a folder", "move it out of the way")
+  while not os.path.isdir(there) and os.path.dirname(there) != there:
+    there = os.path.dirname(there)
+  text = f"{cache} on {file_system(there, '/proc/mounts')}"
+  if not os.access(there, os.W_OK | os.X_OK):
+    fix = "QVM_CACHE_DIR can name another folder"
+    return Check("fault", "cache", f"{text}: it cannot be written", fix)
+  free = free_space(there)
+  text += f", {megabytes(tree_size(cache)) if there == cache else 'empty'}, {megabytes(free)} free"
+  if free < NEEDED:
+    fix = "qvm clean --all --dry-run shows what can go"
+    return Check("warning", "cache", f"{text}; a first run takes {megabytes(NEEDED)}", fix)
+  return Check("ok", "cache", text)
+
+
+def file_system(path: str, mounts: str) -> str:
+  """The kind of file system a path lies on, as Linux tells."""
+  best, kind = "", "its file system"
+  with contextlib.suppress(OSError), open(mounts) as file:
+    for fields in (line.split() for line in file):
+      point = fields[1].replace("\\040", " ") if len(fields) > 2 else ""
+      inside = point and (os.path.realpath(path) + "/").startswith(point.rstrip("/") + "/")
+      if inside and len(point) >= len(best):
+        best, kind = point, fields[2]
+  return kind
+
+
+def check_qemu(cache: str) -> List[Check]:
+  """The cached QEMUs: whether they start, and which accelerators they offer."""
+  checks = []
+  for cpu in QEMU_CPUS.values():
+    tree = os.path.join(cache, "qemu", cpu)
+    program = os.path.join(tree, "bin", "qemu-system-" + cpu)
+    if not os.path.isfile(program):
+      checks.append(Check("ok", "QEMU " + cpu, "not downloaded yet"))
+      continue
+    release = str(read_json(os.path.join(tree, "release.json")).get("release") or "unknown release")
+    code, words = ask_program([program, "-accel", "help"])
+    if code:
+      fix = "qvm clean --all removes it, the next run fetches it again"
+      checks.append(Check("fault", "QEMU " + cpu, f"{release} does not start: {words}", fix))
+    else:
+      offers = words.partition(":")[2].split()
+      checks.append(Check("ok", "QEMU " + cpu, f"{release}, accelerators: {' '.join(offers)}"))
+  return checks
+
+
+def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
+  """The exit code and the words of a program that answers a question within 10 seconds."""
+  import subprocess
+
+  try:
+    pipe = subprocess.PIPE
+    process = start(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
+  except QvmError as error:
+    return 127, f"{error}; {error.hint}"
+  try:
+    words = process.communicate(text.encode(), timeout=10)[0].decode("utf-8", "replace")
+  except subprocess.TimeoutExpired:
+    return 124, "no answer in 10 s"
+  finally:
+    end_process(process)
+  return int(process.returncode), " ".join(words.split()) or ending(process.returncode)
+
+
+TRY_KVM = ["-accel", "kvm", "-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
+TRY_KVM_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+
+
+def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
+  """Whether guests of the host's own CPU can run at full speed."""
+  if platform == "darwin":
+    text = "the downloaded QEMU is built for Intel; on Apple Silicon it emulates"
+    return [Check("ok", "HVF", text)]
+  if not os.path.exists(kvm):
+    fix = "switch on virtualisation in the firmware, or take a host that offers it to guests"
+    return [Check("warning", "KVM", f"there is no {kvm}: guests are emulated, much slower", fix)]
+  try:
+    fd = os.open(kvm, os.O_RDWR)
+  except OSError as error:
+    text = f"{kvm} may not be used ({describe(error)}): guests are emulated, much slower"
+    return [Check("warning", "KVM", text, CAUSES[1][2])]
+  try:
+    import fcntl
+
+    version = fcntl.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION, 12 since Linux 2.6.22
+    os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
+  except OSError as error:
+    text = f"{kvm} is there but makes no machine: {describe(error)}"
+    return [Check("warning", "KVM", text, CAUSES[0][2])]
+  finally:
+    os.close(fd)
+  if not os.path.isfile(qemu):
+    return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
+  code, words = ask_program([qemu, *TRY_KVM], TRY_KVM_INPUT)
+  if code:
+    cause = explain(words) or [f"QEMU does not start with it: {words[-200:]}", CAUSES[0][2]]
+    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
+  return [Check("ok", "KVM", f"{kvm} works, API {version}")]
+
+
+def native_qemu(cache: str) -> str:
+  """The path of the downloaded QEMU for the host's own CPU, whether or not it is there."""
+  cpu = QEMU_CPUS.get(ARCHES.get(os.uname().machine.lower(), ""), "none")
+  return os.path.join(cache, "qemu", cpu, "bin", "qemu-system-" + cpu)
+
+
+def check_zstd() -> Check:
+  """Whether bundles can be unpacked."""
+  if not can_unzstd():
+    return Check("warning", "zstd", "none: the newest images cannot be unpacked", ZSTD_HINT)
+  return Check("ok", "zstd", (unzstd_command() or ["Python's own"])[0])
+
+
+def check_network(net: Net) -> List[Check]:
+  """The way to the release server and the quota of the API."""
+  import urllib.request
+
+  proxies = {
+    name: proxy_name(url) for name, url in urllib.request.getproxies().items() if "://" in url
+  }
+  checks = [Check("ok", "proxy", ", ".join(f"{k}: {v}" for k, v in proxies.items()) or "none")]
+  one = quick(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_PATIENCE / 2))
+  try:
+    checks.append(Check("ok", "releases", f"{short(net.releases)}: {newest_tag(one, 'resources')}"))
+  except QvmError as error:
+    checks.append(Check("fault", "releases", str(error), error.hint))
+  if net.api:
+    checks.append(check_quota(one))
+  return checks
+
+
+def check_quota(net: Net) -> Check:
+  """Whether GitHub's API still answers: it tells digests and older releases."""
+  url = f"{net.api}/resources/releases?per_page=1"
+  try:
+    with open_url(net, url) as answer:
+      left = answer.headers.get("x-ratelimit-remaining")
+  except (QvmError, Transient) as error:
+    hint = getattr(error, "hint", "") or "nothing need be done; GITHUB_TOKEN raises the quota"
+    return Check("warning", "API", f"{error}; the release pages are read instead", hint)
+  return Check(
+    "ok", "API", f"{short(net.api)}" + (f", {left} requests left this hour" if left else "")
+  )
+
+
+def check_instances(cache: str) -> Check:
+  """The instances that run."""
+  try:
+    rows = list_instances(cache)
+  except OSError as error:
+    return Check("fault", "instances", f"{cache}: {describe(error)}", "make the folder yours again")
+  running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
+  return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
+
+
+# -- Completion --
+
+COMPLETIONS = {
+  "bash": """\
+_qvm() {{
+  local word words=("${{COMP_WORDS[@]:0:COMP_CWORD+1}}")
+  if [[ -n $COMP_LINE ]]; then # bash parts words at = and : too
+    read -ra words <<< "${{COMP_LINE:0:COMP_POINT}}"
+    [[ ${{COMP_LINE:0:COMP_POINT}} == *" " ]] && words+=("")
+  fi
+  COMPREPLY=()
+  while IFS= read -r word; do
+    [[ $word == "${{words[-1]}}"* ]] && COMPREPLY+=("$word")
+  done < <({program} completion words -- "${{words[@]:1:${{#words[@]}}-2}}" 2>/dev/null)
+}}
+complete -o default -F _qvm qvm qvm.pyz qvm.py
+""",
+  "zsh": """\
+#compdef qvm qvm.pyz qvm.py
+_qvm() {{
+  local -a found
+  found=("${{(@f)$({program} completion words -- "${{(@)words[2,CURRENT-1]}}" 2>/dev/null)}}")
+  if [[ -n $found ]]; then compadd -a found
+  elif (( $+functions[_files] )); then _files; fi
+}}
+if [[ $funcstack[1] == _qvm ]]; then _qvm "$@"; else compdef _qvm qvm qvm.pyz qvm.py; fi
+""",
+  "fish": """\
+function __qvm_words
+  set -l before (commandline -opc)
+  {program} completion words -- $before[2..-1] 2>/dev/null
+end
+for name in qvm qvm.pyz qvm.py
+  complete -c $name -f -a '(__qvm_words)'
+end
+""",
+}
+
+
+def cmd_completion(options: Options) -> int:
+  """Print a shell's completion script, or for it the words that may come next."""
+  import shlex
+
+  shell = options.operands[0]
+  if shell == "words":
+    for word in next_words(options.operands[1:], cache_folder(dict(os.environ))):
+      emit(word)
+    return 0
+  program = [sys.executable, os.path.abspath(sys.argv[0])]
+  text = COMPLETIONS[shell].format(program=" ".join(map(shlex.quote, program)))
+  emit(text.rstrip("\n"))
+  return 0
+
+
+def next_words(before: Sequence[str], cache: str) -> List[str]:
+  """The words that may follow those already typed."""
+  if before and before[-1] in ("--platform",):
+    return ["x86-64", "arm64"]
+  if before and before[-1] == "--accel":
+    return [*ACCELERATORS, "hvf:kvm:tcg"]
+  valued = {flag for option in OPTIONS if option.metavar for flag in option.flags}
+  if before and before[-1] in valued:
+    return []
+  plain = [
+    w for i, w in enumerate(before) if w[:1] != "-" and (not i or before[i - 1] not in valued)
+  ]
+  if not plain:
+    return list(COMMANDS)
+  command, operands = plain[0], plain[1:]
+  if command not in COMMANDS:
+    return []
+  form, words = COMMANDS[command], [f for o in known_options(command) for f in o.flags]
+  if form.operands.startswith(("OS", "[OS")) and not operands:
+    words += OS_NAMES
+  elif "VERSION" in form.operands and len(operands) == 1:
+    words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
+  elif form.operands.startswith("NAME"):
+    files = [os.path.basename(path) for path in paths_in(cache, "instances")]
+    names = [name[: -len(".qcow2")] for name in files if name.endswith(".qcow2")]
+    words += [name for name in names if name not in operands and re.match(NAME, name)]
+  elif command == "config" and not operands:
+    words += ["print-path"]
+  elif command == "completion" and not operands:
+    words += COMPLETIONS
+  return words
 
 
 def cmd_config(options: Options) -> int:
@@ -3112,9 +4309,12 @@ CALLS: Dict[str, Callable[[Options], int]] = {
   "pull": cmd_pull,
   "search": cmd_search,
   "list": cmd_list,
+  "stop": cmd_stop,
   "rm": cmd_rm,
   "clean": cmd_clean,
+  "doctor": cmd_doctor,
   "config": cmd_config,
+  "completion": cmd_completion,
 }
 
 
@@ -3133,27 +4333,32 @@ def call(words: Sequence[str]) -> int:
 
 def main(words: Optional[Sequence[str]] = None) -> int:
   """Run qvm and return its exit code; the only function that prints errors."""
+  code = EXIT_FAILED
   try:
+    open_standard_streams()
     signals.install()
-    return call(sys.argv[1:] if words is None else words)
+    code = call(sys.argv[1:] if words is None else words)
   except Interrupted as stop:
-    return 128 + stop.signum
+    code = 128 + stop.signum
   except QvmError as error:
+    code = error.code
     say(str(error))
     if error.hint:
       say(error.hint)
-    return error.code
   except BrokenPipeError:
-    return 128 + signal.SIGPIPE
+    code = 128 + signal.SIGPIPE
   except OSError as error:
-    say("{}{}".format(error.filename + ": " if error.filename else "", describe(error)))
-    return EXIT_FAILED
+    place = error.filename2 or error.filename
+    say(f"{place}: {describe(error)}" if place else describe(error))
   except Exception as error:
     if os.environ.get("QVM_DEBUG"):
       raise
     say(f"this is a bug in qvm {__version__}: {type(error).__name__}: {error}")
     say("QVM_DEBUG=1 shows where; please report it")
-    return EXIT_FAILED
+  signals.finish()
+  if Transfer.abandoned:
+    os._exit(code)  # Python 3.12 and 3.13 may crash when they end while a thread waits for data
+  return code
 
 
 if __name__ == "__main__":

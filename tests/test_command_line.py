@@ -1,0 +1,455 @@
+"""Words in every order, bad input, help, and the folder that qvm keeps everything in."""
+
+import itertools
+import os
+import pwd
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from hypothesis import configuration, given, settings
+from hypothesis import strategies as st
+
+import qvm as source
+
+OS_NAMES = ("freebsd", "openbsd", "netbsd", "haiku", "omnios")
+CPU_NAMES = ("x86-64", "x86_64", "amd64", "x64", "arm64", "aarch64")
+FREEBSD = ("freebsd", "15.1")
+
+
+# There is nothing that hypothesis need keep: it must not leave a folder in the project.
+configuration.set_hypothesis_home_dir("/dev/null/none")
+
+
+def parse(*words):
+  return source.parse_command_line(words)
+
+
+def raw(qvm, *words, env=None, **more):
+  """Run with any environment, in bytes."""
+  more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+  env = qvm.env if env is None else env
+  return subprocess.run(qvm.command(*words), env=env, stdin=subprocess.DEVNULL, timeout=60, **more)
+
+
+# --- Orders and spellings --------------------------------------------------------------------
+
+
+def interleaved(first, second):
+  """All sequences in which both keep their own order."""
+  for places in itertools.combinations(range(len(first) + len(second)), len(second)):
+    rest, other = iter(first), iter(second)
+    yield [next(other if i in places else rest) for i in range(len(first) + len(second))]
+
+
+def test_options_stand_anywhere():
+  operands = [["run"], ["freebsd"], ["15.1"]]
+  given = [["--rm"], ["--platform", "arm64"], ["-m2G"]]
+  expected = parse("run", *FREEBSD, "--rm", "--platform", "arm64", "-m", "2G")
+  assert (expected.rm, expected.platform, expected.memory) == (True, "arm64", "2G")
+  orders = [
+    [word for group in order for word in group]
+    for options in itertools.permutations(given)
+    for order in interleaved(operands, options)
+  ]
+  assert len(orders) == 120
+  for words in orders:
+    assert parse(*words) == expected, words
+
+
+SPELLINGS = (
+  ("memory", "2G", ("-m2G",), ("-m", "2G"), ("--memory=2G",), ("--memory", "2G"), ("-m", "2g")),
+  ("memory", "512M", ("-m512M",), ("--memory", "512m"), ("-m", "8G", "-m", "512M")),
+  ("memory", "2048", ("-m", "2048"), ("--memory=2048",)),
+  ("cpus", "4", ("--cpus=4",), ("--cpus", "04"), ("--cpus", "1", "--cpus", "4")),
+  ("name", "build", ("--name=build",), ("--name", "build")),
+  ("platform", "arm64", ("--platform=arm64",), ("--platform", "AArch64")),
+  ("accel", "kvm:tcg", ("--accel=kvm:tcg",), ("--accel", "KVM:TCG")),
+  ("ssh", ("127.0.0.1", 22, True), ("--ssh-port=22",), ("--ssh-port", "127.0.0.1:22")),
+  ("ssh", ("0.0.0.0", 2222, True), ("--ssh-port", "0.0.0.0:2222"),),
+  ("ssh", ("127.0.0.1", 2847, False), ()),
+  ("qemu_args", ("-a", "b=c"), ("--qemu-arg", "-a", "--qemu-arg=b=c"),
+   ("--qemu-arg=-a", "--qemu-arg", "b=c")),
+  ("qemu_args", ("--", ""), ("--qemu-arg", "--", "--qemu-arg", "")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value, spellings", [(s[0], s[1], s[2:]) for s in SPELLINGS])
+def test_spellings_of_values(field, value, spellings):
+  for words in spellings:
+    assert getattr(parse("run", *words, *FREEBSD), field) == value, words
+
+
+@pytest.mark.parametrize("name", CPU_NAMES)
+def test_cpu_names_in_any_case(name):
+  arch = "x86-64" if name.startswith(("x", "a")) and "64" in name else ""
+  arch = "arm64" if name in ("arm64", "aarch64") else arch
+  for text in (name, name.upper(), name.title(), name.swapcase()):
+    assert parse("run", *FREEBSD, "--platform", text).platform == arch
+
+
+@pytest.mark.parametrize(
+  "words, program, disk",
+  [
+    (("--dry-run", "run", "freebsd", "13.2"), "x86_64", "freebsd-13.2-x86-64"),
+    (("run", "freebsd", "--rm", "15.1", "--dry-run"), "x86_64", "freebsd-15.1-x86-64-rm-"),
+    (("--platform", "AMD64", "--dry-run", "run", "FreeBSD", "15.1"), "x86_64", "freebsd-15.1-x86"),
+    (("run", "oPenBSD", "7.9", "--dry-run", "--platform=ARM64"), "aarch64", "openbsd-7.9-arm64."),
+    (("run", "NETBSD", "--dry-run", "10.1"), "x86_64", "netbsd-10.1-x86-64."),
+    (("run", "--dry-run", "Haiku", "r1beta5"), "x86_64", "haiku-r1beta5-x86-64."),
+    (("--dry-run", "run", "OmniOS", "r151058"), "x86_64", "omnios-r151058-x86-64."),
+    (("run", "--name", "b", "--dry-run", "--", "freebsd", "15.1"), "x86_64", "/b.qcow2"),
+  ],
+)
+def test_words_in_any_order_run(offline, words, program, disk):
+  env = {} if program == "aarch64" else {"QVM_CACHE_DIR": str(offline.cache)}
+  words = words if "--platform" in " ".join(words) else ("--platform", "x64", *words)
+  run = offline(*words, env=env)
+  assert (run.returncode, run.stderr) == (0, "")
+  argv = shlex.split(run.stdout)
+  assert argv[0].endswith(f"/qemu-system-{program}")
+  assert disk in next(word for word in argv if "id=drive0" in word)
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+HOSTILE = (
+  "../x", "..", ".", "a/b", "/etc/passwd", "", " ", "15 1", "15.1\n", "\n", "a\nb", "\x1b[31m",
+  "15.1%2f", "%2e%2e", "a,b", "a:b", "a;b", "$x", "é", "\udcff", "~", "~root", ".hidden", "x" * 101,
+)  # fmt: skip
+RUN = ("run", *FREEBSD)
+BAD = [
+  ((), ["run, pull, search, list, stop, rm, clean, doctor, config, completion"]),
+  (("",), ["run, pull, search, list, stop, rm, clean, doctor, config, completion"]),
+  (("frobnicate",), ["'frobnicate'", "run, pull, search, list, stop, rm, clean, doctor"]),
+  (("--rm",), ["--help"]),
+  (("--dry-run", "15.1"), ["run, pull"]),
+  (("run",), ["qvm run OS [VERSION]", *OS_NAMES]),
+  (("pull",), ["qvm pull OS [VERSION]"]),
+  ((*RUN, "extra"), ["'extra'", "qvm run OS [VERSION]"]),
+  (("run", "plan9", "4"), ["'plan9'", *OS_NAMES]),
+  (("pull", "plan9", "4"), ["'plan9'", *OS_NAMES]),
+  (("run", "", "15.1"), [*OS_NAMES]),
+  (("run", "free\nbsd", "15.1"), [*OS_NAMES]),
+  (("run", "haiku", "r1beta5", "--platform", "arm64"), ["Haiku", "arm64", "x86-64"]),
+  (("pull", "haiku", "r1beta5", "--platform", "arm64"), ["Haiku", "arm64", "x86-64"]),
+  (("run", "omnios", "r151058", "--platform", "arm64"), ["OmniOS", "arm64", "x86-64"]),
+  (("run", "haiku", "r1beta5", "--dry-run", "--platform", "arm64"), ["Haiku", "x86-64"]),
+  ((*RUN, "--platform", "riscv64"), ["'riscv64'", "x86-64", "arm64"]),
+  ((*RUN, "--platform", ""), ["x86-64", "arm64"]),
+  ((*RUN, "--bogus"), ["--bogus", "--ssh-port", "--rm"]),
+  ((*RUN, "-x"), ["-x", "--ssh-port"]),
+  (("run", "freebsd", "-x"), ["-x", "--ssh-port"]),
+  ((*RUN, "--platfrom", "arm64"), ["--platfrom", "did you mean --platform?"]),
+  ((*RUN, "--plat", "arm64"), ["--plat"]),
+  ((*RUN, "--json"), ["qvm run", "--json"]),
+  (("--bogus",), ["--bogus", "--help", "--version"]),
+  (("list", "--rm"), ["qvm list", "--rm", "--json"]),
+  (("list", "freebsd"), ["'freebsd'", "qvm list"]),
+  (("rm", "--rm", "x"), ["qvm rm", "--force"]),
+  (("rm",), ["qvm rm NAME..."]),
+  (("config",), ["print-path"]),
+  (("config", "get"), ["print-path", "'get'"]),
+  (("config", "print-path", "x"), ["'x'", "print-path"]),
+  ((*RUN, "--name"), ["--name NAME"]),
+  ((*RUN, "-m"), ["-m SIZE"]),
+  ((*RUN, "--rm=yes"), ["--rm", "no value"]),
+  ((*RUN, "--rm="), ["--rm", "no value"]),
+  (("-hx",), ["-h", "no value"]),
+]
+BAD += [(("run", "--", "freebsd", word), ["version", "letters"]) for word in (*HOSTILE, "-x")]
+BAD += [((*RUN, "--name=" + word), ["name", "letters"]) for word in (*HOSTILE, "-x")]
+BAD += [(("rm", "--", "good", word), ["name", "letters"]) for word in ("../x", "", "-x", "a/b")]
+BAD += [
+  ((*RUN, "-m", word), ["memory", "64M", "4T"])
+  for word in ("", "0", "63M", "-1", "5T", "5000G", "1K", "6GB", "6 G", "1e3", "1.5G", "G", "٦G")
+  + ("9" * 30, "1G,slots=2", "0x100")
+]
+BAD += [
+  ((*RUN, "--cpus", word), ["1", "255"])
+  for word in ("", "0", "-1", "256", "two", "1.5", "1,maxcpus=4", "٢", "9999999", "+1")
+]
+BAD += [
+  ((*RUN, "--ssh-port", word), ["1", "65535", "2847"])
+  for word in ("", "0", "-1", "65536", "x", "22:", ":22", "127.0.0.1:", "127.0.0.1", "::1:22")
+  + ("[::1]:22", "localhost:22", "256.0.0.1:22", "1.2.3:22", "1.2.3.4.5:22", "1.2.3.4:22:33")
+  + ("22,hostfwd=tcp::1-:2", "127.0.0.1:22-:23", "22\n", "٢٢", "+22", "1.2.3.4,5:22", "1e3")
+]
+BAD += [
+  ((*RUN, "--accel", word), ["hvf", "kvm", "tcg"])
+  for word in ("", "xen", "kvm,tcg", "kvm:", ":", "kvm:kvm", "tcg,thread=multi", "kvm tcg", "kvm\n")
+]
+BAD += [
+  ((*RUN, "--qemu", word), ["--qemu", "program"])
+  for word in ("", "/no/such", "no-such-program", "/etc/passwd", "/", ".", "/dev/null")
+]
+BAD += [
+  ((*RUN[:2], "x" * 5000), ["version"]),
+  ((*RUN, "--name", "x" * 5000), ["name"]),
+]
+
+
+@pytest.mark.parametrize("words, fragments", BAD, ids=[ascii(" ".join(b[0]))[:50] for b in BAD])
+def test_bad_words_are_refused_before_anything_happens(qvm, server, words, fragments):
+  run = raw(qvm, *words)
+  assert (run.returncode, run.stdout) == (2, b""), run.stderr
+  text = run.stderr.decode()
+  assert re.fullmatch("qvm: [ -\uffff]+\n", text) and text[:-1].isprintable(), text
+  for fragment in fragments:
+    assert fragment in text
+  assert (server.started, list(qvm.home.iterdir())) == (0, [])
+
+
+@pytest.mark.parametrize(
+  "words", [("x" * 5000,), (*RUN[:2], "x" * 5000), (*RUN, "--name", "x" * 5000)], ids=len
+)
+def test_a_very_long_word_is_not_repeated_whole(words):
+  with pytest.raises(source.UsageError) as caught:
+    parse(*words)
+  assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("QVM_RELEASES_URL", "ftp://example.org"),
+    ("QVM_RELEASES_URL", "https://"),
+    ("QVM_RELEASES_URL", "example.org/x"),
+    ("QVM_RELEASES_URL", "https://example.org/a b"),
+    ("QVM_RELEASES_URL", "https://example.org/\n"),
+    ("QVM_TIMEOUT", "soon"),
+    ("QVM_TIMEOUT", "-1"),
+    ("QVM_TIMEOUT", "nan"),
+    ("QVM_RETRY_DELAY", "inf"),
+    ("QVM_RETRY_DELAY", "3601"),
+  ],
+)
+def test_bad_environment_is_refused_before_anything_happens(qvm, server, name, value):
+  run = qvm("run", *FREEBSD, env={name: value})
+  assert (run.returncode, run.stdout) == (2, "")
+  assert re.fullmatch(f"qvm: {name}: .+\n", run.stderr), run.stderr
+  assert (server.started, list(qvm.home.iterdir())) == (0, [])
+
+
+WORDS = st.one_of(
+  st.sampled_from(sorted(source.COMMANDS)),
+  st.sampled_from(OS_NAMES + CPU_NAMES),
+  st.sampled_from(sorted(flag for option in source.OPTIONS for flag in option.flags)),
+  st.sampled_from(["15.1", "2G", "4", "0.0.0.0:22", "kvm:tcg", "print-path", "x", "--", "-", ""]),
+  st.sampled_from(HOSTILE + (sys.executable, "/usr/bin/env")),
+  st.builds(
+    "{}{}{}".format,
+    st.sampled_from(sorted(flag for option in source.OPTIONS for flag in option.flags)),
+    st.sampled_from(["=", ""]),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
+  ),
+  # What argv can hold: no NUL; bytes that are no UTF-8 come as lone surrogates.
+  st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12),
+  st.text(st.sampled_from("\udc80\udcff-=/a"), max_size=4),
+)
+ANY_WORDS = st.one_of(
+  st.lists(WORDS, max_size=8),
+  st.builds(lambda more: ["run", *FREEBSD, *more], st.lists(WORDS, max_size=4)),
+)
+
+
+@settings(max_examples=1500, deadline=None, database=None)
+@given(ANY_WORDS)
+def test_any_words_are_options_or_a_usage_error(words):
+  try:
+    options = parse(*words)
+  except source.UsageError as error:
+    assert source.printable(str(error)) and not error.hint
+    return
+  assert isinstance(options, source.Options)
+  if options.help or options.version:
+    return
+  if options.command in ("run", "pull"):
+    try:
+      plan = source.make_plan(options, source.Host("linux", "x86-64"), "/c", "abcdef")
+    except source.QvmError:
+      return
+    for path, folder in ((plan.disk, "/c/instances"), (plan.base, "/c/base")):
+      assert os.path.dirname(os.path.normpath(path)) == folder
+      assert re.fullmatch(r"[\w.+~-]+\.qcow2", os.path.basename(path), re.ASCII)
+
+
+# --- Help and version ------------------------------------------------------------------------
+
+COMMANDS = (
+  *("run", "pull", "search", "list", "stop", "rm", "clean", "doctor", "config"),
+  "completion",
+)
+SHARED = ("--help", "-h", "--version")
+KNOWN = {
+  "": SHARED,
+  "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
+  + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
+  + ("--boot-timeout", "--console-log"),
+  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
+  "search": SHARED + ("--json",),
+  "list": SHARED + ("--json",),
+  "stop": SHARED + ("--force",),
+  "rm": SHARED + ("--force",),
+  "clean": SHARED + ("--all", "--dry-run"),
+  "doctor": SHARED + ("--offline", "--json"),
+  "config": SHARED,
+  "completion": SHARED,
+}  # fmt: skip
+
+
+def test_the_lists_in_this_file_are_whole():
+  assert tuple(source.COMMANDS) == COMMANDS
+  assert source.OS_NAMES == OS_NAMES
+  assert tuple(source.ARCHES) == CPU_NAMES
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_tells_the_options_that_there_are(offline, command):
+  run = offline(*filter(None, [command]), "--help")
+  assert (run.returncode, run.stderr) == (0, "")
+  assert run.stdout.startswith(f"usage: qvm {command or 'COMMAND'} ")
+  options, _, examples = run.stdout.partition("\nexamples:\n")
+  flags = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options.partition("\noptions:\n")[2])
+  listed = [f for f in flags if any(f in known for known in KNOWN.values())]
+  assert sorted(listed) == sorted(KNOWN[command])
+  assert examples.strip()
+  assert max(map(len, run.stdout.splitlines())) <= 100
+  assert list(offline.home.iterdir()) == []
+
+
+def examples_of(text):
+  """The command lines of qvm in the help, in words."""
+  for line in text.partition("\nexamples:\n")[2].splitlines():
+    inner = re.search(r"\$\((.*)\)", line)
+    words = shlex.split(inner.group(1) if inner else line)
+    assert words[0] == "qvm", line
+    yield words[1:]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_examples_in_the_help_parse(offline, command):
+  examples = list(examples_of(offline(*filter(None, [command]), "--help").stdout))
+  assert examples
+  for words in examples:
+    options = parse(*words)
+    assert options.command == (command or "run")
+
+
+def test_examples_of_run_plan_something(offline):
+  for words in examples_of(offline("run", "--help").stdout):
+    run = offline("--dry-run", *words, *([] if "--platform" in words else ["--platform", "x64"]))
+    assert (run.returncode, run.stderr, run.stdout.count("\n")) == (0, "", 1)
+
+
+@pytest.mark.parametrize(
+  "words",
+  [("-h",), ("--help", "run"), ("run", "-h"), ("run", "freebsd", "--help"), ("-h", *RUN)]
+  + [("run", "plan9", "--help"), ("rm", "--help", "x"), ("--version", "--help")],
+)
+def test_help_anywhere(offline, words):
+  run = offline(*words)
+  assert (run.returncode, run.stderr) == (0, "")
+  command = next((word for word in words if word in COMMANDS), "")
+  assert run.stdout == offline(*filter(None, [command]), "--help").stdout
+
+
+@pytest.mark.parametrize("words", [("--version",), ("run", "--version"), ("--version", "list")])
+def test_version(offline, words):
+  run = offline(*words)
+  assert (run.returncode, run.stderr) == (0, "")
+  assert run.stdout == f"qvm {source.__version__}\n"
+  assert re.fullmatch(r"\d+\.\d+\.\d+", source.__version__)
+
+
+@pytest.mark.parametrize("words", [("run", "--help"), ("--help",), ("config", "print-path")])
+def test_output_in_a_locale_without_utf8(offline, words):
+  env = {**offline.env, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+  run = raw(offline, *words, env=env)
+  assert (run.returncode, run.stderr) == (0, b"")
+  assert run.stdout == raw(offline, *words).stdout
+
+
+PRINTING = [("config", "print-path"), ("list",), ("run", "--help")]
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_stdout_on_a_full_disk(offline, words):
+  with open("/dev/full", "wb") as full:
+    run = raw(offline, *words, stdout=full)
+  assert (run.returncode, run.stderr) == (1, b"qvm: the disk is full: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_stdout_that_nobody_reads(offline, words):
+  reader, writer = os.pipe()
+  os.close(reader)
+  run = raw(offline, *words, stdout=writer)
+  os.close(writer)
+  assert (run.returncode, run.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_stdout_that_is_closed(offline, words):
+  run = raw(offline, *words, preexec_fn=lambda: os.close(1))
+  assert b"bug" not in run.stderr and run.stderr.count(b"\n") <= 2, run.stderr
+
+
+# --- Where everything is ---------------------------------------------------------------------
+
+HOME_OF_USER = pwd.getpwuid(os.getuid()).pw_dir
+
+
+@pytest.mark.parametrize(
+  "env, expected",
+  [
+    ({}, "HERE/home/.cache/qvm"),
+    ({"HOME": None}, HOME_OF_USER + "/.cache/qvm"),
+    ({"HOME": "/a b/c,d"}, "/a b/c,d/.cache/qvm"),
+    ({"XDG_CACHE_HOME": "/x"}, "/x/qvm"),
+    ({"XDG_CACHE_HOME": "/x/"}, "/x/qvm"),
+    ({"XDG_CACHE_HOME": ""}, "HERE/home/.cache/qvm"),
+    ({"XDG_CACHE_HOME": "x"}, "HERE/home/.cache/qvm"),
+    ({"XDG_CACHE_HOME": "./x"}, "HERE/home/.cache/qvm"),
+    ({"XDG_CACHE_HOME": "~/x"}, "HERE/home/.cache/qvm"),
+    ({"XDG_CACHE_HOME": "/x", "HOME": None}, "/x/qvm"),
+    ({"QVM_CACHE_DIR": "/q"}, "/q"),
+    ({"QVM_CACHE_DIR": "/q/", "XDG_CACHE_HOME": "/x"}, "/q"),
+    ({"QVM_CACHE_DIR": "", "XDG_CACHE_HOME": "/x"}, "/x/qvm"),
+    ({"QVM_CACHE_DIR": "/q", "HOME": None}, "/q"),
+    ({"QVM_CACHE_DIR": "q"}, "HERE/q"),
+    ({"QVM_CACHE_DIR": b"/\xff\xe9"}, b"/\xff\xe9"),
+    ({"QVM_CACHE_DIR": "/ü $x 'y'"}, "/ü $x 'y'"),
+  ],
+)
+def test_print_path(offline, tmp_path, env, expected):
+  env = {k: v for k, v in {**offline.env, **env}.items() if v is not None}
+  run = raw(offline, "config", "print-path", env=env, cwd=tmp_path)
+  expected = os.fsencode(expected).replace(b"HERE", os.fsencode(tmp_path))
+  assert (run.returncode, run.stdout, run.stderr) == (0, expected + b"\n", b"")
+  assert os.listdir(tmp_path) == ["home"] and os.listdir(offline.home) == []
+
+
+@pytest.mark.parametrize("home", ["", "x", "./x", "~"])
+def test_the_path_is_absolute_whatever_home_is(offline, tmp_path, home):
+  run = raw(offline, "config", "print-path", env={**offline.env, "HOME": home}, cwd=tmp_path)
+  assert run.stdout.startswith(b"/") or run.returncode == 1, run.stdout
+
+
+def test_a_user_without_a_home_is_told(offline, tmp_path):
+  """As in a container that is started with an arbitrary uid: no passwd entry, no HOME."""
+  code = "import os, sys; os.getuid = lambda: 4000000; import qvm; sys.exit(qvm.main())"
+  env = {**offline.env, "PYTHONPATH": str(offline.program.parent)}
+  del env["HOME"]
+  command = [sys.executable, "-c", code]
+  run = subprocess.run(
+    [*command, "config", "print-path"], env=env, cwd=tmp_path, capture_output=True, text=True
+  )
+  assert run.stdout.startswith("/") or (
+    run.returncode and re.fullmatch("(qvm: .+\n){1,2}", run.stderr) and "bug" not in run.stderr
+  ), run
+  env["QVM_CACHE_DIR"] = "/q"
+  run = subprocess.run([*command, "config", "print-path"], env=env, capture_output=True, text=True)
+  assert (run.returncode, run.stdout) == (0, "/q\n")

@@ -1,0 +1,1291 @@
+"""`qvm pull` and `run` against a release server that breaks in every way; the cache after it."""
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import http.server
+import json
+import os
+import pty
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+import urllib.parse
+
+import pytest
+from conftest import FREEBSD, ROOT, Qvm, fill, free_port
+from hypothesis import configuration, given, settings
+from hypothesis import strategies as st
+from release_server import ReleaseServer
+
+import qvm as source
+
+# There is nothing that hypothesis need keep: it must not leave a folder in the project.
+configuration.set_hypothesis_home_dir("/dev/null/none")
+
+HOST = "macos" if sys.platform == "darwin" else "linux"
+IMAGE = FREEBSD + ".qcow2"
+QEMU = f"qemu-system-x86_64-{HOST}.tar"
+TOOLS = f"resources-{HOST}.tar"
+ALL = (IMAGE, QEMU, TOOLS)
+PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
+RUN = ("run", "--platform", "x86-64", "--rm", "freebsd", "15.1")
+LATEST = "freebsd-builder/releases/latest"
+DEAD = "http://127.0.0.1:9/nowhere"
+LAST = -1  # as the place of a cut: all but the last byte
+EITHER = "."  # works or fails with any clear error, but never with a wrong file
+
+
+# --- Helpers ---------------------------------------------------------------------------------
+
+
+def check_failed(result, pattern=EITHER):
+  """It failed as a user should see it: with the error in the last one or two lines."""
+  lines = result.stderr.splitlines()
+  assert (result.returncode, result.stdout) == (1, ""), result.stderr
+  assert lines and all(line.startswith("qvm: ") for line in lines), result.stderr
+  assert not re.search("Traceback|a bug in qvm|sig=|jwt=", result.stderr), result.stderr
+  assert re.search(pattern, "\n".join(lines[-2:])), result.stderr
+
+
+def check_works(qvm, result, image):
+  """It worked, and left just what it should."""
+  assert result.returncode == 0, result.stderr
+  assert "Traceback" not in result.stderr and "sig=" not in result.stderr
+  assert (qvm.cache / "base" / IMAGE).read_bytes() == image
+  assert os.listdir(str(qvm.cache / "downloads")) == []
+  assert not [path for path in qvm.files() if ".tmp" in path or ".part" in path]
+
+
+def check_outcome(qvm, result, image, expected):
+  """Either the right bytes or a clear error without any file; expected None = it must work."""
+  if expected is None or (expected == EITHER and result.returncode == 0):
+    check_works(qvm, result, image)
+  else:
+    check_failed(result, expected)
+    assert not [path for path in qvm.files() if path.startswith(("base/", "instances/"))]
+
+
+def ranges(server, name=IMAGE):
+  """The Range headers of the requests for the asset, None where there was none."""
+  return [each.headers.get("range") for each in server.requests(name, "cdn")]
+
+
+def wait_for(condition):
+  """Wait for something that nothing but its files tell of."""
+  until = time.monotonic() + 30
+  while not condition():
+    assert time.monotonic() < until
+    time.sleep(0.01)
+
+
+def finished(process, before=""):
+  """The result of a started process; before is what has been read of its stderr."""
+  output, errors = process.communicate(timeout=60)
+  return subprocess.CompletedProcess(process.args, process.returncode, output, before + errors)
+
+
+def hangs(process, *faults):
+  """Wait until the process hangs in each of the faults."""
+  until = time.monotonic() + 30
+  for fault in faults:
+    while not fault.reached.wait(0.05):
+      assert process.poll() is None, process.stderr.read()
+      if time.monotonic() > until:
+        process.kill()
+        raise AssertionError("it does not get there")
+
+
+def altered(content):
+  """Another image of the same length, with a sound header."""
+  return content[:512] + content[:511:-1]
+
+
+def lines_until(stream, text):
+  """Read lines up to one that contains the text."""
+  lines = []
+  for line in stream:
+    lines.append(line)
+    if text in line:
+      return lines
+  raise AssertionError(f"no {text} in {lines}")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, image, tools_tar):
+  """A home in which everything has been downloaded."""
+  home = tmp_path_factory.mktemp("filled")
+  with ReleaseServer() as server:
+    fill(server, image, tools_tar)
+    assert Qvm(home, ROOT / "qvm.py", server)(*PULL).returncode == 0
+  return home
+
+
+@pytest.fixture
+def full(qvm, filled):
+  """qvm with everything in its cache."""
+  shutil.copytree(str(filled), str(qvm.home), dirs_exist_ok=True)
+  return qvm
+
+
+@pytest.fixture
+def warm(full):
+  """qvm with QEMU and qemu-img in its cache, but no image."""
+  shutil.rmtree(str(full.cache / "base"))
+  return full
+
+
+@pytest.fixture(scope="module")
+def big(image):
+  """An image of 3 MiB of which no two parts are the same."""
+  return image + random.Random(1).randbytes((3 << 20) - len(image))
+
+
+@pytest.fixture
+def big_server(server, big):
+  """The release server with the big image."""
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, big)
+  return server
+
+
+# --- When all is well ------------------------------------------------------------------------
+
+
+def for_files(server):
+  """The requests for tags and files, without those that only tell digests."""
+  return [r for r in server.log if r.origin != "api" and "/expanded_assets/" not in r.path]
+
+
+@pytest.mark.parametrize("words", [PULL, RUN], ids=["pull", "run"])
+def test_each_file_is_asked_for_once_and_told_of_twice(qvm, server, image, words):
+  result = qvm(*words, env={"GITHUB_TOKEN": "s3cret", "GH_TOKEN": "s3cret"})
+  check_works(qvm, result, image)
+  # Two newest releases; three assets, each by way of its signed address; no page of a tag.
+  assert len(server.requests("/releases/latest", "github")) == 2
+  assert [len(server.requests(name, "cdn")) for name in ALL] == [1, 1, 1]
+  assert len(for_files(server)) == 8
+  assert not [each for each in for_files(server) if "authorization" in each.headers]
+  lines = result.stderr.splitlines()
+  for name in ALL:
+    about = [line for line in lines if f" {name}" in line]
+    assert len(about) == 2, result.stderr
+    assert re.match(rf"qvm: downloading {name} \([0-9.]+ [kM]?B\) from http://\S+\Z", about[0])
+    done = rf"qvm: downloaded {name}: [0-9.]+ [kM]?B in [0-9.]+ s \([0-9.]+ [kMG]?B/s\)\Z"
+    assert re.match(done, about[1])
+  assert f"({round(len(image) / 1000)} kB)" in next(line for line in lines if IMAGE in line)
+  assert len(lines) == 7, result.stderr
+  assert "\r" not in result.stderr and "\033" not in result.stderr
+
+
+def test_base_file_and_its_record(qvm, server, image):
+  assert qvm(*PULL).returncode == 0
+  record = json.loads((qvm.cache / "base" / f"{FREEBSD}.json").read_text())
+  assert (record["release"], record["size"]) == ("v0.16.0", len(image))
+  assert record["sha256"] == hashlib.sha256(image).hexdigest()
+  assert record["url"] == f"{server.url}/freebsd-builder/releases/download/v0.16.0/{IMAGE}"
+  assert re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z", record["time"])
+
+
+@pytest.mark.parametrize("name", [IMAGE, FREEBSD + ".json"])
+def test_base_files_are_read_only(full, name):
+  assert (full.cache / "base" / name).stat().st_mode & 0o777 == 0o444
+
+
+def test_cache_is_private(full, filled):
+  assert (filled / ".cache" / "qvm").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("words", [PULL, RUN], ids=["pull", "run"])
+def test_found_means_no_request(full, server, words):
+  assert full(*words).returncode == 0
+  assert server.started == 0
+  server.close()
+  proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+  result = full(*words, env={"QVM_RELEASES_URL": DEAD, **proxies})
+  assert result.returncode == 0, result.stderr
+
+
+PATHS = {
+  IMAGE: f"base/{IMAGE}",
+  TOOLS: "bin/qemu-img",
+  QEMU: "qemu/x86_64/bin/qemu-system-x86_64",
+}
+
+
+@pytest.mark.parametrize("asset", ALL)
+def test_only_what_is_missing_is_fetched(full, server, asset):
+  before = full.files()
+  (full.cache / PATHS[asset]).unlink()
+  assert full(*PULL).returncode == 0
+  assert [len(server.requests(name, "cdn")) for name in ALL] == [name == asset for name in ALL]
+  assert len(for_files(server)) == 3
+  assert full.files() == before
+
+
+def test_the_three_files_come_at_the_same_time(qvm, server, image):
+  go = threading.Event()
+  faults = [server.fault(name, pause=go, pause_at=100) for name in ALL]
+  process = qvm.start(*PULL)
+  hangs(process, *faults)  # all three hang together: none waits for another one's end
+  go.set()
+  check_works(qvm, finished(process), image)
+
+
+@pytest.mark.parametrize("many", [2, 6, 20])
+def test_many_at_once_fetch_each_file_once(qvm, server, image, many):
+  go = threading.Event()
+  server.fault(IMAGE, pause=go, pause_at=100)
+  every = [qvm.start(*(RUN if number % 2 else PULL)) for number in range(many)]
+  before = ["".join(lines_until(process.stderr, IMAGE)) for process in every]
+  assert sum("waiting for another qvm" in text for text in before) >= many - 1
+  go.set()
+  results = [finished(process) for process in every]
+  for result in results:
+    check_works(qvm, result, image)
+  assert [len(server.requests(name, "cdn")) for name in ALL] == [1, 1, 1]
+  assert [path for path in qvm.files() if path.startswith("instances/")] == []
+
+
+def test_the_next_one_takes_over_when_the_first_is_killed(qvm, big_server, big):
+  fault = big_server.fault(IMAGE, pause=threading.Event(), pause_at=2 << 20)
+  first = qvm.start(*PULL)
+  hangs(first, fault)
+  second = qvm.start(*PULL)
+  lines_until(second.stderr, f"another qvm that downloads {IMAGE}")
+  first.kill()
+  finished(first)
+  result = finished(second)
+  check_works(qvm, result, big)
+  assert f"downloading {IMAGE} (going on at" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_waiting_one_can_be_ended(qvm, server, image, number):
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=100)
+  first = qvm.start(*PULL)
+  hangs(first, fault)
+  second = qvm.start(*RUN)
+  before = lines_until(second.stderr, f"another qvm that downloads {IMAGE}")
+  second.send_signal(number)
+  result = finished(second, "".join(before))
+  assert result.returncode == 128 + number
+  assert all(line.startswith("qvm: ") for line in result.stderr.splitlines())
+  go.set()
+  check_works(qvm, finished(first), image)
+
+
+def test_two_cpus_at_once(qvm, server, image):
+  go = threading.Event()
+  faults = [server.fault(f"qemu-system-{cpu}", pause=go) for cpu in ("x86_64", "aarch64")]
+  every = [qvm.start("pull", "--platform", cpu, "freebsd", "15.1") for cpu in ("x86-64", "arm64")]
+  for process, fault in zip(every, faults):
+    hangs(process, fault)
+  go.set()
+  assert [process.wait(30) for process in every] == [0, 0]
+  assert len(server.requests(TOOLS, "cdn")) == 1
+  trees = [name for name in os.listdir(str(qvm.cache / "qemu")) if name[0] != "."]
+  assert sorted(trees) == ["aarch64", "x86_64"]
+  assert os.listdir(str(qvm.cache / "downloads")) == []
+
+
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def test_streamed_to_disk(warm, server, image, tmp_path):
+  size = 300_000_000
+  (tmp_path / "big").write_bytes(image)
+  os.truncate(str(tmp_path / "big"), size)
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, tmp_path / "big")
+  server.fault(IMAGE, cut=200_000_000)
+  result = subprocess.run(
+    [sys.executable, "-c", MEASURE, *warm.command(*PULL)],
+    env=warm.env,
+    stdout=subprocess.PIPE,
+    timeout=60,
+  )
+  assert result.returncode == 0
+  peak = int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
+  assert peak < 100_000_000
+  base = warm.cache / "base" / IMAGE
+  assert base.stat().st_size == size
+  record = json.loads((warm.cache / "base" / f"{FREEBSD}.json").read_text())
+  digest = hashlib.sha256()
+  with (tmp_path / "big").open("rb") as file:
+    for chunk in iter(lambda: file.read(1 << 20), b""):
+      digest.update(chunk)
+  assert record["sha256"] == digest.hexdigest()
+  base.unlink()
+
+
+# --- Faults of the host that serves the assets -------------------------------------------------
+
+# What goes wrong, one request after the other, and the error; None: the same run still works.
+FAULTS = {
+  "cut before the first byte": ([{"cut": 0}], None),
+  "cut after the first byte": ([{"cut": 1}], None),
+  "cut in the middle": ([{"cut": 100_000}], None),
+  "cut before the last byte": ([{"cut": LAST}], None),
+  "cut again and again": ([{"cut": 1}, {"cut": 0}, {"cut": 1000}, {"cut": 70_000}], None),
+  "cut in the headers": ([{"cut": "headers"}], None),
+  "cut at connect": ([{"cut": "connect"}], None),
+  "cut at connect of the resume": ([{"cut": 1000}, {"cut": "connect"}], None),
+  "reset at connect": ([{"cut": "connect", "reset": True}], None),
+  "reset in the headers": ([{"cut": "headers", "reset": True}], None),
+  "reset in the body": ([{"cut": 100_000, "reset": True}], None),
+  "stall before the headers": ([{"stall": "headers"}], None),
+  "stall before the body": ([{"stall": 0}], None),
+  "stall in the body": ([{"stall": 100_000}], None),
+  "stall before the last byte": ([{"stall": LAST}], None),
+  "408": ([{"status": 408}], None),
+  "429": ([{"status": 429}], None),
+  "500": ([{"status": 500}], None),
+  "502": ([{"status": 502}], None),
+  "503": ([{"status": 503}], None),
+  "504": ([{"status": 504}], None),
+  "four errors": ([{"status": 500}, {"cut": 0}, {"status": 503}, {"cut": "connect"}], None),
+  "503 for the resume": ([{"cut": 1000}, {"status": 503}], None),
+  "403 from the signed address": ([{"status": 403}], None),
+  "403 for the resume": ([{"cut": 1000}, {"status": 403}], None),
+  "400": ([{"status": 400}], "400"),
+  "404": ([{"status": 404}], None),
+  "too long a Content-Length": ([{"content_length": lambda size: size + 1}], None),
+  "far too long a Content-Length": ([{"content_length": 10**15}], None),
+  "too short a Content-Length": ([{"content_length": lambda size: size - 100_000}], EITHER),
+  "no Content-Length": ([{"no_length": True}], EITHER),
+  "no Content-Length, and cut": ([{"no_length": True, "cut": 100_000}], EITHER),
+  "empty": ([{"body": b""}], "qcow2|empty"),
+  "a tiny qcow2": ([{"body": b"QFI\xfb"}], None),
+  "text": ([{"body": "Moved. Bye."}], "not a qcow2"),
+  "an object that lacks its end": ([{"truncate": 100_000}], EITHER),
+  "chunked": ([{"chunked": True}], None),
+  "chunked, and cut": ([{"chunked": True, "cut": 100_000}], None),
+  "chunked, and cut before the end": ([{"chunked": True, "cut": LAST}], None),
+  "gzip": ([{"gzip": True}], "gzip"),
+  "HTML": ([{"html": True}], "HTML page"),
+  "HTML for the resume": ([{"cut": 100_000}, {"html": True}], "HTML page"),
+  "another ETag in the resume": ([{"cut": 1000, "etag": '"other"'}], None),
+  "no validator": ([{"cut": 1000, "no_validator": True}], None),
+  "weak ETag": ([{"cut": 1000, "weak_etag": True}, {"weak_etag": True}], None),
+  "no ranges": ([{"cut": 1000, "no_ranges": True}, {"no_ranges": True}], None),
+  "Range ignored": ([{"cut": 1000}, {"ignore_range": True}], None),
+  "If-Range ignored": ([{"cut": 1000}, {"ignore_if_range": True, "etag": '"other"'}], None),
+  "416 at once": ([{"status": 416}], None),
+  "416 for the resume": ([{"cut": 1000}, {"status": 416}], None),
+  "no Content-Range": ([{"cut": 1000}, {"content_range": ""}], None),
+  "garbage for a Content-Range": ([{"cut": 1000}, {"content_range": "bytes"}], None),
+  "too early a Content-Range": ([{"cut": 1000}, {"content_range": "bytes 0-9/328192"}], None),
+  "too late a Content-Range": ([{"cut": 1000}, {"content_range": "bytes 1001-9/328192"}], None),
+  "another length in the Content-Range": (
+    [{"cut": 1000}, {"content_range": "bytes 1000-2000/2001"}],
+    None,
+  ),
+  "no length in the Content-Range": ([{"cut": 1000}, {"content_range": "bytes 1000-9/*"}], None),
+  "206 unasked": ([{"status": 206, "headers": {"Content-Range": "bytes 5-9/10"}}], None),
+  "Retry-After of 0": ([{"status": 503, "headers": {"Retry-After": "0"}}], None),
+  "Retry-After in the past": (
+    [{"status": 503, "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}}],
+    None,
+  ),
+  "garbage for a Retry-After": ([{"status": 429, "headers": {"Retry-After": "soon"}}], None),
+  "Content-Encoding: identity": ([{"headers": {"Content-Encoding": "identity"}}], None),
+}
+
+
+@pytest.mark.parametrize("faults, expected", FAULTS.values(), ids=list(FAULTS))
+def test_fault(warm, server, image, faults, expected):
+  for fault in faults:
+    places = {key: len(image) - 1 for key in ("cut", "stall") if fault.get(key) == LAST}
+    server.fault(IMAGE, **{**fault, **places})
+  stalls = any("stall" in fault for fault in faults)
+  result = warm(*RUN, env={"QVM_TIMEOUT": "0.5"} if stalls else {})
+  check_outcome(warm, result, image, expected)
+  if result.returncode:
+    server.clear_faults()
+    check_works(warm, warm(*PULL), image)
+
+
+ASSET = (IMAGE, "cdn")
+ADDRESS = (f"releases/download/v0.16.0/{IMAGE}", "github")
+TAG = (LATEST, "github")
+ANYWHERE = ({"cut": "connect"}, {"cut": "headers"}, {"stall": "headers"}, {"status": 503})
+FOREVER = [(place, fault) for place in (ASSET, ADDRESS, TAG) for fault in ANYWHERE]
+FOREVER += [(ASSET, {"status": status}) for status in (403, 429, 500)]
+FOREVER += [(ASSET, fault) for fault in ({"cut": 1000}, {"cut": 0}, {"stall": 0})]
+FOREVER += [(ASSET, {"cut": "connect", "reset": True})]
+
+
+@pytest.mark.parametrize("place, fault", FOREVER, ids=str)
+def test_five_attempts(warm, server, image, place, fault):
+  server.fault(place[0], origin=place[1], times=None, **fault)
+  result = warm(*PULL, env={"QVM_TIMEOUT": "0.2"} if "stall" in fault else {})
+  check_outcome(warm, result, image, r"http://(127\.0\.0\.1|localhost):.*\(5 attempts\)\n")
+  assert server.wait_idle()
+  assert len(server.requests(*place)) == 5
+  assert result.stderr.count("trying again in") == 4
+
+
+@pytest.mark.parametrize(
+  "status, times, match",
+  [
+    (404, 1, LATEST),
+    (403, 1, LATEST),
+    (403, 1, f"download/v0.16.0/{IMAGE}"),
+    (401, 1, LATEST),
+    (451, 1, f"download/v0.16.0/{IMAGE}"),
+  ],
+)
+def test_no_second_attempt(warm, server, image, status, times, match):
+  server.fault(match, origin="github", times=None, status=status)
+  result = warm(*PULL)
+  check_outcome(warm, result, image, match)
+  assert server.wait_idle()
+  assert len(server.requests(match, "github")) == 1
+  assert "trying again" not in result.stderr
+
+
+def test_an_image_that_the_release_has_not(warm, server):
+  result = warm("run", "--platform", "x86-64", "freebsd", "9.9")
+  check_failed(result, "there is no FreeBSD 9.9 for x86-64\n.*15.1, 15.0, 14.4")
+  assert len(server.requests("9.9", "github")) == 2, "the qcow2 and the bundle, each once"
+  assert "trying again" not in result.stderr
+  assert warm.files() == [path for path in warm.files() if path.startswith(("bin/", "qemu/"))]
+
+
+def test_each_attempt_gets_a_new_signed_address(warm, server, image):
+  server.signed_uses = 1
+  for place in (1000, 2000, 0):
+    server.fault(IMAGE, cut=place)
+  check_works(warm, warm(*PULL), image)
+  assert ranges(server) == [None, "bytes=1000-", "bytes=3000-", "bytes=3000-"]
+  assert len({each.query for each in server.requests(IMAGE, "cdn")}) == 4
+
+
+def test_a_failure_ends_what_else_is_under_way(qvm, server):
+  hanging = [server.fault(name, pause=threading.Event(), pause_at=100) for name in (IMAGE, QEMU)]
+  go = threading.Event()
+  server.fault(TOOLS, pause=go, status=404)
+  process = qvm.start(*PULL, env={"QVM_TIMEOUT": "3600"})
+  hangs(process, *hanging)
+  go.set()
+  check_failed(finished(process), TOOLS)
+  assert qvm.files() == [path for path in qvm.files() if path.startswith("downloads/")]
+
+
+# --- Pauses ----------------------------------------------------------------------------------
+
+
+class Clock:
+  """An event that never comes, and writes down how long it was waited for."""
+
+  def __init__(self):
+    self.pauses = []
+
+  def wait(self, seconds):
+    self.pauses.append(seconds)
+    return False
+
+  def is_set(self):
+    return False
+
+
+def pauses(waits, headway=0):
+  """The pauses after attempts that all fail, each asking for one of the waits."""
+  clock, done, left = Clock(), [0], list(waits)
+
+  def attempt():
+    done[0] += headway
+    if not left:
+      return True
+    raise source.Transient("broken", left.pop(0))
+
+  net = source.Net("http://x", "", "", 1.0, 1.0, source.ATTEMPTS, clock)
+  with contextlib.suppress(source.QvmError):
+    assert source.with_retries(net, "http://x/y", attempt, lambda: done[0])
+  return clock.pauses
+
+
+def test_pauses_grow_and_are_jittered():
+  several = [pauses([None] * 9) for _ in range(20)]
+  assert all(len(each) == 4 and sorted(each) == each for each in several)
+  for place, pause in enumerate((1, 2, 4, 8)):
+    values = {each[place] for each in several}
+    assert len(values) > 10
+    assert all(pause / 2 <= value <= pause * 1.5 for value in values)
+
+
+def test_pauses_are_as_long_as_the_server_says():
+  assert pauses([0.0, 7.0, 60.0]) == [0.0, 7.0, 60.0]
+
+
+def test_headway_gives_new_attempts():
+  assert len(pauses([None] * 30, headway=source.HEADWAY)) == 30
+  assert len(pauses([None] * 30, headway=100)) == 4
+
+
+@pytest.mark.parametrize(
+  "text, seconds",
+  [
+    ("0", 0),
+    ("7", 7),
+    (" 7 ", 7),
+    ("60", 60),
+    ("61", 60),
+    ("999999999", 60),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+    ("Wed, 21 Oct 2115 07:28:00 GMT", 60),
+    ("", None),
+    (None, None),
+    ("-1", None),
+    ("1.5", None),
+    ("soon", None),
+    ("Wed, 99 Oct 2015 07:28:00 GMT", None),
+  ],
+)
+def test_retry_after(text, seconds):
+  assert source.retry_after(text) == seconds
+
+
+@given(st.text(st.characters(max_codepoint=255)))
+@settings(deadline=None, database=None)
+def test_any_retry_after(text):
+  assert source.retry_after(text) is None or 0 <= source.retry_after(text) <= 60
+
+
+def test_retry_after_is_obeyed(warm, server, image):
+  for status in (429, 503):
+    server.fault(IMAGE, status=status, headers={"Retry-After": "0"})
+    server.fault(LATEST, origin="github", status=status, headers={"Retry-After": "0"})
+  result = warm(*PULL, env={"QVM_RETRY_DELAY": "3600"})  # which would outlast this test
+  check_works(warm, result, image)
+  assert result.stderr.count("trying again in 0.0 s") == 4
+
+
+def test_retry_after_is_at_most_a_minute(warm, server):
+  server.fault(IMAGE, status=503, headers={"Retry-After": "86400"})
+  process = warm.start(*PULL)
+  lines = lines_until(process.stderr, "trying again")
+  process.terminate()
+  assert process.wait(30) == 128 + signal.SIGTERM
+  assert "trying again in 60.0 s" in lines[-1]
+
+
+# --- Resuming --------------------------------------------------------------------------------
+
+
+def test_resume_within_a_run(qvm, server, image):
+  for name in ALL:
+    server.fault(name, cut=5000)
+  result = qvm(*PULL)
+  check_works(qvm, result, image)
+  for name in ALL:
+    assert ranges(server, name) == [None, "bytes=5000-"]
+    first, second = server.requests(name, "cdn")
+    assert second.headers["if-range"].startswith('"0x8DE')
+    assert result.stderr.count(f"downloading {name}") == 1
+    assert result.stderr.count(f"downloaded {name}") == 1
+  record = json.loads((qvm.cache / "base" / f"{FREEBSD}.json").read_text())
+  assert record["sha256"] == hashlib.sha256(image).hexdigest()
+
+
+def test_what_came_before_a_stall_is_kept(warm, server, image):
+  server.fault(IMAGE, stall=100_000)
+  server.fault(IMAGE, status=503)
+  check_works(warm, warm(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
+  first, second, third = ranges(server)
+  assert first is None and second and second == third
+
+
+def test_a_bad_line_gets_there_step_by_step(warm, server, image):
+  server.fault(IMAGE, times=None, cut=30_000)
+  results = [warm(*PULL) for _ in range(3)]
+  assert [result.returncode for result in results] == [1, 1, 0]
+  check_failed(results[0], r"connection ended after 150 kB of 328 kB \(5 attempts\)")
+  check_works(warm, results[2], image)
+  assert ranges(server)[1:] == [f"bytes={30_000 * number}-" for number in range(1, 11)]
+
+
+def test_headway_makes_more_than_five_attempts(warm, server, big):
+  large = big * 5
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, large)
+  server.fault(IMAGE, times=9, cut=1_200_000)
+  check_works(warm, warm(*PULL), large)
+  assert len(ranges(server)) == 10
+
+
+def test_changed_between_two_attempts(warm, server, image):
+  other = altered(image)
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=1000, cut=1000)
+  process = warm.start(*PULL)
+  hangs(process, fault)
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
+  go.set()
+  result = finished(process)
+  check_works(warm, result, other)
+  assert ranges(server)[:2] == [None, "bytes=1000-"]
+  assert f"{IMAGE} has changed" in result.stderr
+
+
+# How a host that does not know If-Range answers for another object of the same size.
+CARELESS = {
+  "with its ETag": {},
+  "with a weak ETag": {"weak_etag": True},
+  "without any validator": {"no_validator": True},
+}
+
+
+@pytest.mark.parametrize("more", CARELESS.values(), ids=list(CARELESS))
+def test_changed_and_if_range_ignored(warm, server, image, more):
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, altered(image))
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=1000, cut=1000)
+  server.fault(IMAGE, ignore_if_range=True, **more)
+  process = warm.start(*PULL)
+  hangs(process, fault)
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, image)
+  go.set()
+  check_works(warm, finished(process), image)
+
+
+def broken_off(qvm, server, number):
+  """End qvm with a signal in the middle of the image; returns the bytes that it leaves."""
+  fault = server.fault(IMAGE, pause=threading.Event(), pause_at=1_000_000)
+  process = qvm.start(*RUN)
+  hangs(process, fault)
+  part = qvm.cache / "downloads" / f"{IMAGE}.part"
+  wait_for(lambda: part.exists() and part.stat().st_size > 500_000)
+  process.send_signal(number)
+  result = finished(process)
+  killed = number == signal.SIGKILL
+  assert (result.returncode, result.stdout) == (-number if killed else 128 + number, "")
+  assert all(line.startswith("qvm: ") for line in result.stderr.splitlines()), result.stderr
+  assert "a bug in qvm" not in result.stderr
+  assert killed or not [path for path in qvm.files() if path.startswith("instances/")]
+  assert not (qvm.cache / "base" / IMAGE).exists()
+  assert server.wait_idle()
+  server.clear_faults()
+  server.clear_log()
+  return part.stat().st_size
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_resume_in_the_next_run(warm, big_server, big, number):
+  kept = broken_off(warm, big_server, number)
+  assert 500_000 < kept <= 1_000_000
+  result = warm(*PULL)
+  check_works(warm, result, big)
+  assert not [path for path in warm.files() if path.startswith("instances/")]
+  assert ranges(big_server) == [f"bytes={kept}-"]
+  assert big_server.requests(IMAGE, "cdn")[0].sent == len(big) - kept
+  assert re.search(rf"downloading {IMAGE} \(going on at [0-9.]+ [kM]B of 3\.1 MB\)", result.stderr)
+  record = json.loads((warm.cache / "base" / f"{FREEBSD}.json").read_text())
+  assert record["sha256"] == hashlib.sha256(big).hexdigest()
+
+
+def test_no_resume_of_another_object(warm, big_server, big):
+  kept = broken_off(warm, big_server, signal.SIGKILL)
+  other = altered(big)
+  big_server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
+  result = warm(*PULL)
+  check_works(warm, result, other)
+  assert ranges(big_server) == [f"bytes={kept}-"]
+  assert "has changed" in result.stderr
+
+
+def test_no_resume_of_another_release(warm, big_server, big, image):
+  broken_off(warm, big_server, signal.SIGKILL)
+  big_server.add_release("freebsd-builder", "v0.17.0", {IMAGE: image})
+  check_works(warm, warm(*PULL), image)
+  assert ranges(big_server) == [None]
+
+
+# What else may have happened to the two files of an unfinished download.
+DAMAGE = {
+  "no note": (b"", None),
+  "note is garbage": (b"\xff\0{", None),
+  "note is no object": (b"[1, 2]", None),
+  "note is empty": (b"{}", None),
+  "note of another kind": (b'{"url": 1, "validator": [], "total": "x"}', None),
+  "note with a wrong length": (b'{"total": 600000}', "update"),
+  "note with no length": (b'{"total": null}', "update"),
+  "note with a negative length": (b'{"total": -5}', "update"),
+  "note with no validator": (b'{"validator": ""}', "update"),
+  "note is deep": (b"[" * 100_000, None),
+}
+
+
+@pytest.mark.parametrize("content, how", DAMAGE.values(), ids=list(DAMAGE))
+def test_damaged_note(warm, big_server, big, content, how):
+  broken_off(warm, big_server, signal.SIGKILL)
+  note = warm.cache / "downloads" / f"{IMAGE}.json"
+  if how:
+    content = json.dumps({**json.loads(note.read_text()), **json.loads(content)}).encode()
+  note.write_bytes(content)
+  check_works(warm, warm(*PULL), big)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_000_000, LAST, 3 << 20, (3 << 20) + 1, 9 << 20])
+def test_part_of_any_length(warm, big_server, big, size):
+  broken_off(warm, big_server, signal.SIGKILL)
+  size = len(big) - 1 if size == LAST else size
+  part = warm.cache / "downloads" / f"{IMAGE}.part"
+  part.write_bytes((big + big + big)[:size])
+  result = warm(*PULL)
+  check_works(warm, result, big)
+  if size == len(big):
+    assert big_server.requests(IMAGE) == []
+  else:
+    assert ranges(big_server) == [f"bytes={size}-" if 0 < size < len(big) else None]
+  assert result.stderr.count(f"downloaded {IMAGE}") == 1
+
+
+def test_disk_full(warm, server, image):
+  limit = len(image) // 2
+  result = warm(*PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+  check_failed(result, f"{IMAGE}.*too large")
+  assert not (warm.cache / "base" / IMAGE).exists()
+  server.clear_log()
+  check_works(warm, warm(*PULL), image)
+  assert ranges(server) == [f"bytes={limit}-"]
+
+
+# --- What a release is called ----------------------------------------------------------------
+
+# A redirect of releases/latest, {} being the address above the repositories, and what comes of it.
+REDIRECTS = {
+  "to itself": ("{}/freebsd-builder/releases/latest", 302, "loop"),
+  "to the list, as without any release": (
+    "{}/freebsd-builder/releases",
+    302,
+    "freebsd-builder/releases",
+  ),
+  "to a page": (
+    "{}/freebsd-builder/releases/expanded_assets/v0.16.0",
+    302,
+    "releases/latest names no newest release",
+  ),
+  "with no tag": ("{}/freebsd-builder/releases/tag/", 302, "releases/latest names no"),
+  "with a tag only in the query": ("{}/resources/releases?a=/releases/tag/v1", 302, EITHER),
+  "with a tag that climbs": ("{}/x/releases/tag/..%2F..%2Fv1", 302, "releases/latest names no"),
+  "with a tag of two parts": ("{}/x/releases/tag/a/b", 302, "releases/latest names no"),
+  "with control characters": ("{}/x/releases/tag/%1b[31mv1", 302, "releases/latest names no"),
+  "to file": ("file:///etc/passwd", 302, "releases/latest"),
+  "to ftp": ("ftp://127.0.0.1/x", 302, "releases/latest"),
+  "to a bad address": ("http://[::1/x", 302, "releases/latest"),
+  "to a bad port": ("http://127.0.0.1:x/", 302, "releases/latest"),
+  "to nowhere": ("", 302, "releases/latest"),
+  "302": ("{}/freebsd-builder/releases/tag/v0.16.0", 302, None),
+  "301": ("{}/freebsd-builder/releases/tag/v0.16.0", 301, None),
+  "303": ("{}/freebsd-builder/releases/tag/v0.16.0", 303, None),
+  "307": ("{}/freebsd-builder/releases/tag/v0.16.0", 307, None),
+  "308": ("{}/freebsd-builder/releases/tag/v0.16.0", 308, None),
+  "relative": ("/cross-platform-actions/freebsd-builder/releases/tag/v0.16.0", 302, None),
+  "encoded": ("{}/freebsd-builder/releases/tag/v0%2E16%2E0", 302, None),
+  "with more behind it": ("{}/freebsd-builder/releases/tag/v0.16.0?from=x#top", 302, None),
+  "another owner's": ("http://127.0.0.1:9/x/freebsd/releases/tag/v0.16.0", 302, None),
+  "moved": ("{}/renamed/releases/latest", 301, None),
+  "moved, 308": ("{}/renamed/releases/latest", 308, None),
+}
+
+
+@pytest.mark.parametrize("location, status, expected", REDIRECTS.values(), ids=list(REDIRECTS))
+def test_redirect_of_latest(warm, server, image, location, status, expected):
+  server.add_release("renamed", "v0.16.0", {})
+  location = location.format(server.url)
+  server.fault(LATEST, origin="github", times=None, status=status, redirect=location)
+  result = warm(*PULL)
+  check_outcome(warm, result, image, expected)
+  assert server.paths("/releases/tag/") == []  # read, not followed
+
+
+def test_redirects_in_a_circle(warm, server, image):
+  addresses = [f"{server.url}/circle{number}" for number in (1, 2, 3)]
+  server.fault(LATEST, origin="github", times=None, redirect=addresses[0])
+  for number, address in enumerate(addresses):
+    fault = {"origin": "github", "times": None, "redirect": addresses[number - 2]}
+    server.fault(address.rpartition("/")[2], **fault)
+  check_outcome(warm, warm(*PULL), image, "loop")
+  assert server.started < 40
+
+
+def test_the_asset_is_in_a_redirect_loop(warm, server, image):
+  address = f"/freebsd-builder/releases/download/v0.16.0/{IMAGE}"
+  server.fault(address, origin="github", times=None, redirect=server.url + address)
+  check_outcome(warm, warm(*PULL), image, "loop")
+
+
+@pytest.mark.parametrize("tag", ["v1", "1.0", "v0.16.0-rc1+5", "2026_08_13", "v" * 100])
+def test_tags_of_many_kinds(warm, server, image, tag):
+  server.add_release("freebsd-builder", tag, {IMAGE: image}, published="2026-12-01T00:00:00Z")
+  check_works(warm, warm(*PULL), image)
+  assert json.loads((warm.cache / "base" / f"{FREEBSD}.json").read_text())["release"] == tag
+
+
+def test_prereleases_and_drafts_are_skipped(warm, server, image):
+  for tag, kind in (("v9-rc", {"prerelease": True}), ("v9", {"draft": True})):
+    date = "2026-12-01T00:00:00Z"
+    server.add_release("freebsd-builder", tag, {IMAGE: b"x"}, published=date, **kind)
+  check_works(warm, warm(*PULL), image)
+
+
+@pytest.mark.parametrize("way", ["page", "redirect"])
+def test_a_login_page_everywhere(warm, server, way):
+  """The page of a captive portal answers everything: this is no matter of releases."""
+  if way == "redirect":
+    server.fault("/login", origin=None, times=None, html=True)
+    server.fault("", origin=None, times=None, redirect=server.github_url + "/login?back=x")
+  server.fault("", origin=None, times=None, html=True)
+  result = warm(*PULL)
+  check_failed(result, "HTML page")
+  assert not [path for path in warm.files() if path.startswith(("base/", "downloads/"))]
+
+
+def test_html_is_refused_at_its_first_bytes(warm, server, image):
+  server.fault(IMAGE, body=b"\n<!DOCTYPE html>" + bytes(60_000_000))
+  check_outcome(warm, warm(*PULL), image, f"{IMAGE} is an HTML page")
+  assert server.wait_idle()
+  assert server.requests(IMAGE, "cdn")[0].sent < 30_000_000
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_html_instead_of_a_file(full, server, image, name):
+  (full.cache / PATHS[name]).unlink()
+  server.fault(name, html=True)
+  result = full(*PULL)
+  check_failed(result, f"{name} is an HTML page instead of the file\n.*login page")
+  check_works(full, full(*PULL), image)
+
+
+# --- https -----------------------------------------------------------------------------------
+
+
+def certificate(folder, names):
+  """A server's side of TLS with a certificate of its own making, and the file to trust it by."""
+  key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
+  command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+  more = ["-keyout", key, "-out", cert, "-subj", "/CN=localhost"]
+  more += ["-addext", f"subjectAltName={names}"]
+  subprocess.run([*command.split(), *more], check=True, stderr=subprocess.DEVNULL)
+  tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  tls.load_cert_chain(cert, key)
+  return tls, cert
+
+
+@pytest.fixture(scope="module")
+def trust(tmp_path_factory):
+  return certificate(tmp_path_factory.mktemp("tls"), "DNS:localhost,IP:127.0.0.1")
+
+
+@pytest.fixture
+def secure(warm, trust, image, tools_tar):
+  """A release server with https; warm asks it and trusts it."""
+  with ReleaseServer(trust[0]) as server:
+    fill(server, image, tools_tar)
+    warm.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
+    warm.env.update(SSL_CERT_FILE=trust[1])
+    yield server
+
+
+def test_https(warm, secure, image):
+  secure.fault(IMAGE, cut=100_000)
+  secure.fault(IMAGE, cut="connect", reset=True)
+  check_works(warm, warm(*PULL), image)
+  assert ranges(secure)[-1] == "bytes=100000-"
+
+
+def test_stall_with_https(warm, secure, image):
+  secure.fault(IMAGE, stall=100_000)
+  check_works(warm, warm(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "/nonexistent", ""])
+def test_unknown_authority(warm, secure, image, path):
+  result = warm(*PULL, env={"SSL_CERT_FILE": path})
+  check_outcome(warm, result, image, f"{LATEST}.*certificate(?s:.*)SSL_CERT_FILE")
+  assert "trying again" not in result.stderr
+  assert secure.log == []
+
+
+def test_certificate_of_another_host(warm, tmp_path, image):
+  tls, cert = certificate(tmp_path, "DNS:example.org")
+  with ReleaseServer(tls) as server:
+    env = {"QVM_RELEASES_URL": server.url, "SSL_CERT_FILE": cert}
+    result = warm(*PULL, env=env)
+  check_outcome(warm, result, image, "127.0.0.1.*certificate")
+  assert "trying again" not in result.stderr
+
+
+def test_http_behind_https(warm, server, image):
+  """A server that does not speak TLS: an error that names the address."""
+  url = server.url.replace("http:", "https:")
+  check_outcome(warm, warm(*PULL, env={"QVM_RELEASES_URL": url}), image, f"{LATEST}.*5 attempts")
+
+
+@pytest.mark.parametrize(
+  "match, target",
+  [
+    (LATEST, "/freebsd-builder/releases/latest"),
+    (LATEST, "/freebsd-builder/releases/tag/v0.16.0"),
+    (f"download/v0.16.0/{IMAGE}", f"/freebsd-builder/releases/download/v0.16.0/{IMAGE}"),
+  ],
+  ids=["latest", "tag", "asset"],
+)
+def test_never_from_https_to_http(warm, secure, server, image, match, target):
+  secure.fault(match, origin="github", times=None, redirect=server.url + target)
+  result = warm(*PULL)
+  check_outcome(warm, result, image, f"https://.*{match}.*http:")
+  assert server.started == 0
+  assert "trying again" not in result.stderr
+
+
+def test_from_http_to_https(warm, secure, server, image):
+  path = f"/freebsd-builder/releases/download/v0.16.0/{IMAGE}"
+  server.fault(path, origin="github", redirect=secure.url + path)
+  check_works(warm, warm(*PULL, env={"QVM_RELEASES_URL": server.url}), image)
+  assert server.requests(IMAGE, "cdn") == []
+
+
+# --- Proxies ---------------------------------------------------------------------------------
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+  """Hands requests on, and writes them down with the credentials that come along."""
+
+  def log_message(self, format, *args):
+    pass
+
+  def do_GET(self):
+    self.server.seen.append((self.path, self.headers.get("Proxy-Authorization")))
+    if self.server.status:
+      return self.send_error(self.server.status)
+    parts = urllib.parse.urlsplit(self.path)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=10)
+    headers = {k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")}
+    connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    self.send_response_only(answer.status, answer.reason)
+    for name, value in answer.getheaders():
+      self.send_header(name, value)
+    self.end_headers()
+    self.wfile.write(body)
+
+  def do_CONNECT(self):
+    self.server.seen.append((self.path, self.headers.get("Proxy-Authorization")))
+    if self.server.status:
+      return self.send_error(self.server.status)
+    host, port = self.path.split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as far:
+      self.send_response_only(200)
+      self.end_headers()
+      other = {self.connection: far, far: self.connection}
+      while True:
+        for end in select.select(list(other), [], [])[0]:
+          data = end.recv(1 << 16)
+          if not data:
+            return
+          other[end].sendall(data)
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+  daemon_threads = True
+
+  def __init__(self):
+    super().__init__(("127.0.0.1", 0), ProxyHandler)
+    self.seen, self.status, self.port = [], 0, self.server_address[1]
+
+  def handle_error(self, request, client_address):
+    pass
+
+
+@pytest.fixture
+def proxy():
+  with Proxy() as server:
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+LOGIN = "Basic dXNlcjpzM2NyZXQ="  # user:s3cret
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
+def test_dead_proxy(warm, server, image, name):
+  port = free_port()
+  result = warm(*PULL, env={name: f"http://127.0.0.1:{port}"})
+  check_outcome(warm, result, image, rf"(?is){LATEST}.*proxy.*127\.0\.0\.1:{port}.*{name}")
+  assert server.started == 0
+
+
+# Spellings of user `user` and a password that holds s3cret, before @host:port.
+CREDENTIALS = [
+  "http://user:s3cret",
+  "user:s3cret",
+  "http://us%40er:s3cret",
+  "http://user:s3cret@s3cret",
+  "http://user:x@s3cret",
+  "http://user:x#s3cret",
+  "http://user:x?s3cret",
+  "http://user:s3cret#x",
+  "http://user:s3cret?x",
+  "http://user:s3cret/x",
+  "http://user:x/s3cret",
+  "http:/user:s3cret",
+  "//user:s3cret",
+  "http://s3cret",
+]
+
+
+@pytest.mark.parametrize("start", CREDENTIALS)
+def test_credentials_of_a_dead_proxy_are_never_printed(warm, secure, server, start):
+  port = free_port()
+  both = (("http", server.url), ("https", secure.url))
+  for scheme, url in both if start in CREDENTIALS[:3] else both[:1]:
+    env = {"QVM_RELEASES_URL": url, f"{scheme}_proxy": f"{start}@127.0.0.1:{port}"}
+    result = warm(*PULL, env=env)
+    check_failed(result, "(?is)proxy")
+    assert "s3c" not in result.stderr
+  assert server.started == secure.started == 0
+
+
+def test_credentials_in_the_address_are_never_printed(warm, server):
+  for url in (server.url, "http://127.0.0.1/nowhere"):
+    url = url.replace("//", "//user:s3cret@")
+    result = warm(*PULL, env={"QVM_RELEASES_URL": url})
+    assert result.returncode in (0, 1, 2) and "a bug in qvm" not in result.stderr
+    assert "s3cret" not in result.stderr
+    texts = [path.read_text() for path in warm.cache.rglob("*.json")]
+    assert not [text for text in texts if "s3cret" in text]
+
+
+def test_working_proxy(warm, server, proxy, image):
+  server.fault(IMAGE, cut=1000)
+  result = warm(*PULL, env={"http_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}"})
+  check_works(warm, result, image)
+  assert "s3cret" not in result.stderr
+  assert len(proxy.seen) == server.started and len(for_files(server)) == 5
+  assert {login for _, login in proxy.seen} == {LOGIN}
+  assert not [each for each in server.log if "proxy-authorization" in each.headers]
+
+
+def test_working_proxy_for_https(warm, secure, proxy, image):
+  result = warm(*PULL, env={"https_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}"})
+  check_works(warm, result, image)
+  assert len(proxy.seen) == secure.started and len(for_files(secure)) == 3
+  assert {login for _, login in proxy.seen} == {LOGIN}
+  assert not [each for each in secure.log if "proxy-authorization" in each.headers]
+
+
+def test_no_proxy(warm, server, image):
+  env = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": "127.0.0.1,localhost"}
+  check_works(warm, warm(*PULL, env=env), image)
+
+
+def test_credentials_of_a_proxy_stay_with_it(warm, server, proxy, image):
+  """The host of the assets is asked directly: it gets no password of the proxy."""
+  env = {"http_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}", "no_proxy": "localhost"}
+  check_works(warm, warm(*PULL, env=env), image)
+  assert len([url for url, _ in proxy.seen if "/releases/tags/" not in url]) == 2
+  assert not [each for each in server.log if "proxy-authorization" in each.headers]
+
+
+@pytest.mark.parametrize("status", [403, 407, 502])
+def test_proxy_that_refuses(warm, secure, server, proxy, status):
+  proxy.status = status
+  for scheme, url in (("http", server.url), ("https", secure.url)):
+    address = f"http://user:s3cret@127.0.0.1:{proxy.port}"
+    result = warm(*PULL, env={"QVM_RELEASES_URL": url, f"{scheme}_proxy": address})
+    check_failed(result, rf"127\.0\.0\.1:{proxy.port}")
+    assert str(status) in result.stderr and "s3cret" not in result.stderr
+
+
+# --- No server at all ------------------------------------------------------------------------
+
+
+def test_host_that_does_not_answer(warm):
+  """Its queue of connections is full, so that a new one is neither taken nor refused."""
+  with contextlib.ExitStack() as stack:
+    full = stack.enter_context(socket.socket())
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    for _ in range(4):
+      other = stack.enter_context(socket.socket())
+      other.setblocking(False)
+      other.connect_ex(full.getsockname())
+    url = f"http://127.0.0.1:{full.getsockname()[1]}/x"
+    result = warm(*PULL, env={"QVM_RELEASES_URL": url, "QVM_TIMEOUT": "0.2"})
+  check_failed(result, f"{url}/{LATEST}.*in time.*5 attempts")
+
+
+def test_host_that_speaks_something_else(warm):
+  """Such as an ssh server: an error that names the address, and says what is wrong."""
+  with socket.socket() as other:
+    other.bind(("127.0.0.1", 0))
+    other.listen(9)
+
+    def serve():
+      with contextlib.suppress(OSError):
+        while True:
+          connection = other.accept()[0]
+          connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\x1b[31m")
+          connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    url = f"http://127.0.0.1:{other.getsockname()[1]}/x"
+    result = warm(*PULL, env={"QVM_RELEASES_URL": url})
+    other.shutdown(socket.SHUT_RDWR)
+  check_failed(result, f"{url}/{LATEST}.*5 attempts")
+  assert "\033" not in result.stderr
+
+
+def test_address_with_a_slash_at_its_end(warm, server, image):
+  check_works(warm, warm(*PULL, env={"QVM_RELEASES_URL": server.url + "/"}), image)
+  assert not [path for path in server.paths() if "//" in path]
+
+
+def test_server_off(warm, server):
+  server.close()
+  result = warm(*PULL)
+  check_failed(result, r"(?s)http://127\.0\.0\.1:[0-9]+/.*releases/latest.*5 attempts.*try again")
+  assert not [path for path in warm.files() if path.startswith(("base/", "downloads/"))]
+
+
+@pytest.mark.parametrize(
+  "url", ["http://[::1/x", "http://[x/y", "http://127.0.0.1:99999/x", "http://a:b/c"]
+)
+def test_bad_address(offline, url):
+  result = offline(*PULL, env={"QVM_RELEASES_URL": url})
+  assert result.returncode in (1, 2)
+  assert result.stderr and not re.search("Traceback|bug in qvm", result.stderr)
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("QVM_RELEASES_URL", "example.org/x"),
+    ("QVM_RELEASES_URL", "ftp://example.org/x"),
+    ("QVM_RELEASES_URL", "http://"),
+    ("QVM_RELEASES_URL", "http://x/a b"),
+    ("QVM_TIMEOUT", "0"),
+    ("QVM_TIMEOUT", "-1"),
+    ("QVM_TIMEOUT", "nan"),
+    ("QVM_TIMEOUT", "soon"),
+    ("QVM_RETRY_DELAY", "-1"),
+    ("QVM_RETRY_DELAY", "inf"),
+    ("QVM_RETRY_DELAY", "1e3"),
+  ],
+)
+def test_bad_environment(offline, name, value):
+  result = offline(*PULL, env={name: value})
+  assert (result.returncode, result.stdout) == (2, "")
+  assert name in result.stderr and result.stderr.count("\n") <= 2
+  assert not offline.cache.exists()
+
+
+@pytest.mark.parametrize("place", ["", "downloads", "base", "qemu", "bin"])
+def test_a_file_where_a_folder_should_be(full, place):
+  """What is in the way is named, and it is not taken for a fault of the download."""
+  if place == "downloads":
+    shutil.rmtree(str(full.cache / "base"))
+  shutil.rmtree(str(full.cache / place))
+  (full.cache / place).write_text("")
+  result = full(*PULL)
+  check_failed(result, re.escape(str(full.cache / place)))
+  assert "refused" not in result.stderr
+
+
+# --- Progress --------------------------------------------------------------------------------
+
+
+class Terminal:
+  """A terminal as stderr of a program; what it shows comes as text."""
+
+  def __init__(self, qvm, words, columns):
+    self.end, other = pty.openpty()
+    size = struct.pack("HHHH", 24, columns, 0, 0)
+    fcntl.ioctl(other, termios.TIOCSWINSZ, size)
+    self.process = qvm.start(*words, stderr=other)
+    os.close(other)
+    self.text = ""
+
+  def read(self, pattern=None):
+    """Read until the text matches, or to the end."""
+    while not (pattern and re.search(pattern, self.text)):
+      try:
+        data = os.read(self.end, 65536)
+      except OSError:  # Linux's way to say that the other side is closed
+        data = b""
+      if not data:
+        assert not pattern, self.text
+        os.close(self.end)
+        return self.process.wait(30)
+      self.text += data.decode().replace("\r\n", "\n")
+    return None
+
+
+@pytest.mark.parametrize("columns", [0, 30, 200])
+def test_progress_on_a_terminal(qvm, server, columns):
+  go = threading.Event()
+  for name in ALL:
+    server.fault(name, pause=go, pause_at=5000)
+  terminal = Terminal(qvm, (*PULL, "--progress"), columns)
+  terminal.read("[0-9]%.*\r.*[0-9]%" if columns != 30 else "\r.*\r")
+  go.set()
+  assert terminal.read() == 0
+  # Each line that was drawn is cleared before the next one, and none is left at the end.
+  drawn = [part for line in terminal.text.split("\n") for part in line.split("\r\033[K")]
+  plain = [part for part in drawn if part.startswith("qvm: ")]
+  bars = [part for part in drawn if part and not part.startswith("qvm: ")]
+  assert "\033" not in "".join(drawn) and "\r" not in "".join(drawn)
+  assert len(plain) == 7 and bars
+  assert all(len(bar) < (columns or 80) for bar in bars)
+  assert terminal.text.endswith("is ready\n")
+
+
+def test_no_progress_on_a_terminal_unless_asked_for(qvm, server):
+  server.latency = 0.3  # as long as it takes to draw a bar
+  terminal = Terminal(qvm, PULL, 80)
+  assert terminal.read() == 0
+  assert "\r" not in terminal.text and "\033" not in terminal.text and "%" not in terminal.text
+  assert len(terminal.text.splitlines()) == 7
+
+
+def test_progress_without_a_terminal(warm, server, image):
+  go = threading.Event()
+  server.fault(IMAGE, pause=go, pause_at=300_000)
+  process = warm.start(*PULL, "--progress")
+  lines = lines_until(process.stderr, "%")
+  go.set()
+  lines += list(process.stderr)
+  assert process.wait(30) == 0
+  assert all(line.startswith("qvm: ") for line in lines)
+  assert [line for line in lines if re.match(rf"qvm: {IMAGE} [0-9]+% [0-9]+ kB\n", line)]
+  assert "\r" not in "".join(lines) and "\033" not in "".join(lines)
+
+
+@pytest.mark.parametrize("words", [PULL, (*PULL, "--progress")], ids=["plain", "progress"])
+def test_closed_stderr(warm, server, image, words):
+  result = warm(*words, preexec_fn=lambda: os.close(2))
+  assert result.returncode == 0
+  assert (warm.cache / "base" / IMAGE).read_bytes() == image

@@ -1,0 +1,238 @@
+"""The real QEMU boots real, if tiny, guests with each of the eight tables."""
+
+import hashlib
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import guests
+import pytest
+import real_qemu
+from conftest import ROOT, Qvm, free_port
+from release_server import ReleaseServer
+from test_instances import ended, no_signal_ignored, rows
+
+import qvm as source
+
+__all__ = ["no_signal_ignored"]  # a fixture
+pytestmark = pytest.mark.xdist_group("real_qemu")  # one worker packs and unpacks for all
+
+GUESTS = [(guest.os, guest.arch) for guest in source.GUESTS]
+LIGHT = ("-m", "512M", "--cpus", "1", "--accel", "tcg")
+MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"
+
+
+def message(os_name, arch):
+  return f"hello from {os_name} on {arch}"
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+  """The installed QEMU, packed as qvm downloads it; RuntimeError says what to install."""
+  real_qemu.find_qemu()
+  folder = tmp_path_factory.mktemp("archives")
+  for cpu in ("x86_64", "aarch64"):
+    real_qemu.pack_qemu(cpu, folder / f"qemu-system-{cpu}-linux.tar")
+  real_qemu.pack_resources(folder / "resources-linux.tar")
+  yield {path.name: path for path in folder.iterdir()}
+  shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def releases(archives, tmp_path_factory):
+  """A release server with the real QEMU and a guest for each table."""
+  folder = tmp_path_factory.mktemp("images")
+  disks = {f"{os}-1-{arch}": guests.guest_for(os, arch, message(os, arch)) for os, arch in GUESTS}
+  disks["freebsd-count-x86-64"] = guests.counting_disk()
+  disks["netbsd-hang-x86-64"] = guests.hang_disk()
+  disks["omnios-echo-x86-64"] = guests.echo_disk()
+  with ReleaseServer() as server:
+    server.add_release("resources", "v2.0.0", archives)
+    for stem, disk in disks.items():
+      guests.to_qcow2(disk, folder / f"{stem}.qcow2")
+    for os_name in source.OS_NAMES:
+      images = {path.name: path for path in folder.glob(f"{os_name}-*")}
+      server.add_release(f"{os_name}-builder", "v1.0.0", images)
+    yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """One home for all, so that QEMU is unpacked once for each CPU."""
+  home = tmp_path_factory.mktemp("home") / "a space, and a comma"
+  home.mkdir()
+  yield home
+  shutil.rmtree(home)
+
+
+@pytest.fixture
+def real(home, releases):
+  return Qvm(home, ROOT / "qvm.py", releases)
+
+
+def boot(qvm, *words):
+  """Run a guest to its end; returns what it wrote on its console."""
+  run = qvm("run", *words, *LIGHT, "--ssh-port", str(free_port()), timeout=120)
+  assert run.returncode == 0, (run.stdout, run.stderr)
+  return run.stdout
+
+
+def console(process, text, seconds=60):
+  """Read the console up to a text."""
+  data, patience = "", time.monotonic() + seconds
+  while text not in data:
+    ready = select.select([process.stdout], [], [], max(0, patience - time.monotonic()))[0]
+    assert ready, data
+    more = os.read(process.stdout.fileno(), 65536).decode(errors="replace")
+    assert more, data
+    data += more
+  return data
+
+
+def digest(path):
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def listeners(port):
+  """The IPv4 addresses at which a TCP port is listened on (state 0A), and those of IPv6."""
+  found = []
+  for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+    with open(table) as file:
+      for line in list(file)[1:]:
+        address, state = line.split()[1], line.split()[3]
+        host, _, number = address.rpartition(":")
+        if state == "0A" and int(number, 16) == port:
+          found.append(".".join(map(str, reversed(bytes.fromhex(host)))))
+  return found
+
+
+@pytest.mark.parametrize("guest", GUESTS, ids="-".join)
+def test_each_table_boots(real, guest):
+  os_name, arch = guest
+  text = boot(real, "--platform", arch, os_name, "1")
+  assert message(*guest) in text.replace("\r", "")
+
+
+def test_openbsd_on_arm64_with_the_linaro_firmware(real, archives, tmp_path):
+  """As with a release before v1.1.0: the table runs unchanged."""
+  real_qemu.pack_qemu("arm64", tmp_path / "linaro.tar", linaro=True)
+  image = tmp_path / "openbsd-1-arm64.qcow2"
+  guests.to_qcow2(guests.guest_for("openbsd", "arm64", "with linaro"), image)
+  tools = archives["resources-linux.tar"]
+  with ReleaseServer() as server:
+    assets = {"qemu-system-aarch64-linux.tar": tmp_path / "linaro.tar", tools.name: tools}
+    server.add_release("resources", "v0.12.0", assets)
+    server.add_release("openbsd-builder", "v0.14.0", {image.name: image})
+    (tmp_path / "an, other").mkdir()
+    qvm = Qvm(tmp_path / "an, other", ROOT / "qvm.py", server)
+    assert "with linaro" in boot(qvm, "openbsd", "1", "--platform", "arm64")
+    argv = qvm("--dry-run", "run", "openbsd", "1", "--platform", "arm64").stdout
+  assert "/share/qemu/linaro_uefi.fd" in argv and "acpi=off" not in argv
+  argv = real("--dry-run", "run", "openbsd", "1", "--platform", "arm64").stdout
+  assert "/share/qemu/uefi.fd" in argv and "type=virt,acpi=off," in argv
+
+
+def test_what_a_guest_writes_stays_in_its_overlay(real):
+  def count(*words):
+    return re.search(r"boots: (\d\d)", boot(real, "freebsd", "count", *words)).group(1)
+
+  assert real("pull", "--platform", "x86-64", "freebsd", "count").returncode == 0
+  base = real.cache / "base/freebsd-count-x86-64.qcow2"
+  before = digest(base)
+  assert count("--rm") == "00"
+  assert [count() for _ in range(3)] == ["00", "01", "02"]
+  assert count("--rm") == "00", "a throw-away disk begins with the base image"
+  assert count("--name", "other") == "00"
+  assert count() == "03"
+  moved = real.home / "mo,ved"
+  real.cache.rename(moved)
+  try:
+    real.env["QVM_CACHE_DIR"] = str(moved)
+    assert count() == "04", "the cache can be moved"
+  finally:
+    moved.rename(real.cache)
+    del real.env["QVM_CACHE_DIR"]
+  assert digest(base) == before
+  assert base.stat().st_mode & 0o777 == 0o444
+  assert real("rm", "freebsd-count-x86-64", "other").returncode == 0
+  assert count("--rm") == "00"
+  info = ["qemu-img", "check", "-q", str(base)]
+  subprocess.run(info, check=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.3"])
+def test_qemu_listens_while_it_runs_and_just_there(real, host):
+  port = free_port()
+  assert listeners(port) == []
+  words = ("run", "--rm", "netbsd", "hang", *LIGHT, "--ssh-port", f"{host}:{port}")
+  with ended(real.start(*words)) as process:
+    console(process, "hanging")
+    assert listeners(port) == [host]
+    running = [row["ssh"] for row in rows(real).values() if row["state"] == "running"]
+    assert running == [f"{host}:{port}"]
+    process.terminate()
+    assert process.wait(30) == 143
+  assert listeners(port) == []
+  assert not [row for row in rows(real).values() if row["ephemeral"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_ends_the_real_qemu(real, number):
+  """SIGKILL is sent to QEMU itself, the others to qvm."""
+  words = ("run", "--rm", "netbsd", "hang", *LIGHT, "--ssh-port", str(free_port()))
+  with ended(real.start(*words)) as process:
+    console(process, "hanging")
+    pid = process.pid
+    if number == signal.SIGKILL:
+      (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    os.kill(pid, number)
+    assert process.wait(30) == 128 + number
+  assert not [row for row in rows(real).values() if row["ephemeral"]]
+
+
+def test_what_is_typed_reaches_the_guest(real):
+  words = ("run", "--rm", "omnios", "echo", *LIGHT, "--ssh-port", str(free_port()))
+  with ended(real.start(*words, stdin=subprocess.PIPE)) as process:
+    console(process, "ready")
+    process.stdin.write("Hiq")
+    process.stdin.flush()
+    assert "<48><69>" in console(process, "<69>")
+    assert process.wait(30) == 0
+
+
+def test_the_zipapp_boots_too(home, releases, pyz):
+  assert message("haiku", "x86-64") in boot(Qvm(home, pyz, releases), "--rm", "haiku", "1")
+
+
+def test_a_qemu_of_the_users_own(home, releases):
+  qvm = Qvm(home, ROOT / "qvm.py", releases)
+  program = str(real_qemu.find_qemu().x86_64)
+  text = boot(qvm, "--rm", "omnios", "1", "--qemu", program)
+  assert message("omnios", "x86-64") in text
+
+
+def test_what_qemu_refuses_is_seen(real):
+  run = real("run", "--rm", "freebsd", "1", *LIGHT, "--qemu-arg", "-no-such-option")
+  assert run.returncode == 1
+  assert "-no-such-option: invalid option" in run.stderr
+  assert not [row for row in rows(real).values() if row["ephemeral"]]
+
+
+@pytest.mark.parametrize("os_name", ["freebsd", "openbsd"])
+def test_qemu_knows_the_words_of_the_cpu_mask(real, os_name):
+  """Whether KVM works here or not: the words are the same under TCG."""
+  words = ("run", "--platform", "x86-64", os_name, "1", *LIGHT, "--rm")
+  options = source.parse_command_line(words)
+  plan = source.make_plan(options, source.Host("linux", "x86-64"), str(real.cache), "abcdef")
+  argv = source.qemu_command(plan, options, source.Facts(options.ssh, False, True))
+  cpu = argv[argv.index("-cpu") + 1]
+  assert MASK in cpu
+  program = str(real_qemu.find_qemu().x86_64)
+  command = [program, "-cpu", cpu, "-accel", "tcg", "-display", "none", "-S", "-monitor", "stdio"]
+  run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60)
+  assert (run.returncode, "not found" in run.stderr) == (0, False), run.stderr

@@ -1,0 +1,1170 @@
+"""search, pull --refresh, clean and mirrors: what there is, what is newer, and what may go."""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from conftest import FREEBSD, ROOT, STAND_IN, Qvm, fill, stand_in_tar, tar_of
+from release_server import ReleaseServer
+
+import qvm as source
+
+DEAD = "http://127.0.0.1:9/nowhere"
+BASE = f"base/{FREEBSD}.qcow2"
+NOTE = f"base/{FREEBSD}.json"
+PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
+RUN = ("run", *PULL[1:])
+REFRESH = ("pull", "--refresh", *PULL[1:])
+
+# qvm that kills itself, or waits, just before the Nth of the steps that match a pattern. A step is
+# a change to the cache, as "EVENT PATH", with two paths when a file is renamed.
+STEPS = """
+import os, re, runpy, signal, sys, threading
+folder, pattern, number, action = sys.argv[1:5]
+events = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.chmod")
+lock, count = threading.RLock(), 0
+def hook(event, words):
+  global count
+  if event not in events:
+    return
+  if event == "open" and not words[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    return
+  paths = [word[len(folder) + 1 :] for word in words if str(word).startswith(folder + "/")]
+  if paths and ".tmp/" not in paths[-1] and re.search(pattern, " ".join([event, *paths])):
+    with lock:
+      count += 1
+      if count == int(number):
+        stop(" ".join([event, *paths]))
+def stop(step):
+  if action == "kill":
+    os.write(1, step.encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+  for name in ("reached", "go"):
+    open(action + name, "w").close()
+sys.addaudithook(hook)
+sys.argv = sys.argv[5:]
+sys.dont_write_bytecode = True
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def works(run):
+  assert run.returncode == 0, run.stderr
+  return run
+
+
+def fails(run, *fragments, code=1):
+  """An error whose lines, after those of what went well, hold the fragments; no traceback."""
+  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
+  assert re.fullmatch("(qvm: .+\n)+", run.stderr), run.stderr
+  assert "bug" not in run.stderr, run.stderr
+  events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")
+  end = [line for line in run.stderr.splitlines() if not line.startswith(events)]
+  end = "\n".join(end[-2:])
+  for fragment in fragments:
+    assert fragment in end, run.stderr
+
+
+def sha256(content):
+  return hashlib.sha256(content).hexdigest()
+
+
+def state(folder):
+  """All that is below a folder: digests, targets of links, folders."""
+  found = {}
+  for path in sorted(folder.rglob("*")):
+    if path.is_symlink():
+      found[str(path)] = os.readlink(path)
+    else:
+      found[str(path)] = sha256(path.read_bytes()) if path.is_file() else ""
+  return found
+
+
+def written(fifo, process):
+  """The descriptor of a FIFO once it has been written; an error, no hang, when there is none."""
+  fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+  patience = time.monotonic() + 30
+  while not select.select([fd], [], [], 0.1)[0]:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < patience, "nobody writes"
+  os.set_blocking(fd, True)
+  return fd
+
+
+def heard(fifo, process):
+  """What a stand-in writes into the FIFO once it runs."""
+  with open(written(fifo, process), "rb") as file:
+    return json.loads(file.read())
+
+
+def kill_if_mine(pid, mark):
+  """Kill a process that has the mark in its environment."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    if os.fsencode(mark) in Path(f"/proc/{pid}/environ").read_bytes():
+      os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def background(tmp_path):
+  """Start qvm with a QEMU that waits; returns qvm's process and what the QEMU recorded."""
+  started = []
+
+  def start(qvm, *words):
+    fifo = tmp_path / f"fifo{len(started)}"
+    os.mkfifo(fifo)
+    process = qvm.start(*words, env={"STAND_IN": json.dumps({"wait": True, "record": str(fifo)})})
+    started.append([process])
+    record = heard(fifo, process)
+    started[-1].append(record["pid"])
+    return process, record
+
+  yield start
+  for process, *pids in started:
+    process.kill()
+    for pid in pids:
+      kill_if_mine(pid, tmp_path / "fifo")
+    process.communicate()
+
+
+def kill_both(process, record):
+  """kill -9 for qvm and its QEMU; returns when both are gone."""
+  process.kill()
+  process.wait()
+  os.kill(record["pid"], signal.SIGKILL)
+  process.communicate()  # QEMU held the pipes too
+
+
+@pytest.fixture(scope="module")
+def tools_tar():
+  """The resources archive with a small script as qemu-img, which is quick to copy and to hash."""
+  script = f'#!/bin/sh\nexec {shutil.which("qemu-img")} "$@"\n'
+  return tar_of({"qemu-img": script.encode()})
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, image, tools_tar):
+  """A home in which FreeBSD 15.1 has been pulled, and its server; not to be changed."""
+  home = tmp_path_factory.mktemp("stock")
+  with ReleaseServer() as server:
+    fill(server, image, tools_tar)
+    works(Qvm(home, ROOT / "qvm.py", server)(*PULL))
+  return home
+
+
+def point(qvm, server):
+  """Let records name this server instead of the one they came from: its port is another."""
+  paths = [*(qvm.cache / "base").glob("*.json"), *(qvm.cache / "bin").glob("*.json")]
+  for path in [*paths, *(qvm.cache / "qemu").glob("*/release.json")]:
+    path.write_text(re.sub(r"http://[^/]*", server.github_url, path.read_text()))
+
+
+@pytest.fixture
+def pulled(qvm, server, stock):
+  """qvm with a release server, and FreeBSD 15.1 in its cache."""
+  shutil.copytree(stock, qvm.home, dirs_exist_ok=True, symlinks=True)
+  point(qvm, server)
+  return qvm
+
+
+def newer(server, image, tools_tar=None, tag="v0.17.0"):
+  """Publish a newer image, with tools_tar also a newer QEMU; returns the image."""
+  content = image + tag.encode()
+  names = [f"freebsd-15.1-{arch}.qcow2" for arch in ("x86-64", "arm64")]
+  published = "2026-09-01T00:00:00Z"
+  server.add_release("freebsd-builder", tag, dict.fromkeys(names, content), published=published)
+  if tools_tar:
+    assets = {name: stand_in_tar(uefi_fd=tag.encode()) for name in QEMUS}
+    assets.update(dict.fromkeys(("resources-linux.tar", "resources-macos.tar"), tools_tar))
+    server.add_release("resources", tag, assets, published=published)
+  return content
+
+
+QEMUS = [f"qemu-system-{cpu}-{host}.tar" for cpu in ("x86_64", "aarch64")
+         for host in ("linux", "macos")]  # fmt: skip
+FIRMWARE = "qemu/x86_64/share/qemu/uefi.fd"
+
+
+# --- search ----------------------------------------------------------------------------------
+
+EVERYTHING = """
+OS       VERSION  X86-64            ARM64
+freebsd  15.1     v0.16.0 (cached)  v0.16.0
+freebsd  15.0     v0.16.0           v0.16.0
+freebsd  14.4     v0.16.0           v0.16.0
+freebsd  12.2     v0.9.0            -
+openbsd  7.9      v0.14.0           v0.14.0
+openbsd  7.8      v0.14.0           v0.14.0
+netbsd   11.0     v1.0.0            v0.7.0
+netbsd   10.1     v0.7.0            v0.7.0
+haiku    r1beta5  v0.2.0            -
+omnios   r151058  v0.2.0            -
+""".lstrip()
+
+
+@pytest.fixture
+def world(pulled, server):
+  """Releases of several ages, a bundle, a prerelease and a draft."""
+  old, new = "2020-01-01T00:00:00Z", "2026-09-01T00:00:00Z"
+  old_names = ("freebsd-12.2-x86-64.qcow2", f"{FREEBSD}.qcow2")
+  server.add_release("freebsd-builder", "v0.9.0", dict.fromkeys(old_names, b""), published=old)
+  bundle = {"netbsd-11.0-x86-64.tar.zst": b""}
+  server.add_release("netbsd-builder", "v1.0.0", bundle, published=new)
+  for tag, flag in (("v9-rc1", "prerelease"), ("v10", "draft")):
+    assets = {"openbsd-8.0-x86-64.qcow2": b""}
+    server.add_release("openbsd-builder", tag, assets, published=new, **{flag: True})
+  return pulled
+
+
+def api_is(qvm, server, kind):
+  server.api_quota = 0 if kind == "out of quota" else None
+  if kind == "gone":
+    qvm.env["QVM_API_URL"] = DEAD
+
+
+def table(text):
+  """The lines of a table, however wide their columns are."""
+  return [re.split(r"  +", line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("api", ["up", "out of quota", "gone"])
+def test_search(world, server, api):
+  api_is(world, server, api)
+  run = works(world("search"))
+  assert table(run.stdout) == table(EVERYTHING)
+  assert api == "up" or "pages" in run.stderr
+  assert not server.requests(origin="cdn")
+
+
+@pytest.mark.parametrize("words", [("freebsd",), ("FreeBSD",), ("NETBSD",), ("haiku",)])
+def test_search_one(world, server, words):
+  run = works(world("search", *words))
+  name = words[0].lower()
+  assert table(run.stdout) == [row for row in table(EVERYTHING) if row[0] in ("OS", name)]
+  assert {path.split("/")[-2] for path in server.paths(origin="api")} == {f"{name}-builder"}
+
+
+@pytest.mark.parametrize("api", ["up", "gone"])
+def test_search_json(world, server, api):
+  api_is(world, server, api)
+  rows = json.loads(works(world("search", "--json", "netbsd")).stdout)
+  qcow2 = "netbsd-{}-{}.qcow2".format
+  expected = [
+    ("11.0", "x86-64", "v1.0.0", "netbsd-11.0-x86-64.tar.zst"),
+    ("11.0", "arm64", "v0.7.0", qcow2("11.0", "arm64")),
+    ("10.1", "x86-64", "v0.7.0", qcow2("10.1", "x86-64")),
+    ("10.1", "arm64", "v0.7.0", qcow2("10.1", "arm64")),
+  ]
+  found = [(row["version"], row["arch"], row["release"], row["asset"]) for row in rows]
+  assert sorted(found) == sorted(expected)
+  assert [version for version, *_ in found] == ["11.0", "11.0", "10.1", "10.1"]
+  assert {(row["os"], row["cached"]) for row in rows} == {("netbsd", False)}
+  rows = json.loads(works(world("search", "--json")).stdout)
+  cached = [(row["version"], row["arch"]) for row in rows if row["cached"]]
+  assert cached == [("15.1", "x86-64")]
+  assert list(dict.fromkeys(row["os"] for row in rows)) == list(source.OS_NAMES)
+
+
+@pytest.mark.parametrize(
+  "os_name, ordered",
+  [
+    ("netbsd", ["11.0", "10.1", "10.0", "9.4", "9.2"]),
+    ("openbsd", ["7.10", "7.9", "7.1", "6.9"]),
+    ("haiku", ["r1", "r1beta10", "r1beta6", "r1beta5", "r1beta4"]),
+    ("omnios", ["r151058", "r151056", "r151054"]),
+  ],
+)
+def test_search_order(qvm, server, os_name, ordered):
+  server.repos[f"{os_name}-builder"] = {}
+  for day, version in enumerate(sorted(ordered)):
+    assets = {f"{os_name}-{version}-x86-64.qcow2": b""}
+    published = f"2026-01-{day + 1:02}T00:00:00Z"
+    server.add_release(f"{os_name}-builder", f"v{day}", assets, published=published)
+  rows = table(works(qvm("search", os_name)).stdout)[1:]
+  assert [row[1] for row in rows] == ordered
+
+
+@pytest.mark.parametrize("words", [("plan9",), ("",), ("../freebsd",), ("freebsd", "netbsd")])
+def test_search_bad_words(qvm, server, words):
+  fails(qvm("search", *words), "search" if len(words) > 1 else "freebsd", code=2)
+  assert server.started == 0
+
+
+@pytest.mark.parametrize("origin, place", [("api", "releases"), ("github", "releases/latest")])
+def test_five_are_asked_at_the_same_time(world, server, origin, place):
+  api_is(world, server, "gone" if origin == "github" else "up")
+  go = threading.Event()
+  faults = [
+    server.fault(f"{name}-builder/{place}", origin=origin, pause=go) for name in source.OS_NAMES
+  ]
+  process = world.start("search", env={"QVM_TIMEOUT": "20"})
+  together = [fault.reached.wait(15) for fault in faults]
+  go.set()
+  output, errors = process.communicate()
+  assert all(together), errors
+  assert (process.returncode, table(output)) == (0, table(EVERYTHING)), errors
+
+
+def test_search_writes_nothing(qvm):
+  works(qvm("search"))
+  assert not qvm.cache.exists()
+
+
+@pytest.mark.parametrize("words", [(), ("freebsd",)])
+def test_search_without_a_network(offline, stock, words):
+  shutil.copytree(stock, offline.home, dirs_exist_ok=True, symlinks=True)
+  run = works(offline("search", *words))
+  assert table(run.stdout) == [["OS", "VERSION", "X86-64", "ARM64"],
+                               ["freebsd", "15.1", "(cached)", "-"]]  # fmt: skip
+  for name in words or source.OS_NAMES:
+    assert any("cached" in line and name in line for line in run.stderr.splitlines()), run.stderr
+  assert "bug" not in run.stderr
+  rows = json.loads(works(offline("search", "--json", *words)).stdout)
+  assert rows == [
+    {
+      "os": "freebsd",
+      "version": "15.1",
+      "arch": "x86-64",
+      "release": None,
+      "asset": f"{FREEBSD}.qcow2",
+      "cached": True,
+    }
+  ]
+
+
+def test_search_without_a_network_and_a_cache(offline):
+  run = offline("search", "netbsd")
+  assert run.returncode == 1 and "netbsd" in run.stderr and "bug" not in run.stderr
+  run = offline("search", "--json", "netbsd")
+  assert (run.returncode, json.loads(run.stdout)) == (1, [])
+
+
+def test_search_when_one_os_cannot_be_asked(world, server):
+  server.fault("openbsd-builder", origin=None, times=None, status=403)
+  run = works(world("search"))
+  assert table(run.stdout) == [row for row in table(EVERYTHING) if row[0] != "openbsd"]
+  said = [line for line in run.stderr.splitlines() if "cached" in line]
+  assert len(said) == 1 and "openbsd" in said[0]
+
+
+def test_search_shows_cached_images_that_no_release_has(world, image):
+  (world.cache / "base" / "freebsd-9.0-arm64.qcow2").write_bytes(image)
+  (world.cache / "base" / "notes.txt").write_text("mine")
+  rows = table(works(world("search", "freebsd")).stdout)
+  assert rows[-1] == ["freebsd", "9.0", "-", "(cached)"]
+  assert len(rows) == 6
+
+
+# --- pull --refresh --------------------------------------------------------------------------
+
+
+def test_refresh_takes_the_newest(pulled, server, image, tools_tar):
+  content = newer(server, image, tools_tar)
+  server.clear_log()
+  works(pulled(*PULL))
+  assert server.started == 0, "without --refresh what is there is enough"
+  works(pulled(*REFRESH))
+  assert (pulled.cache / BASE).read_bytes() == content
+  assert json.loads((pulled.cache / NOTE).read_text())["release"] == "v0.17.0"
+  assert (pulled.cache / FIRMWARE).read_bytes() == b"v0.17.0"
+  assert [name for name in pulled.files() if name.startswith("downloads/")] == []
+  works(pulled(*RUN))
+  assert works(pulled("pull", "--verify", *PULL[1:])).stdout.count(": ok, as v0.17.0") == 3
+
+
+@pytest.mark.parametrize("api", ["up", "gone"])
+def test_refresh_of_the_newest_downloads_nothing(pulled, server, api):
+  api_is(pulled, server, api)
+  before = state(pulled.cache)
+  run = works(pulled(*REFRESH))
+  assert not [r for r in server.requests(origin="cdn") if r.status == 200 or r.sent > 1]
+  assert "newest" in run.stderr
+  assert state(pulled.cache) == before
+
+
+def test_refresh_where_the_newest_release_lost_the_version(pulled, server, image):
+  assets = {"freebsd-16.0-x86-64.qcow2": image}
+  server.add_release("freebsd-builder", "v1", assets, published="2026-10-01T00:00:00Z")
+  before = state(pulled.cache)
+  works(pulled(*REFRESH))
+  assert state(pulled.cache) == before
+
+
+def test_refresh_without_a_network_changes_nothing(pulled, image):
+  before = [state(pulled.cache / folder) for folder in ("base", "bin", "qemu")]
+  fails(pulled(*REFRESH, env={"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}))
+  assert [state(pulled.cache / folder) for folder in ("base", "bin", "qemu")] == before
+  works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}))
+
+
+def test_refresh_is_refused_while_instances_need_the_image(pulled, server, image, background):
+  process, record = background(pulled, *RUN, "--rm")
+  (mortal,) = {path.stem for path in (pulled.cache / "instances").glob("*-rm-*.qcow2")}
+  works(pulled(*RUN))
+  works(pulled(*RUN, "--name", "build"))
+  works(pulled("run", "--platform", "x86-64", "freebsd", "15.0", "--name", "other"))
+  works(pulled(*REFRESH))
+  newer(server, image)
+  before = state(pulled.cache / "base")
+  server.clear_log()
+  run = pulled(*REFRESH)
+  fails(run, FREEBSD, "build", mortal)
+  assert "other" not in run.stderr
+  assert not [r for r in server.requests(FREEBSD, "cdn") if r.sent > 1], "refused beforehand"
+  assert state(pulled.cache / "base") == before
+  works(pulled("rm", "build", FREEBSD))
+  fails(pulled(*REFRESH), mortal)
+  os.kill(record["pid"], signal.SIGTERM)
+  process.communicate()
+  works(pulled(*REFRESH))
+  assert state(pulled.cache / "base") != before
+
+
+def test_orphan_does_not_hinder_a_refresh(pulled, server, image, background):
+  kill_both(*background(pulled, *RUN, "--rm"))
+  content = newer(server, image)
+  works(pulled(*REFRESH))
+  assert (pulled.cache / BASE).read_bytes() == content
+
+
+def test_instance_made_during_a_refresh_keeps_its_image(pulled, server, image):
+  newer(server, image)
+  fault = server.fault(FREEBSD, after=1, pause=threading.Event(), pause_at=300000)
+  refresh = pulled.start(*REFRESH, env={"QVM_TIMEOUT": "30"})
+  assert fault.reached.wait(20), refresh.communicate()
+  works(pulled(*RUN))
+  fault.pause.set()
+  errors = refresh.communicate()[1]
+  assert refresh.returncode == 1 and FREEBSD in errors.splitlines()[-2], errors
+  assert (pulled.cache / BASE).read_bytes() == image
+  works(pulled(*RUN))
+  works(pulled("pull", "--verify", *PULL[1:]))
+
+
+# A QEMU that looks at the firmware beside it, as it would at its ROMs: all of one release.
+LOOKING = STAND_IN.replace(
+  "sys.exit(",
+  """
+share = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "..", "share", "qemu")
+seen = {open(os.path.join(share, name)).read() for name in ("uefi.fd", "bios-256k.bin")}
+assert len(seen) == 1, seen
+sys.exit(""",
+)
+
+
+def test_qemu_is_replaced_while_others_start(pulled, server, tools_tar):
+  def publish(tag):
+    text = tag.encode()
+    files = {"bin/qemu": LOOKING.encode()}
+    files.update(dict.fromkeys(("share/qemu/uefi.fd", "share/qemu/bios-256k.bin"), text))
+    assets = dict.fromkeys(QEMUS, tar_of(files))
+    assets["resources-linux.tar"] = assets["resources-macos.tar"] = tools_tar
+    server.add_release("resources", tag, assets, published=f"2026-09-{tag[1:]}T00:00:00Z")
+
+  publish("v10")
+  works(pulled(*REFRESH))
+  ends, done, once = [], threading.Event(), threading.Semaphore(0)
+
+  def loop():
+    while not done.is_set():
+      ends.append(pulled(*RUN, "--rm"))
+      once.release()
+
+  threads = [threading.Thread(target=loop) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  try:
+    for number in range(11, 15):
+      publish(f"v{number}")
+      works(pulled(*REFRESH))
+      for _ in threads:
+        assert once.acquire(timeout=30)
+  finally:
+    done.set()
+    for thread in threads:
+      thread.join()
+  assert [run.stderr for run in ends if run.returncode] == []
+  assert len(ends) >= 8
+  assert (pulled.cache / FIRMWARE).read_text() == "v14"
+
+
+@pytest.fixture
+def stepped():
+  """Start qvm so that it is killed, or waits, at a step; see STEPS."""
+  started = []
+
+  def start(qvm, pattern, number, action, *words):
+    command = [sys.executable, "-c", STEPS, str(qvm.cache), pattern, str(number), action]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command += [str(qvm.program), *words]
+    started.append(subprocess.Popen(command, env=qvm.env, text=True, **pipes))
+    return started[-1]
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("place", ["base", "bin", "qemu"])
+def test_refresh_is_killed_at_any_step(tmp_path, stock, server, image, stepped, place):
+  """What was there still runs, no record lies, and the next refresh makes good."""
+  tool = (stock / ".cache" / "qvm" / "bin" / "qemu-img").read_bytes() + b"# newer\n"
+  content = newer(server, image, tar_of({"qemu-img": tool}))
+  step = 0
+  while True:
+    step += 1
+    qvm = Qvm(tmp_path / str(step), ROOT / "qvm.py", server)
+    shutil.copytree(stock, qvm.home, symlinks=True)
+    point(qvm, server)
+    process = stepped(qvm, f" {place}/[^ ]*$", step, "kill", *REFRESH)
+    where, errors = process.communicate()
+    if not process.returncode:
+      break
+    assert process.returncode == -signal.SIGKILL, errors
+    run = qvm(*RUN, "--rm", env={"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD})
+    assert run.returncode == 0, (where, run.stderr)
+    assert "DAMAGED" not in qvm("pull", "--verify", *PULL[1:]).stdout, where
+    works(qvm(*REFRESH))
+    found = [(qvm.cache / path).read_bytes() for path in (BASE, "bin/qemu-img", FIRMWARE)]
+    assert found == [content, tool, b"v0.17.0"], where
+    notes = [qvm.cache / path for path in (NOTE, "bin/qemu-img.json", "qemu/x86_64/release.json")]
+    assert [json.loads(note.read_text())["release"] for note in notes] == ["v0.17.0"] * 3, where
+    shutil.rmtree(qvm.home)
+  assert step > 3
+
+
+# --- clean -----------------------------------------------------------------------------------
+
+
+def cleaned(run):
+  """The paths that clean names, and how much it says it frees."""
+  works(run)
+  paths = [line.split(None, 2)[2] for line in run.stdout.splitlines()]
+  return paths, re.search(r"free[d]? ([0-9.]+ [kMG]?B)\n", run.stderr).group(1)
+
+
+def clean(qvm, *words):
+  """Dry first, which changes nothing and says the same; returns the paths that went."""
+  before = state(qvm.cache)
+  dry = qvm("clean", "--dry-run", *words)
+  assert state(qvm.cache) == before, "a dry run changes nothing"
+  wet = qvm("clean", *words)
+  assert dry.stdout == wet.stdout
+  assert cleaned(dry) == cleaned(wet)
+  paths, _ = cleaned(wet)
+  assert all(os.path.lexists(path) != (path[len(str(qvm.cache)) + 1 :] in paths)
+             for path in before if path[len(str(qvm.cache)) + 1 :].count("/") == 1)  # fmt: skip
+  return paths
+
+
+def half(qvm, server, name, *words):
+  """Kill -9 a qvm in the middle of a download."""
+  fault = server.fault(name, pause=threading.Event(), pause_at=300000)
+  process = qvm.start(*words)
+  assert fault.reached.wait(20), process.communicate()
+  part = qvm.cache / "downloads" / f"{name}.part"
+  patience = time.monotonic() + 20
+  while not part.exists() or not part.stat().st_size:
+    assert time.monotonic() < patience, "nothing is written"
+    time.sleep(0.01)
+  process.kill()
+  process.communicate()
+  server.clear_faults()
+
+
+def test_nothing_to_clean(qvm, pulled):
+  before = state(pulled.cache)
+  for words in ((), ("--dry-run",)):
+    assert cleaned(pulled("clean", *words)) == ([], "0 B")
+  assert state(pulled.cache) == before
+
+
+def test_clean_without_a_cache(offline):
+  for words in ((), ("--all",), ("--dry-run",)):
+    assert cleaned(offline("clean", *words)) == ([], "0 B")
+  assert not offline.cache.exists()
+
+
+def test_clean_unfinished_downloads(pulled, server):
+  half(pulled, server, "freebsd-15.0-x86-64.qcow2", "pull", "freebsd", "15.0", "--platform", "x64")
+  paths = clean(pulled)
+  assert "downloads/freebsd-15.0-x86-64.qcow2.part" in paths
+  assert all(path.startswith("downloads/") for path in paths)
+  assert os.listdir(pulled.cache / "downloads") == []
+  works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD}))
+
+
+def test_clean_says_what_it_frees(pulled):
+  (pulled.cache / "downloads").mkdir(exist_ok=True)
+  (pulled.cache / "downloads" / f"{FREEBSD}.qcow2.part").write_bytes(os.urandom(5000000))
+  (pulled.cache / "downloads" / f"{FREEBSD}.qcow2.tmp").mkdir()
+  sparse = pulled.cache / "downloads" / f"{FREEBSD}.qcow2.tmp" / "disk.img"
+  with sparse.open("wb") as file:
+    file.write(os.urandom(1000000))
+    file.truncate(100 << 20)
+  size = subprocess.run(["du", "-s", "-B1", sparse.parent.parent], capture_output=True, text=True)
+  size = int(size.stdout.split()[0]) - os.lstat(sparse.parent.parent).st_blocks * 512
+  paths, total = cleaned(pulled("clean", "--dry-run"))
+  assert paths == [f"downloads/{FREEBSD}.qcow2.part", f"downloads/{FREEBSD}.qcow2.tmp"]
+  assert total == source.megabytes(size)
+  assert clean(pulled) == paths
+
+
+BUNDLE = "netbsd-11.0-x86-64.tar.zst"
+COMING = {
+  f"{FREEBSD}.qcow2": PULL,
+  "qemu-system-x86_64-linux.tar": PULL,
+  "resources-linux.tar": PULL,
+  BUNDLE: ("pull", "netbsd", "11.0", "--platform", "x86-64"),
+}
+
+
+@pytest.fixture(scope="module")
+def large_bundle(tmp_path_factory):
+  """A bundle that does not come in one piece."""
+  folder = tmp_path_factory.mktemp("bundle")
+  (folder / "disk.img").write_bytes(os.urandom(600000))
+  pack = f"tar -C {folder} -S --format=oldgnu -cf - disk.img | zstd -q1"
+  return subprocess.run(pack, shell=True, check=True, stdout=subprocess.PIPE).stdout
+
+
+def enlarge(server, name, tar):
+  """Serve a tar with so much behind its end that it does not come in one piece; returns it."""
+  tar += bytes(600000)
+  server.replace_asset("resources", "v2.0.0", name, tar)
+  return tar
+
+
+def with_bundle(server, content):
+  """NetBSD as of today: a bundle and nothing else."""
+  server.repos["netbsd-builder"] = {}
+  server.add_release("netbsd-builder", "v1.0.0", {BUNDLE: content})
+
+
+@pytest.mark.parametrize("words", [(), ("--all",)])
+@pytest.mark.parametrize("name", COMING)
+def test_clean_leaves_what_is_being_downloaded(
+  qvm, server, tools_tar, large_bundle, name, words
+):  # fmt: skip
+  if name == BUNDLE:
+    with_bundle(server, large_bundle)
+  enlarge(server, "qemu-system-x86_64-linux.tar", stand_in_tar(big=bytes(600000)))
+  enlarge(server, "resources-linux.tar", tools_tar)
+  fault = server.fault(name, pause=threading.Event(), pause_at=300000)
+  pull = qvm.start(*COMING[name], env={"QVM_TIMEOUT": "30"})
+  assert fault.reached.wait(20), pull.communicate()
+  part = qvm.cache / "downloads" / f"{name}.part"
+  patience = time.monotonic() + 20
+  while not part.exists() or not part.stat().st_size:
+    assert time.monotonic() < patience, pull.communicate()
+    time.sleep(0.01)
+  try:
+    works(qvm("clean", "--dry-run", *words))
+    paths, _ = cleaned(qvm("clean", *words))
+    assert not [path for path in paths if name in path], paths
+  finally:
+    fault.pause.set()
+    errors = pull.communicate()[1]
+  assert pull.returncode == 0, errors
+  assert len(server.requests(name, "cdn")) == 1
+
+
+def until_waiting(process, other=lambda: False):
+  """Return when the other thing happens, or when the process waits for a lock or has ended."""
+  patience = time.monotonic() + 20
+  while not other() and process.poll() is None:
+    with open("/proc/locks") as file:
+      if any("->" in line and str(process.pid) in line.split() for line in file):
+        return
+    assert time.monotonic() < patience
+    time.sleep(0.01)
+
+
+def test_download_that_starts_while_clean_deletes(pulled, server, tmp_path, stepped):
+  """What clean has found unused may be taken up again before it is deleted."""
+  name, words = "freebsd-15.0-x86-64.qcow2", ("freebsd", "15.0", "--platform", "x86-64")
+  half(pulled, server, name, "pull", *words)
+  for end in ("reached", "go"):
+    os.mkfifo(tmp_path / end)
+  cleaner = stepped(pulled, "os.remove downloads/", 1, f"{tmp_path}/", "clean")
+  os.close(written(tmp_path / "reached", cleaner))
+  fault = server.fault(name, pause=threading.Event(), pause_at=1)
+  pull = pulled.start("pull", *words, env={"QVM_TIMEOUT": "30"})
+  until_waiting(pull, fault.reached.is_set)
+  (tmp_path / "go").read_bytes()
+  output = cleaner.communicate()
+  fault.pause.set()
+  errors = pull.communicate()[1]
+  assert (cleaner.returncode, pull.returncode) == (0, 0), (output, errors)
+  assert f"base/{name}" in pulled.files()
+
+
+def test_clean_orphans(pulled, background):
+  works(pulled(*RUN))
+  alive, _ = background(pulled, *RUN, "--rm")
+  (mine,) = {path.stem for path in (pulled.cache / "instances").glob("*-rm-*.qcow2")}
+  half_dead, record = background(pulled, *RUN, "--rm", "--name", "half-dead")
+  half_dead.kill()
+  half_dead.wait()
+  kill_both(*background(pulled, *RUN, "--rm", "--name", "dead"))
+  paths = clean(pulled)
+  assert {"instances/dead.qcow2", "instances/dead.json"} <= set(paths)
+  assert not [path for path in paths if not path.startswith(("instances/dead.", "ports/"))]
+  left = sorted(path.stem for path in (pulled.cache / "instances").glob("*.qcow2"))
+  assert left == sorted([FREEBSD, mine, "half-dead"]), "the QEMU of half-dead runs"
+  assert alive.poll() is None
+  os.kill(record["pid"], signal.SIGKILL)
+  half_dead.communicate()
+  assert "instances/half-dead.qcow2" in clean(pulled)
+  works(pulled(*RUN))
+
+
+def test_clean_never_takes_an_instance(pulled):
+  """Whatever its name looks like."""
+  names = ["a.lock", "b.tmp", "c.json", "d.qcow2", "e.ephemeral", "f.part", "g.qcow2.tmp",
+           "h.console.log", "i.new"]  # fmt: skip
+  for name in names:
+    works(pulled(*RUN, "--name", name))
+  before = state(pulled.cache / "instances")
+  works(pulled("clean"))
+  works(pulled("clean", "--all"))
+  assert state(pulled.cache / "instances") == before
+  for name in names:
+    works(pulled(*RUN, "--name", name))
+
+
+def test_clean_old_qemu_trees(pulled, server, image, tools_tar):
+  for tag in ("v1", "v2"):
+    newer(server, image, tools_tar, tag)
+    works(pulled(*REFRESH))
+  trees = [path for path in (pulled.cache / "qemu").iterdir() if not path.is_symlink()]
+  assert len(trees) == 2, "the one in use and the one before"
+  paths = clean(pulled)
+  assert len(paths) == 1 and paths[0].startswith("qemu/")
+  assert (pulled.cache / FIRMWARE).read_bytes() == b"v2"
+  works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD}))
+
+
+def test_clean_temporary_folders(pulled):
+  for name in ("qemu/x86_64.tmp/bin", "bin/resources.tmp", f"downloads/{FREEBSD}.qcow2.tmp"):
+    (pulled.cache / name).mkdir(parents=True)
+    (pulled.cache / name / "file").write_bytes(b"x")
+  (pulled.cache / "base" / f"{FREEBSD}.json.tmp").write_bytes(b"x")
+  (pulled.cache / "qemu" / "x86_64.new").symlink_to(".x86_64-gone")
+  (pulled.cache / "instances" / "gone.qcow2.tmp").write_bytes(b"x")
+  before = pulled.files()
+  assert sorted(clean(pulled)) == [
+    f"base/{FREEBSD}.json.tmp", "bin/resources.tmp", f"downloads/{FREEBSD}.qcow2.tmp",
+    "instances/gone.qcow2.tmp", "qemu/x86_64.new", "qemu/x86_64.tmp",
+  ]  # fmt: skip
+  assert [n for n in before if ".tmp" not in n and ".new" not in n] == pulled.files()
+
+
+def test_clean_all(pulled):
+  """Images that no instance needs, and QEMU; an instance keeps its image and its disk."""
+  works(pulled(*RUN))
+  works(pulled("pull", "--platform", "x86-64", "freebsd", "15.0"))
+  paths = clean(pulled, "--all")
+  assert {"base/freebsd-15.0-x86-64.qcow2", "base/freebsd-15.0-x86-64.json"} <= set(paths)
+  assert "bin/qemu-img" in paths and "qemu/x86_64" in paths
+  instance = [f"instances/{FREEBSD}.{end}" for end in ("json", "qcow2")]
+  assert pulled.files() == [NOTE, BASE, *instance]
+  works(pulled(*RUN))
+  works(pulled("rm", FREEBSD))
+  clean(pulled, "--all")
+  assert pulled.files() == []
+
+
+def test_clean_all_after_a_refresh(pulled, server, image, tools_tar):
+  """The QEMU before the one in use is a leftover and unneeded, but goes once."""
+  newer(server, image, tools_tar)
+  works(pulled(*REFRESH))
+  paths = clean(pulled, "--all")
+  assert len(set(paths)) == len(paths)
+  assert pulled.files() == []
+
+
+def test_clean_all_while_something_runs(pulled, background):
+  works(pulled("pull", "--platform", "x86-64", "freebsd", "15.0"))
+  process, record = background(pulled, *RUN, "--rm")
+  paths = clean(pulled, "--all")
+  assert sorted(paths) == ["base/freebsd-15.0-x86-64.json", "base/freebsd-15.0-x86-64.qcow2"]
+  kill_both(process, record)
+  clean(pulled, "--all")
+  assert pulled.files() == [], "an orphan needs no image"
+
+
+def test_clean_all_takes_a_half_published_image(qvm, stepped):
+  process = stepped(qvm, "os.rename .*base/.*qcow2$", 1, "kill", *PULL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  clean(qvm, "--all")
+  assert qvm.files() == []
+
+
+@pytest.mark.parametrize("words", [(), ("--all",)])
+def test_clean_leaves_what_is_not_qvms(pulled, words):
+  """The folder may be one that holds other things too: QVM_CACHE_DIR=~ has ~/bin and more."""
+  mine = ["bin/backup", "bin/notes.txt", "base/photo.jpg", "downloads/holiday.jpg",
+          "downloads/thesis.pdf", "qemu/machine.xml", "instances/readme",
+          "mine/x.part"]  # fmt: skip
+  for name in mine:
+    (pulled.cache / name).parent.mkdir(exist_ok=True)
+    (pulled.cache / name).write_text("mine")
+  works(pulled("clean", *words))
+  assert [name for name in mine if not (pulled.cache / name).exists()] == []
+
+
+# --- Mirrors ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, image, tools_tar, large_bundle):
+  """A mirror, which names no server, that three `pull --mirror` have filled; not to be changed."""
+  home = tmp_path_factory.mktemp("filled")
+  with ReleaseServer() as server:
+    fill(server, image, tools_tar)
+    with_bundle(server, large_bundle)
+    qvm = Qvm(home, ROOT / "qvm.py", server)
+    for words in (PULL, ("pull", "freebsd", "15.0", "--platform", "x86-64"), COMING[BUNDLE]):
+      works(qvm(*words, "--mirror", str(home / "mirror")))
+    assert not qvm.cache.exists(), "a mirror is no cache"
+  return home / "mirror"
+
+
+@pytest.fixture
+def mirror(tmp_path, filled):
+  """A copy of the mirror, in a folder with an awkward name."""
+  return shutil.copytree(filled, tmp_path / "a mirror, 100% ü#1")
+
+
+@pytest.fixture
+def plain_server():
+  """Start `python3 -m http.server` in a folder; returns its address."""
+  started = []
+
+  def start(folder):
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    process = subprocess.Popen(
+      [*command, "--directory", str(folder)],
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    started.append(process)
+    return re.search(r"\((http://[^)]*?)/?\)", process.stdout.readline()).group(1)
+
+  yield start
+  for process in started:
+    process.terminate()
+    process.communicate()
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+  """As nginx does: ranges of files, and a real redirect for releases/latest."""
+
+  def do_GET(self):
+    path = Path(self.translate_path(self.path))
+    self.server.log.append((self.path, self.headers.get("Range"), dict(self.headers)))
+    if self.path.endswith("/releases/latest"):
+      self.send_response(302)
+      self.send_header("Location", f"{self.path[:-7]}/tag/{path.read_text().strip()}")
+      self.send_header("Content-Length", "0")
+      return self.end_headers()
+    if not path.is_file():
+      return self.send_error(404)
+    content = path.read_bytes()
+    modified = self.date_time_string(int(path.stat().st_mtime))
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+    whole = not match or self.headers.get("If-Range", modified) != modified
+    start = 0 if whole else int(match.group(1))
+    self.send_response(200 if whole else 206)
+    if not whole:
+      self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+    self.send_header("Last-Modified", modified)
+    self.send_header("Content-Length", str(len(content) - start))
+    self.end_headers()
+    if self.server.pause and path.name.endswith(self.server.pause):
+      self.wfile.write(content[start : start + 300000])
+      self.wfile.flush()
+      return self.server.reached.set() or self.server.go.wait(20)
+    self.wfile.write(content[start:])
+
+  def log_message(self, *words):
+    pass
+
+
+@pytest.fixture
+def ranges_server():
+  """Start a server with Ranges in a folder; returns it, with its address as url."""
+  started = []
+
+  def start(folder, pause=""):
+    handler = functools.partial(Ranges, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.url, server.log, server.pause = f"http://127.0.0.1:{server.server_port}", [], pause
+    server.reached, server.go = threading.Event(), threading.Event()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    started.append(server)
+    return server
+
+  yield start
+  for server in started:
+    server.go.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def client(tmp_path):
+  """qvm in another home, that knows no server yet; an https address would be an error."""
+  home = tmp_path / "client"
+  home.mkdir()
+  client = Qvm(home, ROOT / "qvm.py")
+  del client.env["QVM_API_URL"]
+  client.env["https_proxy"] = "http://127.0.0.1:9"
+  return client
+
+
+KINDS = ("file", "plain", "plain/", "ranges")  # plain/: with a slash at the end
+
+
+@pytest.fixture
+def connect(client, mirror, plain_server, ranges_server):
+  """Point the client at the mirror in one of four ways."""
+
+  def connect(kind):
+    if kind == "file":
+      url = "file://" + quote(str(mirror))
+    else:
+      url = ranges_server(mirror).url if kind == "ranges" else plain_server(mirror)
+    client.env["QVM_RELEASES_URL"] = url + ("/" if kind.endswith("/") else "")
+    return client
+
+  return connect
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mirror(connect, mirror, server, image, kind):
+  client = connect(kind)
+  server.clear_log()
+  run = works(client("run", "freebsd", "--platform", "x86-64"))
+  assert (client.cache / BASE).read_bytes() == image
+  assert "no digest" not in run.stderr
+  run = works(client(*COMING[BUNDLE], "--verify"))
+  assert run.stdout.count(": ok, as v") == 3
+  assert table(works(client("search", "freebsd")).stdout)[1:] == [
+    ["freebsd", "15.1", "v0.16.0 (cached)", "-"],
+    ["freebsd", "15.0", "v0.16.0", "-"],
+  ]
+  fails(client("pull", "freebsd", "9.9", "--platform", "x86-64"), "9.9", "15.1, 15.0")
+  fails(client("pull", "openbsd", "--platform", "x86-64"))
+  assert works(client(*REFRESH)).stderr.count("newest") == 3
+  assert server.started == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "plain"])
+def test_mirror_that_is_damaged(connect, mirror, kind):
+  """The digests that the mirror got hold for who gets it from the mirror."""
+  client = connect(kind)
+  (target,) = mirror.rglob(f"{FREEBSD}.qcow2")
+  content = bytearray(target.read_bytes())
+  content[200000] ^= 1
+  target.write_bytes(content)
+  fails(client(*PULL), FREEBSD, "sha256")
+  assert not (client.cache / BASE).exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "plain", "ranges"])
+def test_mirror_made_by_hand(connect, mirror, image, kind):
+  """Assets and a file `latest` are enough; what only the lists tell is then not known."""
+  for repo in mirror.iterdir():
+    (repo / "releases.atom").unlink()
+    shutil.rmtree(repo / "releases" / "expanded_assets")
+    latest = repo / "releases" / "latest"
+    latest.write_text(latest.read_text().strip() + ("\r\n" if kind == "plain" else ""))
+  client = connect(kind)
+  run = works(client(*PULL))
+  assert (client.cache / BASE).read_bytes() == image
+  assert sum("no digest" in line for line in run.stderr.splitlines()) == 3
+  works(client(*COMING[BUNDLE]))
+  fails(client("pull", "freebsd", "9.9", "--platform", "x86-64"), "FreeBSD 9.9")
+  fails(client("pull", "freebsd", "--platform", "x86-64"), "FreeBSD")
+  works(client("run", "freebsd", "15.1", "--platform", "x86-64"))
+
+
+def test_mirror_that_resumes(client, mirror, ranges_server, image):
+  server = ranges_server(mirror, f"{FREEBSD}.qcow2")
+  client.env["QVM_RELEASES_URL"] = server.url
+  process = client.start(*PULL)
+  assert server.reached.wait(20), process.communicate()
+  part = client.cache / "downloads" / f"{FREEBSD}.qcow2.part"
+  patience = time.monotonic() + 20
+  while not part.exists() or not part.stat().st_size:
+    assert time.monotonic() < patience, process.communicate()
+    time.sleep(0.01)
+  process.kill()
+  process.communicate()
+  server.pause = ""
+  server.log.clear()
+  size = part.stat().st_size
+  works(client(*PULL))
+  asked = [(span, path) for path, span, _ in server.log if path.endswith(f"{FREEBSD}.qcow2")]
+  assert [span for span, _ in asked] == [f"bytes={size}-"]
+  assert (client.cache / BASE).read_bytes() == image
+
+
+def test_no_token_for_a_mirror(client, mirror, ranges_server):
+  server = ranges_server(mirror)
+  client.env.update(QVM_RELEASES_URL=server.url, GITHUB_TOKEN="s3same", GH_TOKEN="s3same")
+  works(client("pull", "freebsd", "--platform", "x86-64"))
+  works(client("search", "freebsd"))
+  assert server.log
+  assert "s3same" not in json.dumps(server.log)
+
+
+def test_layout_of_a_mirror(mirror):
+  files = sorted(str(path.relative_to(mirror)) for path in mirror.rglob("*") if path.is_file())
+  for repo, tag, names in (
+    ("resources", "v2.0.0", ["qemu-system-x86_64-linux.tar", "resources-linux.tar"]),
+    ("freebsd-builder", "v0.16.0", ["freebsd-15.0-x86-64.qcow2", f"{FREEBSD}.qcow2"]),
+    ("netbsd-builder", "v1.0.0", [BUNDLE]),
+  ):
+    top = f"{repo}/releases"
+    assets = [name for name in files if name.startswith(f"{top}/download/")]
+    assert assets == [f"{top}/download/{tag}/{name}" for name in names]
+    assert (mirror / top / "latest").read_text() == tag + "\n"
+  assert not [name for name in files if name.endswith((".part", ".tmp", ".json"))]
+  assert all(path.stat().st_mode & 0o444 == 0o444 for path in mirror.rglob("*"))
+
+
+def test_mirror_again(qvm, server, mirror, image, client):
+  """A second time nothing is fetched; a newer release comes beside the old one."""
+  before = state(mirror)
+  server.clear_log()
+  run = works(qvm(*PULL, "--mirror", str(mirror)))
+  assert not server.requests(origin="cdn") and state(mirror) == before
+  (target,) = mirror.rglob(f"{FREEBSD}.qcow2")
+  assert str(target) in run.stdout.splitlines()
+  content = newer(server, image)
+  works(qvm(*PULL, "--mirror", str(mirror)))
+  client.env["QVM_RELEASES_URL"] = "file://" + quote(str(mirror))
+  works(client(*PULL))
+  assert (client.cache / BASE).read_bytes() == content
+  works(client("pull", "freebsd", "15.0", "--platform", "x86-64"))
+  assert target.read_bytes() == image
+
+
+def test_mirror_of_an_older_release(qvm, server, image, tmp_path, client):
+  """Where the newest release has not the version, the mirror has that which has it."""
+  server.add_release(
+    "freebsd-builder", "v1", {"freebsd-16.0-x86-64.qcow2": image}, published="2026-10-01T00:00:00Z"
+  )
+  works(qvm(*PULL, "--mirror", str(tmp_path / "mirror")))
+  client.env["QVM_RELEASES_URL"] = f"file://{tmp_path}/mirror"
+  for words in (PULL, ("pull", "freebsd", "--platform", "x86-64")):
+    run = works(client(*words))
+    assert "no digest" not in run.stderr
+  assert bool([name for name in client.files() if name == BASE])
+
+
+def test_mirror_of_a_mirror(client, mirror, tmp_path):
+  client.env["QVM_RELEASES_URL"] = "file://" + quote(str(mirror))
+  works(client(*PULL, "--mirror", str(tmp_path / "second")))
+  shutil.rmtree(mirror)
+  client.env["QVM_RELEASES_URL"] = f"file://{tmp_path}/second"
+  run = works(client(*PULL))
+  assert "no digest" not in run.stderr
+
+
+def test_mirror_gets_nothing_wrong(qvm, server, tmp_path):
+  server.fault(FREEBSD, flip=200000, times=None)
+  run = qvm(*PULL, "--mirror", str(tmp_path / "m"))
+  assert run.returncode == 1 and FREEBSD in run.stderr.splitlines()[-2], run.stderr
+  assert not list((tmp_path / "m").rglob("*.qcow2*"))
+
+
+def test_killed_mirror_goes_on(qvm, server, tmp_path, image):
+  fault = server.fault(FREEBSD, pause=threading.Event(), pause_at=300000)
+  process = qvm.start(*PULL, "--mirror", str(tmp_path / "m"))
+  assert fault.reached.wait(20), process.communicate()
+  process.kill()
+  process.communicate()
+  server.clear_faults()
+  assert not list((tmp_path / "m").rglob(f"{FREEBSD}.qcow2"))
+  works(qvm(*PULL, "--mirror", str(tmp_path / "m")))
+  (target,) = (tmp_path / "m").rglob(f"{FREEBSD}.qcow2")
+  assert target.read_bytes() == image
+  assert not list((tmp_path / "m").rglob("*.part"))
+
+
+def test_two_fill_a_mirror(qvm, server, tmp_path, tools_tar):
+  """Both want QEMU and qemu-img; they do not write into each other's files."""
+  words = ("--platform", "x86-64", "--mirror", str(tmp_path / "m"))
+  tools_tar = enlarge(server, "resources-linux.tar", tools_tar)
+  fault = server.fault("resources-linux.tar", pause=threading.Event(), pause_at=300000)
+  first = qvm.start("pull", "freebsd", "15.1", *words, env={"QVM_TIMEOUT": "30"})
+  assert fault.reached.wait(20), first.communicate()
+  second = qvm.start("pull", "freebsd", "15.0", *words)
+  until_waiting(second)
+  fault.pause.set()
+  outputs = [process.communicate() for process in (first, second)]
+  assert (first.returncode, second.returncode) == (0, 0), outputs
+  (target,) = (tmp_path / "m").rglob("resources-linux.tar")
+  assert target.read_bytes() == tools_tar
+  names = {path.name for path in (tmp_path / "m").rglob("*.qcow2")}
+  assert names == {"freebsd-15.0-x86-64.qcow2", f"{FREEBSD}.qcow2"}
+
+
+def test_mirror_that_is_no_folder(qvm, server, tmp_path):
+  (tmp_path / "file").write_text("mine")
+  fails(qvm(*PULL, "--mirror", str(tmp_path / "file")), str(tmp_path / "file"))
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+BAD_URLS = ["ftp://x.example/releases", "http://a b/c", "http://", "https:///x", "x.example",
+            "/srv", "file:relative", "file://host/x", "http://x\ny", "javascript:1",
+            "http://x/ä"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_bad_address(offline, url):
+  for name in ("QVM_RELEASES_URL", "QVM_API_URL"):
+    with pytest.raises(source.UsageError, match=name):
+      source.net_from({name: url})
+  fails(offline(*PULL, env={"QVM_RELEASES_URL": url}), "QVM_RELEASES_URL", code=2)
+  assert not offline.cache.exists()
+
+
+def test_unknown_file_mirror(client, tmp_path):
+  client.env["QVM_RELEASES_URL"] = f"file://{tmp_path}/nowhere"
+  fails(client(*PULL), f"{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize(
+  "given, releases, api",
+  [
+    ({}, source.RELEASES_URL, source.API_URL),
+    ({"QVM_RELEASES_URL": ""}, source.RELEASES_URL, source.API_URL),
+    ({"QVM_RELEASES_URL": source.RELEASES_URL + "/"}, source.RELEASES_URL, source.API_URL),
+    ({"QVM_RELEASES_URL": "http://x/y/"}, "http://x/y", ""),
+    ({"QVM_RELEASES_URL": "http://x//"}, "http://x", ""),
+    ({"QVM_RELEASES_URL": "file:///srv/m/"}, "file:///srv/m", ""),
+    ({"QVM_RELEASES_URL": "http://x", "QVM_API_URL": "http://y/z/"}, "http://x", "http://y/z"),
+  ],
+)
+def test_addresses(given, releases, api):
+  net = source.net_from(given)
+  assert (net.releases, net.api) == (releases, api)

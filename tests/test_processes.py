@@ -197,7 +197,8 @@ def test_a_signal_that_was_ignored_from_the_start_stays_so(used, background, num
 def test_qemu_ignores_no_signal_of_its_own_accord(used, tmp_path):
   script = used.cache / "qemu/x86_64/bin/qemu-system-x86_64"
   script.write_text("#!/bin/sh\nexec grep -E 'SigIgn|SigBlk' /proc/self/status\n")
-  assert re.findall("[0-9a-f]{16}", used(*RUN).stdout) == ["0" * 16] * 2
+  here = subprocess.run([script], stdout=subprocess.PIPE, text=True).stdout
+  assert used(*RUN).stdout == here, "neither more nor less than without qvm"
 
 
 def big_tar(size=2 << 20):

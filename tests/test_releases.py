@@ -422,6 +422,8 @@ def test_digest_is_recorded(stocked, image, server):
     "size": len(image),
     "asset_sha256": sha256(image),
     "sha256": sha256(image),
+    "bytes": len(image),
+    "inode": (stocked.cache / "base" / f"{FREEBSD}.qcow2").stat().st_ino,
   }
 
 

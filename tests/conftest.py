@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,15 @@ from release_server import ReleaseServer
 ROOT = Path(__file__).resolve().parent.parent
 FREEBSD = "freebsd-15.1-x86-64"
 sys.path.insert(0, str(ROOT))
+
+# Under nohup and in some CI, SIGHUP or SIGINT is ignored; qvm would rightly keep to that.
+for number, handler in (
+  (signal.SIGHUP, signal.SIG_DFL),
+  (signal.SIGINT, signal.default_int_handler),
+  (signal.SIGTERM, signal.SIG_DFL),
+):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    signal.signal(number, handler)
 
 # It does as $STAND_IN says: records how it was started (into a file, or a FIFO that a test reads
 # to know that it runs), prints, and then ends, waits or ignores SIGTERM.

@@ -266,7 +266,7 @@ def test_any_words_are_options_or_a_usage_error(words):
   assert isinstance(options, source.Options)
   if options.help or options.version:
     return
-  if options.command in ("run", "pull"):
+  if options.command in ("run", "pull") and len(options.operands) == 2:
     try:
       plan = source.make_plan(options, source.Host("linux", "x86-64"), "/c", "abcdef")
     except source.QvmError:

@@ -10,12 +10,17 @@ import tarfile
 from pathlib import Path
 
 import guests
+import hypothesis
 import pytest
 from release_server import ReleaseServer
 
 ROOT = Path(__file__).resolve().parent.parent
 FREEBSD = "freebsd-15.1-x86-64"
 sys.path.insert(0, str(ROOT))
+
+# The same cases in every run: what fails here fails everywhere.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # Under nohup and in some CI, SIGHUP or SIGINT is ignored; qvm would rightly keep to that.
 for number, handler in (

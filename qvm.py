@@ -22,6 +22,7 @@ from typing import (
   Iterable,
   Iterator,
   List,
+  Mapping,
   NamedTuple,
   Optional,
   Sequence,
@@ -123,6 +124,13 @@ def emit(text: str) -> None:
   except UnicodeEncodeError:  # help in a locale without UTF-8
     data = text.encode("utf-8", "surrogateescape")
   write_all(1, data + b"\n")
+
+
+def emit_json(value: Any) -> None:
+  """Write one JSON value to stdout."""
+  import json
+
+  emit(json.dumps(value, indent=2))
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -496,14 +504,20 @@ def parse_accel(text: str) -> str:
   return ":".join(words)
 
 
-def parse_program(text: str) -> str:
-  """A program by its path or by its name on PATH, as an absolute path."""
+def find_program(name: str, folder: Optional[str] = None) -> str:
+  """The absolute path of a program on PATH or in a folder; empty when there is none."""
   import shutil
 
-  path = shutil.which(text)
+  path = shutil.which(name, path=folder)
+  return os.path.abspath(path) if path else ""
+
+
+def parse_program(text: str) -> str:
+  """A program by its path or by its name on PATH, as an absolute path."""
+  path = find_program(text)
   if not path:
     raise UsageError(f"--qemu: there is no program '{text}' that can be executed")
-  return os.path.abspath(path)
+  return path
 
 
 def parse_seconds(text: str) -> float:
@@ -842,15 +856,23 @@ def check_own_qemu(guest: Guest, own_qemu: str) -> None:
 
 def own_qemu_img(own_qemu: str) -> str:
   """The qemu-img beside the user's own QEMU, else the one on PATH."""
-  import shutil
-
-  found = shutil.which("qemu-img", path=os.path.dirname(own_qemu)) or shutil.which("qemu-img")
+  found = find_program("qemu-img", os.path.dirname(own_qemu)) or find_program("qemu-img")
   if not found:
     raise QvmError(
       f"there is no qemu-img beside {own_qemu} or on PATH",
       "install it (Debian: apt-get install qemu-utils) or leave --qemu out",
     )
-  return os.path.abspath(found)
+  return found
+
+
+def builder(os_name: str) -> str:
+  """The repository whose releases hold the images of an OS."""
+  return os_name + "-builder"
+
+
+def qemu_program(cache: str, cpu: str) -> str:
+  """The downloaded QEMU's program for a guest CPU, in QEMU's spelling."""
+  return os.path.join(cache, "qemu", cpu, "bin", "qemu-system-" + cpu)
 
 
 def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
@@ -869,7 +891,7 @@ def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
     name=name,
     ephemeral=options.rm,
     cache=cache,
-    qemu=options.qemu or os.path.join(tree, "bin", "qemu-system-" + cpu),
+    qemu=options.qemu or qemu_program(cache, cpu),
     tree=tree,
     share=os.path.join(tree, "share", "qemu"),
     qemu_img=own_qemu_img(options.qemu) if options.qemu else os.path.join(cache, "bin", "qemu-img"),
@@ -884,7 +906,7 @@ def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
   )
 
 
-def cache_folder(environ: Dict[str, str]) -> str:
+def cache_folder(environ: Mapping[str, str]) -> str:
   """The folder qvm keeps everything in; a relative XDG_CACHE_HOME is ignored, as its spec says."""
   if environ.get("QVM_CACHE_DIR"):
     return os.path.abspath(environ["QVM_CACHE_DIR"])
@@ -911,14 +933,6 @@ def read_json(path: str) -> Dict[str, Any]:
   except (OSError, ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}
-
-
-def find_program(name: str, folder: Optional[str] = None) -> str:
-  """The absolute path of a program on PATH or in a folder; empty when there is none."""
-  import shutil
-
-  path = shutil.which(name, path=folder)
-  return os.path.abspath(path) if path else ""
 
 
 def write_text(path: str, text: str, mode: int = 0o644) -> None:
@@ -975,6 +989,17 @@ def names_in(cache: str, folder: str) -> List[str]:
 def paths_in(cache: str, folder: str) -> List[str]:
   """The paths in one of the cache's folders."""
   return [os.path.join(cache, folder, name) for name in names_in(cache, folder)]
+
+
+def instances(cache: str) -> str:
+  """The folder of the instances."""
+  return os.path.join(cache, "instances")
+
+
+def instance_names(cache: str, suffix: str) -> List[str]:
+  """The names of the instances that have a file with this suffix, in the order of the files."""
+  names = [name for name in names_in(cache, "instances") if name.endswith(suffix)]
+  return [name[: -len(suffix)] for name in names]
 
 
 def tree_size(path: str) -> int:
@@ -1103,7 +1128,7 @@ class Cancelled(Exception):
   """Another download failed, so this one has stopped."""
 
 
-def net_from(environ: Dict[str, str]) -> Net:
+def net_from(environ: Mapping[str, str]) -> Net:
   """Read the addresses and times from the environment; UsageError for bad ones."""
   releases = (environ.get("QVM_RELEASES_URL") or RELEASES_URL).rstrip("/")
   api = environ.get("QVM_API_URL") or (API_URL if releases == RELEASES_URL else "")
@@ -1126,7 +1151,7 @@ def net_from(environ: Dict[str, str]) -> Net:
   )
 
 
-def seconds_from(environ: Dict[str, str], name: str, default: float, least: float) -> float:
+def seconds_from(environ: Mapping[str, str], name: str, default: float, least: float) -> float:
   """A time in seconds from the environment, at most an hour."""
   text = environ.get(name) or str(default)
   if not re.match(r"[0-9]{1,4}(\.[0-9]{1,6})?\Z", text) or not least <= float(text) <= 3600:
@@ -1789,13 +1814,13 @@ class Releases:
     self.lock = threading.Lock()
     self.asked: Dict[Tuple[str, ...], Later] = {}
 
-  def once(self, key: Tuple[str, ...], function: Callable[[], T], wait: bool = True) -> T:
-    """The result of the first call with that key; without wait only begin."""
+  def once(self, key: Tuple[str, ...], function: Callable[[], T]) -> T:
+    """The result of the first call with that key."""
     with self.lock:
       if key not in self.asked:
         self.asked[key] = Later(function)
       later = self.asked[key]
-    return later.result() if wait else None  # type: ignore[return-value]
+    return later.result()  # type: ignore[no-any-return]
 
   def tag(self, repo: str) -> str:
     """The tag of the newest release."""
@@ -2214,9 +2239,9 @@ def backing_file(path: str) -> str:
 def dependants(cache: str, base: str) -> List[str]:
   """The names of the instances whose overlays lie on a base image."""
   needed = os.path.join("..", "base", os.path.basename(base))
-  disks = [path for path in paths_in(cache, "instances") if path.endswith(".qcow2")]
-  mine = [path for path in disks if backing_file(path) == needed]
-  return [os.path.basename(path)[: -len(".qcow2")] for path in mine]
+  names = instance_names(cache, ".qcow2")
+  disks = {name: os.path.join(instances(cache), name + ".qcow2") for name in names}
+  return [name for name, disk in disks.items() if backing_file(disk) == needed]
 
 
 def check_unused(plan: Plan) -> None:
@@ -2256,9 +2281,14 @@ def fetch_asset(
   return transfer, record
 
 
+def is_qemu_program(path: str) -> bool:
+  """Whether a cached file stands for the whole tree of a QEMU."""
+  return os.path.basename(path).startswith("qemu-system-")
+
+
 def record_path(path: str) -> str:
   """Where release, URL, size and digests of a cached file or QEMU's program are noted."""
-  if os.path.basename(path).startswith("qemu-system-"):
+  if is_qemu_program(path):
     return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
   return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
 
@@ -2309,7 +2339,7 @@ def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer
 
 def tree_program(plan: Plan) -> str:
   """The downloaded QEMU's program, whether or not it is the one that runs."""
-  return os.path.join(plan.tree, "bin", "qemu-system-" + QEMU_CPUS[plan.guest.arch])
+  return qemu_program(plan.cache, QEMU_CPUS[plan.guest.arch])
 
 
 def fetch_qemu(plan: Plan, releases: Releases) -> None:
@@ -2335,7 +2365,7 @@ def fetch_qemu(plan: Plan, releases: Releases) -> None:
     os.chmod(named, 0o755)
     record["sha256"] = tree_sha256(root)
     write_json(os.path.join(root, "release.json"), record)
-    with gate(os.path.join(plan.cache, "instances")):
+    with gate(instances(plan.cache)):
       put_tree(root, plan.tree)
     remove_tree(aside)
     transfer.reset()
@@ -2370,7 +2400,7 @@ def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
     with reset_if_refused(transfer):
       program = os.path.realpath(unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img")))
     record["sha256"] = file_sha256(program)
-    with gate(os.path.join(plan.cache, "instances")):
+    with gate(instances(plan.cache)):
       place(program, plan.qemu_img, record, 0o755)
     remove_tree(aside)
     transfer.reset()
@@ -2515,7 +2545,7 @@ def kernel_path(base: str) -> str:
 
 def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
   """Releases and assets that may be the image, the best first, found out only as needed."""
-  repo, qcow2 = plan.guest.os + "-builder", plan.image_asset
+  repo, qcow2 = builder(plan.guest.os), plan.image_asset
   bundle, unpackable = plan.bundle_asset, can_unzstd()
   newest = releases.tag(repo)
   yield newest, qcow2
@@ -2532,7 +2562,7 @@ def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
 
 def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
   """Make the base image from the newest release that has it; tools waits for qemu-img."""
-  repo = plan.guest.os + "-builder"
+  repo = builder(plan.guest.os)
   with artefact_lock(downloads(plan), plan.image_asset):
     there = os.path.isfile(plan.base)
     if there and not plan.refresh:
@@ -2580,7 +2610,7 @@ def put_image(
         record["sha256"] = file_sha256(source)
       check_image(source)
     record["bytes"] = os.path.getsize(source)
-    with gate(os.path.join(plan.cache, "instances")):
+    with gate(instances(plan.cache)):
       if os.path.exists(plan.base):
         check_unused(plan)
       place(source, plan.base, record, 0o444)
@@ -2603,12 +2633,12 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   import difflib
 
   guest = plan.guest
-  images = images_in(guest.os, releases.all(guest.os + "-builder"))
+  images = images_in(guest.os, releases.all(builder(guest.os)))
   versions = [image.version for image in images if image.arch == guest.arch]
   if plan.version in versions and can_unzstd():
     return QvmError(
       f"a release names {guest.title} {plan.version} for {guest.arch}, but the server has it not",
-      f"see {releases.net.releases}/{guest.os}-builder/releases",
+      f"see {releases.net.releases}/{builder(guest.os)}/releases",
     )
   if plan.version in versions:
     return QvmError(
@@ -2693,7 +2723,7 @@ class Files(NamedTuple):
 
 def instance_files(cache: str, name: str) -> Files:
   """The files of the instance of that name."""
-  return Files(os.path.join(cache, "instances"), name)
+  return Files(instances(cache), name)
 
 
 def take_instance(files: Files) -> int:
@@ -2773,14 +2803,11 @@ def remove_instance(files: Files) -> None:
 
 def sweep(cache: str) -> None:
   """Delete the --rm overlays whose qvm and QEMU were killed."""
-  folder = os.path.join(cache, "instances")
-  if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+  if not os.access(instances(cache), os.W_OK):
     return
-  for entry in os.listdir(folder):
-    if not entry.endswith(".ephemeral"):
-      continue
-    files = Files(folder, entry[: -len(".ephemeral")])
-    with gate(folder):
+  for name in instance_names(cache, ".ephemeral"):
+    files = instance_files(cache, name)
+    with gate(files.folder):
       fd = try_lock(files.lock, lambda: False)
     if fd is not None:
       if os.path.exists(files.mark):
@@ -2855,15 +2882,12 @@ class Row(NamedTuple):
 
 def list_instances(cache: str) -> List[Row]:
   """All instances that have a disk, by name."""
-  folder = os.path.join(cache, "instances")
-  if not os.path.isdir(folder):
+  if not os.path.isdir(instances(cache)):
     return []
   rows = []
-  with gate(folder):
-    for entry in sorted(os.listdir(folder)):
-      if not entry.endswith(".qcow2"):
-        continue
-      files = Files(folder, entry[: -len(".qcow2")])
+  with gate(instances(cache)):
+    for name in instance_names(cache, ".qcow2"):
+      files = instance_files(cache, name)
       running = is_locked(files.lock)
       try:
         it = read_instance(files)
@@ -3186,12 +3210,14 @@ def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
   return [printable(line) for line in text.split("\n") if line.strip()][-count:]
 
 
+KVM_DENIED = "/dev/kvm is there but may not be used"
+KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"
+TCG_FIX = "add --accel tcg, which is slower"
 # What QEMU says, what that means, and what to do about it.
 CAUSES = (
   (r"kvm_\w+: Assertion", "KVM is there but broken underneath (a virtual machine in another?)",
-   "add --accel tcg, which is slower"),
-  (r"initialize kvm: Permission denied", "/dev/kvm is there but may not be used",
-   "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"),
+   TCG_FIX),
+  (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
   (r"set up host forwarding rule", "the ssh port is taken by another program",
    "choose another with --ssh-port"),
   (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
@@ -3221,7 +3247,7 @@ def fell_back(words: str) -> List[str]:
   """What to say when QEMU runs, but without the KVM that there is."""
   if not re.search(FELL_BACK, words):
     return []
-  return [f"{CAUSES[1][1]}: the guest is emulated, which is much slower", CAUSES[1][2]]
+  return [f"{KVM_DENIED}: the guest is emulated, which is much slower", KVM_FIX]
 
 
 def memory_warning(memory: str, available: Optional[int]) -> str:
@@ -3433,7 +3459,7 @@ def this_host() -> Host:
 
 def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
-  cache, host = cache_folder(dict(os.environ)), this_host()
+  cache, host = cache_folder(os.environ), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
   if "".join(options.operands[1:]).lower() in ("", "latest"):
     check_host(host, guest, options.qemu)  # before any request
@@ -3452,7 +3478,7 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
     return cached[0]
   fallback = cached if options.command == "run" else []
   try:
-    releases = Releases(quick(net) if fallback else net).all(guest.os + "-builder")
+    releases = Releases(quick(net) if fallback else net).all(builder(guest.os))
   except QvmError as error:
     if not fallback:
       raise
@@ -3474,7 +3500,7 @@ def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
 
 def cmd_run(options: Options) -> int:
   """Boot a guest in this terminal."""
-  net = net_from(dict(os.environ))
+  net = net_from(os.environ)
   plan = plan_from(options, net)
   if options.dry_run:
     import shlex
@@ -3645,7 +3671,7 @@ def welcome(plan: Plan, address: Address) -> None:
 
 def cmd_pull(options: Options) -> int:
   """Download everything that `run` needs, or fill a mirror, or verify what is there."""
-  net = net_from(dict(os.environ))
+  net = net_from(os.environ)
   plan = plan_from(options, net)
   if options.mirror:
     fill_mirror(plan, Releases(net), options.mirror)
@@ -3660,7 +3686,7 @@ def cmd_pull(options: Options) -> int:
 
 def verify(plan: Plan, releases: Releases) -> int:
   """Compare what is cached with its record and its release; prints a line for each, 1 if bad."""
-  things = [(plan.base, plan.guest.os + "-builder"), (tree_program(plan), "resources")]
+  things = [(plan.base, builder(plan.guest.os)), (tree_program(plan), "resources")]
   if not plan.own_qemu:
     things.append((plan.qemu_img, "resources"))
   verdicts = []
@@ -3679,7 +3705,7 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   if not isinstance(record.get("sha256"), str):
     return "unknown: no digest was noted when it came"
   tree = os.path.dirname(os.path.dirname(path))
-  digest = tree_sha256(tree) if "qemu-system-" in path[len(tree) :] else file_sha256(path)
+  digest = tree_sha256(tree) if is_qemu_program(path) else file_sha256(path)
   if digest != record["sha256"]:
     return "DAMAGED: it has not the digest that was noted when it came"
   tag, name = str(record.get("release")), unquoted(str(record.get("url")).rpartition("/")[2])
@@ -3696,7 +3722,7 @@ def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
     mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
-  repo = plan.guest.os + "-builder"
+  repo = builder(plan.guest.os)
   for tag, name in candidates(plan, releases):
     with contextlib.suppress(NotFound):
       return mirror_asset(releases, folder, repo, tag, name)
@@ -3728,25 +3754,22 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
 
 def cmd_search(options: Options) -> int:
   """Show the versions that can be had, or without a network those that are cached."""
-  cache, net = cache_folder(dict(os.environ)), quick(net_from(dict(os.environ)))
+  cache, net = cache_folder(os.environ), quick(net_from(os.environ))
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
-  for name in names:  # all at the same time
-    releases.once((name, "images"), images_of(releases, name), wait=False)
+  asked = {name: Later(images_of(releases, name)) for name in names}  # all at the same time
   rows: List[Dict[str, Any]] = []
   errors: Dict[str, QvmError] = {}
   for name in names:
     try:
-      images = releases.once((name, "images"), images_of(releases, name))
+      images = asked[name].result()
     except QvmError as error:
       errors[name], images = error, []
     rows += search_rows(name, images, cached_images(cache, name))
   for name, problem in errors.items():
     say(f"only what is cached of {name} is shown: {problem}")
   if options.json:
-    import json
-
-    emit(json.dumps(rows, indent=2))
+    emit_json(rows)
   else:
     show_search(rows)
   return EXIT_FAILED if errors and not rows else 0
@@ -3754,7 +3777,7 @@ def cmd_search(options: Options) -> int:
 
 def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
   """A call that asks for the images of an OS."""
-  return lambda: images_in(name, releases.all(name + "-builder"))
+  return lambda: images_in(name, releases.all(builder(name)))
 
 
 def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[Dict[str, Any]]:
@@ -3797,13 +3820,11 @@ def show_table(table: Sequence[Sequence[str]]) -> None:
 
 def cmd_list(options: Options) -> int:
   """Show the instances."""
-  cache = cache_folder(dict(os.environ))
+  cache = cache_folder(os.environ)
   sweep(cache)
   rows = list_instances(cache)
   if options.json:
-    import json
-
-    emit(json.dumps([row._asdict() for row in rows], indent=2))
+    emit_json([row._asdict() for row in rows])
     return 0
   table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "SIZE")]
   for row in rows:
@@ -3814,13 +3835,20 @@ def cmd_list(options: Options) -> int:
   return 0
 
 
-def cmd_stop(options: Options) -> int:
-  """Power running instances off; all names are looked at before any is stopped."""
-  cache = cache_folder(dict(os.environ))
-  chosen = [instance_files(cache, name) for name in dict.fromkeys(options.operands)]
+def existing(cache: str, names: Sequence[str], what: str) -> List[Files]:
+  """The instances of these names, each once; QvmError when one is missing."""
+  chosen = [instance_files(cache, name) for name in dict.fromkeys(names)]
   for files in chosen:
     if not os.path.lexists(files.disk):
-      raise QvmError(f"there is no instance {files.name}; nothing is stopped", "see qvm list")
+      raise QvmError(f"there is no instance {files.name}; nothing is {what}", "see qvm list")
+  return chosen
+
+
+def cmd_stop(options: Options) -> int:
+  """Power running instances off; all names are looked at before any is stopped."""
+  cache = cache_folder(os.environ)
+  chosen = existing(cache, options.operands, "stopped")
+  for files in chosen:
     if wait_released(files, 0):
       raise QvmError(f"the instance {files.name} does not run; nothing is stopped", "see qvm list")
   for files in chosen:
@@ -3832,12 +3860,9 @@ def cmd_stop(options: Options) -> int:
 
 def cmd_rm(options: Options) -> int:
   """Remove instances; all names are looked at before anything is removed."""
-  cache = cache_folder(dict(os.environ))
+  cache = cache_folder(os.environ)
   sweep(cache)
-  chosen = [instance_files(cache, name) for name in dict.fromkeys(options.operands)]
-  for files in chosen:
-    if not os.path.lexists(files.disk):
-      raise QvmError(f"there is no instance {files.name}; nothing is removed", "see qvm list")
+  chosen = existing(cache, options.operands, "removed")
   for files in chosen if options.force else []:
     if not wait_released(files, 0):
       stop_instance(files, True)
@@ -3856,8 +3881,8 @@ def cmd_rm(options: Options) -> int:
 
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
-  cache = cache_folder(dict(os.environ))
-  total = clean(cache, options) if os.path.isdir(os.path.join(cache, "instances")) else 0
+  cache = cache_folder(os.environ)
+  total = clean(cache, options) if os.path.isdir(instances(cache)) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 
@@ -3867,7 +3892,7 @@ def clean(cache: str, options: Options) -> int:
   total = 0
   with contextlib.ExitStack() as stack:
     alone = only_one(os.path.join(cache, "downloads"), stack)
-    stack.enter_context(gate(os.path.join(cache, "instances")))
+    stack.enter_context(gate(instances(cache)))
     orphans = orphan_names(cache)
     paths = unfinished(cache, alone) + instance_leftovers(cache, orphans)
     if alone:
@@ -3910,9 +3935,8 @@ def unfinished(cache: str, alone: bool) -> List[str]:
 
 def orphan_names(cache: str) -> List[str]:
   """The --rm instances whose qvm and QEMU were killed; to be asked within the gate."""
-  marks = [name for name in names_in(cache, "instances") if name.endswith(".ephemeral")]
-  stems = [name[: -len(".ephemeral")] for name in marks]
-  return [stem for stem in stems if not is_locked(instance_files(cache, stem).lock)]
+  names = instance_names(cache, ".ephemeral")
+  return [name for name in names if not is_locked(instance_files(cache, name).lock)]
 
 
 def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
@@ -3980,17 +4004,15 @@ NEEDED = 2 << 30  # bytes that a first run takes: QEMU, an image, what the guest
 
 def cmd_doctor(options: Options) -> int:
   """Say what this host can and cannot do, and the fix for each fault; downloads nothing."""
-  cache = cache_folder(dict(os.environ))
-  network = None if options.offline else Later(lambda: check_network(net_from(dict(os.environ))))
+  cache = cache_folder(os.environ)
+  network = None if options.offline else Later(lambda: check_network(net_from(os.environ)))
   checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
   checks += [*check_qemu(cache), check_zstd()]
   checks += check_accelerators(sys.platform, "/dev/kvm", native_qemu(cache))
   checks.append(check_instances(cache))
   checks += within(network, DOCTOR_PATIENCE) if network else [Check("ok", "network", "left out")]
   if options.json:
-    import json
-
-    emit(json.dumps([check._asdict() for check in checks], indent=2))
+    emit_json([check._asdict() for check in checks])
   else:
     for check in checks:
       emit(printable(f"{check.state:<8} {check.name + ':':<13} {check.text}"))
@@ -4086,12 +4108,11 @@ def check_qemu(cache: str) -> List[Check]:
   """The cached QEMUs: whether they start, and which accelerators they offer."""
   checks = []
   for cpu in QEMU_CPUS.values():
-    tree = os.path.join(cache, "qemu", cpu)
-    program = os.path.join(tree, "bin", "qemu-system-" + cpu)
+    program = qemu_program(cache, cpu)
     if not os.path.isfile(program):
       checks.append(Check("ok", "QEMU " + cpu, "not downloaded yet"))
       continue
-    release = str(read_json(os.path.join(tree, "release.json")).get("release") or "unknown release")
+    release = str(record_of(program).get("release") or "unknown release")
     code, words = ask_program([program, "-accel", "help"])
     if code:
       fix = "qvm clean --all removes it, the next run fetches it again"
@@ -4136,7 +4157,7 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
     fd = os.open(kvm, os.O_RDWR)
   except OSError as error:
     text = f"{kvm} may not be used ({describe(error)}): guests are emulated, much slower"
-    return [Check("warning", "KVM", text, CAUSES[1][2])]
+    return [Check("warning", "KVM", text, KVM_FIX)]
   try:
     import fcntl
 
@@ -4144,14 +4165,14 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
     text = f"{kvm} is there but makes no machine: {describe(error)}"
-    return [Check("warning", "KVM", text, CAUSES[0][2])]
+    return [Check("warning", "KVM", text, TCG_FIX)]
   finally:
     os.close(fd)
   if not os.path.isfile(qemu):
     return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
   code, words = ask_program([qemu, *TRY_KVM], TRY_KVM_INPUT)
   if code:
-    cause = explain(words) or [f"QEMU does not start with it: {words[-200:]}", CAUSES[0][2]]
+    cause = explain(words) or [f"QEMU does not start with it: {words[-200:]}", TCG_FIX]
     return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
@@ -4159,7 +4180,7 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
 def native_qemu(cache: str) -> str:
   """The path of the downloaded QEMU for the host's own CPU, whether or not it is there."""
   cpu = QEMU_CPUS.get(ARCHES.get(os.uname().machine.lower(), ""), "none")
-  return os.path.join(cache, "qemu", cpu, "bin", "qemu-system-" + cpu)
+  return qemu_program(cache, cpu)
 
 
 def check_zstd() -> Check:
@@ -4256,7 +4277,7 @@ def cmd_completion(options: Options) -> int:
 
   shell = options.operands[0]
   if shell == "words":
-    for word in next_words(options.operands[1:], cache_folder(dict(os.environ))):
+    for word in next_words(options.operands[1:], cache_folder(os.environ)):
       emit(word)
     return 0
   program = [sys.executable, os.path.abspath(sys.argv[0])]
@@ -4288,8 +4309,7 @@ def next_words(before: Sequence[str], cache: str) -> List[str]:
   elif "VERSION" in form.operands and len(operands) == 1:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
   elif form.operands.startswith("NAME"):
-    files = [os.path.basename(path) for path in paths_in(cache, "instances")]
-    names = [name[: -len(".qcow2")] for name in files if name.endswith(".qcow2")]
+    names = instance_names(cache, ".qcow2")
     words += [name for name in names if name not in operands and re.match(NAME, name)]
   elif command == "config" and not operands:
     words += ["print-path"]
@@ -4300,7 +4320,7 @@ def next_words(before: Sequence[str], cache: str) -> List[str]:
 
 def cmd_config(options: Options) -> int:
   """Print the cache folder."""
-  emit(cache_folder(dict(os.environ)))
+  emit(cache_folder(os.environ))
   return 0
 
 

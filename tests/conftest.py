@@ -1,12 +1,19 @@
 """What all tests share: a home, a release server, the program as a subprocess, a stand-in QEMU."""
 
+import contextlib
+import ctypes
+import hashlib
 import io
 import json
 import os
+import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import guests
@@ -90,8 +97,6 @@ def image(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tools_tar():
   """The resources archive with the real qemu-img."""
-  import shutil
-
   return tar_of({"qemu-img": Path(shutil.which("qemu-img")).read_bytes()})
 
 
@@ -135,6 +140,75 @@ def server(image, tools_tar):
   with ReleaseServer() as server:
     fill(server, image, tools_tar)
     yield server
+
+
+def works(run):
+  assert run.returncode == 0, run.stderr
+  return run
+
+
+def fails(run, *fragments, code=1):
+  """An error whose lines, after those of what went well, hold the fragments; no traceback."""
+  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
+  assert re.fullmatch("(qvm: .+\n)+", run.stderr), run.stderr
+  assert "bug" not in run.stderr, run.stderr
+  events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")
+  end = [line for line in run.stderr.splitlines() if not line.startswith(events)]
+  end = "\n".join(end[-2:])
+  for fragment in fragments:
+    assert fragment in end, run.stderr
+
+
+def sha256(content):
+  return hashlib.sha256(content).hexdigest()
+
+
+def written(fifo, process):
+  """The descriptor of a FIFO once it has been written; an error, no hang, when there is none."""
+  fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+  patience = time.monotonic() + 30
+  while not select.select([fd], [], [], 0.1)[0]:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < patience, "nobody writes"
+  os.set_blocking(fd, True)
+  return fd
+
+
+def heard(fifo, process):
+  """What a stand-in writes into the FIFO once it runs."""
+  with open(written(fifo, process), "rb") as file:
+    return json.loads(file.read())
+
+
+@contextlib.contextmanager
+def ended(process):
+  """A process that does not outlive its test, nor its QEMU, when that fails."""
+  try:
+    yield process
+  finally:
+    try:
+      process.terminate()
+      process.wait(15)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+      if stream:
+        stream.close()
+
+
+def kill_if_mine(pid, mark):
+  """Kill a process that has the mark in its environment."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    if os.fsencode(mark) in Path(f"/proc/{pid}/environ").read_bytes():
+      os.kill(pid, signal.SIGKILL)
+
+
+def obey_modes():
+  """For preexec_fn: take from root the right to read and write whatever the modes say."""
+  libc = ctypes.CDLL(None)
+  for capability in (1, 2, 3):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; EPERM for others than root
 
 
 class Qvm:
@@ -239,3 +313,43 @@ def free_port():
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
+
+
+@pytest.fixture
+def background(tmp_path):
+  """Start qvm with a QEMU that waits; returns qvm's process and what the QEMU recorded."""
+  started = []
+
+  def start(qvm, *words, play=None, **more):
+    fifo = tmp_path / f"fifo{len(started)}"
+    os.mkfifo(fifo)
+    env = {"STAND_IN": json.dumps({"wait": True, "record": str(fifo), **(play or {})})}
+    process = qvm.start(*words, env=env, **more)
+    started.append([process])
+    record = heard(fifo, process)
+    started[-1].append(record["pid"])
+    return process, record
+
+  yield start
+  for process, *pids in started:
+    process.kill()
+    for pid in pids:
+      kill_if_mine(pid, tmp_path / "fifo")
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory, image, tools_tar):
+  """A home in which everything has been downloaded."""
+  home = tmp_path_factory.mktemp("filled")
+  with ReleaseServer() as server:
+    fill(server, image, tools_tar)
+    works(Qvm(home, ROOT / "qvm.py", server)("pull", "--platform", "x86-64", "freebsd", "15.1"))
+  return home
+
+
+@pytest.fixture
+def full(qvm, filled):
+  """qvm with everything in its cache."""
+  shutil.copytree(str(filled), str(qvm.home), dirs_exist_ok=True)
+  return qvm

@@ -19,10 +19,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAND_IN, Qvm, fill, tar_of
+from conftest import ROOT, STAND_IN, tar_of
 from hypothesis import configuration, given, settings
 from hypothesis import strategies as st
-from release_server import ReleaseServer
 
 import qvm as source
 
@@ -609,23 +608,6 @@ def test_any_damage_is_an_error_or_harmless(data):
 
 
 # --- The whole program ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory, image, tools_tar):
-  """A home in which everything has been downloaded."""
-  home = tmp_path_factory.mktemp("filled")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    assert Qvm(home, ROOT / "qvm.py", server)(*PULL).returncode == 0
-  return home
-
-
-@pytest.fixture
-def full(qvm, filled):
-  """qvm with everything in its cache."""
-  shutil.copytree(str(filled), str(qvm.home), dirs_exist_ok=True)
-  return qvm
 
 
 @pytest.fixture

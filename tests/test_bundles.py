@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import resource
 import select
 import shutil
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Qvm, fill, tar_of
+from conftest import ROOT, Qvm, fails, fill, tar_of, works
 from release_server import ReleaseServer
 
 STEM = "netbsd-11.0-x86-64"
@@ -86,23 +85,6 @@ class Stream(io.RawIOBase):
     super().close()
 def open(path): return io.BufferedReader(Stream(path))
 """
-
-
-def works(run):
-  assert run.returncode == 0, run.stderr
-  return run
-
-
-def fails(run, *fragments, code=1):
-  """An error whose lines, after those of what went well, hold the fragments; no traceback."""
-  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
-  assert re.fullmatch("(qvm: .+\n)+", run.stderr), run.stderr
-  assert "bug" not in run.stderr, run.stderr
-  events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")
-  end = [line for line in run.stderr.splitlines() if not line.startswith(events)]
-  end = "\n".join(end[-2:])
-  for fragment in fragments:
-    assert fragment in end, run.stderr
 
 
 # --- Disks and bundles -----------------------------------------------------------------------

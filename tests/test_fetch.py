@@ -25,7 +25,7 @@ import time
 import urllib.parse
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, fill, free_port
+from conftest import FREEBSD, fill, free_port
 from hypothesis import configuration, given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
@@ -121,23 +121,6 @@ def lines_until(stream, text):
     if text in line:
       return lines
   raise AssertionError(f"no {text} in {lines}")
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory, image, tools_tar):
-  """A home in which everything has been downloaded."""
-  home = tmp_path_factory.mktemp("filled")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    assert Qvm(home, ROOT / "qvm.py", server)(*PULL).returncode == 0
-  return home
-
-
-@pytest.fixture
-def full(qvm, filled):
-  """qvm with everything in its cache."""
-  shutil.copytree(str(filled), str(qvm.home), dirs_exist_ok=True)
-  return qvm
 
 
 @pytest.fixture

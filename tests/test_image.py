@@ -9,10 +9,9 @@ import sys
 import tempfile
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, fill
+from conftest import FREEBSD
 from hypothesis import configuration, given, settings
 from hypothesis import strategies as st
-from release_server import ReleaseServer
 
 import qvm as source
 
@@ -251,22 +250,11 @@ def test_what_passes_names_no_other_file(image, data):
 # --- The whole program ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory, image, tools_tar):
-  """A home in which everything has been downloaded."""
-  home = tmp_path_factory.mktemp("filled")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    assert Qvm(home, ROOT / "qvm.py", server)(*PULL).returncode == 0
-  return home
-
-
 @pytest.fixture
-def full(qvm, filled):
-  """qvm with everything in its cache, and a stand-in for QEMU that says when it is started."""
-  shutil.copytree(str(filled), str(qvm.home), dirs_exist_ok=True)
-  qvm.play(record=str(qvm.home / "record"))
-  return qvm
+def full(full):
+  """The same with a stand-in for QEMU that says when it is started."""
+  full.play(record=str(full.home / "record"))
+  return full
 
 
 @pytest.fixture

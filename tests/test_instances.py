@@ -1,104 +1,35 @@
 """Instances from their first run to their removal, with the stand-in QEMU and the real qemu-img."""
 
-import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import stat
 import subprocess
 import time
-from pathlib import Path
 
 import guests
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, fill, free_port, stand_in_tar, tar_of
+from conftest import (
+  FREEBSD,
+  ROOT,
+  Qvm,
+  ended,
+  fill,
+  free_port,
+  heard,
+  obey_modes,
+  stand_in_tar,
+  tar_of,
+)
 from release_server import ReleaseServer
 
 RUN = ("run", "freebsd", "15.1")
 BASE = f"base/{FREEBSD}.qcow2"
 DISK = f"instances/{FREEBSD}.qcow2"
-
-
-@pytest.fixture(autouse=True)
-def no_signal_ignored():
-  """Undo a nohup around the tests: what is ignored from the start stays so in all children."""
-  ignored = [n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) == signal.SIG_IGN]
-  for number in ignored:
-    signal.signal(number, signal.SIG_DFL)
-  yield
-  for number in ignored:
-    signal.signal(number, signal.SIG_IGN)
-
-
-def obey_modes():
-  """For preexec_fn: take from root the right to read and write whatever the modes say."""
-  libc = ctypes.CDLL(None)
-  for capability in (1, 2, 3):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
-    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; EPERM for others than root
-
-
-def heard(fifo, process):
-  """What a stand-in writes into the FIFO once it runs; an error, no hang, when it never does."""
-  with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-    patience = time.monotonic() + 30
-    while not select.select([file], [], [], 0.1)[0]:
-      assert process.poll() is None, process.communicate()
-      assert time.monotonic() < patience, "QEMU was not started"
-    os.set_blocking(file.fileno(), True)
-    return json.loads(file.read())
-
-
-@contextlib.contextmanager
-def ended(process):
-  """A process that does not outlive its test, nor its QEMU, when that fails."""
-  try:
-    yield process
-  finally:
-    try:
-      process.terminate()
-      process.wait(15)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-      if stream:
-        stream.close()
-
-
-def kill_if_mine(pid, mark):
-  """Kill a process that has the mark in its environment."""
-  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-    if os.fsencode(mark) in Path(f"/proc/{pid}/environ").read_bytes():
-      os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def background(tmp_path):
-  """Start qvm with a QEMU that waits; returns qvm's process and what the QEMU recorded."""
-  started = []
-
-  def start(qvm, *words, play=None, **more):
-    fifo = tmp_path / f"fifo{len(started)}"
-    os.mkfifo(fifo)
-    env = {"STAND_IN": json.dumps({"wait": True, "record": str(fifo), **(play or {})})}
-    process = qvm.start(*words, env=env, **more)
-    started.append([process])
-    record = heard(fifo, process)
-    started[-1].append(record["pid"])
-    return process, record
-
-  yield start
-  for process, *pids in started:
-    process.kill()
-    for pid in pids:
-      kill_if_mine(pid, tmp_path / "fifo")
-    process.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,10 @@ import tty
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, STAND_IN, free_port, stand_in_tar, tar_of
-from test_instances import (
-  RUN,
-  background,
-  disk_of,
-  ended,
-  fails,
-  heard,
-  instance_names,
-  kill_if_mine,
-  no_signal_ignored,
-  prepared,
-  state,
-  used,
-)
+from conftest import FREEBSD, STAND_IN, ended, free_port, heard, kill_if_mine, stand_in_tar, tar_of
+from test_instances import RUN, disk_of, fails, instance_names, prepared, state, used
 
-__all__ = ["background", "no_signal_ignored", "prepared", "used"]  # fixtures
+__all__ = ["prepared", "used"]  # fixtures
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ids = {"ids": lambda value: getattr(value, "name", None)}
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import guests
 import pytest
 import real_qemu
-from conftest import ROOT, Qvm, free_port
+from conftest import ROOT, Qvm, ended, free_port
 from release_server import ReleaseServer
-from test_instances import ended, no_signal_ignored, rows
+from test_instances import rows
 
 import qvm as source
 
-__all__ = ["no_signal_ignored"]  # a fixture
 pytestmark = pytest.mark.xdist_group("real_qemu")  # one worker packs and unpacks for all
 
 GUESTS = [(guest.os, guest.arch) for guest in source.GUESTS]

@@ -1,6 +1,5 @@
 """Which release and asset an image comes from, what its digest is for, and who sees the token."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -12,7 +11,7 @@ import time
 from typing import NamedTuple
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, fill, tar_of
+from conftest import FREEBSD, ROOT, Qvm, fails, fill, sha256, tar_of, works
 from hypothesis import configuration, example, given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
@@ -25,27 +24,6 @@ configuration.set_hypothesis_home_dir("/dev/null/none")
 DEAD = "http://127.0.0.1:9/nowhere"
 STEM = "netbsd-10.1-x86-64"
 REPO = "netbsd-builder"
-
-
-def sha256(content):
-  return hashlib.sha256(content).hexdigest()
-
-
-def works(run):
-  assert run.returncode == 0, run.stderr
-  return run
-
-
-def fails(run, *fragments, code=1):
-  """An error whose lines, after those of what went well, hold the fragments; no traceback."""
-  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
-  assert re.fullmatch("(qvm: .+\n)+", run.stderr), run.stderr
-  assert "bug" not in run.stderr, run.stderr
-  events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")
-  end = [line for line in run.stderr.splitlines() if not line.startswith(events)]
-  end = "\n".join(end[-2:])
-  for fragment in fragments:
-    assert fragment in end, run.stderr
 
 
 def record_of(qvm, stem=STEM):

@@ -1,13 +1,10 @@
 """search, pull --refresh, clean and mirrors: what there is, what is newer, and what may go."""
 
-import contextlib
 import functools
-import hashlib
 import http.server
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -18,7 +15,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import FREEBSD, ROOT, STAND_IN, Qvm, fill, stand_in_tar, tar_of
+from conftest import (
+  FREEBSD,
+  ROOT,
+  STAND_IN,
+  Qvm,
+  fails,
+  fill,
+  sha256,
+  stand_in_tar,
+  tar_of,
+  works,
+  written,
+)
 from release_server import ReleaseServer
 
 import qvm as source
@@ -62,27 +71,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def works(run):
-  assert run.returncode == 0, run.stderr
-  return run
-
-
-def fails(run, *fragments, code=1):
-  """An error whose lines, after those of what went well, hold the fragments; no traceback."""
-  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
-  assert re.fullmatch("(qvm: .+\n)+", run.stderr), run.stderr
-  assert "bug" not in run.stderr, run.stderr
-  events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")
-  end = [line for line in run.stderr.splitlines() if not line.startswith(events)]
-  end = "\n".join(end[-2:])
-  for fragment in fragments:
-    assert fragment in end, run.stderr
-
-
-def sha256(content):
-  return hashlib.sha256(content).hexdigest()
-
-
 def state(folder):
   """All that is below a folder: digests, targets of links, folders."""
   found = {}
@@ -92,52 +80,6 @@ def state(folder):
     else:
       found[str(path)] = sha256(path.read_bytes()) if path.is_file() else ""
   return found
-
-
-def written(fifo, process):
-  """The descriptor of a FIFO once it has been written; an error, no hang, when there is none."""
-  fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-  patience = time.monotonic() + 30
-  while not select.select([fd], [], [], 0.1)[0]:
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < patience, "nobody writes"
-  os.set_blocking(fd, True)
-  return fd
-
-
-def heard(fifo, process):
-  """What a stand-in writes into the FIFO once it runs."""
-  with open(written(fifo, process), "rb") as file:
-    return json.loads(file.read())
-
-
-def kill_if_mine(pid, mark):
-  """Kill a process that has the mark in its environment."""
-  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-    if os.fsencode(mark) in Path(f"/proc/{pid}/environ").read_bytes():
-      os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def background(tmp_path):
-  """Start qvm with a QEMU that waits; returns qvm's process and what the QEMU recorded."""
-  started = []
-
-  def start(qvm, *words):
-    fifo = tmp_path / f"fifo{len(started)}"
-    os.mkfifo(fifo)
-    process = qvm.start(*words, env={"STAND_IN": json.dumps({"wait": True, "record": str(fifo)})})
-    started.append([process])
-    record = heard(fifo, process)
-    started[-1].append(record["pid"])
-    return process, record
-
-  yield start
-  for process, *pids in started:
-    process.kill()
-    for pid in pids:
-      kill_if_mine(pid, tmp_path / "fifo")
-    process.communicate()
 
 
 def kill_both(process, record):

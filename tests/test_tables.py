@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_instances import obey_modes
+from conftest import obey_modes
 
 import qvm as source
 

@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, free_port
-from test_instances import RUN, ended, fails, obey_modes
+from conftest import FREEBSD, ROOT, Qvm, ended, free_port, obey_modes
+from test_instances import RUN, fails
 
 import qvm as source
 

@@ -37,12 +37,11 @@ __version__ = "0.1.0"
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_OWN = 125  # qvm's own failure, where any other code is that of a command in the guest
 
 
 class QvmError(Exception):
   """A failure that the user is told of: what failed, by name, and what to do about it."""
-
-  code = EXIT_FAILED
 
   def __init__(self, message: str, hint: str = "") -> None:
     super().__init__(message)
@@ -51,8 +50,6 @@ class QvmError(Exception):
 
 class UsageError(QvmError):
   """The command line or the environment asks for something that there is not."""
-
-  code = EXIT_USAGE
 
   def __init__(self, message: str, hint: str = "") -> None:
     super().__init__(re.sub(r"\S{300,}", lambda word: word.group()[:300] + "...", message), hint)
@@ -175,6 +172,10 @@ class Signals:
       self.caught = number
       if not self.held:
         raise Interrupted(number)
+
+  def again(self) -> None:
+    """What was caught has been dealt with; the next one counts."""
+    self.caught = 0
 
   def finish(self) -> None:
     """Everything is done: what comes now is too late to matter."""
@@ -344,6 +345,26 @@ qemu-system-x86_64
 """
 
 
+# The second drive of the user's first command lines, in the same bus as drive0. KEYS is the disk.
+KEYS_VIRTIO = """
+-device virtio-blk-pci,drive=drive1,bootindex=1
+-drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
+"""
+
+KEYS_SCSI = """
+-device scsi-hd,drive=drive1,bootindex=1
+-drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
+"""
+
+
+class KeyDisk(NamedTuple):
+  """The drive from which an image takes the key that may log in."""
+
+  table: str
+  start: int  # byte at which its FAT file system begins; above 0 that is an MBR's first partition
+  until: str  # the image release from which on none is wanted; empty: all want it
+
+
 class Guest(NamedTuple):
   """One OS on one CPU: its command line and what qvm must know of the image."""
 
@@ -353,18 +374,26 @@ class Guest(NamedTuple):
   user: str  # who may log in over ssh
   console: bool  # whether the guest writes to its serial port
   power_off: str  # the command that ends it cleanly, for that user
+  keys: Optional[KeyDisk]
   table: str
 
 
+# From the images' release notes; OpenBSD asks for a password otherwise, the others know none.
+FREEBSD_KEYS = KeyDisk(KEYS_VIRTIO, 1 << 20, "v0.14.0")
+OPENBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "")
+NETBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "v1.0.0")
+
+HALT = "sudo shutdown -p now"
+HALT_OMNIOS = "sudo shutdown -i5 -g0 -y"
 GUESTS = (
-  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, "sudo shutdown -p now", FREEBSD_X86_64),
-  Guest("freebsd", "arm64", "FreeBSD", "runner", True, "sudo shutdown -p now", FREEBSD_ARM64),
-  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, "sudo shutdown -p now", OPENBSD_X86_64),
-  Guest("openbsd", "arm64", "OpenBSD", "runner", True, "sudo shutdown -p now", OPENBSD_ARM64),
-  Guest("netbsd", "x86-64", "NetBSD", "runner", True, "sudo shutdown -p now", NETBSD_X86_64),
-  Guest("netbsd", "arm64", "NetBSD", "runner", True, "sudo shutdown -p now", NETBSD_ARM64),
-  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", HAIKU_X86_64),
-  Guest("omnios", "x86-64", "OmniOS", "runner", True, "sudo shutdown -i5 -g0 -y", OMNIOS_X86_64),
+  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, HALT, FREEBSD_KEYS, FREEBSD_X86_64),
+  Guest("freebsd", "arm64", "FreeBSD", "runner", True, HALT, FREEBSD_KEYS, FREEBSD_ARM64),
+  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, HALT, OPENBSD_KEYS, OPENBSD_X86_64),
+  Guest("openbsd", "arm64", "OpenBSD", "runner", True, HALT, OPENBSD_KEYS, OPENBSD_ARM64),
+  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, NETBSD_KEYS, NETBSD_X86_64),
+  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, NETBSD_KEYS, NETBSD_ARM64),
+  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", None, HAIKU_X86_64),
+  Guest("omnios", "x86-64", "OmniOS", "runner", True, HALT_OMNIOS, None, OMNIOS_X86_64),
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
 ARCHES = {
@@ -393,6 +422,7 @@ def find_guest(os_name: str, arch: str) -> Guest:
 # ---- Command line -------------------------------------------------------------------------------
 
 ACCELERATORS = ("hvf", "kvm", "tcg")
+DIRECTIONS = ("both", "in", "out")
 SSH_PORT = 2847
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z"
 VERSION = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
@@ -424,6 +454,12 @@ class Options(NamedTuple):
   detach: bool = False
   boot_timeout: float = 600.0
   console_log: str = ""
+  guest_command: Tuple[str, ...] = ()
+  env: Tuple[str, ...] = ()
+  sync: str = ""
+  sync_direction: str = "both"
+  sync_exclude: Tuple[str, ...] = ()
+  sync_delete: bool = False
   force: bool = False
   offline: bool = False
   progress: bool = False
@@ -527,6 +563,30 @@ def parse_seconds(text: str) -> float:
   return float(text)
 
 
+def parse_variable(text: str) -> str:
+  """NAME or NAME=VALUE of an environment variable."""
+  if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
+    raise UsageError(f"bad variable '{text}'; it is NAME or NAME=VALUE, a letter or _ first")
+  return text
+
+
+def parse_folder(text: str) -> str:
+  """A folder that is there and has a name, as an absolute path."""
+  path = os.path.abspath(text)
+  if not os.path.isdir(path):
+    raise UsageError(f"--sync: there is no folder '{text}'")
+  if not os.path.basename(path):
+    raise UsageError("--sync: the root folder cannot be synchronised; name one below it")
+  return path
+
+
+def parse_direction(text: str) -> str:
+  """Which way files go."""
+  if text not in DIRECTIONS:
+    raise UsageError(f"bad direction '{text}'; there are {', '.join(DIRECTIONS)}")
+  return text
+
+
 def parse_text(text: str) -> str:
   """Any words."""
   return text
@@ -564,9 +624,20 @@ OPTIONS = (
   Option(("-d", "--detach"), "detach", "", bool,
          "run in the background, once ssh answers; see qvm list and qvm stop"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
-         "how long a detached run waits for ssh (default: 600)"),
+         "how long to wait for ssh (default: 600)"),
   Option(("--console-log",), "console_log", "FILE", os.path.abspath,
          "append what the guest writes to its console to FILE"),
+  Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
+         "hand a variable to the command, without VALUE as it is here;\nCI goes by itself", True),
+  Option(("--sync",), "sync", "DIR", parse_folder,
+         "copy DIR to ~/work in the guest, run the command there,\nand bring back what it changed"),
+  Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
+         "both, in (only to the guest) or out (only from it)"),
+  Option(("--sync-exclude",), "sync_exclude", "PATTERN", parse_text,
+         "leave out what has this name or, with a /, this path;\nmay be given several times; "
+         ".git is always left out", True),
+  Option(("--sync-delete",), "sync_delete", "", bool,
+         "delete here what the command has deleted there"),
   Option(("--force",), "force", "", bool, "end what runs at once, without waiting for the guest"),
   Option(("--offline",), "offline", "", bool, "leave the network out"),
   Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
@@ -582,6 +653,7 @@ OPTIONS = (
   Option(("--version",), "version", "", bool, "show the version of qvm"),
 )  # fmt: skip
 EVERYWHERE = ("help", "version")
+IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
 
 
 class Command(NamedTuple):
@@ -597,12 +669,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "run": Command(
-    "OS [VERSION]", 1, 2,
+    "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu", "qemu_args",
-     "detach", "boot_timeout", "console_log", "progress"),
-    "Boot a guest in this terminal, downloading first what is missing.",
+     "detach", "boot_timeout", "console_log", *IN_GUEST, "progress"),
+    "Boot a guest in this terminal, or for one command; download first what is missing.",
     (
       "qvm run freebsd 15.1",
+      "qvm run --rm freebsd 15.1 -- uname -a",
+      "qvm run --rm --sync . freebsd 15.1 -- 'make && make test'",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
       "qvm run --detach --name web freebsd 15.1",
@@ -630,6 +704,11 @@ COMMANDS = {
     "", 0, 0, ("json",),
     "Show the instances: their state, address and size on disk.",
     ("qvm list", "qvm list --json"),
+  ),
+  "ssh": Command(
+    "NAME [-- COMMAND [ARG...]]", 1, 1, ("boot_timeout", *IN_GUEST),
+    "Run a command in a running instance, or without one a shell.",
+    ("qvm ssh build", "qvm ssh build -- uname -a", "qvm ssh --sync . build -- make"),
   ),
   "stop": Command(
     "NAME...", 1, 1000, ("force",),
@@ -672,8 +751,14 @@ def known_options(command: str) -> List[Option]:
 
 def parse_command_line(words: Sequence[str]) -> Options:
   """Read the arguments, options and operands in any order; UsageError for what is not allowed."""
-  operands, given = split_words(words)
+  operands, given, rest = split_words(words)
   fields = {option.field for option, _ in given}
+  form = COMMANDS.get(operands[0]) if operands else None
+  for_guest = form and "COMMAND" in form.operands and len(operands) > form.least
+  if not for_guest:
+    operands += rest[1:]
+  elif rest == ["--"]:
+    raise UsageError("there is no command after the --")
   command = operands[0] if operands else ""
   if command and command not in COMMANDS:
     raise UsageError("no such command: '{}'; there are {}".format(command, ", ".join(COMMANDS)))
@@ -685,22 +770,41 @@ def parse_command_line(words: Sequence[str]) -> Options:
       raise unknown_option(option.flags[-1], command)
   if not fields & set(EVERYWHERE):
     check_operands(command, operands[1:])
-  values: Dict[str, Any] = {}
+  values: Dict[str, Any] = {"guest_command": tuple(rest[1:]) if for_guest else ()}
   for option, text in given:
     value = option.read(text) if option.metavar else True
     values[option.field] = values.get(option.field, ()) + (value,) if option.many else value
-  return Options(command, tuple(operands[1:]), **values)
+  options = Options(command, tuple(operands[1:]), **values)
+  check_together(options, fields)
+  return options
 
 
-def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str]]]:
-  """Part the operands from the options with their values; what follows `--` is no option."""
+def check_together(options: Options, fields: Set[str]) -> None:
+  """Refuse options that go with a command where there is none, or where it has no place."""
+  if options.detach and options.guest_command:
+    raise UsageError(
+      "--detach and a command do not go together; qvm ssh NAME -- COMMAND runs it later"
+    )
+  for option in OPTIONS:
+    flag = option.flags[-1]
+    if option.field in fields and option.field in IN_GUEST:
+      if options.command == "run" and not options.guest_command:
+        raise UsageError(f"{flag} goes with a command: qvm run {flag} … OS VERSION -- COMMAND")
+      if option.field.startswith("sync_") and not options.sync:
+        raise UsageError(f"{flag} goes with --sync DIR")
+  if options.sync_delete and options.sync_direction == "in":
+    raise UsageError("--sync-delete deletes nothing with --sync-direction in")
+
+
+def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str]], List[str]]:
+  """Part the operands, the options with their values, and what begins with the first `--`."""
   operands: List[str] = []
   given: List[Tuple[Option, str]] = []
   rest = list(words)
   while rest:
+    if rest[0] == "--":
+      break
     word = rest.pop(0)
-    if word == "--":
-      return operands + rest, given
     if not word.startswith("-") or word == "-":
       operands.append(word)
       continue
@@ -715,7 +819,7 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
         raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
       value = rest.pop(0)
     given.append((option, value))
-  return operands, given
+  return operands, given, rest
 
 
 def unknown_option(flag: str, command: str) -> UsageError:
@@ -747,7 +851,7 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
     find_os(operands[0])
     for version in operands[1:]:
       parse_version(version)
-  if command in ("rm", "stop"):
+  if command in ("rm", "stop", "ssh"):
     for name in operands:
       parse_name(name)
   if command == "config" and operands[0] != "print-path":
@@ -763,6 +867,15 @@ def find_os(text: str) -> str:
   return text.lower()
 
 
+COMMAND_HELP = [
+  "",
+  "A COMMAND with ARGs reaches the guest exactly, whatever characters they hold; one word alone is",
+  "a line for the shell of the guest's user: -- 'cd /tmp && make'. Stdin, stdout, stderr and the",
+  "exit code are passed on; 125 is a failure of qvm itself. At a terminal the command gets one,",
+  "which Enter ~. leaves; elsewhere the first Ctrl-C goes to the command, a second one ends all.",
+]
+
+
 def help_text(command: str) -> str:
   """What --help prints, for one command or for all."""
   lines: List[str] = []
@@ -773,6 +886,8 @@ def help_text(command: str) -> str:
       lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
     if "VERSION" in form.operands:
       lines += ["Without VERSION, or with `latest`, it is the newest there is for that CPU."]
+    if "COMMAND" in form.operands:
+      lines += COMMAND_HELP
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
@@ -1912,7 +2027,7 @@ BAD_NAME_ERRORS = (
 def make_folders(cache: str) -> None:
   """Make the cache and its folders, for this user only."""
   os.makedirs(os.path.dirname(cache), exist_ok=True)
-  for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports"):
+  for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh"):
     path = os.path.join(cache, name) if name else cache
     with contextlib.suppress(FileExistsError):
       os.mkdir(path, 0o700)
@@ -2003,7 +2118,7 @@ def safe_name(name: str) -> List[str]:
   if any(len(os.fsencode(part)) > 255 for part in parts):
     raise ValueError("has too long a name")
   if ".." in parts:
-    raise ValueError("leads out of the archive")
+    raise ValueError("leads out of its folder")
   return parts
 
 
@@ -2016,7 +2131,7 @@ def check_link(parts: List[str], target: str) -> None:
   while climbs < len(words) and words[climbs] == "..":
     climbs += 1
   if climbs >= len(parts) or ".." in words[climbs:]:
-    raise ValueError(f"is a link out of the archive, to {target[:100]}")
+    raise ValueError(f"is a link out of its folder, to {target[:100]}")
 
 
 def check_member(member: Any, plain: Set[Tuple[str, ...]]) -> List[str]:
@@ -2716,6 +2831,11 @@ class Files(NamedTuple):
     return self.path(".known_hosts")
 
   @property
+  def keys(self) -> str:
+    """The disk from which some guests take the key that may log in."""
+    return self.path(".keys")
+
+  @property
   def mark(self) -> str:
     """An empty file that says: throw the instance away once it does not run."""
     return self.path(".ephemeral")
@@ -2796,6 +2916,7 @@ def remove_instance(files: Files) -> None:
       ".console.log",
       ".known_hosts",
       ".known_hosts.old",
+      ".keys",
       ".ephemeral",
     ):
       remove_file(files.path(suffix))
@@ -2911,6 +3032,7 @@ class Facts(NamedTuple):
   address: Address
   linaro: bool  # the unpacked QEMU has a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
+  keys: str  # the disk with the key that may log in; empty: none is wanted
 
 
 class Adjustment(NamedTuple):
@@ -2959,8 +3081,10 @@ def qemu_command(plan: Plan, options: Options, facts: Facts) -> List[str]:
   In QEMU's option strings a comma within a value is written twice; -bios takes a plain path.
   """
   rows = adjusted(table_rows(plan.guest.table), adjustments(options, plan.guest, facts))
+  if facts.keys and plan.guest.keys:
+    rows += table_rows(plan.guest.keys.table)
   words = [plan.qemu]
-  plain = {"SHARE": plan.share, "DISK": plan.disk}
+  plain = {"SHARE": plan.share, "DISK": plan.disk, "KEYS": facts.keys}
   doubled = {key: path.replace(",", ",,") for key, path in plain.items()}
   for row in rows[1:]:
     words += [fill(word, plain if row[0] == "-bios" else doubled) for word in row]
@@ -2968,8 +3092,16 @@ def qemu_command(plan: Plan, options: Options, facts: Facts) -> List[str]:
 
 
 def fill(word: str, paths: Dict[str, str]) -> str:
-  """A word of a table with the paths in place of SHARE and DISK."""
-  return re.sub(r"\b(SHARE|DISK)\b", lambda match: paths[match.group()], word)
+  """A word of a table with the paths in place of SHARE, DISK and KEYS."""
+  return re.sub(r"\b(SHARE|DISK|KEYS)\b", lambda match: paths[match.group()], word)
+
+
+def wants_key(guest: Guest, release: str) -> bool:
+  """Whether an image of that release lets nobody in without a key; unknown counts as newest."""
+  keys = guest.keys
+  return bool(
+    keys and (not keys.until or release and version_key(release) < version_key(keys.until))
+  )
 
 
 def has_linaro(share: str) -> bool:
@@ -3322,6 +3454,19 @@ def reserve_port(cache: str, wanted: Address, stack: contextlib.ExitStack) -> Tu
 # ---- Guest access -------------------------------------------------------------------------------
 
 STOP_PATIENCE = 120.0  # seconds that a guest has to power itself off
+LOGIN_PATIENCE = 60.0  # seconds that a guest has, once ssh answers, to take over the key
+
+
+class Login(NamedTuple):
+  """A running instance, and where it can be logged in to."""
+
+  files: Files
+  guest: Guest
+  address: Address
+
+
+class LoginError(QvmError):
+  """Nobody is let in; whatever was to be run has not begun."""
 
 
 def reachable(address: Address) -> str:
@@ -3349,29 +3494,242 @@ def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool
   """Wait for an ssh banner; False when the time is up or ended(pause) says that QEMU is gone."""
   deadline = time.monotonic() + seconds
   while time.monotonic() < deadline:
-    if has_banner(address, 3.0):
+    if has_banner(address, min(3.0, deadline - time.monotonic())):
       return True
     if ended(0.3):
       return False
   return False
 
 
-def ssh_command(files: Files, guest: Guest, address: Address) -> List[str]:
-  """OpenSSH's client for an instance, without the user's configuration and known hosts."""
-  program = find_program("ssh")
+def program_for_ssh(name: str) -> str:
+  """A program of OpenSSH's client."""
+  program = find_program(name)
   if not program:
-    raise QvmError("there is no ssh on PATH", "install OpenSSH's client")
+    raise LoginError(
+      f"there is no {name} on PATH",
+      "install OpenSSH's client (Debian: apt-get install openssh-client)",
+    )
+  return program
+
+
+def key_path(cache: str) -> str:
+  """The private key with which qvm logs in where one is wanted; .pub beside it is the public."""
+  return os.path.join(cache, "ssh", "id_ed25519")
+
+
+def make_key(cache: str) -> None:
+  """Make the key unless it is there; to be called within the gate."""
+  path = key_path(cache)
+  if not os.path.isfile(path) or not os.path.isfile(path + ".pub"):
+    aside = path + ".tmp"
+    for old in (aside, aside + ".pub"):
+      remove_file(old)
+    program = program_for_ssh("ssh-keygen")
+    run_program([program, "-q", "-t", "ed25519", "-N", "", "-C", "qvm", "-f", aside])
+    os.replace(aside + ".pub", path + ".pub")
+    os.replace(aside, path)
+  os.chmod(path, 0o600)  # a copied cache may have lost that; ssh would not take it
+
+
+SECTOR = 512
+FAT_SECTORS = 8192  # 4 MiB: FAT12 with clusters of 8 sectors
+FAT_LAYOUT = (  # Microsoft's FAT specification, section 3: what follows the jump and the name
+  "<HBHBHHBHHHIIBBBI11s8s",
+  SECTOR,
+  8,  # sectors of a cluster
+  1,  # sectors before the first FAT
+  2,  # copies of the FAT
+  512,  # entries of the root folder
+  FAT_SECTORS,
+  0xF8,  # a fixed disk
+  4,  # sectors of a FAT
+  63,  # sectors of a track
+  255,  # heads
+)
+
+
+def key_disk(public: bytes, start: int) -> bytes:
+  """A disk with the file KEYS on a FAT file system, up to its last byte that is not 0.
+
+  With start, in bytes, that is the first partition of an MBR; else it fills the bare disk.
+  """
+  import struct
+
+  hidden = start // SECTOR
+  layout = (*FAT_LAYOUT, hidden, 0, 0x80, 0, 0x29, 0x71766D, b"QVM KEYS   ", b"FAT12   ")
+  boot = b"\xeb\x3c\x90qvm     " + struct.pack(*layout)
+  fat = bytes.fromhex("f8ffff ff0f").ljust(4 * SECTOR, b"\0")  # cluster 2 ends its chain
+  # A plain file of 1 January 1980, in cluster 2.
+  entry = struct.pack("<11sB10xHHHI", b"KEYS       ", 0x20, 0, 0x21, 2, len(public))
+  system = sealed(boot + b"\xeb\xfe") + fat + fat + entry.ljust(512 * 32, b"\0") + public
+  if not start:
+    return system
+  # Not active, type 1 (FAT12), both its ends as block numbers only.
+  row = struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 1, b"\xfe\xff\xff", hidden, FAT_SECTORS)
+  return sealed(bytes(446) + row).ljust(start, b"\0") + system
+
+
+def sealed(sector: bytes) -> bytes:
+  """A sector that ends as boot sectors and MBRs do."""
+  return sector.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+
+
+def write_key_disk(cache: str, files: Files, keys: KeyDisk) -> None:
+  """Make the disk that hands qvm's public key to a guest; QEMU must not run."""
+  make_key(cache)
+  with open(key_path(cache) + ".pub", "rb") as file:
+    public = file.read(4096)
+  with open(files.keys, "wb") as file:
+    file.write(key_disk(public, keys.start))
+    file.truncate(keys.start + FAT_SECTORS * SECTOR)
+
+
+def ssh_command(login: Login, log: str) -> List[str]:
+  """OpenSSH's client for an instance, without the user's configuration, keys and known hosts.
+
+  Its own words go to the file log, as does a line once it has logged in (see ssh_config(5)).
+  """
+  import shlex
+
+  cache = os.path.dirname(login.files.folder)
   options = {
-    "BatchMode": "yes",
-    "ConnectTimeout": "10",
+    "BatchMode": "yes",  # nobody is asked for a password
+    "ConnectTimeout": "30",
+    "GlobalKnownHostsFile": "/dev/null",
+    "IdentitiesOnly": "yes",  # an agent's many keys would make the server hang up
+    "IdentityFile": '"' + key_path(cache).replace("%", "%%") + '"',
+    "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
+    "PermitLocalCommand": "yes",
+    "ServerAliveCountMax": "6",  # a guest that stands still for three minutes is lost
+    "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
-    "UserKnownHostsFile": '"' + files.known_hosts.replace("%", "%%") + '"',
+    "UserKnownHostsFile": '"' + login.files.known_hosts.replace("%", "%%") + '"',
   }
-  words = [program, "-F", "/dev/null", "-p", str(address.port)]
+  words = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
   for name, value in options.items():
     words += ["-o", f"{name}={value}"]
-  return [*words, f"{guest.user}@{reachable(address)}"]
+  return [*words, f"{login.guest.user}@{reachable(login.address)}"]
+
+
+KEY_HINT = "if its image wants a key: machines started with --detach or a command get qvm's"
+LOGGED_IN = "qvm-has-logged-in"
+NO_STREAMS: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), -3)  # DEVNULL
+
+
+def in_guest(
+  login: Login,
+  line: str,
+  use: Callable[[Any], None],
+  patience: float = 0.0,
+  terminal: bool = False,
+  **streams: Any,
+) -> int:
+  """Run a line in the user's shell in the guest; returns its exit code.
+
+  use(process) does what is to be done until ssh ends. A login that fails is tried again until
+  patience seconds have passed: then LoginError. QvmError when the connection is lost.
+  """
+  deadline = time.monotonic() + patience
+  while True:
+    code, logged_in, words = ssh_once(login, line, use, terminal, streams)
+    if logged_in:
+      break
+    if time.monotonic() >= deadline:
+      who = f"{login.guest.user} at {reachable(login.address)}:{login.address.port}"
+      hint = KEY_HINT if login.guest.keys and not os.path.exists(login.files.keys) else ""
+      raise LoginError(f"cannot log in to {login.files.name} as {who}: {words}", hint)
+    time.sleep(0.5)
+  if code < 0 or code == 255 and (words or not has_banner(login.address, 10.0)):
+    problem = words or (ending(code) if code < 0 else "no answer any more")
+    raise QvmError(f"the connection to {login.files.name} was lost: {problem}")
+  return code
+
+
+def ssh_once(
+  login: Login, line: str, use: Callable[[Any], None], terminal: bool, streams: Dict[str, Any]
+) -> Tuple[int, bool, str]:
+  """Run ssh to its end; returns its exit code, whether it logged in, and its own words."""
+  import tempfile
+
+  with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
+    command = ssh_command(login, log.name)
+    command[1:1] = ["-t" if terminal else "-T"]
+    with interrupts_blocked():
+      process = start([*command, line], env={**os.environ, "SHELL": "/bin/sh"}, **streams)
+    try:
+      use(process)
+      process.wait()
+    finally:
+      end_process(process)
+      for stream in (process.stdin, process.stdout):
+        if stream:
+          with contextlib.suppress(OSError):
+            stream.close()
+    words = log.read(TAIL).decode("utf-8", "replace").split()
+  logged_in = LOGGED_IN in words
+  return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
+
+
+@contextlib.contextmanager
+def interrupts_blocked() -> Iterator[None]:
+  """Programs that are started meanwhile never see the terminal's Ctrl-C; we do, afterwards."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shell_line(script: str) -> str:
+  """A script for /bin/sh as a line that every login shell, also csh and fish, hands over whole.
+
+  Within single quotes only, and there without quotes, backslashes before quotes, ! and newlines:
+  what is not plain goes as the octal numbers that POSIX's `printf %b` knows.
+  """
+  data = os.fsencode(script)
+  plain = re.sub(rb"[^A-Za-z0-9 _./:=@+,-]", lambda match: b"\\0%03o" % match.group()[0], data)
+  return """exec /bin/sh -c 'eval "$(printf %b "{}")"'""".format(plain.decode("ascii"))
+
+
+def command_script(
+  command: Sequence[str], env: Mapping[str, str], folder: str, pid_file: str
+) -> str:
+  """The script that runs a command in the guest; it ends as the command does.
+
+  The shell stays, to make 128+N of a signal as ssh cannot, and lives through what interrupts
+  the command. pid_file, if named, holds its process group meanwhile.
+  """
+  import shlex
+
+  words = " ".join(map(shlex.quote, command))
+  lines = ["trap : INT QUIT"]
+  if pid_file:
+    lines += [f"echo $$ >{pid_file}"]
+  if folder:
+    lines += [f"cd {folder} || exit"]
+  for name, value in env.items():
+    lines += [f"{name}={shlex.quote(value)}; export {name}"]
+  if not command:
+    words = '"${SHELL:-/bin/sh}"'
+  elif len(command) == 1:
+    words = '"${SHELL:-/bin/sh}" -c ' + words
+  lines += [words, "qvm_code=$?"]
+  if pid_file:
+    lines += [f"rm -f {pid_file}"]
+  return "\n".join([*lines, "exit $qvm_code"])
+
+
+def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[str, str]:
+  """The variables for a command in the guest: those given, and CI when it is set here."""
+  variables = {name: environ[name] for name in ("CI",) if name in environ}
+  for text in given:
+    name, equals, value = text.partition("=")
+    if equals:
+      variables[name] = value
+    elif name in environ:
+      variables[name] = environ[name]
+  return variables
 
 
 def holder_pid(files: Files) -> int:
@@ -3421,31 +3779,522 @@ def noted_address(instance: Instance, files: Files) -> Address:
     raise QvmError(f"its record is damaged: {files.record}")
 
 
+def login_of(files: Files) -> Login:
+  """How to log in to a running instance; LoginError when its record does not tell."""
+  try:
+    instance = read_instance(files)
+    guest = find_guest(instance.os, instance.arch)
+    return Login(files, guest, noted_address(instance, files))
+  except QvmError as error:
+    raise LoginError(str(error), error.hint)
+
+
 def power_off(files: Files) -> bool:
   """Ask the guest over ssh to power itself off; whether it took the order."""
   import subprocess
 
+  def wait(process: Any) -> None:
+    process.wait(60)
+
   try:
-    instance = read_instance(files)
-    guest, address = find_guest(instance.os, instance.arch), noted_address(instance, files)
-    command = [*ssh_command(files, guest, address), guest.power_off]
-  except QvmError as error:
+    login = login_of(files)
+    say(f"{files.name} is asked to power off")
+    code = in_guest(login, login.guest.power_off, wait, **NO_STREAMS)
+  except subprocess.TimeoutExpired:
+    return True  # ssh hangs, as it may when the guest goes down
+  except LoginError as error:
     say(f"{files.name} cannot be asked to power off: {error}")
     return False
-  say(f"{files.name} is asked to power off")
-  process = start(
-    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-  )
-  try:
-    words = process.communicate(timeout=60)[1].decode("utf-8", "replace")
-  except subprocess.TimeoutExpired:
-    words = "no answer in 60 s"
-  finally:
-    end_process(process)
-  if process.returncode != 255 or "closed by remote host" in words:
+  except QvmError:
     return True  # the connection may well end before the command does
-  say(f"{files.name} cannot be asked to power off: {printable(' '.join(words.split()))}")
+  if code not in (0, 255):
+    say(f"{files.name} does not power off: {login.guest.power_off} ends with exit code {code}")
+  return code in (0, 255)
+
+
+# ---- Sync ---------------------------------------------------------------------------------------
+# A folder goes to ~/work in the guest as a tar stream, and what has changed there comes back as
+# another. The guest is not trusted: nothing is written outside of the folder, whatever it sends.
+
+ALWAYS_OUT = (".git",)
+MOST_NAMES = 64 << 20  # bytes of the list of names that a guest may send
+
+
+class Sent(NamedTuple):
+  """How a file was when it was sent; one that is not so any more has been changed here."""
+
+  mode: int
+  size: int
+  mtime_ns: int
+  inode: int
+
+
+def sent_from(stat: os.stat_result) -> Sent:
+  """What lstat(2) says of a file, as far as it shows changes."""
+  folder = (stat.st_mode & 0o170000) == 0o040000
+  return Sent(stat.st_mode, 0 if folder else stat.st_size, 0 if folder else stat.st_mtime_ns,
+              stat.st_ino)  # fmt: skip
+
+
+def guest_folder(folder: str) -> str:
+  """Where a folder lies in the guest, quoted for sh."""
+  import shlex
+
+  return '"$HOME"/work/' + shlex.quote(os.path.basename(folder))
+
+
+def is_left_out(path: str, patterns: Sequence[str]) -> bool:
+  """Whether a path in the folder stays where it is: patterns name it, or a folder above it."""
+  import fnmatch
+
+  parts = path.split("/")
+  for pattern in patterns:
+    text = pattern.rstrip("/")
+    if "/" not in text:
+      if any(fnmatch.fnmatchcase(part, text) for part in parts):
+        return True
+    elif any(
+      fnmatch.fnmatchcase("/".join(parts[:n]), text.lstrip("/")) for n in range(1, len(parts) + 1)
+    ):
+      return True
   return False
+
+
+def walk(folder: str, patterns: Sequence[str], above: str = "") -> Iterator[Tuple[str, Any]]:
+  """The paths below a folder, relative to it, each with what lstat(2) says; folders first."""
+  with os.scandir(os.path.join(folder, above)) as entries:
+    inside = sorted(entries, key=lambda entry: entry.name)
+  for entry in inside:
+    path = above + entry.name
+    if is_left_out(path, patterns):
+      continue
+    yield path, entry.stat(follow_symlinks=False)
+    if entry.is_dir(follow_symlinks=False):
+      yield from walk(folder, patterns, path + "/")
+
+
+def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
+  """The header of a file in a tar stream; None for what is no file, folder or symbolic link.
+
+  ustar, which every tar reads, and GNU's form only for names and sizes that do not fit.
+  """
+  import tarfile
+
+  kind = stat.st_mode & 0o170000
+  member = tarfile.TarInfo(path)
+  member.mode, member.mtime = stat.st_mode & 0o777, max(0, int(stat.st_mtime))
+  if kind == 0o100000:
+    member.size = stat.st_size
+  elif kind == 0o120000:
+    member.type, member.linkname = tarfile.SYMTYPE, os.readlink(os.path.join(folder, path))
+  elif kind == 0o040000:
+    member.type = tarfile.DIRTYPE
+  else:
+    return None
+  try:
+    return member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+  except ValueError:
+    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def write_tree(folder: str, patterns: Sequence[str], out: IO[bytes]) -> Dict[str, Sent]:
+  """Write a folder as a tar stream; returns what was sent. BrokenPipeError when nobody reads."""
+  sent = {}
+  for path, stat in walk(folder, patterns):
+    header = tar_header(path, folder, stat)
+    if header is None:
+      say(f"{os.path.join(folder, path)} is no file, folder or link: it stays here")
+      continue
+    sent[path] = sent_from(stat)
+    out.write(header)
+    if header[156:157] == b"0" or (stat.st_mode & 0o170000) == 0o100000:
+      write_content(os.path.join(folder, path), stat.st_size, out)
+  out.write(bytes(1024))
+  out.flush()
+  return sent
+
+
+def write_content(path: str, size: int, out: IO[bytes]) -> None:
+  """Write as many bytes of a file as its header has announced, padded to whole blocks."""
+  left = size
+  with open(path, "rb", buffering=0) as file:
+    while left:
+      chunk = file.read(min(left, CHUNK))
+      if not chunk:
+        raise QvmError(f"{path} became shorter while it was read")
+      out.write(chunk)
+      left -= len(chunk)
+  out.write(bytes(-size % 512))
+
+
+SYNC_IN = """
+mkdir -p {folder} && cd {folder} && echo ready && tar -xpf - || exit
+mark=../.{name}.qvm
+touch "$mark"
+n=0
+while touch "$mark.2" && [ -z "$(find "$mark.2" -newer "$mark")" ] && [ $n -lt 3000 ]; do
+  n=$((n + 1))
+done
+rm -f "$mark.2"
+"""
+# What is older than the mark was sent: its clock has ticked since, so that nothing is missed. A
+# find without -cnewer, or a folder without a mark, gives everything. Each tar or pax goes without
+# the folder's content; there may be several, one after the other.
+SYNC_OUT = """
+cd {folder} || exit
+mark=../.{name}.qvm
+set -- -cnewer "$mark"
+find "$mark" "$@" >/dev/null 2>&1 || set -- -print -o -prune
+[ $# -lt 3 ] || set --
+if tar --no-recursion -cf - . 2>/dev/null; then
+  find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec tar --no-recursion -cf - {{}} +
+else
+  find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec pax -w -d -x ustar {{}} +
+fi
+"""
+SYNC_NAMES = "cd {folder} && find . {prune} -print"
+
+
+def sync_script(template: str, options: Options) -> str:
+  """One of the scripts for the folder that is synchronised."""
+  import shlex
+
+  names = [p.rstrip("/") for p in left_out(options) if "/" not in p.rstrip("/")]
+  prune = " -o ".join("-name " + shlex.quote(name) for name in names)
+  return template.format(
+    folder=guest_folder(options.sync),
+    name=shlex.quote(os.path.basename(options.sync)),
+    prune=f"\\( {prune} \\) -prune -o",
+  )
+
+
+def left_out(options: Options) -> Tuple[str, ...]:
+  """The patterns of what is not synchronised."""
+  return ALWAYS_OUT + options.sync_exclude
+
+
+def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
+  """Copy the folder into the guest; returns what was sent."""
+  import subprocess
+  import tempfile
+
+  sent: Dict[str, Sent] = {}
+
+  def feed(process: Any) -> None:
+    if process.stdout.readline() == b"ready\n":
+      with contextlib.suppress(BrokenPipeError):  # the guest says why
+        sent.update(write_tree(options.sync, left_out(options), process.stdin))
+    with contextlib.suppress(BrokenPipeError):
+      process.stdin.close()
+
+  with tempfile.TemporaryFile() as words:
+    line = shell_line(sync_script(SYNC_IN, options))
+    pipe = subprocess.PIPE
+    code = in_guest(login, line, feed, patience, stdin=pipe, stdout=pipe, stderr=words)
+    if code:
+      raise sync_failed(f"{options.sync} cannot be copied to {login.files.name}", words, code)
+  return sent
+
+
+def sync_failed(problem: str, words: IO[bytes], code: int) -> QvmError:
+  """The error for a copy that the guest did not make, with what it says."""
+  words.seek(0)
+  text = " ".join(words.read(TAIL).decode("utf-8", "replace").split())
+  return QvmError(f"{problem} ({ending(code)}): {text}")
+
+
+def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) -> None:
+  """Bring what has changed in the guest's copy of the folder."""
+  import subprocess
+  import tempfile
+
+  problem = f"what changed in {login.files.name} cannot be brought to {options.sync}"
+  pipe = subprocess.PIPE
+  with Landing(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile() as words:
+
+    def take(process: Any) -> None:
+      landing.take(process.stdout)
+
+    line = shell_line(sync_script(SYNC_OUT, options))
+    code = in_guest(login, line, take, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
+    landing.finish()
+    if code:
+      raise sync_failed(problem, words, code)
+    if options.sync_delete and sent is not None:
+      names = bytearray()
+
+      def read(process: Any) -> None:
+        names.extend(process.stdout.read(MOST_NAMES + 1))
+
+      line = shell_line(sync_script(SYNC_NAMES, options))
+      code = in_guest(login, line, read, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
+      if code or len(names) > MOST_NAMES:
+        raise sync_failed(problem, words, code)
+      landing.delete_missing(bytes(names))
+
+
+class Landing:
+  """A folder into which an untrusted tar stream is unpacked, and never out of it.
+
+  Every step down goes through a descriptor of the folder above and follows no link. A file that
+  was changed here since it was sent stays as it is; sent=None takes all that comes.
+  """
+
+  def __init__(self, folder: str, patterns: Sequence[str], sent: Optional[Dict[str, Sent]]) -> None:
+    self.folder, self.patterns, self.sent = folder, patterns, sent
+    self.root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    self.inner, self.inner_path = os.dup(self.root), ""
+    self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
+    self.aside = ".qvm-" + os.urandom(6).hex()
+
+  def __enter__(self) -> "Landing":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    with contextlib.suppress(OSError):
+      os.unlink(self.aside, dir_fd=self.inner)
+    os.close(self.inner)
+    os.close(self.root)
+
+  def take(self, stream: IO[bytes]) -> None:
+    """Unpack all that comes; RefusedError for a stream that no honest tar makes."""
+    import tarfile
+
+    class Member(tarfile.TarInfo):
+      @classmethod
+      def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+        member = super().frombuf(buf, encoding, errors)
+        extended = not member.isreg() and not member.isdev() and not member.isdir()
+        if member.size < 0 or member.size > MOST_DISK or extended and member.size > 1 << 20:
+          raise RefusedError(f"the guest sends a tar header of {member.size} bytes")
+        return member
+
+    try:
+      with tarfile.open(
+        fileobj=stream, mode="r|", bufsize=CHUNK, ignore_zeros=True, tarinfo=Member,
+        encoding="utf-8", errors="surrogateescape",
+      ) as archive:  # fmt: skip
+        for member in archive:
+          archive.members = []  # type: ignore[attr-defined] # or it grows with each
+          self.put(archive, member)
+    except tarfile.ReadError:
+      pass  # nothing came at all: ssh and the guest's own words tell why
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+      raise RefusedError(f"what the guest sends is refused: {error}")
+
+  def put(self, archive: Any, member: Any) -> None:
+    """Give one member its place, unless that is out of bounds or taken."""
+    try:
+      parts = safe_name(member.name)
+    except ValueError as error:
+      raise RefusedError(f"the guest sends '{member.name[:200]}', which {error}")
+    path = "/".join(parts)
+    if not parts or is_left_out(path, self.patterns):
+      return
+    try:
+      if not self.enter(parts[:-1]):
+        return
+      if member.isdir():
+        self.put_folder(path, parts[-1], member.mode & 0o777)
+      elif member.issym():
+        self.put_link(path, parts, member.linkname)
+      elif member.islnk():
+        self.put_file(path, parts[-1], member, self.open_again(member.linkname))
+      elif member.isreg():
+        self.put_file(path, parts[-1], member, archive.extractfile(member))
+      else:
+        raise ValueError("is no file, folder or link")
+    except ValueError as error:
+      say(f"{path} stays in the guest: it {error}")
+    except OSError as error:
+      raise QvmError(f"{os.path.join(self.folder, path)}: {describe(error)}")
+
+  def enter(self, parts: Sequence[str]) -> bool:
+    """Open a folder, made if there is none; False when something of ours is in its place."""
+    path = "/".join(parts)
+    if path == self.inner_path and parts or not parts and not self.inner_path:
+      return True
+    fd = os.dup(self.root)
+    try:
+      for n, name in enumerate(parts):
+        above = "/".join(parts[: n + 1])
+        try:
+          if not self.is_folder(fd, name):
+            if not self.make_way(fd, above, name):
+              return False
+            os.mkdir(name, 0o755, dir_fd=fd)
+          inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        except OSError as error:
+          raise QvmError(f"{os.path.join(self.folder, above)}: {describe(error)}")
+        os.close(fd)
+        fd = inner
+      fd, self.inner, self.inner_path = self.inner, fd, path
+      return True
+    finally:
+      os.close(fd)
+
+  def is_folder(self, fd: int, name: str) -> bool:
+    """Whether there is a folder of that name, and no link to one."""
+    try:
+      return (os.lstat(name, dir_fd=fd).st_mode & 0o170000) == 0o040000
+    except FileNotFoundError:
+      return False
+
+  def make_way(self, fd: int, path: str, name: str) -> bool:
+    """Remove what a new file is to replace; False, said, when that was changed here."""
+    try:
+      there = os.lstat(name, dir_fd=fd)
+    except FileNotFoundError:
+      return True
+    folder = (there.st_mode & 0o170000) == 0o040000
+    if self.sent is not None and self.sent.get(path) != sent_from(there):
+      say(f"{os.path.join(self.folder, path)} has changed here and in the guest: it stays as it is")
+      return False
+    try:
+      (os.rmdir if folder else os.unlink)(name, dir_fd=fd)
+    except OSError as error:
+      say(f"{os.path.join(self.folder, path)} is a folder here, but not in the guest: "
+          f"it stays ({describe(error)})")  # fmt: skip
+      return False
+    return True
+
+  def put_folder(self, path: str, name: str, mode: int) -> None:
+    if not self.is_folder(self.inner, name):
+      if not self.make_way(self.inner, path, name):
+        return
+      os.mkdir(name, 0o755, dir_fd=self.inner)
+    self.modes[path] = mode
+
+  def put_link(self, path: str, parts: List[str], target: str) -> None:
+    with contextlib.suppress(OSError):
+      if os.readlink(parts[-1], dir_fd=self.inner) == target:
+        return
+    check_link(parts, target)
+    if self.make_way(self.inner, path, parts[-1]):
+      os.symlink(target, parts[-1], dir_fd=self.inner)
+
+  def open_again(self, name: str) -> IO[bytes]:
+    """What a hard link leads to, which has come before it; ValueError when that is not so."""
+    parts = safe_name(name)
+    if not parts or is_left_out("/".join(parts), self.patterns):
+      raise ValueError(f"is a link to {name[:100]}")
+    fd = os.dup(self.root)
+    try:
+      for n, part in enumerate(parts):
+        flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_DIRECTORY if n < len(parts) - 1 else 0)
+        inner = os.open(part, flags, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+      return os.fdopen(os.dup(fd), "rb")
+    except OSError:
+      raise ValueError(f"is a link to {name[:100]}, which has not come")
+    finally:
+      os.close(fd)
+
+  def put_file(self, path: str, name: str, member: Any, content: IO[bytes]) -> None:
+    """Write a file aside; it takes its place when whole, and only if it brings anything new."""
+    aside, mode = self.aside, member.mode & 0o777
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with contextlib.closing(content), os.fdopen(
+      os.open(aside, flags, 0o600, dir_fd=self.inner), "w+b", 0
+    ) as file:
+      for chunk in iter(lambda: content.read(CHUNK), b""):
+        file.write(chunk)
+      if not member.islnk() and file.tell() != member.size:
+        raise RefusedError(f"{path} comes cut short from the guest")
+      try:
+        same = self.is_same(name, mode, file)
+        if not same:
+          os.fchmod(file.fileno(), mode)
+          os.utime(file.fileno(), (member.mtime, member.mtime))
+        if not same and self.make_way(self.inner, path, name):
+          os.rename(aside, name, src_dir_fd=self.inner, dst_dir_fd=self.inner)
+        else:
+          os.unlink(aside, dir_fd=self.inner)
+      except OverflowError:
+        raise RefusedError(f"{path} comes with an impossible time from the guest")
+
+  def is_same(self, name: str, mode: int, new: IO[bytes]) -> bool:
+    """Whether a file is here already with that mode and content."""
+    try:
+      fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.inner)
+    except OSError:
+      return False
+    try:
+      there = os.fstat(fd)
+      if there.st_mode != (0o100000 | mode) or there.st_size != new.tell():
+        return False
+      new.seek(0)
+      return all(chunk == new.read(len(chunk)) for chunk in iter(lambda: os.read(fd, CHUNK), b""))
+    finally:
+      os.close(fd)
+
+  def finish(self) -> None:
+    """Set the modes of the folders, the innermost first."""
+    for path in sorted(self.modes, reverse=True):
+      if self.enter(path.split("/")):
+        os.fchmod(self.inner, self.modes[path])
+
+  def delete_missing(self, names: bytes) -> None:
+    """Delete what was sent, has not been changed here, and is not named any more."""
+    there = set(names.decode("utf-8", "surrogateescape").split("\n"))
+    for path in sorted(self.sent or {}, reverse=True):
+      gone = not all(line in there for line in ("./" + path).split("\n"))
+      if gone and self.enter(path.split("/")[:-1]):
+        self.make_way(self.inner, path, path.rpartition("/")[2])
+
+
+def run_command(login: Login, options: Options, patience: float) -> int:
+  """Run the command of `run` or `ssh` in the guest, or a shell; returns its exit code.
+
+  The folder of --sync goes there before and comes back afterwards, however the command ends.
+  """
+  sent: Optional[Dict[str, Sent]] = None
+  if options.sync and options.sync_direction != "out":
+    sent, patience = sync_in(login, options, patience), 0.0
+  code = run_line(login, options, patience)
+  if options.sync and options.sync_direction != "in":
+    try:
+      sync_out(login, options, sent)
+    except QvmError as error:
+      raise QvmError(str(error), f"the command itself ended with exit code {code}")
+  return code
+
+
+def run_line(login: Login, options: Options, patience: float) -> int:
+  """Run the command, with our stdin, stdout and stderr; a first SIGINT is handed on to it.
+
+  At a terminal Ctrl-C gets there by itself, as any other key does.
+  """
+  import subprocess
+
+  terminal = is_interactive()
+  folder = guest_folder(options.sync) if options.sync else ""
+  env = guest_environment(options.env, os.environ)
+  pid_file = "" if terminal else "/tmp/qvm-" + os.urandom(6).hex()
+  line = ""
+  if options.guest_command or env or folder:
+    line = shell_line(command_script(options.guest_command, env, folder, pid_file))
+
+  def wait(process: Any) -> None:
+    try:
+      process.wait()
+    except Interrupted as stop:
+      if stop.signum != signal.SIGINT or terminal or not line:
+        raise
+      signals.again()
+      with contextlib.suppress(QvmError, subprocess.TimeoutExpired):
+        interrupt = shell_line(INTERRUPT.format(pid_file))
+        in_guest(login, interrupt, lambda process: process.wait(30), **NO_STREAMS)
+      process.wait()
+
+  return in_guest(login, line, wait, patience, terminal)
+
+
+INTERRUPT = """
+read group <{0} && rm -f {0}
+kill -s INT -- -$group || kill -s INT $group
+"""
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3495,13 +4344,18 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
 def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
   """Look at what decides on adjustments."""
   mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
-  return Facts(address, has_linaro(plan.share), mask)
+  log_in = options.detach or options.guest_command
+  keyed = log_in and wants_key(plan.guest, str(record_of(plan.base).get("release") or ""))
+  keys = instance_files(plan.cache, plan.name).keys if keyed else ""
+  return Facts(address, has_linaro(plan.share), mask, keys)
 
 
 def cmd_run(options: Options) -> int:
   """Boot a guest in this terminal."""
   net = net_from(os.environ)
   plan = plan_from(options, net)
+  if options.guest_command:
+    program_for_ssh("ssh")  # before anything is downloaded
   if options.dry_run:
     import shlex
 
@@ -3535,6 +4389,8 @@ def cmd_run(options: Options) -> int:
         break
     if not process:
       raise QvmError(f"{plan.cache} loses files as soon as they are there")
+    if options.guest_command:
+      return run_and_end(plan, options, address, process, log_start)
     if options.detach:
       return leave_running(plan, options, address, process, log_start, stack)
     welcome(plan, address)
@@ -3545,7 +4401,7 @@ def open_log(options: Options, files: Files, stack: contextlib.ExitStack) -> Opt
   """The file for the console, if one was asked for; a detached machine has one of its own."""
   if options.console_log:
     return stack.enter_context(open(options.console_log, "ab", buffering=0))
-  if options.detach:
+  if options.detach or options.guest_command:
     if not os.path.lexists(files.disk):
       stack.callback(remove_stray_log, files)
     return stack.enter_context(open(files.console, "wb", buffering=0))
@@ -3562,7 +4418,7 @@ def qemu_streams(options: Options, log: Optional[IO[bytes]]) -> Dict[str, Any]:
   """What QEMU's stdin, stdout and stderr are: pipes to us only where we have something to do."""
   import subprocess
 
-  if options.detach:
+  if options.detach or options.guest_command:
     streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
     return {**streams, "start_new_session": True}
   streams = {"stderr": subprocess.PIPE, "bufsize": 0}
@@ -3600,10 +4456,24 @@ def leave_running(
   stack: contextlib.ExitStack,
 ) -> int:
   """Wait until ssh answers, then leave the machine to itself; QvmError when it dies before."""
-  import subprocess
+  say(f"{plan.name} boots in the background, its console goes to {console_of(plan, options)}")
+  answers = await_ssh(plan, options, address, process, log_start)
+  stack.pop_all()  # QEMU has the locks
+  if not answers:
+    say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
+  emit(plan.name)
+  emit(ssh_line(plan.guest, address))
+  return 0
 
-  log = options.console_log or instance_files(plan.cache, plan.name).console
-  say(f"{plan.name} boots in the background, its console goes to {log}")
+
+def console_of(plan: Plan, options: Options) -> str:
+  """The file that gets the console of a machine in the background."""
+  return options.console_log or instance_files(plan.cache, plan.name).console
+
+
+def await_ssh(plan: Plan, options: Options, address: Address, process: Any, log_start: int) -> bool:
+  """Wait until ssh answers; False when it does not in time, QvmError when the machine ends."""
+  import subprocess
 
   def ended(seconds: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -3611,20 +4481,79 @@ def leave_running(
     return process.returncode is not None
 
   answers = wait_for_ssh(address, options.boot_timeout, ended)
-  lines = last_lines(log, start=log_start)
+  lines = last_lines(console_of(plan, options), start=log_start)
   if process.poll() is not None:
-    for line in lines:
-      say("| " + line)
+    show_console(lines)
     problem = f"the machine {plan.name} ended before ssh answered ({ending(process.returncode)})"
     raise QvmError(problem, ": ".join(explain("\n".join(lines))))
   for line in fell_back("\n".join(lines)):
     say(line)
-  stack.pop_all()  # QEMU has the locks
-  if not answers:
-    say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
-  emit(plan.name)
-  emit(ssh_line(plan.guest, address))
-  return 0
+  return answers
+
+
+def show_console(lines: Iterable[str]) -> None:
+  """Show the last that a guest wrote to its console."""
+  for line in lines:
+    say("| " + line)
+
+
+def run_and_end(
+  plan: Plan, options: Options, address: Address, process: Any, log_start: int
+) -> int:
+  """Run a command in a machine that has just been started; returns its exit code.
+
+  A persistent instance is powered off then; whatever is left of the machine ends with the stack.
+  """
+  import subprocess
+
+  files = instance_files(plan.cache, plan.name)
+  log, start = console_of(plan, options), time.monotonic()
+  say(f"{plan.name} boots, its console goes to {log}")
+  answers = await_ssh(plan, options, address, process, log_start)
+  try:
+    if not answers:
+      raise QvmError(
+        f"ssh has not answered in {options.boot_timeout:g} s; the machine is ended",
+        "--boot-timeout gives it longer",
+      )
+    left = max(0.0, start + options.boot_timeout - time.monotonic())
+    patience = min(left, LOGIN_PATIENCE) if os.path.exists(files.keys) else 0.0
+    code = run_command(Login(files, plan.guest, address), options, patience)
+  except QvmError as error:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(1.0)  # a lost connection may be the first sign of its end
+    lines = last_lines(log, start=log_start)
+    show_console(lines)
+    if process.poll() is None:
+      raise
+    problem = f"the machine {plan.name} has ended ({ending(process.returncode)}): {error}"
+    raise QvmError(problem, ": ".join(explain("\n".join(lines))))
+  if not plan.ephemeral and process.poll() is None and power_off(files):
+    try:
+      process.wait(STOP_PATIENCE)
+    except subprocess.TimeoutExpired:
+      say(f"{plan.name} has not powered off in {STOP_PATIENCE:g} s and is ended")
+  return code
+
+
+def cmd_ssh(options: Options) -> int:
+  """Run a command in a running instance, or a shell."""
+  cache = cache_folder(os.environ)
+  [files] = existing(cache, options.operands, "run")
+  if wait_released(files, 0):
+    raise QvmError(
+      f"the instance {files.name} does not run",
+      "qvm run --detach starts one in the background, see qvm list",
+    )
+  login = login_of(files)
+  if not wait_for_ssh(
+    login.address, options.boot_timeout, lambda pause: wait_released(files, pause)
+  ):
+    raise QvmError(
+      f"the instance {files.name} does not answer at {ssh_line(login.guest, login.address)}"
+    )
+  with terminal_kept():
+    return run_command(login, options, LOGIN_PATIENCE if os.path.exists(files.keys) else 0.0)
 
 
 def ssh_line(guest: Guest, address: Address) -> str:
@@ -3652,8 +4581,11 @@ def boot(
     check_instance(plan, files)
     record_instance(plan, files, f"{address.host}:{address.port}")
     make_overlay(plan)
+    facts = facts_for(plan, options, address)
+    if facts.keys and plan.guest.keys:
+      write_key_disk(plan.cache, files, plan.guest.keys)
     with signals.hold():
-      command = qemu_command(plan, options, facts_for(plan, options, address))
+      command = qemu_command(plan, options, facts)
       process = start(command, locks, **streams)
       stack.callback(end_process, process)
       note_holder(locks[0], "QEMU", process.pid)
@@ -3952,7 +4884,7 @@ def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
   return found + [path for path in ports if not is_locked(path)]
 
 
-INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|ephemeral)(\.tmp|\.old)?\Z"
+INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|keys|ephemeral)(\.tmp|\.old)?\Z"
 
 
 def temporaries(cache: str) -> List[str]:
@@ -4329,6 +5261,7 @@ CALLS: Dict[str, Callable[[Options], int]] = {
   "pull": cmd_pull,
   "search": cmd_search,
   "list": cmd_list,
+  "ssh": cmd_ssh,
   "stop": cmd_stop,
   "rm": cmd_rm,
   "clean": cmd_clean,
@@ -4338,9 +5271,8 @@ CALLS: Dict[str, Callable[[Options], int]] = {
 }
 
 
-def call(words: Sequence[str]) -> int:
+def call(options: Options) -> int:
   """Do what the command line says."""
-  options = parse_command_line(words)
   report.progress = options.progress
   if options.help:
     emit(help_text(options.command))
@@ -4353,15 +5285,17 @@ def call(words: Sequence[str]) -> int:
 
 def main(words: Optional[Sequence[str]] = None) -> int:
   """Run qvm and return its exit code; the only function that prints errors."""
-  code = EXIT_FAILED
+  code = failed = EXIT_FAILED
   try:
     open_standard_streams()
     signals.install()
-    code = call(sys.argv[1:] if words is None else words)
+    options = parse_command_line(sys.argv[1:] if words is None else words)
+    code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
+    code = call(options)
   except Interrupted as stop:
     code = 128 + stop.signum
   except QvmError as error:
-    code = error.code
+    code = EXIT_USAGE if isinstance(error, UsageError) else failed
     say(str(error))
     if error.hint:
       say(error.hint)

@@ -1,0 +1,406 @@
+#!/usr/bin/env python3
+"""A stand-in for QEMU: the guest that it boots is a real sshd on the port that hostfwd names.
+
+$SSH_GUEST, JSON, says how the guest behaves:
+
+  folder    where all its files are: host key, settings, homes, bin/, sshd.log (required)
+  shell     the users' login shell (/bin/sh)
+  login     open: no password; key, key-mbr: by the file KEYS of drive1, a bare FAT file system or
+            one at 1 MiB; refuse: nobody gets in (open)
+  banner    false: whoever connects is never answered (true)
+  listen    false: nothing listens (true)
+  delay     seconds until sshd listens (0)
+  console   what the serial console shows at the start (ssh guest boots)
+  die       {"after": "start", "exit": 1}: ends after the console's text, without sshd
+  ignore_shutdown, ignore_term   the command, or the signal, does nothing (false)
+  record    a file or FIFO that gets {"argv", "pid", "fds", "keeper"} as JSON once sshd listens
+
+Two processes: the stand-in proper, and a keeper without any of its descriptors. The keeper takes
+the connections, starts an sshd for each, and adopts what they leave; when the stand-in's end of a
+pipe closes, however it died, the keeper kills all its descendants. As root it also has a /run and
+login records of its own, in a mount namespace.
+
+Needs Linux, and Debian's openssh-server, openssh-client, libnss-wrapper and, for keys, mtools.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import pwd
+import re
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+
+USERS = ("runner", "user")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LIBRARY = "libnss_wrapper.so"
+CONSOLE = "ssh guest boots\n"
+MOUNT_SLAVE, MOUNT_BIND, NEW_MOUNTS, SUBREAPER = 0x84000, 0x1000, 0x20000, 36
+NORMAL = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGUSR1")
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+
+# %(name)s is filled in; only what differs from the defaults.
+SETTINGS = """\
+HostKey "%(folder)s/host_key"
+PidFile none
+LogLevel VERBOSE
+UsePAM no
+UseDNS no
+StrictModes no
+PrintMotd no
+PrintLastLog no
+AllowUsers %(users)s
+PermitRootLogin yes
+KbdInteractiveAuthentication no
+PasswordAuthentication %(open)s
+PermitEmptyPasswords %(open)s
+PubkeyAuthentication %(key)s
+AuthorizedKeysFile .ssh/authorized_keys
+SetEnv "PATH=%(folder)s/bin:%(path)s"
+Subsystem sftp internal-sftp
+"""
+# A shutdown is not over when the command is: the session is cut off, as ssh's exit 255.
+COMMANDS = {
+  "sudo": 'USER=root LOGNAME=root\nexport USER LOGNAME\nexec "$@"\n',
+  "whoami": 'echo "$USER"\n',
+  "shutdown": "kill -USR1 %(pid)d && exec sleep 600\n",
+}
+
+
+# --- both ------------------------------------------------------------------------------------
+
+
+def find(name):
+  """The path of a program, also where only root has it on the PATH."""
+  return shutil.which(name, path=os.environ.get("PATH", "") + ":" + PATH)
+
+
+def spawn(command, env, files):
+  """Start a program with these descriptors as its 0, 1, 2, ... and no others; returns the pid."""
+  pid = os.fork()
+  if pid:
+    return pid
+  try:
+    # Out of the way first: one may have the number that another is to get.
+    files = [fcntl.fcntl(fd, fcntl.F_DUPFD, len(files)) for fd in files]
+    for number, fd in enumerate(files):
+      os.dup2(fd, number)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+      if fd >= len(files):
+        with contextlib.suppress(OSError):
+          os.close(fd)
+    for name in NORMAL:
+      signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.execve(command[0], command, env)
+  except BaseException as error:
+    os.write(2, f"{command[0]}: {error}\n".encode())
+  finally:
+    os._exit(127)
+
+
+def write(path, content, mode=0o644):
+  """Write a file anew, whoever reads the old one."""
+  with open(path + ".new", "w", encoding="utf-8", errors="surrogateescape") as file:
+    os.chmod(path + ".new", mode)
+    file.write(content)
+  os.replace(path + ".new", path)
+
+
+def wait_until_gone(folder):
+  """For tests: wait until nothing runs any more of a guest that has been ended or killed."""
+  with open(os.path.join(str(folder), "guest.log"), "a") as log:
+    fcntl.flock(log, fcntl.LOCK_EX)
+
+
+def missing():
+  """For tests: the Debian packages that a guest needs and that are not there."""
+  programs = {"openssh-server": "sshd", "openssh-client": "ssh-keygen", "mtools": "mtype"}
+  packages = [package for package, name in programs.items() if not find(name)]
+  try:
+    ctypes.CDLL(LIBRARY)
+  except OSError:
+    packages.append("libnss-wrapper")
+  return packages
+
+
+# --- the keeper: sshd and its descendants ----------------------------------------------------
+
+
+def keep(folder, answers):
+  """Descriptor 0 says when to end; whoever connects to 3 gets an sshd, or silence."""
+  os.setsid()
+  os.umask(0o22)
+  libc = ctypes.CDLL(None, use_errno=True)
+  libc.prctl(SUBREAPER, 1, 0, 0, 0)
+  if os.getuid() == 0:
+    own_run(libc, folder)
+  signal.signal(signal.SIGCHLD, lambda number, frame: reap())
+  server = socket.socket(fileno=3)
+  server.setblocking(False)  # who connected may have gone before accept()
+  held = []
+  while 0 not in select.select([0, 3], [], [])[0]:
+    with contextlib.suppress(OSError):
+      link = server.accept()[0]
+      if answers:
+        serve(folder, link)
+      else:
+        held.append(link)
+  server.close()
+  end_descendants()
+
+
+def own_run(libc, folder):
+  """As root: the folder that sshd wants in /run, and no entries in the machine's login records."""
+  os.makedirs(folder + "/records", exist_ok=True)
+  if libc.unshare(NEW_MOUNTS) or libc.mount(None, b"/", None, MOUNT_SLAVE, None):
+    os.makedirs("/run/sshd", 0o755, exist_ok=True)  # in a container, which has its own
+    return
+  in_run = (os.path.realpath(folder) + "/").startswith(os.path.realpath("/run") + "/")
+  if not in_run:
+    libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, b"mode=755")
+  os.makedirs("/run/sshd", 0o755, exist_ok=True)
+  for path in ("/run/utmp", "/var/log/wtmp", "/var/log/btmp", "/var/log/lastlog"):
+    own = os.path.join(folder, "records", os.path.basename(path))
+    if os.path.exists(path):
+      open(own, "a").close()
+      libc.mount(os.fsencode(own), os.fsencode(path), None, MOUNT_BIND, None)
+
+
+def serve(folder, link):
+  """Start an sshd for one connection."""
+  env = {"PATH": PATH, "LD_PRELOAD": LIBRARY}
+  for name in ("passwd", "group", "shadow"):
+    env["NSS_WRAPPER_" + name.upper()] = os.path.join(folder, name)
+  log = os.path.join(folder, "sshd.log")
+  command = [find("sshd"), "-i", "-f", os.path.join(folder, "sshd_config"), "-E", log]
+  with link:
+    spawn(command, env, [link.fileno(), link.fileno(), 2])
+
+
+def reap():
+  """Take leave of the children that have ended."""
+  with contextlib.suppress(ChildProcessError):
+    while os.waitpid(-1, os.WNOHANG)[0]:
+      pass
+
+
+def descendants(pid):
+  """The pids of all descendants of a process."""
+  children = {}
+  for child in filter(str.isdigit, os.listdir("/proc")):
+    with contextlib.suppress(OSError):  # it has ended
+      with open(f"/proc/{child}/stat", errors="replace") as file:
+        parent = int(file.read().rpartition(")")[2].split()[1])
+      children.setdefault(parent, []).append(int(child))
+  found = children.get(pid, [])[:]
+  for child in found:  # it grows meanwhile
+    found += children.get(child, [])
+  return found
+
+
+def end_descendants():
+  """Kill all descendants; this process inherits orphans, so that in the end it has no child."""
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+  with contextlib.suppress(ChildProcessError):
+    while True:
+      for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGKILL)
+      os.wait()
+
+
+# --- the stand-in ----------------------------------------------------------------------------
+
+
+def properties(argv, option):
+  """The values of a QEMU option, each as {property: value}; a comma in a value is written twice."""
+  found = []
+  for before, value in zip(argv, argv[1:]):
+    if before == option:
+      words = [word.replace("\0", ",") for word in value.replace(",,", "\0").split(",")]
+      found.append(dict(word.partition("=")[::2] for word in words))
+  return found
+
+
+def ssh_address(argv):
+  """Where the guest's port 22 appears on the host, as an address for bind()."""
+  for netdev in properties(argv, "-netdev"):
+    match = re.match(r"tcp:([0-9.]*):([0-9]+)-[0-9.]*:22$", netdev.get("hostfwd", ""))
+    if match:
+      return match.group(1) or "0.0.0.0", int(match.group(2))
+  raise SystemExit("qemu: no hostfwd for the guest's port 22")
+
+
+def key_disk(argv):
+  """The file of drive1, None without one."""
+  for drive in properties(argv, "-drive"):
+    if drive.get("id") == "drive1":
+      return drive.get("file")
+  return None
+
+
+def run(command, stdout, log):
+  """Run a program to its end; its stdout goes to a descriptor."""
+  with open(os.devnull) as null:
+    files = [null.fileno(), stdout, log]
+    env = {"PATH": PATH, "MTOOLS_SKIP_CHECK": "1", "MTOOLSRC": os.devnull}
+    os.waitpid(spawn(command, env, files), 0)
+
+
+def furnish(play, argv, log):
+  """Write all that sshd and its sessions need into the guest's folder."""
+  folder, login = play["folder"], play.get("login", "open")
+  os.makedirs(folder + "/bin", exist_ok=True)
+  if not os.path.exists(folder + "/host_key"):
+    run([find("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", folder + "/host_key"], log, log)
+  words = {"folder": folder, "users": " ".join(USERS), "path": PATH, "pid": os.getpid()}
+  words["open"] = "yes" if login == "open" else "no"
+  words["key"] = "yes" if login in ("key", "key-mbr") else "no"
+  write(folder + "/sshd_config", SETTINGS % words)
+  for name, text in COMMANDS.items():
+    text = "" if name == "shutdown" and play.get("ignore_shutdown") else text
+    text = text % words if name == "shutdown" else text
+    write(folder + "/bin/" + name, "#!/bin/sh\n" + text, 0o755)
+  write_accounts(folder, play.get("shell", "/bin/sh"), "" if login == "open" else "*")
+  for user in USERS:
+    furnish_home(folder, user)
+  if login in ("key", "key-mbr"):
+    authorize(folder, key_disk(argv), "@@1M" if login == "key-mbr" else "", log)
+
+
+def write_accounts(folder, shell, password):
+  """The users, who are all the current one; the group tty, else sshd changes a terminal's group."""
+  uid, gid = os.getuid(), os.getgid()
+  accounts = [
+    f"{user}:{password}:{uid}:{gid}:{user}:{folder}/home/{user}:{shell}\n" for user in USERS
+  ]
+  try:
+    other = pwd.getpwnam("sshd")
+  except KeyError:
+    other = pwd.getpwnam("nobody")
+  accounts.append(f"sshd:*:{other.pw_uid}:{other.pw_gid}::/run/sshd:/usr/sbin/nologin\n")
+  write(folder + "/passwd", "".join(accounts))
+  shadow = [f"{user}:{password}:19000:0:99999:7:::\n" for user in USERS]
+  write(folder + "/shadow", "".join(shadow), 0o600)
+  master, slave = os.openpty()
+  tty = os.fstat(slave).st_gid
+  os.close(master)
+  os.close(slave)
+  write(folder + "/group", f"users:x:{gid}:\ntty:x:{tty}:\n")
+
+
+def furnish_home(folder, user):
+  """A home in which /etc/profile does not take bin/ from the PATH, and zsh asks nothing."""
+  home = os.path.join(folder, "home", user)
+  os.makedirs(home + "/.ssh", 0o700, exist_ok=True)
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(home + "/.ssh/authorized_keys")
+  if not os.path.exists(home + "/.profile"):
+    write(home + "/.profile", f'PATH="{folder}/bin:$PATH"\n')
+    write(home + "/.zshrc", "")
+
+
+def authorize(folder, disk, offset, log):
+  """Let those in whose keys are in the file KEYS of a FAT file system."""
+  if not disk:
+    os.write(log, b"no drive1: no keys\n")
+    return
+  for user in USERS:
+    with open(f"{folder}/home/{user}/.ssh/authorized_keys", "w") as file:
+      run([find("mtype"), "-i", disk + offset, "::KEYS"], file.fileno(), log)
+
+
+def open_descriptors():
+  """What the descriptors of this process refer to."""
+  found = {}
+  for fd in os.listdir("/proc/self/fd"):
+    with contextlib.suppress(OSError):  # the listing's own
+      found[fd] = os.readlink("/proc/self/fd/" + fd)
+  return found
+
+
+def show(text):
+  """Print on the serial console, if anybody still looks at it."""
+  with contextlib.suppress(OSError):
+    os.write(1, text.encode())
+
+
+def listen(argv):
+  """The socket that hostfwd asks for."""
+  server = socket.socket()
+  server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  host, port = ssh_address(argv)
+  try:
+    server.bind((host, port))
+  except OSError:
+    raise SystemExit(f"qemu: Could not set up host forwarding rule 'tcp:{host}:{port}-:22'")
+  server.listen(50)
+  return server
+
+
+def start_keeper(play, server, pipe, log):
+  """Start the keeper from a copy of this file: its command line must not look like QEMU's."""
+  with open(os.path.abspath(__file__), encoding="utf-8") as file:
+    write(play["folder"] + "/keeper.py", file.read())
+  answers = "answer" if play.get("banner", True) else "hang"
+  command = [sys.executable, "-I", "-S", play["folder"] + "/keeper.py", "--keep", answers]
+  return spawn(command, {"PATH": PATH}, [pipe, log, log, server.fileno()])
+
+
+def finish(pipe, text=""):
+  """End with all that runs in the guest; does not return."""
+  signal.pthread_sigmask(signal.SIG_BLOCK, ENDING + (signal.SIGUSR1,))  # once is enough
+  show(text)
+  os.close(pipe)
+  with contextlib.suppress(ChildProcessError):
+    while True:
+      os.wait()
+  os._exit(0)
+
+
+def handle_signals(play, pipe):
+  """SIGTERM ends QEMU, SIGUSR1 is the guest's command `shutdown`."""
+  for number in ENDING:
+    signal.signal(number, lambda *_: finish(pipe))
+  signal.signal(signal.SIGUSR1, lambda *_: finish(pipe, "guest powers off\n"))
+  if play.get("ignore_term"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def main(argv):
+  """Do as $SSH_GUEST says; returns only when the guest dies at the start."""
+  record = {"argv": argv, "pid": os.getpid(), "fds": open_descriptors(), "keeper": None}
+  play = json.loads(os.environ["SSH_GUEST"])
+  play["folder"] = os.path.abspath(play["folder"])
+  show(play.get("console", CONSOLE))
+  if play.get("die"):
+    return play["die"].get("exit", play.get("exit", 1))
+  reading, pipe = os.pipe()
+  handle_signals(play, pipe)
+  os.makedirs(play["folder"], exist_ok=True)
+  time.sleep(play.get("delay", 0))
+  if play.get("listen", True):
+    with open(play["folder"] + "/guest.log", "a") as log, listen(argv) as server:
+      fcntl.flock(log, fcntl.LOCK_EX)  # the keeper holds it; the folder serves one guest at a time
+      furnish(play, argv, log.fileno())
+      record["keeper"] = start_keeper(play, server, reading, log.fileno())
+  os.close(reading)
+  if play.get("record"):
+    with open(play["record"], "w") as file:
+      json.dump(record, file)
+  while True:
+    signal.pause()
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["--keep"]:
+    keep(os.path.dirname(os.path.abspath(__file__)), sys.argv[2] == "answer")
+  else:
+    sys.exit(main(sys.argv))

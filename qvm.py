@@ -3032,7 +3032,7 @@ class Facts(NamedTuple):
   address: Address
   linaro: bool  # the unpacked QEMU has a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
-  keys: str  # the disk with the key that may log in; empty: none is wanted
+  keys: str = ""  # the disk with the key that may log in; empty: none is wanted
 
 
 class Adjustment(NamedTuple):
@@ -3556,7 +3556,7 @@ def key_disk(public: bytes, start: int) -> bytes:
   import struct
 
   hidden = start // SECTOR
-  layout = (*FAT_LAYOUT, hidden, 0, 0x80, 0, 0x29, 0x71766D, b"QVM KEYS   ", b"FAT12   ")
+  layout = (*FAT_LAYOUT, hidden, 0, 0x80, 0, 0x29, 0x71766D, b"NO NAME    ", b"FAT12   ")
   boot = b"\xeb\x3c\x90qvm     " + struct.pack(*layout)
   fat = bytes.fromhex("f8ffff ff0f").ljust(4 * SECTOR, b"\0")  # cluster 2 ends its chain
   # A plain file of 1 January 1980, in cluster 2.
@@ -3640,9 +3640,8 @@ def in_guest(
       hint = KEY_HINT if login.guest.keys and not os.path.exists(login.files.keys) else ""
       raise LoginError(f"cannot log in to {login.files.name} as {who}: {words}", hint)
     time.sleep(0.5)
-  if code < 0 or code == 255 and (words or not has_banner(login.address, 10.0)):
-    problem = words or (ending(code) if code < 0 else "no answer any more")
-    raise QvmError(f"the connection to {login.files.name} was lost: {problem}")
+  if code < 0 or code == 255 and words:
+    raise QvmError(f"the connection to {login.files.name} was lost: {words or ending(code)}")
   return code
 
 
@@ -3684,12 +3683,16 @@ def interrupts_blocked() -> Iterator[None]:
 def shell_line(script: str) -> str:
   """A script for /bin/sh as a line that every login shell, also csh and fish, hands over whole.
 
-  Within single quotes only, and there without quotes, backslashes before quotes, ! and newlines:
-  what is not plain goes as the octal numbers that POSIX's `printf %b` knows.
+  What is not plain goes as the octal numbers that POSIX's `printf %b` knows, so that there is
+  nothing to quote; in pieces, as csh's words are short.
   """
   data = os.fsencode(script)
-  plain = re.sub(rb"[^A-Za-z0-9 _./:=@+,-]", lambda match: b"\\0%03o" % match.group()[0], data)
-  return """exec /bin/sh -c 'eval "$(printf %b "{}")"'""".format(plain.decode("ascii"))
+  pieces = []
+  for start in range(0, len(data), 180):
+    piece = data[start : start + 180]
+    plain = re.sub(rb"[^A-Za-z0-9 _./:=@+,-]", lambda match: b"\\0%03o" % match.group()[0], piece)
+    pieces.append(f"'{plain.decode('ascii')}'")
+  return """exec /bin/sh -c 'eval "$(printf %b "$@")"' sh """ + " ".join(pieces)
 
 
 def command_script(
@@ -4070,17 +4073,20 @@ class Landing:
         return member
 
     try:
-      with tarfile.open(
+      archive = tarfile.open(
         fileobj=stream, mode="r|", bufsize=CHUNK, ignore_zeros=True, tarinfo=Member,
         encoding="utf-8", errors="surrogateescape",
-      ) as archive:  # fmt: skip
-        for member in archive:
-          archive.members = []  # type: ignore[attr-defined] # or it grows with each
-          self.put(archive, member)
+      )  # fmt: skip
     except tarfile.ReadError:
-      pass  # nothing came at all: ssh and the guest's own words tell why
+      return  # nothing came at all: the guest's own words tell why
+    try:
+      for member in archive:
+        archive.members = []  # type: ignore[attr-defined] # or it grows with each
+        self.put(archive, member)
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
       raise RefusedError(f"what the guest sends is refused: {error}")
+    finally:
+      archive.close()
 
   def put(self, archive: Any, member: Any) -> None:
     """Give one member its place, unless that is out of bounds or taken."""
@@ -4288,7 +4294,10 @@ def run_line(login: Login, options: Options, patience: float) -> int:
         in_guest(login, interrupt, lambda process: process.wait(30), **NO_STREAMS)
       process.wait()
 
-  return in_guest(login, line, wait, patience, terminal)
+  code = in_guest(login, line, wait, patience, terminal)
+  if code == 255 and not has_banner(login.address, 10.0):
+    raise QvmError(f"the connection to {login.files.name} was lost: no answer any more")
+  return code
 
 
 INTERRUPT = """

@@ -73,6 +73,7 @@ SPELLINGS = (
   ("qemu_args", ("-a", "b=c"), ("--qemu-arg", "-a", "--qemu-arg=b=c"),
    ("--qemu-arg=-a", "--qemu-arg", "b=c")),
   ("qemu_args", ("--", ""), ("--qemu-arg", "--", "--qemu-arg", "")),
+  ("guest_command", (), (), ("--",), ("--rm", "--")),
 )  # fmt: skip
 
 
@@ -80,6 +81,51 @@ SPELLINGS = (
 def test_spellings_of_values(field, value, spellings):
   for words in spellings:
     assert getattr(parse("run", *words, *FREEBSD), field) == value, words
+
+
+COMMAND_LINES = (
+  (("run", "freebsd", "--", "ls"), ("freebsd",), ("ls",)),
+  (("run", "freebsd", "15.1", "--rm", "--", "ls", "-l", "--rm"), ("freebsd", "15.1"),
+   ("ls", "-l", "--rm")),
+  (("run", "freebsd", "15.1", "--", ""), ("freebsd", "15.1"), ("",)),
+  (("run", "freebsd", "15.1", "--", "--"), ("freebsd", "15.1"), ("--",)),
+  (("run", "freebsd", "15.1", "--", "a", "--", "-d", "b c"), ("freebsd", "15.1"),
+   ("a", "--", "-d", "b c")),
+  (("run", "--", "freebsd", "15.1"), ("freebsd", "15.1"), ()),
+  (("ssh", "build"), ("build",), ()),
+  (("ssh", "build", "--", "-x"), ("build",), ("-x",)),
+  (("ssh", "--", "build"), ("build",), ()),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words, operands, command", COMMAND_LINES)
+def test_what_follows_two_dashes_is_for_the_guest(words, operands, command):
+  options = parse(*words)
+  assert (options.operands, options.guest_command, options.rm) == (
+    operands,
+    command,
+    "--rm" in words[:5],
+  )
+
+
+TO_A_COMMAND = (
+  ("env", ("A=b c", "D", "E="), ("-e", "A=b c", "--env=D", "-eE=")),
+  ("sync", os.getcwd(), ("--sync", ".")),
+  ("sync_direction", "out", ("--sync", ".", "--sync-direction=out")),
+  ("sync_exclude", ("*.o", "a/b"), ("--sync", ".", "--sync-exclude", "*.o", "--sync-exclude=a/b")),
+  ("sync_delete", True, ("--sync-delete", "--sync", ".")),
+)
+
+
+@pytest.mark.parametrize("field, value, words", TO_A_COMMAND)
+@pytest.mark.parametrize("command", [("run", "freebsd", "15.1"), ("ssh", "build")])
+def test_options_that_go_with_a_command(command, field, value, words):
+  assert getattr(parse(*command, *words, "--", "true"), field) == value
+  if command[0] == "ssh":
+    assert getattr(parse(*command, *words), field) == value
+  else:
+    with pytest.raises(source.UsageError, match="goes with a command"):
+      parse(*command, *words)
 
 
 @pytest.mark.parametrize("name", CPU_NAMES)
@@ -121,9 +167,9 @@ HOSTILE = (
 )  # fmt: skip
 RUN = ("run", *FREEBSD)
 BAD = [
-  ((), ["run, pull, search, list, stop, rm, clean, doctor, config, completion"]),
-  (("",), ["run, pull, search, list, stop, rm, clean, doctor, config, completion"]),
-  (("frobnicate",), ["'frobnicate'", "run, pull, search, list, stop, rm, clean, doctor"]),
+  ((), ["run, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
+  (("",), ["run, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
+  (("frobnicate",), ["'frobnicate'", "run, pull, search, list, ssh, stop, rm, clean, doctor"]),
   (("--rm",), ["--help"]),
   (("--dry-run", "15.1"), ["run, pull"]),
   (("run",), ["qvm run OS [VERSION]", *OS_NAMES]),
@@ -161,6 +207,25 @@ BAD = [
 ]
 BAD += [(("run", "--", "freebsd", word), ["version", "letters"]) for word in (*HOSTILE, "-x")]
 BAD += [((*RUN, "--name=" + word), ["name", "letters"]) for word in (*HOSTILE, "-x")]
+BAD += [
+  (("run", "freebsd", "15.1", "--"), ["no command after"]),
+  (("ssh", "build", "--"), ["no command after"]),
+  (("ssh",), ["too few", "qvm ssh NAME"]),
+  (("ssh", "a", "b"), ["'b'", "too many"]),
+  (("ssh", "../a", "--", "ls"), ["name", "letters"]),
+  (("run", "-d", "freebsd", "--", "ls"), ["--detach", "qvm ssh"]),
+  (("ssh", "a", "--sync-delete"), ["--sync-delete", "--sync DIR"]),
+  (("ssh", "a", "--sync-exclude", "x"), ["--sync-exclude", "--sync DIR"]),
+  (("ssh", "a", "--sync", "/"), ["root folder"]),
+  (("ssh", "a", "--sync", "/dev/null"), ["no folder '/dev/null'"]),
+  (("ssh", "a", "--sync", "/no/such"), ["no folder '/no/such'"]),
+  (("ssh", "a", "--sync", ".", "--sync-direction", "up"), ["'up'", "both, in, out"]),
+  (("ssh", "a", "--sync", ".", "--sync-direction", "in", "--sync-delete"), ["nothing"]),
+  *(
+    (("ssh", "a", "-e", word), ["bad variable", "NAME=VALUE"]) for word in ("", "=", "1A", "A-B=c")
+  ),
+  (("pull", "freebsd", "-e", "A=b"), ["pull has no option", "-"]),
+]
 BAD += [(("rm", "--", "good", word), ["name", "letters"]) for word in ("../x", "", "-x", "a/b")]
 BAD += [
   ((*RUN, "-m", word), ["memory", "64M", "4T"])
@@ -279,15 +344,17 @@ def test_any_words_are_options_or_a_usage_error(words):
 # --- Help and version ------------------------------------------------------------------------
 
 COMMANDS = (
-  *("run", "pull", "search", "list", "stop", "rm", "clean", "doctor", "config"),
+  *("run", "pull", "search", "list", "ssh", "stop", "rm", "clean", "doctor", "config"),
   "completion",
 )
 SHARED = ("--help", "-h", "--version")
+IN_GUEST = ("-e", "--env", "--sync", "--sync-direction", "--sync-exclude", "--sync-delete")
 KNOWN = {
   "": SHARED,
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
-  + ("--boot-timeout", "--console-log"),
+  + ("--boot-timeout", "--console-log") + IN_GUEST,
+  "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),

@@ -1,0 +1,548 @@
+"""Commands in the guest, run … -- COMMAND and ssh: a stand-in for QEMU starts a real sshd."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ssh_guest
+from conftest import ROOT, fails, free_port, works
+from hypothesis import given
+from hypothesis import strategies as st
+from test_console import Terminal, end_processes, processes_of
+
+import qvm as source
+
+FREEBSD = ("freebsd", "15.1")
+OPENBSD = ("openbsd", "7.9")
+NAME = "freebsd-15.1-x86-64"
+AWKWARD = ["", "a b", "it's", '"q"', "$HOME", "`id`", "*", "new\nline\n", "\\0101 \\n", "!!", "%s",
+           "é ü", "~", "-n", "#x", "a=b", ";&|<>()", "\t", "end\\", "\x01\x7f"]  # fmt: skip
+
+
+class Guests:
+  """qvm with a QEMU that boots an sshd."""
+
+  def __init__(self, qvm, folder):
+    self.qvm, self.folder = qvm, folder
+    self.play()
+
+  def play(self, **play):
+    """How the next guests behave; several at a time want folders of their own."""
+    self.qvm.env["SSH_GUEST"] = json.dumps({"folder": str(self.folder), **play})
+
+  def words(self, *words, guest=FREEBSD, command=(), rm=True):
+    port = ("--ssh-port", str(free_port())) if "--ssh-port" not in words else ()
+    return ["run", *(["--rm"] if rm else []), *port, *words, *guest, "--", *command]
+
+  def run(self, *command, options=(), guest=FREEBSD, rm=True, **more):
+    """Run a command in a guest of its own."""
+    return self.qvm(*self.words(*options, guest=guest, command=command, rm=rm), **more)
+
+  def start(self, *command, options=(), **more):
+    return self.qvm.start(*self.words(*options, command=command), **more)
+
+  def up(self, name="vm", *words, guest=FREEBSD):
+    """Start a guest in the background."""
+    port = str(free_port())
+    works(self.qvm("run", "-d", "--name", name, "--ssh-port", port, *words, *guest))
+
+  def machine(self):
+    """The process of the only QEMU."""
+    pids = processes_of(self.qvm.cache)
+    (pid,) = [p for p in pids if b"-nographic" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return pid
+
+  def instances(self):
+    return [name for name in self.qvm.files() if name.startswith("instances/")]
+
+  def nothing_left(self):
+    """No process, no overlay, no lock, and nothing in the folder for temporary files."""
+    assert processes_of(self.qvm.cache) == []
+    assert self.instances() == []
+    assert os.listdir(self.qvm.env["TMPDIR"]) == []
+    return True
+
+
+@pytest.fixture
+def guests(full, tmp_path):
+  for suffix in (".qcow2", ".json"):
+    base = full.cache / "base"
+    shutil.copy(base / (NAME + suffix), base / ("openbsd-7.9-x86-64" + suffix))
+  program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+  (tmp_path / "tmp").mkdir()
+  full.env["TMPDIR"] = str(tmp_path / "tmp")
+  yield Guests(full, tmp_path / "guest")
+  end_processes(full.cache)
+
+
+def lines(text):
+  return [line[len("qvm: ") :] for line in text.splitlines() if line.startswith("qvm: ")]
+
+
+# --- what gets through -----------------------------------------------------------------------
+
+
+def test_a_command_and_its_exit_code(guests):
+  result = guests.run("sh", "-c", "echo out; echo err >&2; exit 7")
+  assert (result.returncode, result.stdout) == (7, "out\n")
+  assert re.fullmatch(
+    r"qvm: freebsd-15.1-x86-64-rm-\w+ boots, .+\.console\.log\nerr\n", result.stderr
+  )
+  assert guests.nothing_left()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 125, 126, 127, 128, 130, 254, 255])
+def test_every_exit_code_is_the_commands(guests, code):
+  assert guests.run(f"exit {code}").returncode == code
+
+
+@pytest.mark.parametrize("command", [("kill -9 $$",), ("sh", "-c", "kill -9 $$")])
+def test_a_command_that_a_signal_ends(guests, command):
+  assert guests.run(*command).returncode == 137
+
+
+def test_no_such_command(guests):
+  result = guests.run("no-such-command", "x")
+  assert result.returncode == 127
+  assert "no-such-command" in result.stderr
+
+
+def test_all_bytes_pass_both_ways(guests, tmp_path):
+  data = bytes(range(256)) * 8192
+  (tmp_path / "in").write_bytes(data)
+  with open(tmp_path / "in", "rb") as file, open(tmp_path / "out", "wb") as out:
+    result = guests.run("sh", "-c", "cat; printf '\\377\\0' >&2", stdin=file, stdout=out,
+                        stderr=subprocess.DEVNULL)  # fmt: skip
+  assert result.returncode == 0
+  assert (tmp_path / "out").read_bytes() == data
+
+
+def test_the_end_of_stdin_is_seen(guests):
+  assert guests.run("cat; echo end", input="text\n", stdin=None).stdout == "text\nend\n"
+
+
+SHELLS = ("/bin/sh", "/bin/bash", "/bin/csh", "/usr/bin/fish", "/bin/zsh")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_arguments_arrive_exactly_in_every_shell(guests, shell):
+  guests.play(shell=shell)
+  code = "import os, sys; sys.stdout.buffer.write(b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
+  result = guests.run(sys.executable, "-c", code, *AWKWARD, options=("-e", "A=x'\n$y"))
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.split("\0") == AWKWARD
+
+
+@pytest.mark.parametrize("shell, words", [("/bin/sh", "echo $0"), ("/bin/csh", "echo $shell:t"),
+                                          ("/usr/bin/fish", "set -l a fish; echo $a")])  # fmt: skip
+def test_one_word_is_a_line_for_the_users_shell(guests, shell, words):
+  guests.play(shell=shell)
+  result = guests.run(words)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.strip().endswith({"/bin/csh": "csh"}.get(shell, os.path.basename(shell)))
+
+
+@given(st.lists(st.binary(max_size=30).filter(lambda b: b"\0" not in b), min_size=2, max_size=6))
+def test_any_arguments_pass_the_line(arguments):
+  """As sshd does: the line is one argument for the login shell."""
+  words = [os.fsdecode(argument) for argument in arguments]
+  code = "import os, sys; sys.stdout.buffer.write(b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
+  command = [sys.executable, "-S", "-E", "-c", code, *words]
+  line = source.shell_line(source.command_script(command, {}, "", ""))
+  plain = r"[A-Za-z0-9 _./:=@+,\\-]"
+  assert re.fullmatch(rf"""exec /bin/sh -c '[^'!\\]+' sh( '{plain}*')+""", line)
+  out = subprocess.run(["/bin/sh", "-c", line], stdout=subprocess.PIPE, check=True).stdout
+  assert out == b"\0".join(arguments)
+
+
+def test_a_long_line(guests):
+  word = "x'y" * 1500
+  guests.play(shell="/bin/csh")
+  assert guests.run("printf", "%s", word).stdout == word
+
+
+def test_variables(guests):
+  env = {"CI": "true", "HANDED": "h h", "EMPTY": ""}
+  line = 'echo "$CI|$HANDED|${EMPTY-unset}|${NONE-unset}|$GIVEN|$OTHER"'
+  options = ("-e", "HANDED", "-e", "EMPTY", "-e", "NONE", "-e", "GIVEN=a=b 'c'\n$d")
+  result = guests.run(line, options=options, env={**env, "OTHER": "stays here"})
+  assert result.stdout == "true|h h||unset|a=b 'c'\n$d|\n"
+  assert guests.run("echo ${CI-unset}").stdout == "unset\n"
+  assert guests.run("echo $CI", options=("-e", "CI=mine"), env=env).stdout == "mine\n"
+
+
+def test_nothing_of_the_users_ssh_is_used_or_changed(guests, tmp_path):
+  own = guests.qvm.home / ".ssh"
+  own.mkdir()
+  (own / "config").write_text("Host *\n  ProxyCommand false\n  User nobody\n")
+  (own / "known_hosts").write_text("[127.0.0.1]:2847 ssh-ed25519 AAAA\n")
+  before = {path: path.read_bytes() for path in own.iterdir()}
+  assert guests.run("echo", "in", env={"SSH_AUTH_SOCK": "/no/such"}).stdout == "in\n"
+  assert {path: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_a_shell_of_the_caller_that_runs_nothing(guests):
+  assert guests.run("echo", "in", env={"SHELL": "/bin/false"}).stdout == "in\n"
+
+
+# --- terminals -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def terminal_of(guests, *words):
+  terminal = Terminal(guests.qvm.command(*words), guests.qvm.env)
+  try:
+    yield terminal
+    assert terminal.state() == terminal.before
+  finally:
+    terminal.close()
+
+
+def test_a_terminal_here_is_a_terminal_there(guests):
+  script = "test -t 0 -a -t 1 -a -t 2 && tty; read x; echo got=$x"
+  with terminal_of(guests, *guests.words(command=["sh", "-c", script])) as terminal:
+    terminal.until(b"/dev/pts/")
+    terminal.type(b"text\r")
+    terminal.until(b"got=text")
+    assert terminal.end() == 0
+  assert guests.nothing_left()
+
+
+def test_ctrl_c_at_a_terminal_goes_to_the_command(guests):
+  script = "trap 'echo interrupted; exit 9' INT; echo up$((1 + 1)); while :; do sleep 0.1; done"
+  with terminal_of(guests, *guests.words(command=["sh", "-c", script])) as terminal:
+    terminal.until(b"up2")
+    terminal.type(b"\x03")
+    terminal.until(b"interrupted")
+    assert terminal.end() == 9
+
+
+def test_a_machine_that_dies_leaves_the_terminal_as_it_was(guests):
+  with terminal_of(guests, *guests.words(command=["echo up$((1 + 1)); sleep 600"])) as terminal:
+    terminal.until(b"up2")
+    os.kill(guests.machine(), signal.SIGKILL)
+    assert terminal.end() == 125
+
+
+def test_no_terminal_there_when_stdout_is_a_pipe(guests):
+  assert guests.run("test -t 1 || echo none").stdout == "none\n"
+
+
+# --- signals ---------------------------------------------------------------------------------
+
+
+def test_the_first_ctrl_c_goes_to_the_command(guests):
+  script = "trap 'echo got; exit 9' INT; echo up; while :; do sleep 0.1; done"
+  process = guests.start("sh", "-c", script)
+  assert process.stdout.readline() == "up\n"
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out) == (9, "got\n"), err
+  assert guests.nothing_left()
+
+
+def test_a_command_that_ctrl_c_ends(guests):
+  process = guests.start("echo up; sleep 600; echo no")
+  assert process.stdout.readline() == "up\n"
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out) == (130, ""), err
+
+
+def test_ctrl_c_of_a_terminal_with_a_pipe_behind(guests):
+  """The whole process group gets the signal: ssh and QEMU may not take it to heart."""
+  script = "trap 'echo got; exit 9' INT; echo up; while :; do sleep 0.1; done"
+  process = guests.start("sh", "-c", script, start_new_session=True)
+  assert process.stdout.readline() == "up\n"
+  os.killpg(process.pid, signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out) == (9, "got\n"), err
+
+
+def test_the_second_ctrl_c_ends_the_machine(guests):
+  process = guests.start("sh", "-c", "trap 'echo got' INT; echo up; while :; do sleep 0.1; done")
+  assert process.stdout.readline() == "up\n"
+  process.send_signal(signal.SIGINT)
+  assert process.stdout.readline() == "got\n"
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out) == (130, ""), err
+  assert guests.nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_the_machine(guests, number):
+  process = guests.start("echo up; sleep 600")
+  assert process.stdout.readline() == "up\n"
+  process.send_signal(number)
+  process.communicate(timeout=60)
+  assert process.returncode == 128 + number
+  assert guests.nothing_left()
+
+
+def test_ctrl_c_while_it_boots(guests, fifo):
+  guests.play(banner=False, record=str(fifo))
+  process = guests.start("true")
+  fifo.read_text()
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert guests.nothing_left()
+
+
+# --- failures of our own ---------------------------------------------------------------------
+
+
+def test_boot_timeout(guests):
+  guests.play(banner=False, console="".join(f"line {n}\n" for n in range(30)))
+  result = guests.run("true", options=("--boot-timeout", "0.5"))
+  assert (result.returncode, result.stdout) == (125, "")
+  said = lines(result.stderr)
+  assert [line for line in said if line.startswith("| ")] == [f"| line {n}" for n in range(10, 30)]
+  assert "ssh has not answered in 0.5 s" in said[-2] and "--boot-timeout" in said[-1]
+  assert guests.nothing_left()
+
+
+def test_a_machine_that_dies(guests):
+  guests.play(die={"after": "start", "exit": 3}, console="panic\n")
+  result = guests.run("true")
+  assert result.returncode == 125
+  assert lines(result.stderr)[-2:] == ["| panic", lines(result.stderr)[-1]]
+  assert "ended before ssh answered (exit code 3)" in result.stderr
+  assert guests.nothing_left()
+
+
+def test_a_machine_that_dies_under_the_command(guests):
+  process = guests.start("echo up; sleep 600")
+  assert process.stdout.readline() == "up\n"
+  os.kill(guests.machine(), signal.SIGKILL)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out) == (125, ""), err
+  assert "has ended (signal 9)" in err and "| ssh guest boots" in err
+  assert guests.nothing_left()
+
+
+def test_a_guest_that_powers_itself_off(guests):
+  result = guests.run("sudo", "shutdown", "-p", "now")
+  assert result.returncode == 125
+  assert "has ended (exit code 0)" in result.stderr and "| guest powers off" in result.stderr
+
+
+def test_login_refused(guests):
+  guests.play(login="refuse")
+  result = guests.run("true")
+  assert (result.returncode, result.stdout) == (125, "")
+  said = lines(result.stderr)
+  assert "| ssh guest boots" in said
+  assert "cannot log in to" in said[-2] and "Permission denied" in said[-2]
+  assert guests.nothing_left()
+
+
+def test_no_ssh_client(guests, tmp_path):
+  (tmp_path / "empty").mkdir()
+  result = guests.run("true", env={"PATH": str(tmp_path / "empty")})
+  fails(result, "no ssh on PATH", "openssh-client", code=125)
+  assert guests.nothing_left()
+
+
+def test_a_download_that_fails(offline):
+  fails(offline("run", "--rm", *FREEBSD, "--", "true"), "127.0.0.1:9", code=125)
+
+
+def test_bad_input_is_2_all_the_same(offline):
+  assert offline("run", "--name", "/", *FREEBSD, "--", "true").returncode == 2
+  assert offline("run", *FREEBSD, "--bogus", "--", "true").returncode == 2
+
+
+# --- the key disk ----------------------------------------------------------------------------
+
+
+def test_a_guest_that_wants_a_key(guests):
+  guests.play(login="key")
+  assert guests.run("whoami", guest=OPENBSD).stdout == "runner\n"
+  key = guests.qvm.cache / "ssh" / "id_ed25519"
+  first = key.read_bytes()
+  assert key.stat().st_mode & 0o777 == 0o600
+  key.chmod(0o644)  # as in a cache that was copied
+  assert guests.run("whoami", guest=OPENBSD).stdout == "runner\n"
+  assert (key.read_bytes(), key.stat().st_mode & 0o777) == (first, 0o600)
+  assert guests.nothing_left()
+
+
+def test_an_older_image_that_wants_a_key(guests):
+  """FreeBSD's, before v0.14.0, in the first partition of an MBR; what is newer gets no key."""
+  guests.play(login="key-mbr")
+  assert "Permission denied" in guests.run("whoami").stderr
+  record = guests.qvm.cache / "base" / (NAME + ".json")
+  record.write_text(record.read_text().replace("v0.16.0", "v0.13.0"))
+  assert guests.run("whoami").stdout == "runner\n"
+
+
+@pytest.mark.parametrize(
+  "os_name, arch, device, release, wanted",
+  [
+    ("freebsd", "x86-64", "virtio-blk-pci", "v0.13.2", True),
+    ("freebsd", "arm64", "virtio-blk-pci", "v0.9.0", True),
+    ("freebsd", "x86-64", "", "v0.14.0", False),
+    ("openbsd", "x86-64", "scsi-hd", "v0.14.0", True),
+    ("openbsd", "arm64", "scsi-hd", "v9.0.0", True),
+    ("netbsd", "x86-64", "scsi-hd", "v0.7.0", True),
+    ("netbsd", "arm64", "", "v1.0.0", False),
+    ("haiku", "x86-64", "", "v0.0.1", False),
+    ("omnios", "x86-64", "", "v0.0.1", False),
+  ],
+)
+def test_the_second_drive(full, os_name, arch, device, release, wanted):
+  base = full.cache / "base" / f"{os_name}-1-{arch}.json"
+  base.write_text(json.dumps({"release": release}))
+  base.with_suffix(".qcow2").write_bytes(b"")
+  words = ("--dry-run", "--platform", arch, "--name", "a,b".replace(",", "."), os_name, "1")
+  plain = works(full("run", *words)).stdout.split()
+  more = works(full("run", *words, "--", "true")).stdout.split()[len(plain) :]
+  keys = full.cache / "instances" / "a.b.keys"
+  drive = f"if=none,file={keys},id=drive1,cache=unsafe,discard=ignore,format=raw"
+  expected = ["-device", f"{device},drive=drive1,bootindex=1", "-drive", drive]
+  assert more == (expected if wanted else [])
+  assert works(full("run", "-d", *words)).stdout.split() == plain + more
+  assert not keys.exists()
+
+
+def mtools(program, *words):
+  return subprocess.run([program, *words], stdout=subprocess.PIPE, check=True).stdout
+
+
+@pytest.mark.parametrize("start", [0, 1 << 20])
+@pytest.mark.parametrize("size", [1, 80, 4096])
+def test_the_key_disk_as_others_read_it(tmp_path, start, size):
+  public, disk = (b"ssh-ed25519 AAAA qvm\n" * 300)[:size], tmp_path / "disk"
+  disk.write_bytes(source.key_disk(public, start))
+  os.truncate(disk, start + source.FAT_SECTORS * source.SECTOR)
+  image = f"{disk}@@{start}"
+  assert mtools("mtype", "-i", image, "::KEYS") == public
+  assert re.search(rf"KEYS +{size} 1980-01-01", mtools("mdir", "-i", image, "::").decode())
+  system = tmp_path / "system"
+  system.write_bytes(disk.read_bytes()[start:])
+  checked = subprocess.run(["fsck.vfat", "-n", "-v", str(system)], stdout=subprocess.PIPE)
+  assert checked.returncode == 0, checked.stdout.decode()
+  if start:
+    table = mtools("sfdisk", "--dump", str(disk)).decode()
+    assert re.search(r"start= +2048, size= +8192, type=1\b", table), table
+
+
+# --- instances that stay ---------------------------------------------------------------------
+
+
+def test_a_persistent_instance_is_powered_off(guests):
+  result = guests.run("echo", "in", rm=False)
+  assert (result.returncode, result.stdout) == (0, "in\n")
+  assert "is asked to power off" in result.stderr
+  assert processes_of(guests.qvm.cache) == []
+  log = guests.qvm.cache / "instances" / (NAME + ".console.log")
+  assert log.read_text() == "ssh guest boots\nguest powers off\n"
+  known = guests.qvm.cache / "instances" / (NAME + ".known_hosts")
+  assert known.read_text().startswith("[127.0.0.1]:")
+  assert guests.run("exit 4", rm=False).returncode == 4
+  works(guests.qvm("rm", NAME))
+  assert guests.nothing_left()
+
+
+def test_a_guest_that_does_not_power_off_is_ended(guests):
+  guests.play(ignore_shutdown=True)
+  code = "import qvm, sys; qvm.STOP_PATIENCE = 0.3; sys.exit(qvm.main())"
+  words = guests.words(command=["exit 5"], rm=False)
+  result = subprocess.run([sys.executable, "-c", code, *words], cwd=str(ROOT), env=guests.qvm.env,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+  assert result.returncode == 5
+  assert "has not powered off in 0.3 s" in result.stderr
+  assert processes_of(guests.qvm.cache) == []
+
+
+def test_a_console_log_of_ones_own(guests, tmp_path):
+  log = tmp_path / "log"
+  assert guests.run("true", options=("--console-log", str(log))).returncode == 0
+  assert log.read_text() == "ssh guest boots\n"
+
+
+def test_killed_qvm_leaves_what_stop_ends(guests):
+  process = guests.start("echo up; sleep 600", options=("--name", "vm"))
+  assert process.stdout.readline() == "up\n"
+  process.kill()
+  process.wait()
+  assert json.loads(guests.qvm("list", "--json").stdout)[0]["state"] == "running"
+  works(guests.qvm("stop", "vm"))
+  process.communicate()
+  assert guests.instances() == [] and processes_of(guests.qvm.cache) == []
+
+
+# --- ssh -------------------------------------------------------------------------------------
+
+
+def test_ssh_into_a_running_instance(guests):
+  guests.up()
+  result = guests.qvm("ssh", "vm", "--", "sh", "-c", 'echo "$1"; exit 6', "x", "a  b")
+  assert (result.returncode, result.stdout, result.stderr) == (6, "a  b\n", "")
+  result = guests.qvm("ssh", "-e", "A=b", "vm", "--", "echo $A")
+  assert (result.returncode, result.stdout) == (0, "b\n")
+  result = guests.qvm("ssh", "vm", input="echo typed; exit 3\n", stdin=None)
+  assert (result.returncode, result.stdout) == (3, "typed\n")
+  result = guests.qvm("ssh", "-e", "A=b", "vm", input="echo $A; exit 3\n", stdin=None)
+  assert (result.returncode, result.stdout) == (3, "b\n")
+  works(guests.qvm("stop", "vm"))
+
+
+def test_an_interactive_shell(guests):
+  guests.up()
+  with terminal_of(guests, "ssh", "vm") as terminal:
+    terminal.type(b"echo up$((20 + 2)); tty\r")
+    terminal.until(b"up22")
+    terminal.until(b"/dev/pts/")
+    terminal.type(b"exit 5\r")
+    assert terminal.end() == 5
+
+
+def test_ssh_to_what_does_not_run(guests):
+  fails(guests.qvm("ssh", "vm", "--", "ls"), "no instance vm", code=125)
+  guests.run("true", rm=False)
+  fails(guests.qvm("ssh", NAME, "--", "ls"), "does not run", "run --detach", code=125)
+
+
+def test_ssh_waits_for_a_machine_that_boots(guests, fifo):
+  guests.play(delay=0.5)
+  port = str(free_port())
+  words = ("run", "--name", "vm", "--ssh-port", port, "--console-log", str(fifo), *FREEBSD)
+  process = guests.qvm.start(*words)
+  with open(fifo) as console:
+    assert console.readline() == "ssh guest boots\n"
+    result = guests.qvm("ssh", "vm", "--", "echo in")
+    assert (result.returncode, result.stdout) == (0, "in\n"), result.stderr
+    works(guests.qvm("stop", "vm"))
+    process.communicate(timeout=60)
+
+
+def test_stop_uses_the_key(guests):
+  guests.play(login="key")
+  guests.up("vm", guest=OPENBSD)
+  result = works(guests.qvm("stop", "vm"))
+  assert "has powered off" in result.stderr and "SIGTERM" not in result.stderr
+
+
+def test_several_at_once(guests, tmp_path):
+  processes = []
+  for n in range(4):
+    guests.play()
+    env = {"SSH_GUEST": json.dumps({"folder": str(tmp_path / f"guest{n}")})}
+    words = ["run", "--rm", *FREEBSD, "--", "sh", "-c", f"echo {n}; cat"]
+    processes.append(guests.qvm.start(*words, env=env, stdin=subprocess.PIPE))
+  assert [process.stdout.readline() for process in processes] == [f"{n}\n" for n in range(4)]
+  for n, process in enumerate(processes):
+    assert process.communicate(f"text {n}", timeout=60)[0] == f"text {n}"
+    assert process.returncode == 0
+  assert guests.nothing_left()

@@ -1,0 +1,503 @@
+"""--sync: a folder to the guest and back, and what a hostile guest might send."""
+
+import contextlib
+import io
+import os
+import stat
+import subprocess
+import tarfile
+import threading
+
+import pytest
+from conftest import fails, works
+from hypothesis import given
+from hypothesis import strategies as st
+from test_guest_commands import FREEBSD, guests, lines  # noqa: F401 (a fixture)
+
+import qvm as source
+
+LONG = "x" * 200
+
+
+def tree(folder):
+  """All below a folder: {path: (kind, mode, content or target)}."""
+  found = {}
+  for above, folders, names in os.walk(folder):
+    for name in folders + names:
+      path = os.path.join(above, name)
+      mode = os.lstat(path).st_mode
+      content = None
+      if stat.S_ISREG(mode):
+        with open(path, "rb") as file:
+          content = file.read()
+      if stat.S_ISLNK(mode):
+        content = os.readlink(path)
+      kind = 0 if stat.S_ISLNK(mode) else stat.S_IMODE(mode)
+      found[os.path.relpath(path, folder)] = (stat.S_IFMT(mode), kind, content)
+  return found
+
+
+@pytest.fixture
+def project(tmp_path):
+  """A folder with all that is hard to carry."""
+  folder = tmp_path / "my proj'ect"
+  for path in ("src/deep", "empty", ".git", "na me", f"{LONG}/{LONG}"):
+    (folder / path).mkdir(parents=True)
+  (folder / "src/main.c").write_text("main\n")
+  (folder / "src/main.c").chmod(0o640)
+  (folder / "src/tool").write_bytes(bytes(range(256)) * 3000)
+  (folder / "src/tool").chmod(0o755)
+  (folder / "src/all").write_text("may all\n")
+  (folder / "src/all").chmod(0o777)
+  (folder / "src/deep/old").write_text("old\n")
+  os.utime(folder / "src/deep/old", (1577836800, 1577836800))
+  (folder / "empty").chmod(0o750)
+  (folder / ".git/config").write_text("secret\n")
+  (folder / "na me/new\nline").write_text("x")
+  (folder / LONG / LONG / "file").write_text("long\n")
+  (folder / "é ü").write_text("umlauts\n")
+  (folder / "-dash").write_text("dash\n")
+  (folder / "empty file").write_text("")
+  with open(os.fsencode(folder) + b"/\xff\xfe", "wb") as file:
+    file.write(b"no text")
+  (folder / "link").symlink_to("src/main.c")
+  (folder / "up").symlink_to("../elsewhere")
+  (folder / "absolute").symlink_to("/etc/passwd")
+  return folder
+
+
+def there(guests, project):  # noqa: F811
+  return guests.folder / "home" / "runner" / "work" / project.name
+
+
+# --- there and back --------------------------------------------------------------------------
+
+
+def test_a_folder_arrives_whole(guests, project):  # noqa: F811
+  os.mkfifo(project / "pipe")
+  result = guests.run("pwd", options=("--sync", str(project)))
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == f"{there(guests, project)}\n"
+  assert f"{project}/pipe is no file, folder or link: it stays here" in lines(result.stderr)
+  expected = {k: v for k, v in tree(project).items() if not k.startswith((".git", "pipe"))}
+  assert tree(there(guests, project)) == expected
+  assert (there(guests, project) / "src/deep/old").stat().st_mtime == 1577836800
+
+
+def test_what_the_command_changes_comes_back(guests, project):  # noqa: F811
+  before = tree(project)
+  times = {path: os.lstat(project / path).st_mtime_ns for path in before}
+  script = """
+    echo changed >>src/main.c; chmod 700 src/all; rm src/tool; mkdir -p d1/d2 d3; chmod 700 d3
+    echo new >'d1/d2/n
+e w'; ln -s ../src/main.c d1/l; ln -sf src/all link; ln src/main.c hard; : >none; rm -r empty
+    printf x >"$(printf '\\377')"; mkdir .git; echo theirs >.git/config; mkfifo fifo
+  """
+  result = guests.run(script + "exit 9", options=("--sync", str(project)))
+  assert result.returncode == 9, result.stderr
+  folder, file, link = stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK
+  new = {
+    "src/main.c": (file, 0o640, b"main\nchanged\n"),
+    "src/all": (file, 0o700, b"may all\n"),
+    "d1": (folder, 0o755, None),
+    "d1/d2": (folder, 0o755, None),
+    "d1/d2/n\ne w": (file, 0o644, b"new\n"),
+    "d1/l": (link, 0, "../src/main.c"),
+    "d3": (folder, 0o700, None),
+    "link": (link, 0, "src/all"),
+    "hard": (file, 0o640, b"main\nchanged\n"),
+    "none": (file, 0o644, b""),
+    "\udcff": (file, 0o644, b"x"),
+  }
+  assert tree(project) == {**before, **new}
+  for path in set(before) - set(new) - {"", "src", "empty", ".git"}:
+    if before[path][0] == file:
+      assert os.lstat(project / path).st_mtime_ns == times[path], path
+
+
+def test_what_is_deleted_there_only_goes_if_asked(guests, project):  # noqa: F811
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(project), "--", "rm -rf ./*; mkdir keep")
+  before = tree(project)
+  works(guests.qvm(*words))
+  assert set(tree(project)) == set(before) | {"keep"}
+  works(guests.qvm(*words[:2], "--sync-delete", *words[2:]))
+  assert set(tree(project)) == {".git", ".git/config", "keep"}
+
+
+@pytest.mark.parametrize("way, here, in_guest", [("in", False, True), ("out", True, False)])
+def test_one_way(guests, project, way, here, in_guest):  # noqa: F811
+  guests.up()
+  options = ("--sync", str(project), "--sync-direction", way)
+  line = "mkdir -p ~/work; cd ~/work && ls */src | wc -l; echo made >made"
+  if way == "out":
+    works(guests.qvm("ssh", "vm", "--", f'mkdir -p ~/work/"{project.name}"'))
+  result = works(guests.qvm("ssh", *options, "vm", "--", "ls | wc -l; echo made >made"))
+  assert (int(result.stdout) > 5) == in_guest, line
+  assert (project / "made").exists() == here
+
+
+def test_out_brings_what_an_earlier_command_has_made(guests, tmp_path):  # noqa: F811
+  guests.up()
+  (tmp_path / "p").mkdir()
+  works(guests.qvm("ssh", "vm", "--", "mkdir -p work/p/d; echo a >work/p/d/a; ln -s d work/p/l"))
+  works(guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--sync-direction", "out"))
+  assert (tmp_path / "p/d/a").read_text() == "a\n" and os.readlink(tmp_path / "p/l") == "d"
+
+
+def test_patterns(guests, tmp_path):  # noqa: F811
+  folder = tmp_path / "p"
+  for path in ("a/node_modules/x", "a/b/c", "build/x", "a/build/x", "k.o", "a/k.o", "sub/.git/x"):
+    (folder / path).mkdir(parents=True)
+    (folder / path / "file").write_text("mine\n")
+  options = ["--sync", str(folder)]
+  for pattern in ("node_modules/", "/build", "*.o", "a/b/c"):
+    options += ["--sync-exclude", pattern]
+  line = "find . -name file; mkdir build; for d in $(find . -type d); do echo new >$d/new; done"
+  result = works(guests.run(line, options=options))
+  assert sorted(result.stdout.split()) == ["./a/build/x/file"]
+  assert {path for path in tree(folder) if path.endswith("new")} == {
+    "new", "a/new", "a/b/new", "a/build/new", "a/build/x/new", "sub/new",
+  }  # fmt: skip
+
+
+def test_changed_here_meanwhile(guests, tmp_path):  # noqa: F811
+  """What was changed on both sides stays as it is here, and that is said."""
+  folder = tmp_path / "p"
+  folder.mkdir()
+  for name in ("both", "here", "there", "gone"):
+    (folder / name).write_text("old\n")
+  script = "echo up; read x; echo theirs >both; echo theirs >there; echo theirs >new; rm gone"
+  options = ("--sync", str(folder), "--sync-delete")
+  process = guests.start("sh", "-c", script, options=options, stdin=subprocess.PIPE)
+  assert process.stdout.readline() == "up\n"
+  for name in ("both", "here", "new", "gone"):
+    (folder / name).write_text("my own\n")
+  out, err = process.communicate("\n", timeout=60)
+  assert process.returncode == 0, err
+  said = [line for line in lines(err) if "stays as it is" in line]
+  assert sorted(os.path.basename(line.split()[0]) for line in said) == ["both", "gone", "new"]
+  assert {name: (folder / name).read_text() for name in os.listdir(folder)} == {
+    "both": "my own\n", "here": "my own\n", "there": "theirs\n", "new": "my own\n",
+    "gone": "my own\n",
+  }  # fmt: skip
+
+
+def test_a_file_that_becomes_a_folder_and_back(guests, tmp_path):  # noqa: F811
+  folder = tmp_path / "p"
+  (folder / "d").mkdir(parents=True)
+  (folder / "f").write_text("file\n")
+  (folder / "l").symlink_to("f")
+  script = "rm -r f d l; mkdir f l; echo in >f/in; echo in >l/in; echo file >d"
+  works(guests.run(script, options=("--sync", str(folder))))
+  assert {path: entry[2] for path, entry in tree(folder).items()} == {
+    "f": None, "f/in": b"in\n", "l": None, "l/in": b"in\n", "d": b"file\n",
+  }  # fmt: skip
+
+
+def test_a_folder_that_stays_because_something_is_in_it(guests, tmp_path):  # noqa: F811
+  folder = tmp_path / "p"
+  (folder / "d").mkdir(parents=True)
+  (folder / "d/kept").write_text("mine\n")
+  options = ("--sync", str(folder), "--sync-direction", "out")
+  line = "rm -rf ~/work/p/*; echo file >d"
+  guests.up()
+  works(guests.qvm("ssh", "vm", "--sync", str(folder), "--sync-direction", "in"))
+  result = works(guests.qvm("ssh", "vm", *options, "--", line))
+  assert "d is a folder here" in result.stderr
+  assert (folder / "d/kept").read_text() == "mine\n"
+
+
+def test_a_command_that_changes_at_once(guests, tmp_path):  # noqa: F811
+  """The mark and the change may not fall into the same tick of the guest's clock."""
+  (tmp_path / "p").mkdir()
+  (tmp_path / "p/f").write_text("0")
+  guests.up()
+  for n in range(1, 6):
+    works(guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--", f"printf {n} >f"))
+    assert (tmp_path / "p/f").read_text() == str(n)
+
+
+def test_an_interactive_shell_in_the_folder(guests, project):  # noqa: F811
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(project))
+  result = works(guests.qvm(*words, input="pwd; echo x >typed\n", stdin=None))
+  assert result.stdout == f"{there(guests, project)}\n"
+  assert (project / "typed").read_text() == "x\n"
+
+
+# --- failures --------------------------------------------------------------------------------
+
+
+def test_a_guest_without_tar(guests, project):  # noqa: F811
+  guests.up()
+  (guests.folder / "bin" / "tar").write_text("#!/bin/sh\necho no tar today >&2; exit 127\n")
+  (guests.folder / "bin" / "tar").chmod(0o755)
+  before = tree(project)
+  result = guests.qvm("ssh", "vm", "--sync", str(project), "--", "echo ran")
+  fails(result, "cannot be copied to vm", "no tar today", code=125)
+  assert tree(project) == before
+
+
+def test_a_tar_without_our_option(guests, project):  # noqa: F811
+  """Then it is POSIX's pax, as in OpenBSD; where there is none, that is said."""
+  guests.up()
+  program = guests.folder / "bin" / "tar"
+  program.write_text(
+    '#!/bin/sh\ncase $1 in --*) echo "unknown $1" >&2; exit 1;; esac\nexec /bin/tar "$@"\n'
+  )
+  program.chmod(0o755)
+  pax = guests.folder / "bin" / "pax"
+  pax.write_text('#!/bin/sh\nshift 4\nexec /bin/tar --no-recursion -cf - "$@"\n')
+  pax.chmod(0o755)
+  words = ("ssh", "vm", "--sync", str(project), "--", "echo x >made")
+  works(guests.qvm(*words))
+  assert (project / "made").read_text() == "x\n"
+  pax.unlink()
+  fails(guests.qvm(*words), "cannot be brought", "pax", code=125)
+
+
+def test_a_find_that_knows_less(guests, project):  # noqa: F811
+  """Without -cnewer, as busybox's, all comes back, and what is the same is left alone."""
+  guests.up()
+  program = guests.folder / "bin" / "find"
+  program.write_text('#!/bin/sh\ncase "$*" in *cnewer*) exit 1;; esac\nexec /usr/bin/find "$@"\n')
+  program.chmod(0o755)
+  before = {path: os.lstat(project / path).st_mtime_ns for path in tree(project)}
+  result = works(guests.qvm("ssh", "vm", "--sync", str(project), "--", "echo x >made"))
+  assert result.stderr == ""
+  assert (project / "made").read_text() == "x\n"
+  files = [path for path in before if not os.path.isdir(project / path)]
+  assert {path: os.lstat(project / path).st_mtime_ns for path in files} == {
+    path: before[path] for path in files
+  }
+
+
+def test_a_file_that_may_not_be_read(guests, tmp_path):  # noqa: F811
+  from conftest import obey_modes
+
+  folder = tmp_path / "p"
+  folder.mkdir()
+  (folder / "closed").write_text("x")
+  (folder / "closed").chmod(0)
+  guests.up()
+  result = guests.qvm("ssh", "vm", "--sync", str(folder), "--", "true", preexec_fn=obey_modes)
+  fails(result, str(folder / "closed"), "Permission denied", code=125)
+
+
+def test_a_folder_that_may_not_be_written(guests, tmp_path):  # noqa: F811
+  from conftest import obey_modes
+
+  folder = tmp_path / "p"
+  folder.mkdir()
+  guests.up()
+  folder.chmod(0o555)
+  words = ("ssh", "vm", "--sync", str(folder), "--", "echo x >made")
+  result = guests.qvm(*words, preexec_fn=obey_modes)
+  fails(result, str(folder / "made"), "Permission denied", code=125)
+  assert "ended with exit code 0" in result.stderr
+  folder.chmod(0o755)
+
+
+def test_a_machine_that_dies_while_files_go_there(guests, tmp_path):  # noqa: F811
+  folder = tmp_path / "p"
+  folder.mkdir()
+  with open(folder / "big", "wb") as file:
+    file.truncate(1 << 34)  # 16 GB: it is not through before the machine is dead
+  (guests.folder / "bin").mkdir(parents=True)
+  process = guests.start("true", options=("--sync", str(folder)))
+  arrived = there(guests, folder) / "big"
+  while not arrived.exists():
+    assert process.poll() is None, process.communicate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(0.1)
+  os.kill(guests.machine(), 9)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 125 and "has ended (signal 9)" in err
+  assert guests.nothing_left()
+
+
+# --- a hostile guest -------------------------------------------------------------------------
+
+
+def member(name, content=b"theirs\n", **more):
+  info = tarfile.TarInfo(name)
+  info.size, info.mode, info.mtime = len(content), 0o644, 1600000000
+  for key, value in more.items():
+    setattr(info, key, value)
+  return info, content
+
+
+def folder_member(name, mode=0o755):
+  return member(name, b"", type=tarfile.DIRTYPE, mode=mode)
+
+
+def link_member(name, target, kind=tarfile.SYMTYPE):
+  return member(name, b"", type=kind, linkname=target)
+
+
+def stream(*members, end=bytes(1024)):
+  data = b""
+  for info, content in members:
+    data += info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    data += content + bytes(-len(content) % 512)
+  return data + end
+
+
+def land(folder, data, sent=None, patterns=(".git",)):
+  """What Landing makes of a stream that comes through a pipe."""
+  reading, writing = os.pipe()
+
+  def feed():
+    with contextlib.suppress(OSError), os.fdopen(writing, "wb") as file:
+      file.write(data)
+
+  feeder = threading.Thread(target=feed)
+  feeder.start()
+  try:
+    with os.fdopen(reading, "rb") as file, source.Landing(str(folder), patterns, sent) as landing:
+      landing.take(file)
+      landing.finish()
+  finally:
+    feeder.join()
+
+
+@pytest.fixture
+def here(tmp_path):
+  """A folder, and outside of it what must stay as it is."""
+  (tmp_path / "outside").mkdir()
+  (tmp_path / "outside/file").write_text("mine\n")
+  (tmp_path / "here").mkdir()
+  (tmp_path / "here/out").symlink_to("../outside")
+  (tmp_path / "here/real").mkdir()
+  yield tmp_path / "here"
+  assert tree(tmp_path / "outside") == {"file": (stat.S_IFREG, 0o644, b"mine\n")}
+  assert sorted(os.listdir(tmp_path)) == ["here", "outside"]
+
+
+REFUSED = [
+  stream(member("../outside/file")),
+  stream(member("/etc/passwd")),
+  stream(member("a/../../outside/file")),
+  stream(member("real/../x")),
+  stream(link_member("../l", "x")),
+  stream(folder_member("../outside/d")),
+  stream(member("x" * 300)),
+  stream(member("x", b"whole"), end=b"")[:515],
+  stream(member("big", b"", size=1 << 50)),
+  stream(member("x", b"", type=tarfile.XHDTYPE, size=1 << 40)),
+  stream(member("x", b"", type=tarfile.GNUTYPE_LONGNAME, size=1 << 40)),
+  stream(member("x", b"", type=tarfile.GNUTYPE_LONGLINK, size=1 << 33)),
+  b"<html>this is no tar at all</html>".ljust(10240, b"x"),
+]
+
+
+@pytest.mark.parametrize("data", REFUSED, ids=range(len(REFUSED)))
+def test_a_stream_that_no_honest_tar_makes(here, data):
+  before = tree(here)
+  with contextlib.suppress(source.RefusedError):
+    land(here, data)
+    assert data.startswith(b"<html>")  # nothing in it passes for a member: nothing comes
+  assert tree(here) == before
+
+
+STAYS = [
+  member("out/file"),
+  member("out/new"),
+  folder_member("out/d"),
+  member("out/d/e"),
+  link_member("evil", "/etc/passwd"),
+  link_member("evil", "../outside/file"),
+  link_member("real/evil", "../../outside"),
+  link_member("real/evil", "x/../../../outside"),
+  link_member("evil", ""),
+  link_member("hard", "out/file", tarfile.LNKTYPE),
+  link_member("hard", "../outside/file", tarfile.LNKTYPE),
+  link_member("hard", "/etc/passwd", tarfile.LNKTYPE),
+  link_member("hard", "real", tarfile.LNKTYPE),
+  link_member("hard", "nothing", tarfile.LNKTYPE),
+  link_member("hard", ".git/x", tarfile.LNKTYPE),
+  member("device", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+  member("fifo", b"", type=tarfile.FIFOTYPE),
+  member(".git/hooks/pre-commit"),
+  member("real/.git/config"),
+  folder_member("."),
+]
+
+
+@pytest.mark.parametrize("bad", STAYS, ids=range(len(STAYS)))
+@pytest.mark.parametrize("sent", [None, {}], ids=["all", "checked"])
+def test_a_member_that_stays_out(here, bad, sent):
+  """The others come; nothing is written through a link, and nothing leads out."""
+  before = tree(here)
+  land(here, stream(bad, member("good")), sent)
+  after = tree(here)
+  assert after.pop("good") == (stat.S_IFREG, 0o644, b"theirs\n")
+  if sent is None:  # all may be replaced, but only by what is inside
+    assert all(v[0] != stat.S_IFLNK or k == "out" for k, v in after.items())
+    after.pop("out", None), before.pop("out")
+    after = {k: v for k, v in after.items() if not k.startswith("out/")}
+  assert after == before
+
+
+def test_set_user_id_bits_do_not_come(here):
+  land(here, stream(member("suid", mode=0o6755), folder_member("sticky", 0o7777)))
+  assert tree(here)["suid"][1] == 0o755 and tree(here)["sticky"][1] == 0o777
+
+
+def test_a_closed_folder_that_is_filled(here):
+  land(here, stream(folder_member("d", 0o500), member("d/x"), folder_member("d/e", 0o500),
+                    member("d/e/y")))  # fmt: skip
+  assert {p: e[1] for p, e in tree(here / "d").items()} == {"x": 0o644, "e": 0o500, "e/y": 0o644}
+  os.chmod(here / "d/e", 0o755)
+
+
+def test_several_archives_one_after_the_other(here):
+  land(
+    here,
+    stream(member("a")) + bytes(9216) + stream(member("b"), link_member("c", "b", tarfile.LNKTYPE)),
+  )
+  assert {"a", "b", "c"} < set(tree(here))
+
+
+def test_memory_does_not_grow_with_the_members(here):
+  """A stream of very many members; only the last shows."""
+  import resource
+
+  one = stream(folder_member("d"), end=b"")
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  land(here, one * 100_000)
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 70 << 10  # with the stream
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "..", ".", "", "out", "real", ".git", "é"]), min_size=1,
+                 max_size=4).map("/".join)  # fmt: skip
+KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
+
+
+@given(st.lists(st.tuples(NAMES, KINDS, NAMES), max_size=8), st.booleans())
+def test_no_stream_gets_out(members, checked):
+  import tempfile
+  from pathlib import Path
+
+  with tempfile.TemporaryDirectory() as top:
+    outside, folder = Path(top, "outside"), Path(top, "here")
+    outside.mkdir()
+    (outside / "file").write_text("mine\n")
+    (folder / "real").mkdir(parents=True)
+    (folder / "out").symlink_to("../outside")
+    made = [
+      member(name, b"theirs\n" if kind == tarfile.REGTYPE else b"", type=kind, linkname=target)
+      for name, kind, target in members
+    ]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(source.QvmError):
+      land(folder, stream(*made), {} if checked else None)
+    assert tree(outside) == {"file": (stat.S_IFREG, 0o644, b"mine\n")}
+    assert sorted(os.listdir(top)) == ["here", "outside"]
+    for above, folders, names in os.walk(folder):
+      for name in folders + names:
+        path = os.path.join(above, name)
+        if os.path.islink(path) and os.path.relpath(path, folder) != "out":
+          real = os.path.realpath(os.path.dirname(path))
+          target = os.path.normpath(os.path.join(real, os.readlink(path)))
+          assert (target + "/").startswith(str(folder) + "/"), (path, target)

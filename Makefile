@@ -13,9 +13,10 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-.venv/installed: tests/requirements.txt tests/install
+.venv/installed: tests/requirements.txt tests/install tests/linux_packages
 	tests/install
 	$(PYTHON) -m venv .venv
+	tests/linux_packages .venv/linux
 	$(BIN)/python -m pip install -q -r tests/requirements.txt
 	touch $@
 

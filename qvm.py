@@ -4072,21 +4072,22 @@ class Landing:
           raise RefusedError(f"the guest sends a tar header of {member.size} bytes")
         return member
 
-    try:
-      archive = tarfile.open(
-        fileobj=stream, mode="r|", bufsize=CHUNK, ignore_zeros=True, tarinfo=Member,
-        encoding="utf-8", errors="surrogateescape",
-      )  # fmt: skip
-    except tarfile.ReadError:
-      return  # nothing came at all: the guest's own words tell why
-    try:
-      for member in archive:
-        archive.members = []  # type: ignore[attr-defined] # or it grows with each
-        self.put(archive, member)
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-      raise RefusedError(f"what the guest sends is refused: {error}")
-    finally:
-      archive.close()
+    with contextlib.ExitStack() as stack:
+      try:
+        archive = stack.enter_context(
+          tarfile.open(
+            fileobj=stream, mode="r|", bufsize=CHUNK, ignore_zeros=True, tarinfo=Member,
+            encoding="utf-8", errors="surrogateescape",
+          )
+        )  # fmt: skip
+      except tarfile.ReadError:
+        return  # nothing came at all: the guest's own words tell why
+      try:
+        for member in archive:
+          archive.members = []  # type: ignore[attr-defined] # or it grows with each
+          self.put(archive, member)
+      except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        raise RefusedError(f"what the guest sends is refused: {error}")
 
   def put(self, archive: Any, member: Any) -> None:
     """Give one member its place, unless that is out of bounds or taken."""
@@ -4300,10 +4301,8 @@ def run_line(login: Login, options: Options, patience: float) -> int:
   return code
 
 
-INTERRUPT = """
-read group <{0} && rm -f {0}
-kill -s INT -- -$group || kill -s INT $group
-"""
+# OpenSSH's server makes each command the leader of a process group.
+INTERRUPT = "read leader <{0} && rm -f {0} && kill -s INT -- -$leader"
 
 
 # ---- Commands -----------------------------------------------------------------------------------

@@ -430,10 +430,10 @@ def test_the_key_disk_as_others_read_it(tmp_path, start, size):
   assert re.search(rf"KEYS +{size} 1980-01-01", mtools("mdir", "-i", image, "::").decode())
   system = tmp_path / "system"
   system.write_bytes(disk.read_bytes()[start:])
-  checked = subprocess.run(["fsck.vfat", "-n", "-v", str(system)], stdout=subprocess.PIPE)
+  checked = subprocess.run(["/usr/sbin/fsck.vfat", "-n", "-v", str(system)], stdout=subprocess.PIPE)
   assert checked.returncode == 0, checked.stdout.decode()
   if start:
-    table = mtools("sfdisk", "--dump", str(disk)).decode()
+    table = mtools("/usr/sbin/sfdisk", "--dump", str(disk)).decode()
     assert re.search(r"start= +2048, size= +8192, type=1\b", table), table
 
 

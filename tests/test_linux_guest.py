@@ -1,0 +1,129 @@
+"""Commands in real guests: a Linux with an ssh server on real QEMU, by the tables of the BSDs."""
+
+import json
+import shutil
+import subprocess
+
+import linux_guest
+import pytest
+from conftest import ROOT, Qvm, free_port, works
+from release_server import ReleaseServer
+from test_console import processes_of
+from test_real_qemu import archives  # noqa: F401 (a fixture)
+from test_sync import tree
+
+pytestmark = pytest.mark.xdist_group("real_qemu")  # one worker packs and unpacks for all
+
+PACKAGES = ROOT / ".venv" / "linux"
+LIGHT = ("-m", "512M", "--cpus", "1", "--accel", "tcg", "--boot-timeout", "180")
+# The release decides whether a key disk is attached, the guest whether it lets in without.
+IMAGES = {
+  ("freebsd", "x86-64"): ("v1.0.0", "bios", "open"),
+  ("freebsd", "arm64"): ("v0.13.0", "efi", "key-mbr"),
+  ("openbsd", "x86-64"): ("v1.0.0", "efi", "key"),
+  ("openbsd", "arm64"): ("v1.0.0", "efi", "key"),
+  ("netbsd", "x86-64"): ("v1.0.0", "bios", "open"),
+  ("haiku", "x86-64"): ("v1.0.0", "bios", "open"),
+}
+
+
+@pytest.fixture(scope="module")
+def server(archives, tmp_path_factory):  # noqa: F811
+  """A release server with the real QEMU, and Linux in the place of the images."""
+  folder = tmp_path_factory.mktemp("linux")
+  releases = {}
+  for (os_name, arch), (tag, firmware, login) in IMAGES.items():
+    path = folder / f"{arch}-{firmware}-{login}.qcow2"
+    if not path.exists():
+      linux_guest.disk(str(PACKAGES), arch, firmware, login, str(path))
+    releases.setdefault((os_name, tag), {})[f"{os_name}-1-{arch}.qcow2"] = path
+  with ReleaseServer() as server:
+    server.add_release("resources", "v2.0.0", archives)
+    for (os_name, tag), images in releases.items():
+      server.add_release(f"{os_name}-builder", tag, images)
+    yield server
+  shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  home = tmp_path_factory.mktemp("home") / "a space, and a comma"
+  home.mkdir()
+  yield home
+  shutil.rmtree(home)
+
+
+@pytest.fixture
+def linux(home, server):
+  yield Qvm(home, ROOT / "qvm.py", server)
+  assert processes_of(home) == []
+
+
+def run(os_name, arch, *command, options=()):
+  port = ("--ssh-port", str(free_port()))
+  return ["run", *port, *LIGHT, *options, "--platform", arch, os_name, "1", "--", *command]
+
+
+MACHINES = {"x86-64": "x86_64", "arm64": "aarch64"}
+ONCE = [
+  pytest.param("freebsd", "x86-64", id="virtio-blk"),
+  pytest.param("haiku", "x86-64", id="virtio-scsi and e1000"),
+  pytest.param("freebsd", "arm64", id="arm64 virtio-blk with a key in a partition"),
+  pytest.param("openbsd", "arm64", id="arm64 virtio-scsi with a key"),
+]
+
+
+@pytest.mark.parametrize("os_name, arch", ONCE)
+def test_a_command_in_a_machine_that_is_thrown_away(linux, tmp_path, os_name, arch):
+  folder = tmp_path / "a folder"
+  (folder / "sub").mkdir(parents=True)
+  (folder / "sub/given").write_text("given\n")
+  (folder / "sub/given").chmod(0o751)
+  (folder / "link").symlink_to("sub/given")
+  before = tree(folder)
+  script = 'uname -m; echo $USER; printf "<%s>" "$@" >&2; cat; cp sub/given made; rm link; exit 42'
+  words = ["sh", "-c", script, "sh", "a  b", "$HOME", "it's\n", "", "é"]
+  result = linux(
+    *run(os_name, arch, *words, options=("--rm", "--sync", str(folder), "--sync-delete")),
+    input="typed\n",
+    stdin=None,
+    timeout=240,
+  )
+  assert result.returncode == 42, result.stderr
+  user = "user" if os_name == "haiku" else "runner"
+  assert result.stdout == f"{MACHINES[arch]}\n{user}\ntyped\n"
+  assert result.stderr.endswith("<a  b><$HOME><it's\n><><é>"), result.stderr
+  del before["link"]
+  made = before["sub/given"]
+  assert tree(folder) == {**before, "made": made}
+  assert not any(name.startswith("instances/") for name in linux.files())
+
+
+def test_a_persistent_machine_is_powered_off_and_keeps_its_files(linux):
+  first = linux(*run("netbsd", "x86-64", "echo kept >/mnt/kept; exit 3"), timeout=240)
+  assert first.returncode == 3, first.stderr
+  assert "is asked to power off" in first.stderr and "SIGTERM" not in first.stderr
+  log = linux.cache / "instances" / "netbsd-1-x86-64.console.log"
+  assert "linux guest powers off" in log.read_text()
+  second = linux(*run("netbsd", "x86-64", "cat", "/mnt/kept"), timeout=240)
+  assert (second.returncode, second.stdout) == (0, "kept\n"), second.stderr
+  works(linux("rm", "netbsd-1-x86-64"))
+
+
+def test_a_machine_for_several_steps(linux, tmp_path):
+  """run --detach, ssh and stop, with e1000, UEFI and the key disk."""
+  words = ("run", "-d", "--name", "vm", *LIGHT, "--ssh-port", str(free_port()))
+  works(linux(*words, "--platform", "x86-64", "openbsd", "1", timeout=240))
+  assert json.loads(linux("list", "--json").stdout)[0]["state"] == "running"
+  assert linux("ssh", "vm", "--", "echo one >/tmp/step; exit 5").returncode == 5
+  assert works(linux("ssh", "vm", "--", "cat", "/tmp/step")).stdout == "one\n"
+  assert linux("ssh", "vm", "--", "kill -9 $$").returncode == 137
+  data = bytes(range(256)) * 4096
+  (tmp_path / "data").write_bytes(data)
+  with open(tmp_path / "data", "rb") as file:
+    command = linux.command("ssh", "vm", "--", "cat")
+    out = subprocess.run(command, env=linux.env, stdin=file, stdout=subprocess.PIPE, check=True)
+  assert out.stdout == data
+  stopped = works(linux("stop", "vm", timeout=120))
+  assert "vm has powered off" in stopped.stderr
+  works(linux("rm", "vm"))

@@ -1552,20 +1552,17 @@ def fetch_rest(transfer: Transfer) -> None:
       transfer.reset()
     raise
   with answer:
-    if answer.getcode() == 206:
-      check_range(transfer, answer.headers)
-    else:
-      start_over(transfer, answer.headers)
-    check_space(transfer)
-    announce(transfer)
     try:
+      if answer.getcode() == 206:
+        check_range(transfer, answer.headers)
+      else:
+        start_over(transfer, answer.headers)
+      check_space(transfer)
+      announce(transfer)
       with open(transfer.part, "ab") as part:
         copy_body(transfer, answer, part)
     except OSError as error:
-      if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        raise QvmError(f"{transfer.part}: {describe(error)}")
-      left = (transfer.total or transfer.done) - os.path.getsize(transfer.part)
-      raise disk_full(transfer.part, left - free_space(os.path.dirname(transfer.part)))
+      raise write_failure(transfer.part, transfer.total or transfer.done, error)
   if transfer.total is None:  # a chunked body, which tells its own end
     transfer.total = transfer.done
   if transfer.done != transfer.total:
@@ -1586,6 +1583,14 @@ def free_space(folder: str) -> int:
   """The bytes that may still be written to a folder's file system."""
   stat = os.statvfs(folder)
   return stat.f_bavail * stat.f_frsize
+
+
+def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
+  """The error for a file or folder that was to take `wanted` bytes and cannot be written."""
+  if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    return QvmError(f"{path}: {describe(error)}")
+  there = tree_size(path) if os.path.lexists(path) else 0
+  return disk_full(path, wanted - there - free_space(os.path.dirname(path)))
 
 
 def disk_full(path: str, missing: int) -> QvmError:
@@ -2231,8 +2236,9 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
   except OSError as error:
     if error.errno is not None and error.errno not in BAD_NAME_ERRORS:
+      failure = write_failure(folder, os.path.getsize(path), error)  # a plain tar is no smaller
       remove_tree(folder)
-      raise QvmError(f"{folder} cannot be unpacked: {describe(error)}")
+      raise failure
     problem = describe(error)
   remove_tree(folder)
   remove_file(path)
@@ -2620,17 +2626,20 @@ def write_sparse(archive: Any, member: Any, path: str) -> None:
     if size < 0 or offset < end or offset + size > member.size:
       raise ValueError("its disk has pieces out of place")
     end = offset + size
-  with open(path, "wb") as file:
-    for offset, size in pieces:
-      while size > 0:
-        chunk = archive.fileobj.read(min(size, CHUNK))
-        if not chunk:
-          raise ValueError("it is cut short")
-        if chunk != zeros[: len(chunk)]:
-          file.seek(offset)
-          file.write(chunk)
-        offset, size = offset + len(chunk), size - len(chunk)
-    file.truncate(member.size)
+  try:
+    with open(path, "wb") as file:
+      for offset, size in pieces:
+        while size > 0:
+          chunk = archive.fileobj.read(min(size, CHUNK))
+          if not chunk:
+            raise ValueError("it is cut short")
+          if chunk != zeros[: len(chunk)]:
+            file.seek(offset)
+            file.write(chunk)
+          offset, size = offset + len(chunk), size - len(chunk)
+      file.truncate(member.size)
+  except OSError as error:
+    raise write_failure(path, sum(size for _, size in pieces), error)
 
 
 def convert_bundle(plan: Plan, part: str, aside: str) -> str:
@@ -2646,7 +2655,7 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
     raise RefusedError(f"{name} is refused: {error}")
   except OSError as error:
-    raise QvmError(f"{name} cannot be unpacked: {aside}: {describe(error)}")
+    raise write_failure(aside, os.path.getsize(part), error)
   disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
   run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
   os.unlink(disk)
@@ -4202,11 +4211,11 @@ class Landing:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
     aside, mode = self.aside, member.mode & 0o777
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with contextlib.closing(content), os.fdopen(
-      os.open(aside, flags, 0o600, dir_fd=self.inner), "w+b", 0
-    ) as file:
+    fd = os.open(aside, flags, 0o600, dir_fd=self.inner)
+    with contextlib.closing(content), os.fdopen(fd, "w+b") as file:
       for chunk in iter(lambda: content.read(CHUNK), b""):
         file.write(chunk)
+      file.flush()
       if not member.islnk() and file.tell() != member.size:
         raise RefusedError(f"{path} comes cut short from the guest")
       try:

@@ -521,6 +521,31 @@ def test_a_disk_that_fills_up_while_a_download_runs(small, disk, full_server, im
   assert len(content) == 5 * MB and content.startswith(image)
 
 
+def test_a_disk_that_is_full_to_the_brim(small, disk, full_server, image):
+  """Not even the note of the download can be written."""
+  disk.fill()
+  result = small(*PULL)
+  assert refused(result)
+  assert 4 * MB < missing(result) < 6 * MB
+  disk.empty()
+  still_good(small, image)
+  assert small(*PULL).returncode == 0
+
+
+def test_an_archive_that_has_no_room_to_be_unpacked(small, disk, full_server, image):
+  """There is room for the archive, but not for what is in it."""
+  qemu = small.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  qemu.unlink()
+  disk.fill(leave=6 * MB)
+  result = small("pull", "freebsd", "15.0")
+  assert refused(result)
+  assert 3 * MB < missing(result) < 5 * MB
+  assert not qemu.exists()
+  assert not [name for name in small.files() if ".tmp" in name]
+  assert (small.cache / "base" / BEFORE).read_bytes() == image
+  assert (small.cache / "downloads" / "qemu-system-x86_64-linux.tar.part").stat().st_size > 5 * MB
+
+
 @pytest.mark.parametrize("leave", [0, 8192, 60000])
 def test_an_overlay_that_has_no_room(small, disk, image, leave):
   small("pull", "freebsd", "15.0")

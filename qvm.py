@@ -3144,6 +3144,7 @@ KEYS = (
 MODES_ON = (7, 25)  # line wrap, cursor
 MODES_OFF = (1, 47, 1000, 1002, 1003, 1004, 1006, 1047, 1049, 2004)  # keys, screens, mouse, paste
 TAIL = 8192  # bytes of QEMU's last words that are kept
+DISK_FULL = "the disk is full: QEMU has stopped the guest; free some space and start it again"
 
 
 @contextlib.contextmanager
@@ -3266,7 +3267,7 @@ class Relay:
         break  # another process has inherited its pipes
       if not ready and not told and self.full():
         told = True
-        say("the disk is full: QEMU has stopped the guest; free some space and start it again")
+        say(DISK_FULL)
 
   def read_keys(self) -> bool:
     """Handle what was typed; False at the end of the input."""
@@ -3981,8 +3982,14 @@ def sync_script(template: str, options: Options) -> str:
 
 
 def left_out(options: Options) -> Tuple[str, ...]:
-  """The patterns of what is not synchronised."""
-  return ALWAYS_OUT + options.sync_exclude
+  """The patterns of what is not synchronised: those given, .git, and the cache if it is there."""
+  import glob
+
+  cache = os.path.relpath(
+    os.path.realpath(cache_folder(os.environ)), os.path.realpath(options.sync)
+  )
+  own = () if cache.startswith("../") else ("/" + glob.escape(cache),)
+  return ALWAYS_OUT + own + options.sync_exclude
 
 
 def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
@@ -4458,9 +4465,11 @@ def attend(plan: Plan, process: Any, log: Optional[IO[bytes]]) -> int:
     if relay.interactive:
       with contextlib.suppress(OSError):
         write_all(1, relay.modes.undo())
-  if process.returncode:
-    for line in explain(relay.words.decode("utf-8", "replace")):
-      say(line)
+  causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
+  if process.returncode < 0 and not causes:
+    causes = [f"QEMU has been ended from outside ({ending(process.returncode)})"]
+  for line in causes:
+    say(line)
   return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
 
 
@@ -4541,6 +4550,8 @@ def run_and_end(
       process.wait(1.0)  # a lost connection may be the first sign of its end
     lines = last_lines(log, start=log_start)
     show_console(lines)
+    if process.poll() is None and disk_is_full(files.folder):
+      raise QvmError(str(error), DISK_FULL)
     if process.poll() is None:
       raise
     problem = f"the machine {plan.name} has ended ({ending(process.returncode)}): {error}"
@@ -5012,10 +5023,11 @@ def check_python() -> Check:
 
 
 def check_ssh() -> Check:
-  """OpenSSH's client, which `stop` needs."""
+  """OpenSSH's client, which commands in the guest and `stop` need."""
   if not find_program("ssh"):
     fix = "install OpenSSH's client (Debian: apt-get install openssh-client)"
-    return Check("warning", "ssh", "there is no ssh on PATH: stop cannot power guests off", fix)
+    text = "there is no ssh on PATH: no commands in guests, and stop cannot power them off"
+    return Check("warning", "ssh", text, fix)
   code, words = ask_program([find_program("ssh"), "-V"])
   if code:
     return Check("warning", "ssh", f"it does not start: {words}", "install OpenSSH's client again")
@@ -5237,8 +5249,12 @@ def cmd_completion(options: Options) -> int:
 
 def next_words(before: Sequence[str], cache: str) -> List[str]:
   """The words that may follow those already typed."""
-  if before and before[-1] in ("--platform",):
+  if "--" in before:
+    return []  # a command for the guest
+  if before and before[-1] == "--platform":
     return ["x86-64", "arm64"]
+  if before and before[-1] == "--sync-direction":
+    return list(DIRECTIONS)
   if before and before[-1] == "--accel":
     return [*ACCELERATORS, "hvf:kvm:tcg"]
   valued = {flag for option in OPTIONS if option.metavar for flag in option.flags}

@@ -461,6 +461,9 @@ def test_the_terminal_after_the_end(real, way):
   assert terminal.state() != terminal.before  # raw by now
   end(terminal, pid)
   assert terminal.end() == code
+  assert (b"ended from outside (signal" in terminal.shown) == (
+    way in ("QEMU killed", "QEMU aborts")
+  )
   assert terminal.state() == terminal.before
   # SeaBIOS has switched line wrap off and hidden nothing.
   tail = terminal.shown[terminal.shown.rindex(b"<7A>") :]

@@ -614,6 +614,9 @@ LINES = [
   ("qvm rm build ", [NAMES[0], NAMES[2]]),
   ("qvm run -m 2G net", ["netbsd"]),
   ("qvm completion ", ["bash", "zsh", "fish"]),
+  ("qvm ssh b", ["build"]),
+  ("qvm ssh --sync . --sync-direction ", ["both", "in", "out"]),
+  ("qvm run freebsd 15.1 -- st", []),
 ]
 ODD = 'it\'s a "folder" with $HOME, `id` & {braces}'
 

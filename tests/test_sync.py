@@ -13,6 +13,7 @@ from conftest import fails, works
 from hypothesis import given
 from hypothesis import strategies as st
 from test_guest_commands import FREEBSD, guests, lines  # noqa: F401 (a fixture)
+from test_zipapp import every_python
 
 import qvm as source
 
@@ -501,3 +502,18 @@ def test_no_stream_gets_out(members, checked):
           real = os.path.realpath(os.path.dirname(path))
           target = os.path.normpath(os.path.join(real, os.readlink(path)))
           assert (target + "/").startswith(str(folder) + "/"), (path, target)
+
+
+@every_python
+def test_with_every_python(guests, project, pyz, python):  # noqa: F811
+  """The packed program, as it is copied onto CI runners."""
+  guests.qvm.program = pyz
+  words = guests.words(
+    "--sync", str(project), "--sync-delete", command=["echo x >made; rm src/all"]
+  )
+  result = guests.qvm(*words, python=python)
+  assert result.returncode == 0, result.stderr
+  assert (project / "made").read_text() == "x\n"
+  assert not (project / "src/all").exists()
+  assert tree(project)["src/tool"][1] == 0o755
+  assert guests.nothing_left()

@@ -8,6 +8,10 @@ qvm.pyz: qvm.py build_zipapp.py
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+# What qvm costs; BENCH="start sync" measures some of it.
+bench: .venv/installed
+	$(BIN)/python tests/bench.py $(BENCH)
+
 lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -23,4 +27,4 @@ lint: .venv/installed
 clean:
 	rm -rf .venv qvm.pyz
 
-.PHONY: test lint clean
+.PHONY: test bench lint clean

@@ -7,6 +7,7 @@ The members have fixed dates, modes and order and are stored, not deflated: what
 them differs between its versions, and Python starts a little sooner without it.
 """
 
+import hashlib
 import io
 import os
 import sys
@@ -14,23 +15,66 @@ import zipfile
 
 SHEBANG = b"#!/usr/bin/env python3\n"
 
-# Python 2.7 and 3.5 must be able to parse this, to say what they lack.
+# Python 2.7 and 3.5 must be able to parse this, to say what they lack. `import qvm` would compile
+# it at each start, in most versions of zipimport even twice, which takes longer than all the rest.
 MAIN = """\
 import sys
 
 if sys.version_info < (3, 6):
   sys.exit("qvm: needs Python 3.6 or newer, and this is %d.%d" % sys.version_info[:2])
 
-import qvm
+import marshal
+import os
 
-sys.exit(qvm.main())
+SOURCE = "@DIGEST@"
+
+
+def code_path():
+  # Where qvm.py keeps the compiled code: in its cache, below a name that no other code has.
+  cache = os.environ.get("QVM_CACHE_DIR")
+  if not cache:
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    cache = os.path.join(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "qvm")
+  python = (sys.implementation.name, sys.hexversion, sys.flags.optimize, SOURCE)
+  return os.path.join(os.path.abspath(cache), "code", "%s-%x-%d-%s" % python)
+
+
+def kept_code(path):
+  # The code that an earlier start has kept, if nobody else can have written it.
+  try:
+    with open(path, "rb") as file:
+      stat = os.fstat(file.fileno())
+      if stat.st_uid == os.getuid() and not stat.st_mode & 0o022:
+        return marshal.load(file)
+  except (OSError, EOFError, ValueError, TypeError):
+    pass
+  return None
+
+
+def main():
+  path = code_path()
+  code = kept_code(path)
+  if not code:
+    name = os.path.join(os.path.dirname(__file__), "qvm.py")
+    code = compile(__loader__.get_data(name), name, "exec", dont_inherit=True)
+  module = type(sys)("qvm")
+  module.__file__ = code.co_filename
+  sys.modules["qvm"] = module
+  exec(code, module.__dict__)
+  module.packed_code = (path, code)
+  return module.main()
+
+
+sys.exit(main())
 """
 
 
 def build(source: str) -> bytes:
   """The bytes of the zipapp made of the file source."""
   with open(source, "rb") as file:
-    members = [("__main__.py", MAIN.encode()), ("qvm.py", file.read())]
+    program = file.read()
+  main = MAIN.replace("@DIGEST@", hashlib.sha256(program).hexdigest()[:16])
+  members = [("__main__.py", main.encode()), ("qvm.py", program)]
   packed = io.BytesIO()
   packed.write(SHEBANG)
   with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:

@@ -1036,6 +1036,7 @@ def cache_folder(environ: Mapping[str, str]) -> str:
 
 CHUNK = 1 << 18  # bytes that are read or written at a time
 PATIENCE = 10.0  # seconds that QEMU has to end after SIGTERM
+ALERT = 0.5  # seconds a thread waits at a time: a signal just before does not wake it
 
 
 def read_json(path: str) -> Dict[str, Any]:
@@ -1747,11 +1748,14 @@ def next_result(results: Any, pause: float) -> Optional[BaseException]:
   """Wait for a job to end, showing the progress meanwhile if that was asked for."""
   import queue
 
+  shown = time.monotonic()
   while True:
     try:
-      return results.get(timeout=pause if report.progress else None)  # type: ignore[no-any-return]
+      return results.get(timeout=min(pause, ALERT))  # type: ignore[no-any-return]
     except queue.Empty:
-      draw_progress()
+      if report.progress and time.monotonic() >= shown + pause:
+        shown = time.monotonic()
+        draw_progress()
 
 
 # ---- Releases -----------------------------------------------------------------------------------
@@ -1793,7 +1797,8 @@ class Later:
       self.error = error
 
   def result(self) -> Any:
-    self.thread.join()
+    while self.thread.is_alive():
+      self.thread.join(ALERT)
     if self.error:
       raise self.error
     return self.value
@@ -2032,12 +2037,29 @@ BAD_NAME_ERRORS = (
 def make_folders(cache: str) -> None:
   """Make the cache and its folders, for this user only."""
   os.makedirs(os.path.dirname(cache), exist_ok=True)
-  for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh"):
+  for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code"):
     path = os.path.join(cache, name) if name else cache
     with contextlib.suppress(FileExistsError):
       os.mkdir(path, 0o700)
     if not os.path.isdir(path):
       raise QvmError(f"{path} is in the way: it is not a folder")
+  keep_code()
+
+
+packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: where to keep its compiled code, and it
+
+
+def keep_code() -> None:
+  """Keep the compiled code of qvm.pyz, so that the next start need not compile it again."""
+  import marshal
+
+  path, code = packed_code
+  if path and not os.path.exists(path):
+    with contextlib.suppress(OSError):  # it goes without
+      with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(marshal.dumps(code))
+      os.replace(file.name, path)
 
 
 def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
@@ -4916,8 +4938,8 @@ INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|keys|ephemera
 
 
 def temporaries(cache: str) -> List[str]:
-  """What publishing left when it was killed, records without a file, and QEMU's former trees."""
-  found = []
+  """What publishing left when it was killed, records without a file, and what is of former use."""
+  found = [path for path in paths_in(cache, "code") if path != packed_code[0]]
   for path in paths_in(cache, "base"):
     base = re.sub(r"\.(json|kernel|qcow2)(\.new)?(\.tmp)?\Z", ".qcow2", path)
     if base != path and not os.path.exists(base) or re.search(r"\.json(\.new)?\.tmp\Z", path):

@@ -267,7 +267,8 @@ class Qvm:
     """The paths of all files below the cache, relative to it; QEMU's tree under its link only."""
     found = []
     for folder, folders, names in os.walk(self.cache, followlinks=True):
-      folders[:] = [name for name in folders if not name.startswith(".")]
+      # The zipapp's compiled code is a matter of its own tests.
+      folders[:] = [name for name in folders if not name.startswith(".") and name != "code"]
       found += [os.path.relpath(os.path.join(folder, name), self.cache) for name in names]
     return sorted(found)
 

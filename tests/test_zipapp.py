@@ -1,6 +1,7 @@
 """The zipapp: the same bytes wherever it is built, and the same program with every Python."""
 
 import json
+import marshal
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, ended, free_port, obey_modes
+from conftest import FREEBSD, ROOT, Qvm, ended, free_port, obey_modes, works
 from test_instances import RUN, fails
 
 import qvm as source
@@ -230,3 +231,82 @@ def test_bad_words_and_help_with_each_python(offline, pyz, python):
     run = offline("run", "--help", python=python, env=env)
     assert (run.returncode, run.stderr) == (0, "")
     assert "--ssh-port" in run.stdout
+
+
+# --- Its compiled code -----------------------------------------------------------------------
+
+
+def kept(qvm):
+  """The files in which the compiled code is kept."""
+  return sorted((qvm.cache / "code").glob("*"))
+
+
+@pytest.fixture
+def packed(full, pyz):
+  """The zipapp with everything in its cache but its code."""
+  full.program = pyz
+  for path in kept(full):
+    path.unlink()
+  return full
+
+
+@every_python
+def test_the_code_is_kept_for_the_next_start(packed, python):
+  assert packed("run", "--rm", "freebsd", "15.1", python=python).returncode == 0
+  (path,) = kept(packed)
+  assert path.stat().st_mode & 0o777 == 0o600
+  before = path.read_bytes()
+  code = "import marshal, sys; exec(marshal.load(open(sys.argv[1], 'rb')), {'__name__': 'x'})"
+  subprocess.run([python, "-c", code, str(path)], check=True)
+  assert packed("run", "--rm", "freebsd", "15.1", python=python).returncode == 0
+  assert kept(packed) == [path] and path.read_bytes() == before
+
+
+def test_the_kept_code_is_what_runs(packed):
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  (path,) = kept(packed)
+  path.write_bytes(marshal.dumps(compile("def main(): print('kept'); return 5", "x", "exec")))
+  result = packed("list")
+  assert (result.returncode, result.stdout) == (5, "kept\n")
+  path.chmod(0o660)  # others may have written it
+  assert packed("list").returncode == 0
+  path.chmod(0o600)
+  works(packed("list", env={"QVM_CACHE_DIR": str(packed.home / "elsewhere")}))
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"nonsense", b"\xe3", None], ids=["", "text", "cut", "dir"]
+)
+def test_kept_code_that_is_damaged(packed, content):
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  (path,) = kept(packed)
+  if content is None:
+    path.unlink()
+    path.mkdir()
+  else:
+    path.write_bytes(content)
+  works(packed("run", "--rm", "freebsd", "15.1"))
+
+
+def test_another_version_has_code_of_its_own(packed, tmp_path):
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  folder = tmp_path / "other"
+  folder.mkdir()
+  for name in ("qvm.py", "build_zipapp.py"):
+    shutil.copyfile(ROOT / name, folder / name)
+  text = (folder / "qvm.py").read_text()
+  (folder / "qvm.py").write_text(text.replace('__version__ = "', '__version__ = "9'))
+  subprocess.run([sys.executable, str(folder / "build_zipapp.py")], check=True)
+  first = kept(packed)
+  packed.program = folder / "qvm.pyz"
+  assert packed("--version").stdout.startswith("qvm 9")
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  assert len(kept(packed)) == 2
+  works(packed("clean"))
+  assert len(kept(packed)) == 1 and kept(packed) != first
+
+
+@pytest.mark.parametrize("words", [("list",), ("run", "--dry-run", "freebsd", "15.1"), ("--help",)])
+def test_commands_that_change_nothing_keep_no_code(packed, words):
+  works(packed(*words))
+  assert kept(packed) == []

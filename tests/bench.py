@@ -1,0 +1,326 @@
+#!/usr/bin/env python3
+"""What qvm costs, as ratios in one run: `make bench`, or bench.py PART... for some of it.
+
+Every figure is a median with its spread (the quartiles), of runs that take turns with those of
+what they are compared with, so that a busy machine is busy for both.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ssh_guest
+from conftest import ROOT, Qvm, fill, free_port, tar_of, works
+from guests import boot_sector, to_qcow2
+from release_server import ReleaseServer
+
+MB = 1 << 20
+ENDING_QEMU = "#!/bin/sh\nexit 0\n"
+
+
+class Bench:
+  """A home with everything in it, and a table of results."""
+
+  def __init__(self, folder):
+    self.folder = Path(folder)
+    self.pyz = self.folder / "qvm.pyz"
+    subprocess.run([sys.executable, str(ROOT / "build_zipapp.py"), str(self.pyz)], check=True)
+    to_qcow2(boot_sector("hello"), self.folder / "image.qcow2")
+    self.image = (self.folder / "image.qcow2").read_bytes()
+    self.tools = tar_of({"qemu-img": Path(shutil.which("qemu-img")).read_bytes()})
+
+  def server(self):
+    """A release server that has the usual releases."""
+    server = ReleaseServer()
+    fill(server, self.image, self.tools)
+    return server
+
+  def home(self, name, qemu=ENDING_QEMU):
+    """qvm in a home of its own with FreeBSD 15.1 in its cache, and a QEMU of our choice."""
+    home = self.folder / name
+    home.mkdir()
+    with self.server() as server:
+      works(Qvm(home, self.pyz, server)("pull", "freebsd", "15.1"))
+    qvm = Qvm(home, self.pyz)
+    program = qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+    program.write_text(qemu)
+    return qvm
+
+
+def timed(call):
+  """The wall time of a call in seconds, and the CPU time of the processes it has waited for."""
+  before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+  call()
+  wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+  cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  return wall, cpu
+
+
+def turns(calls, count):
+  """Call each of {name: call} in turn, count times; returns {name: [(wall, cpu), ...]}."""
+  for call in calls.values():
+    call()  # what is slow only once, such as the disk's cache, does not count
+  found = {name: [] for name in calls}
+  for _ in range(count):
+    for name, call in calls.items():
+      found[name].append(timed(call))
+  return found
+
+
+def middle(values):
+  """The median and the quartiles."""
+  low, median, high = statistics.quantiles(values, n=4)
+  return median, low, high
+
+
+def show(title, results, base, unit="ms"):
+  """Print the medians with their spread, and the ratio to the base."""
+  factor = {"ms": 1000, "s": 1}[unit]
+  print(f"\n{title}")
+  reference = middle([wall for wall, _ in results[base]])[0]
+  for name, runs in results.items():
+    median, low, high = middle([wall for wall, _ in runs])
+    cpu = middle([cpu for _, cpu in runs])[0]
+    ratio = f"{median / reference:6.2f}" if name != base else "  1   "
+    walls = f"{median * factor:9.1f} ({low * factor:.1f} to {high * factor:.1f}) {unit}"
+    print(f"  {name:<34}{walls:<34} cpu {cpu * factor:8.1f} {unit}  ratio {ratio}")
+  sys.stdout.flush()
+
+
+def run(command, **more):
+  """Run a command that must succeed, without its output."""
+  more = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **more}
+  subprocess.run(command, check=True, stderr=subprocess.DEVNULL, **more)
+
+
+# --- The start of a cached run ---------------------------------------------------------------
+
+SHELL = """\
+set -e
+cache=$1
+disk=$cache/instances/sh-$$.qcow2
+trap 'rm -f "$disk"' EXIT
+"$cache/bin/qemu-img" create -q -f qcow2 -b ../base/freebsd-15.1-x86-64.qcow2 -F qcow2 "$disk"
+"$cache/qemu/x86_64/bin/qemu-system-x86_64" -nographic -drive "file=$disk"
+"""
+
+
+def bench_start(bench, count):
+  """Until QEMU has been executed and has ended, which it does at once."""
+  qvm = bench.home("start")
+  script = bench.folder / "start.sh"
+  script.write_text(SHELL)
+  overlay = ["create", "-q", "-f", "qcow2", "-b", str(bench.folder / "image.qcow2"), "-F", "qcow2"]
+  qemu_img, scratch = str(qvm.cache / "bin" / "qemu-img"), str(bench.folder / "scratch.qcow2")
+
+  def python_and_qemu_img():
+    run([sys.executable, "-c", "pass"])
+    run([qemu_img, *overlay, scratch])
+
+  words = ("run", "--rm", "freebsd", "15.1")
+  calls = {
+    "shell script": lambda: run(["sh", str(script), str(qvm.cache)]),
+    "python -c pass, qemu-img create": python_and_qemu_img,
+    "qvm.pyz run --rm": lambda: run(qvm.command(*words), env=qvm.env),
+    "qvm.py run --rm": lambda: run([sys.executable, str(ROOT / "qvm.py"), *words], env=qvm.env),
+  }
+  show("start of a cached run --rm", turns(calls, count), "shell script")
+
+
+# --- Downloads -------------------------------------------------------------------------------
+
+
+def fresh(bench, server, name="fresh"):
+  """qvm with an empty home; the former is removed."""
+  home = bench.folder / name
+  shutil.rmtree(home, ignore_errors=True)
+  home.mkdir()
+  return Qvm(home, bench.pyz, server)
+
+
+def bench_first(bench, count):
+  """A first run on a line of 20 MB/s for each connection, 50 ms away."""
+  big = bench.folder / "big.qcow2"
+  shutil.copy(bench.folder / "image.qcow2", big)
+  os.truncate(big, 100 * MB)
+  with bench.server() as server:
+    server.replace_asset("freebsd-builder", "v0.16.0", "freebsd-15.1-x86-64.qcow2", big)
+    server.rate, server.latency = 20e6, 0.05
+    url = f"{server.url}/freebsd-builder/releases/download/v0.16.0/freebsd-15.1-x86-64.qcow2"
+
+    def first_run():
+      qvm = fresh(bench, server)
+      run(qvm.command("run", "--rm", "freebsd", "15.1"), env=qvm.env)
+
+    calls = {
+      "curl of the image alone": lambda: run(["curl", "-sLo", str(bench.folder / "got"), url]),
+      "qvm.pyz run --rm, empty cache": first_run,
+    }
+    show("first run, 100 MB at 20 MB/s", turns(calls, count), "curl of the image alone", "s")
+
+
+def bench_pull(bench, count):
+  """A large image over loopback, with its digest checked."""
+  big = bench.folder / "big.qcow2"
+  shutil.copy(bench.folder / "image.qcow2", big)
+  with open(big, "r+b") as file:
+    file.seek(1 << 31)
+    file.write(b"end")
+  with bench.server() as server:
+    server.replace_asset("freebsd-builder", "v0.16.0", "freebsd-15.1-x86-64.qcow2", big)
+    url = f"{server.url}/freebsd-builder/releases/download/v0.16.0/freebsd-15.1-x86-64.qcow2"
+    got, peak = str(bench.folder / "got"), []
+
+    def pull():
+      qvm = fresh(bench, server)
+      time_of = bench.folder / "time"
+      run(["/usr/bin/time", "-f", "%M", "-o", str(time_of),
+           *qvm.command("pull", "freebsd", "15.1")], env=qvm.env)  # fmt: skip
+      peak.append(int(time_of.read_text()))
+
+    calls = {
+      "curl, then sha256sum": lambda: run(["sh", "-c", f"curl -sLo {got} {url}; sha256sum {got}"]),
+      "qvm.pyz pull": pull,
+    }
+    results = turns(calls, count)
+    show("pull of 2 GB over loopback", results, "curl, then sha256sum", "s")
+    print(f"  peak memory of qvm: {max(peak) / 1024:.0f} MiB")
+
+
+# --- Many instances, many releases -----------------------------------------------------------
+
+
+def bench_growth(bench, count):
+  """1 and 1,000 instances; 100 releases."""
+  few, many = bench.home("one"), bench.home("thousand")
+  works(few("run", "--name", "vm", "freebsd", "15.1"))
+  works(many("run", "--name", "vm", "freebsd", "15.1"))
+  folder = many.cache / "instances"
+  record = json.loads((folder / "vm.json").read_text())
+  for n in range(999):
+    shutil.copy(folder / "vm.qcow2", folder / f"vm{n}.qcow2")
+    (folder / f"vm{n}.json").write_text(json.dumps({**record, "name": f"vm{n}"}))
+  for words in (("list",), ("run", "--rm", "freebsd", "15.1"), ("clean",)):
+    calls = {
+      f"{words[0]}, 1 instance": lambda words=words: run(few.command(*words), env=few.env),
+      f"{words[0]}, 1,000": lambda words=words: run(many.command(*words), env=many.env),
+    }
+    show(" ".join(words), turns(calls, count), f"{words[0]}, 1 instance")
+  with bench.server() as one, bench.server() as hundred:
+    for n in range(100):
+      names = [f"freebsd-{n}.{m}-{arch}.qcow2" for m in range(4) for arch in ("x86-64", "arm64")]
+      hundred.add_release("freebsd-builder", f"v1.{n}.0", dict.fromkeys(names, bench.image))
+    homes = {
+      "search, 1 release": fresh(bench, one, "s1"),
+      "search, 100": fresh(bench, hundred, "s2"),
+    }
+    calls = {
+      name: lambda qvm=qvm: run(qvm.command("search", "freebsd"), env=qvm.env)
+      for name, qvm in homes.items()
+    }
+    show("search freebsd", turns(calls, count), "search, 1 release")
+
+
+# --- --sync ----------------------------------------------------------------------------------
+
+
+def bench_sync(bench, count):
+  """10,000 small files, and a file of 1 GB, into a guest whose disk is memory if possible."""
+  memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(bench.folder)
+  qemu = f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}"
+  qvm = bench.home("sync", qemu)
+  many, big = bench.folder / "many", bench.folder / "large"
+  for n in range(100):
+    (many / f"d{n}").mkdir(parents=True)
+    for m in range(100):
+      (many / f"d{n}" / f"f{m}.c").write_text(f"int x{n}_{m};\n" * (m % 40 + 1))
+  big.mkdir()
+  with open(big / "file", "wb") as file:
+    for _ in range(1024):
+      file.write(os.urandom(MB))
+  with tempfile.TemporaryDirectory(dir=memory) as guest:
+    qvm.env["SSH_GUEST"] = json.dumps({"folder": guest})
+    port = str(free_port())
+    works(qvm("run", "-d", "--name", "vm", "--ssh-port", port, "freebsd", "15.1"))
+    ssh = ["ssh", "-F", "/dev/null", "-p", port, "-o", "StrictHostKeyChecking=no", "-o"]
+    ssh += ["UserKnownHostsFile=/dev/null", "runner@127.0.0.1"]
+    try:
+      for folder, title in ((many, "10,000 files"), (big, "1 GB")):
+        bench_sync_of(qvm, ssh, Path(guest) / "home" / "runner", folder, title, count)
+    finally:
+      works(qvm("stop", "vm"))
+
+
+def bench_sync_of(qvm, ssh, home, folder, title, count):
+  """One folder into the guest, and all of it out again."""
+  here = folder.parent / "back"
+
+  into = f"mkdir -p ~/work/{folder.name} && cd ~/work/{folder.name} && tar -xpf -"
+  calls = {
+    "tar c | ssh tar x": lambda: run(
+      f"tar -C {folder} -cf - . | {' '.join(ssh)} '{into}'", shell=True
+    ),
+    "qvm ssh --sync, in": lambda: run(
+      qvm.command("ssh", "--sync", str(folder), "--sync-direction", "in", "vm", "--", "true"),
+      env=qvm.env,
+    ),
+  }
+  show(f"--sync of {title} into the guest",
+       turns_from_nothing(calls, count, home / "work"), "tar c | ssh tar x", "s")  # fmt: skip
+  out = ["ssh", "--sync", str(here / folder.name), "--sync-direction", "out", "vm", "--", "true"]
+  calls = {
+    "ssh tar c | tar x": lambda: run(
+      f"{' '.join(ssh)} 'tar -C work/{folder.name} -cf - .' | tar -C {here / folder.name} -xpf -",
+      shell=True,
+    ),
+    "qvm ssh --sync, out, all": lambda: run(qvm.command(*out), env=qvm.env),
+  }
+  run([*ssh, f"rm -f work/.{folder.name}.qvm"])
+  (here / folder.name).mkdir(parents=True)
+  show(f"--sync of {title} out of the guest",
+       turns_from_nothing(calls, count, here / folder.name), "ssh tar c | tar x", "s")  # fmt: skip
+  shutil.rmtree(here)
+
+
+def turns_from_nothing(calls, count, folder):
+  """As turns(), each time with an empty folder where the copies go."""
+  found = {name: [] for name in calls}
+  for _ in range(count):
+    for name, call in calls.items():
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir(parents=True)
+      found[name].append(timed(call))
+  return found
+
+
+PARTS = {
+  "start": (bench_start, 25),
+  "first": (bench_first, 3),
+  "pull": (bench_pull, 5),
+  "growth": (bench_growth, 15),
+  "sync": (bench_sync, 5),
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+  parser.add_argument("--count", type=int, help="runs of each")
+  options = parser.parse_args()
+  with tempfile.TemporaryDirectory(prefix="qvm-bench-") as folder:
+    bench = Bench(folder)
+    for name in options.parts or PARTS:
+      call, count = PARTS[name]
+      call(bench, options.count or count)
+
+
+if __name__ == "__main__":
+  main()

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import (
   IO,
   Any,
@@ -3686,20 +3687,24 @@ def ssh_once(
   with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
     command = ssh_command(login, log.name)
     command[1:1] = ["-t" if terminal else "-T"]
-    with interrupts_blocked():
-      process = start([*command, line], env={**os.environ, "SHELL": "/bin/sh"}, **streams)
-    try:
+    with contextlib.ExitStack() as stack:
+      with signals.hold(), interrupts_blocked():
+        process = start([*command, line], env={**os.environ, "SHELL": "/bin/sh"}, **streams)
+        stack.callback(close_streams, process)
+        stack.callback(end_process, process)
       use(process)
       process.wait()
-    finally:
-      end_process(process)
-      for stream in (process.stdin, process.stdout):
-        if stream:
-          with contextlib.suppress(OSError):
-            stream.close()
     words = log.read(TAIL).decode("utf-8", "replace").split()
   logged_in = LOGGED_IN in words
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
+
+
+def close_streams(process: Any) -> None:
+  """Close our ends of a process's pipes; what is still in them, nobody reads."""
+  for stream in (process.stdin, process.stdout):
+    if stream:
+      with contextlib.suppress(OSError):
+        stream.close()
 
 
 @contextlib.contextmanager
@@ -3853,6 +3858,7 @@ def power_off(files: Files) -> bool:
 
 ALWAYS_OUT = (".git",)
 MOST_NAMES = 64 << 20  # bytes of the list of names that a guest may send
+READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
 
 
 class Sent(NamedTuple):
@@ -3866,7 +3872,7 @@ class Sent(NamedTuple):
 
 def sent_from(stat: os.stat_result) -> Sent:
   """What lstat(2) says of a file, as far as it shows changes."""
-  folder = (stat.st_mode & 0o170000) == 0o040000
+  folder = S_ISDIR(stat.st_mode)
   return Sent(stat.st_mode, 0 if folder else stat.st_size, 0 if folder else stat.st_mtime_ns,
               stat.st_ino)  # fmt: skip
 
@@ -3915,14 +3921,13 @@ def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
   """
   import tarfile
 
-  kind = stat.st_mode & 0o170000
   member = tarfile.TarInfo(path)
   member.mode, member.mtime = stat.st_mode & 0o777, max(0, int(stat.st_mtime))
-  if kind == 0o100000:
+  if S_ISREG(stat.st_mode):
     member.size = stat.st_size
-  elif kind == 0o120000:
+  elif S_ISLNK(stat.st_mode):
     member.type, member.linkname = tarfile.SYMTYPE, os.readlink(os.path.join(folder, path))
-  elif kind == 0o040000:
+  elif S_ISDIR(stat.st_mode):
     member.type = tarfile.DIRTYPE
   else:
     return None
@@ -3942,7 +3947,7 @@ def write_tree(folder: str, patterns: Sequence[str], out: IO[bytes]) -> Dict[str
       continue
     sent[path] = sent_from(stat)
     out.write(header)
-    if header[156:157] == b"0" or (stat.st_mode & 0o170000) == 0o100000:
+    if S_ISREG(stat.st_mode):
       write_content(os.path.join(folder, path), stat.st_size, out)
   out.write(bytes(1024))
   out.flush()
@@ -3963,7 +3968,7 @@ def write_content(path: str, size: int, out: IO[bytes]) -> None:
 
 
 SYNC_IN = """
-mkdir -p {folder} && cd {folder} && echo ready && tar -xpf - || exit
+mkdir -p {folder} && cd {folder} && echo {ready} && tar -xpf - || exit
 mark=../.{name}.qvm
 touch "$mark"
 n=0
@@ -3978,16 +3983,16 @@ rm -f "$mark.2"
 SYNC_OUT = """
 cd {folder} || exit
 mark=../.{name}.qvm
-set -- -cnewer "$mark"
-find "$mark" "$@" >/dev/null 2>&1 || set -- -print -o -prune
-[ $# -lt 3 ] || set --
+set --
+! find "$mark" -cnewer "$mark" >/dev/null 2>&1 || set -- -cnewer "$mark"
+echo {ready}
 if tar --no-recursion -cf - . 2>/dev/null; then
   find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec tar --no-recursion -cf - {{}} +
 else
   find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec pax -w -d -x ustar {{}} +
 fi
 """
-SYNC_NAMES = "cd {folder} && find . {prune} -print"
+SYNC_NAMES = "cd {folder} && echo {ready} && find . {prune} -print"
 
 
 def sync_script(template: str, options: Options) -> str:
@@ -3999,6 +4004,7 @@ def sync_script(template: str, options: Options) -> str:
   return template.format(
     folder=guest_folder(options.sync),
     name=shlex.quote(os.path.basename(options.sync)),
+    ready=READY,
     prune=f"\\( {prune} \\) -prune -o",
   )
 
@@ -4022,7 +4028,7 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
   sent: Dict[str, Sent] = {}
 
   def feed(process: Any) -> None:
-    if process.stdout.readline() == b"ready\n":
+    if is_ready(process.stdout):
       with contextlib.suppress(BrokenPipeError):  # the guest says why
         sent.update(write_tree(options.sync, left_out(options), process.stdin))
     with contextlib.suppress(BrokenPipeError):
@@ -4035,6 +4041,15 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
     if code:
       raise sync_failed(f"{options.sync} cannot be copied to {login.files.name}", words, code)
   return sent
+
+
+def is_ready(stream: IO[bytes]) -> bool:
+  """Read up to where a script begins: what the user's shell prints at its start comes before."""
+  for _ in range(1000):
+    line = stream.readline(1000)
+    if not line or line == READY.encode() + b"\n":
+      return bool(line)
+  return False
 
 
 def sync_failed(problem: str, words: IO[bytes], code: int) -> QvmError:
@@ -4054,7 +4069,8 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) ->
   with Landing(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile() as words:
 
     def take(process: Any) -> None:
-      landing.take(process.stdout)
+      if is_ready(process.stdout):
+        landing.take(process.stdout)
 
     line = shell_line(sync_script(SYNC_OUT, options))
     code = in_guest(login, line, take, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
@@ -4065,7 +4081,8 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) ->
       names = bytearray()
 
       def read(process: Any) -> None:
-        names.extend(process.stdout.read(MOST_NAMES + 1))
+        if is_ready(process.stdout):
+          names.extend(process.stdout.read(MOST_NAMES + 1))
 
       line = shell_line(sync_script(SYNC_NAMES, options))
       code = in_guest(login, line, read, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
@@ -4157,7 +4174,7 @@ class Landing:
   def enter(self, parts: Sequence[str]) -> bool:
     """Open a folder, made if there is none; False when something of ours is in its place."""
     path = "/".join(parts)
-    if path == self.inner_path and parts or not parts and not self.inner_path:
+    if path == self.inner_path:
       return True
     fd = os.dup(self.root)
     try:
@@ -4181,7 +4198,7 @@ class Landing:
   def is_folder(self, fd: int, name: str) -> bool:
     """Whether there is a folder of that name, and no link to one."""
     try:
-      return (os.lstat(name, dir_fd=fd).st_mode & 0o170000) == 0o040000
+      return S_ISDIR(os.lstat(name, dir_fd=fd).st_mode)
     except FileNotFoundError:
       return False
 
@@ -4191,7 +4208,7 @@ class Landing:
       there = os.lstat(name, dir_fd=fd)
     except FileNotFoundError:
       return True
-    folder = (there.st_mode & 0o170000) == 0o040000
+    folder = S_ISDIR(there.st_mode)
     if self.sent is not None and self.sent.get(path) != sent_from(there):
       say(f"{os.path.join(self.folder, path)} has changed here and in the guest: it stays as it is")
       return False
@@ -4226,11 +4243,14 @@ class Landing:
     fd = os.dup(self.root)
     try:
       for n, part in enumerate(parts):
-        flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_DIRECTORY if n < len(parts) - 1 else 0)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags |= os.O_DIRECTORY if n < len(parts) - 1 else 0
         inner = os.open(part, flags, dir_fd=fd)
         os.close(fd)
         fd = inner
-      return os.fdopen(os.dup(fd), "rb")
+      if S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(os.dup(fd), "rb")
+      raise ValueError(f"is a link to {name[:100]}, which is no file")
     except OSError:
       raise ValueError(f"is a link to {name[:100]}, which has not come")
     finally:
@@ -4238,7 +4258,9 @@ class Landing:
 
   def put_file(self, path: str, name: str, member: Any, content: IO[bytes]) -> None:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
-    aside, mode = self.aside, member.mode & 0o777
+    aside, mode, free = self.aside, member.mode & 0o777, free_space(self.folder)
+    if member.size > free:
+      raise disk_full(os.path.join(self.folder, path), member.size - free)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     fd = os.open(aside, flags, 0o600, dir_fd=self.inner)
     with contextlib.closing(content), os.fdopen(fd, "w+b") as file:
@@ -4267,7 +4289,9 @@ class Landing:
       return False
     try:
       there = os.fstat(fd)
-      if there.st_mode != (0o100000 | mode) or there.st_size != new.tell():
+      if (
+        not S_ISREG(there.st_mode) or there.st_mode & 0o7777 != mode or there.st_size != new.tell()
+      ):
         return False
       new.seek(0)
       return all(chunk == new.read(len(chunk)) for chunk in iter(lambda: os.read(fd, CHUNK), b""))

@@ -230,6 +230,17 @@ def test_an_interactive_shell_in_the_folder(guests, project):  # noqa: F811
 # --- failures --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shell, file", [("/bin/zsh", ".zshenv"), ("/bin/csh", ".cshrc")])
+def test_a_shell_that_greets(guests, project, shell, file):  # noqa: F811
+  """What the user's shell prints at its start is no part of the streams."""
+  guests.play(shell=shell)
+  guests.up()
+  (guests.folder / "home/runner" / file).write_text("echo good morning\necho ready\n")
+  words = ("ssh", "vm", "--sync", str(project), "--sync-delete", "--", "rm src/all; echo x >made")
+  works(guests.qvm(*words))
+  assert (project / "made").read_text() == "x\n" and not (project / "src/all").exists()
+
+
 def test_a_guest_without_tar(guests, project):  # noqa: F811
   guests.up()
   (guests.folder / "bin" / "tar").write_text("#!/bin/sh\necho no tar today >&2; exit 127\n")
@@ -371,6 +382,7 @@ def here(tmp_path):
   (tmp_path / "here").mkdir()
   (tmp_path / "here/out").symlink_to("../outside")
   (tmp_path / "here/real").mkdir()
+  os.mkfifo(tmp_path / "here/fifo here")  # which nobody reads: to open it would wait for ever
   yield tmp_path / "here"
   assert tree(tmp_path / "outside") == {"file": (stat.S_IFREG, 0o644, b"mine\n")}
   assert sorted(os.listdir(tmp_path)) == ["here", "outside"]
@@ -416,6 +428,7 @@ STAYS = [
   link_member("hard", "../outside/file", tarfile.LNKTYPE),
   link_member("hard", "/etc/passwd", tarfile.LNKTYPE),
   link_member("hard", "real", tarfile.LNKTYPE),
+  link_member("hard", "fifo here", tarfile.LNKTYPE),
   link_member("hard", "nothing", tarfile.LNKTYPE),
   link_member("hard", ".git/x", tarfile.LNKTYPE),
   member("device", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
@@ -517,3 +530,11 @@ def test_with_every_python(guests, project, pyz, python):  # noqa: F811
   assert not (project / "src/all").exists()
   assert tree(project)["src/tool"][1] == 0o755
   assert guests.nothing_left()
+
+
+def test_what_comes_has_to_fit(here, monkeypatch):
+  """Also a file that is all holes: it would be written out."""
+  monkeypatch.setattr(source, "free_space", lambda folder: 3)
+  with pytest.raises(source.QvmError, match="disk is full: .*/x takes 4 B more"):
+    land(here, stream(member("x")))
+  assert "x" not in tree(here)

@@ -3620,24 +3620,24 @@ def write_key_disk(cache: str, files: Files, keys: KeyDisk) -> None:
 def ssh_command(login: Login, log: str) -> List[str]:
   """OpenSSH's client for an instance, without the user's configuration, keys and known hosts.
 
-  Its own words go to the file log, as does a line once it has logged in (see ssh_config(5)).
+  Its own words go to the file log, as does a line once it has logged in (see ssh_config(5)). It is
+  to be started in the folder of the instances: no path need be quoted for it, as versions differ.
   """
   import shlex
 
-  cache = os.path.dirname(login.files.folder)
   options = {
     "BatchMode": "yes",  # nobody is asked for a password
     "ConnectTimeout": "30",
     "GlobalKnownHostsFile": "/dev/null",
     "IdentitiesOnly": "yes",  # an agent's many keys would make the server hang up
-    "IdentityFile": '"' + key_path(cache).replace("%", "%%") + '"',
+    "IdentityFile": os.path.join("..", "ssh", "id_ed25519"),
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
     "ServerAliveCountMax": "6",  # a guest that stands still for three minutes is lost
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
-    "UserKnownHostsFile": '"' + login.files.known_hosts.replace("%", "%%") + '"',
+    "UserKnownHostsFile": os.path.basename(login.files.known_hosts),
   }
   words = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
   for name, value in options.items():
@@ -3689,7 +3689,8 @@ def ssh_once(
     command[1:1] = ["-t" if terminal else "-T"]
     with contextlib.ExitStack() as stack:
       with signals.hold(), interrupts_blocked():
-        process = start([*command, line], env={**os.environ, "SHELL": "/bin/sh"}, **streams)
+        env, folder = {**os.environ, "SHELL": "/bin/sh"}, login.files.folder
+        process = start([*command, line], env=env, cwd=folder, **streams)
         stack.callback(close_streams, process)
         stack.callback(end_process, process)
       use(process)
@@ -3745,7 +3746,7 @@ def command_script(
   words = " ".join(map(shlex.quote, command))
   lines = ["trap : INT QUIT"]
   if pid_file:
-    lines += [f"echo $$ >{pid_file}"]
+    lines += [f"{{ echo $$ >{pid_file}; }} 2>/dev/null"]
   if folder:
     lines += [f"cd {folder} || exit"]
   for name, value in env.items():
@@ -4340,7 +4341,7 @@ def run_line(login: Login, options: Options, patience: float) -> int:
   terminal = is_interactive()
   folder = guest_folder(options.sync) if options.sync else ""
   env = guest_environment(options.env, os.environ)
-  pid_file = "" if terminal else "/tmp/qvm-" + os.urandom(6).hex()
+  pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
   line = ""
   if options.guest_command or env or folder:
     line = shell_line(command_script(options.guest_command, env, folder, pid_file))

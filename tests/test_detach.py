@@ -78,7 +78,7 @@ import json, os, signal, sys, time
 
 play = json.loads(os.environ.get("SSH", "{{}}"))
 with open(os.path.dirname(os.path.abspath(__file__)) + "/calls", "a") as file:
-  file.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
+  file.write(json.dumps([os.getpid(), os.getcwd(), *sys.argv[1:]]) + "\\n")
 if play.get("press"):
   with open(os.path.expanduser("~/.cache/qvm/instances/%s.lock" % play["press"])) as file:
     os.kill(int(file.read().split()[2]), signal.SIGUSR1)
@@ -518,13 +518,13 @@ def test_each_guest_is_powered_off_in_its_own_way(machines, image, os_name, arch
   assert (result.returncode, result.stdout) == (0, "a.b~c+1\n"), result.stderr
   (call,) = machines.calls()
   assert call[-2:] == [f"{user}@127.0.0.1", command]
-  assert call[1:3] == ["-F", "/dev/null"]
+  assert call[2:4] == ["-F", "/dev/null"]
   assert call[call.index("-p") + 1] == str(port)
   options = dict(word.split("=", 1) for word in call[call.index("-o") + 1 : -2 : 2])
   assert options["BatchMode"] == "yes"
   assert options["StrictHostKeyChecking"] in ("no", "accept-new")
-  hosts = options["UserKnownHostsFile"].strip('"')
-  assert hosts == str(cache / "instances" / "a.b~c+1.known_hosts")
+  assert options["UserKnownHostsFile"] == "a.b~c+1.known_hosts"  # in the folder it is started in
+  assert call[0] == str(cache / "instances")
   assert any("asked" in line for line in lines_of(result))
   assert any("powered off" in line for line in lines_of(result))
   assert machines.running() == []

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import ssh_guest
 from conftest import ROOT, fails, free_port, works
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_console import Terminal, end_processes, processes_of
 
@@ -150,6 +151,7 @@ def test_one_word_is_a_line_for_the_users_shell(guests, shell, words):
   assert result.stdout.strip().endswith({"/bin/csh": "csh"}.get(shell, os.path.basename(shell)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=30).filter(lambda b: b"\0" not in b), min_size=2, max_size=6))
 def test_any_arguments_pass_the_line(arguments):
   """As sshd does: the line is one argument for the login shell."""
@@ -187,6 +189,40 @@ def test_nothing_of_the_users_ssh_is_used_or_changed(guests, tmp_path):
   before = {path: path.read_bytes() for path in own.iterdir()}
   assert guests.run("echo", "in", env={"SSH_AUTH_SOCK": "/no/such"}).stdout == "in\n"
   assert {path: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_awkward_paths(guests, tmp_path):
+  """OpenSSH has rules of its own for quotes, spaces and % in its options."""
+  odd = tmp_path / 'it\'s "a" 50% %h ~ é,=#'
+  guests.qvm.cache.rename(odd)
+  guests.play(login="key")
+  env = {"QVM_CACHE_DIR": str(odd), "TMPDIR": str(odd / "downloads")}
+  result = guests.run("echo", "in", guest=OPENBSD, env=env)
+  assert (result.returncode, result.stdout) == (0, "in\n"), result.stderr
+  assert os.listdir(odd / "instances") == os.listdir(odd / "downloads") == []
+
+
+def test_a_name_as_long_as_allowed(guests):
+  result = guests.run("echo", "in", options=("--name", "n" * 100))
+  assert (result.returncode, result.stdout) == (0, "in\n"), result.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(guests, closed):
+  command = shlex.join(guests.qvm.command(*guests.words(command=["cat; exit 4"])))
+  run = subprocess.run(f"{command} {closed}", shell=True, env=guests.qvm.env, capture_output=True,
+                       stdin=subprocess.DEVNULL, timeout=60)  # fmt: skip
+  assert run.returncode == 4, run.stderr
+  assert guests.nothing_left()
+
+
+def test_nobody_reads_on(guests):
+  command = shlex.join(guests.qvm.command(*guests.words(command=["yes"])))
+  script = f"set -o pipefail; {command} | head -n 1"
+  run = subprocess.run(["bash", "-c", script], env=guests.qvm.env, capture_output=True,
+                       stdin=subprocess.DEVNULL, timeout=60)  # fmt: skip
+  assert (run.returncode, run.stdout) == (141, b"y\n"), run.stderr
+  assert guests.nothing_left()
 
 
 def test_a_shell_of_the_caller_that_runs_nothing(guests):

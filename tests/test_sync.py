@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from conftest import fails, works
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_guest_commands import FREEBSD, guests, lines  # noqa: F401 (a fixture)
 from test_zipapp import every_python
@@ -489,6 +489,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "..", ".", "", "out", "real", ".git"
 KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(NAMES, KINDS, NAMES), max_size=8), st.booleans())
 def test_no_stream_gets_out(members, checked):
   import tempfile

@@ -3696,7 +3696,7 @@ def ssh_once(
       use(process)
       process.wait()
     words = log.read(TAIL).decode("utf-8", "replace").split()
-  logged_in = LOGGED_IN in words
+  logged_in = LOGGED_IN in words or 0 <= process.returncode < 255  # no space for its line
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
@@ -3745,10 +3745,10 @@ def command_script(
 
   words = " ".join(map(shlex.quote, command))
   lines = ["trap : INT QUIT"]
-  if pid_file:
-    lines += [f"{{ echo $$ >{pid_file}; }} 2>/dev/null"]
   if folder:
     lines += [f"cd {folder} || exit"]
+  if pid_file:
+    lines += [f"{{ echo $$ >{pid_file}; }} 2>/dev/null"]
   for name, value in env.items():
     lines += [f"{name}={shlex.quote(value)}; export {name}"]
   if not command:
@@ -3915,6 +3915,16 @@ def walk(folder: str, patterns: Sequence[str], above: str = "") -> Iterator[Tupl
       yield from walk(folder, patterns, path + "/")
 
 
+def in_utf8(name: str) -> str:
+  """A name of this system as tarfile has it: its bytes read as UTF-8, whatever the locale."""
+  return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def from_utf8(name: str) -> str:
+  """The reverse of in_utf8."""
+  return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
   """The header of a file in a tar stream; None for what is no file, folder or symbolic link.
 
@@ -3922,12 +3932,13 @@ def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
   """
   import tarfile
 
-  member = tarfile.TarInfo(path)
+  member = tarfile.TarInfo(in_utf8(path))
   member.mode, member.mtime = stat.st_mode & 0o777, max(0, int(stat.st_mtime))
   if S_ISREG(stat.st_mode):
     member.size = stat.st_size
   elif S_ISLNK(stat.st_mode):
-    member.type, member.linkname = tarfile.SYMTYPE, os.readlink(os.path.join(folder, path))
+    target = os.readlink(os.path.join(folder, path))
+    member.type, member.linkname = tarfile.SYMTYPE, in_utf8(target)
   elif S_ISDIR(stat.st_mode):
     member.type = tarfile.DIRTYPE
   else:
@@ -3958,7 +3969,8 @@ def write_tree(folder: str, patterns: Sequence[str], out: IO[bytes]) -> Dict[str
 def write_content(path: str, size: int, out: IO[bytes]) -> None:
   """Write as many bytes of a file as its header has announced, padded to whole blocks."""
   left = size
-  with open(path, "rb", buffering=0) as file:
+  fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+  with os.fdopen(fd, "rb", 0) as file:
     while left:
       chunk = file.read(min(left, CHUNK))
       if not chunk:
@@ -3968,46 +3980,74 @@ def write_content(path: str, size: int, out: IO[bytes]) -> None:
   out.write(bytes(-size % 512))
 
 
+# Folders that a command has closed are opened for the new files; tar sets their modes again. What
+# is older than the mark was sent: the clock has ticked since, so that no change can be missed.
 SYNC_IN = """
-mkdir -p {folder} && cd {folder} && echo {ready} && tar -xpf - || exit
-mark=../.{name}.qvm
+mkdir -p {folder} && cd {folder} || exit
+find . -type d ! -perm -200 -exec chmod u+w {{}} +
+echo {ready}
+tar -xpf - || exit
+mark=../{mark}
+find . -type d -print | sort >"$mark.dirs"
 touch "$mark"
 n=0
-while touch "$mark.2" && [ -z "$(find "$mark.2" -newer "$mark")" ] && [ $n -lt 3000 ]; do
+while touch "$mark.tick" && [ -z "$(find "$mark.tick" -newer "$mark")" ] && [ $n -lt 3000 ]; do
   n=$((n + 1))
 done
-rm -f "$mark.2"
+rm -f "$mark.tick"
 """
-# What is older than the mark was sent: its clock has ticked since, so that nothing is missed. A
-# find without -cnewer, or a folder without a mark, gives everything. Each tar or pax goes without
-# the folder's content; there may be several, one after the other.
+# A find without -cnewer, or a folder without a mark, gives everything. Each tar or pax goes without
+# the folder's content; there may be several, one after the other. The files in a folder that was
+# renamed are as old as before: folders that were not there go whole.
 SYNC_OUT = """
 cd {folder} || exit
-mark=../.{name}.qvm
+mark=../{mark}
 set --
 ! find "$mark" -cnewer "$mark" >/dev/null 2>&1 || set -- -cnewer "$mark"
+for options in '--no-unquote --no-recursion' --no-recursion ''; do
+  ! tar $options -cf /dev/null . 2>/dev/null || break
+done
 echo {ready}
-if tar --no-recursion -cf - . 2>/dev/null; then
-  find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec tar --no-recursion -cf - {{}} +
+if [ "$options" ]; then
+  find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec tar $options -cf - {{}} +
 else
   find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec pax -w -d -x ustar {{}} +
+fi || code=$?
+if [ $# -gt 0 ]; then
+  find . {prune} -type d -print | sort | comm -13 "$mark.dirs" - | while IFS= read -r new; do
+    case $new/ in "$last"/*) continue ;; esac
+    last=$new
+    [ ! -d "$new" ] || tar -cf - "$new"
+  done
 fi
+exit ${{code:-0}}
 """
-SYNC_NAMES = "cd {folder} && echo {ready} && find . {prune} -print"
+SYNC_NAMES = "cd {folder} && echo {ready} && find . -print"
 
 
 def sync_script(template: str, options: Options) -> str:
-  """One of the scripts for the folder that is synchronised."""
+  """One of the scripts for the folder that is synchronised.
+
+  Only names go to the guest's find of which it says what we say; the rest is left out on landing.
+  """
   import shlex
 
-  names = [p.rstrip("/") for p in left_out(options) if "/" not in p.rstrip("/")]
+  names = [pattern.rstrip("/") for pattern in left_out(options)]
+  names = [name for name in names if not re.search(r"[/\[\\]", name)]
   prune = " -o ".join("-name " + shlex.quote(name) for name in names)
   return template.format(
     folder=guest_folder(options.sync),
-    name=shlex.quote(os.path.basename(options.sync)),
+    mark=".qvm-" + hashed(os.path.basename(options.sync)),
     ready=READY,
-    prune=f"\\( {prune} \\) -prune -o",
+    prune=f"! -name . \\( {prune} \\) -prune -o",
   )
+
+
+def hashed(name: str) -> str:
+  """A short name that stands for one of any length."""
+  digest = new_sha256()
+  digest.update(os.fsencode(name))
+  return str(digest.hexdigest()[:16])
 
 
 def left_out(options: Options) -> Tuple[str, ...]:
@@ -4027,9 +4067,12 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
   import tempfile
 
   sent: Dict[str, Sent] = {}
+  begun = False
 
   def feed(process: Any) -> None:
-    if is_ready(process.stdout):
+    nonlocal begun
+    begun = is_ready(process.stdout)
+    if begun:
       with contextlib.suppress(BrokenPipeError):  # the guest says why
         sent.update(write_tree(options.sync, left_out(options), process.stdin))
     with contextlib.suppress(BrokenPipeError):
@@ -4039,7 +4082,7 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
     line = shell_line(sync_script(SYNC_IN, options))
     pipe = subprocess.PIPE
     code = in_guest(login, line, feed, patience, stdin=pipe, stdout=pipe, stderr=words)
-    if code:
+    if code or not begun:
       raise sync_failed(f"{options.sync} cannot be copied to {login.files.name}", words, code)
   return sent
 
@@ -4068,15 +4111,18 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) ->
   problem = f"what changed in {login.files.name} cannot be brought to {options.sync}"
   pipe = subprocess.PIPE
   with Landing(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile() as words:
+    begun = False
 
     def take(process: Any) -> None:
-      if is_ready(process.stdout):
+      nonlocal begun
+      begun = is_ready(process.stdout)
+      if begun:
         landing.take(process.stdout)
 
     line = shell_line(sync_script(SYNC_OUT, options))
     code = in_guest(login, line, take, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
     landing.finish()
-    if code:
+    if code or not begun:
       raise sync_failed(problem, words, code)
     if options.sync_delete and sent is not None:
       names = bytearray()
@@ -4084,10 +4130,12 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) ->
       def read(process: Any) -> None:
         if is_ready(process.stdout):
           names.extend(process.stdout.read(MOST_NAMES + 1))
+        if len(names) > MOST_NAMES:
+          raise RefusedError(f"{problem}: the list of names is longer than any")
 
       line = shell_line(sync_script(SYNC_NAMES, options))
       code = in_guest(login, line, read, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
-      if code or len(names) > MOST_NAMES:
+      if code or not names.startswith(b".\n"):
         raise sync_failed(problem, words, code)
       landing.delete_missing(bytes(names))
 
@@ -4110,8 +4158,6 @@ class Landing:
     return self
 
   def __exit__(self, *error: Any) -> None:
-    with contextlib.suppress(OSError):
-      os.unlink(self.aside, dir_fd=self.inner)
     os.close(self.inner)
     os.close(self.root)
 
@@ -4122,7 +4168,10 @@ class Landing:
     class Member(tarfile.TarInfo):
       @classmethod
       def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
-        member = super().frombuf(buf, encoding, errors)
+        try:
+          member = super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+          raise RefusedError(f"the guest sends what is no tar stream: {error}")
         extended = not member.isreg() and not member.isdev() and not member.isdir()
         if member.size < 0 or member.size > MOST_DISK or extended and member.size > 1 << 20:
           raise RefusedError(f"the guest sends a tar header of {member.size} bytes")
@@ -4147,6 +4196,7 @@ class Landing:
 
   def put(self, archive: Any, member: Any) -> None:
     """Give one member its place, unless that is out of bounds or taken."""
+    member.name, member.linkname = from_utf8(member.name), from_utf8(member.linkname)
     try:
       parts = safe_name(member.name)
     except ValueError as error:
@@ -4203,8 +4253,11 @@ class Landing:
     except FileNotFoundError:
       return False
 
-  def make_way(self, fd: int, path: str, name: str) -> bool:
-    """Remove what a new file is to replace; False, said, when that was changed here."""
+  def make_way(self, fd: int, path: str, name: str, for_file: bool = False) -> bool:
+    """Remove what is to be replaced; False, said, when that was changed here.
+
+    A file, which is renamed to its name, needs no more than that no folder is there.
+    """
     try:
       there = os.lstat(name, dir_fd=fd)
     except FileNotFoundError:
@@ -4214,7 +4267,10 @@ class Landing:
       say(f"{os.path.join(self.folder, path)} has changed here and in the guest: it stays as it is")
       return False
     try:
-      (os.rmdir if folder else os.unlink)(name, dir_fd=fd)
+      if folder:
+        os.rmdir(name, dir_fd=fd)
+      elif not for_file:
+        os.unlink(name, dir_fd=fd)
     except OSError as error:
       say(f"{os.path.join(self.folder, path)} is a folder here, but not in the guest: "
           f"it stays ({describe(error)})")  # fmt: skip
@@ -4264,23 +4320,25 @@ class Landing:
       raise disk_full(os.path.join(self.folder, path), member.size - free)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     fd = os.open(aside, flags, 0o600, dir_fd=self.inner)
-    with contextlib.closing(content), os.fdopen(fd, "w+b") as file:
-      for chunk in iter(lambda: content.read(CHUNK), b""):
-        file.write(chunk)
-      file.flush()
-      if not member.islnk() and file.tell() != member.size:
-        raise RefusedError(f"{path} comes cut short from the guest")
-      try:
-        same = self.is_same(name, mode, file)
-        if not same:
-          os.fchmod(file.fileno(), mode)
-          os.utime(file.fileno(), (member.mtime, member.mtime))
-        if not same and self.make_way(self.inner, path, name):
-          os.rename(aside, name, src_dir_fd=self.inner, dst_dir_fd=self.inner)
-        else:
-          os.unlink(aside, dir_fd=self.inner)
-      except OverflowError:
-        raise RefusedError(f"{path} comes with an impossible time from the guest")
+    try:
+      with contextlib.closing(content), os.fdopen(fd, "w+b") as file:
+        for chunk in iter(lambda: content.read(CHUNK), b""):
+          file.write(chunk)
+        file.flush()
+        if not member.islnk() and file.tell() != member.size:
+          raise RefusedError(f"{path} comes cut short from the guest")
+        if self.is_same(name, mode, file):
+          return
+        os.fchmod(fd, mode)
+        try:
+          os.utime(fd, (member.mtime, member.mtime))
+        except (OverflowError, ValueError):
+          raise RefusedError(f"{path} comes with an impossible time from the guest")
+      if self.make_way(self.inner, path, name, for_file=True):
+        os.rename(aside, name, src_dir_fd=self.inner, dst_dir_fd=self.inner)
+    finally:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(aside, dir_fd=self.inner)
 
   def is_same(self, name: str, mode: int, new: IO[bytes]) -> bool:
     """Whether a file is here already with that mode and content."""
@@ -4307,7 +4365,7 @@ class Landing:
 
   def delete_missing(self, names: bytes) -> None:
     """Delete what was sent, has not been changed here, and is not named any more."""
-    there = set(names.decode("utf-8", "surrogateescape").split("\n"))
+    there = set(os.fsdecode(names).split("\n"))
     for path in sorted(self.sent or {}, reverse=True):
       gone = not all(line in there for line in ("./" + path).split("\n"))
       if gone and self.enter(path.split("/")[:-1]):
@@ -4353,9 +4411,13 @@ def run_line(login: Login, options: Options, patience: float) -> int:
       if stop.signum != signal.SIGINT or terminal or not line:
         raise
       signals.again()
-      with contextlib.suppress(QvmError, subprocess.TimeoutExpired):
+      try:
         interrupt = shell_line(INTERRUPT.format(pid_file))
         in_guest(login, interrupt, lambda process: process.wait(30), **NO_STREAMS)
+      except LoginError:
+        raise stop  # the command has not begun
+      except (QvmError, subprocess.TimeoutExpired):
+        pass
       process.wait()
 
   code = in_guest(login, line, wait, patience, terminal)

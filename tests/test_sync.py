@@ -13,7 +13,7 @@ from conftest import fails, works
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_guest_commands import FREEBSD, guests, lines  # noqa: F401 (a fixture)
-from test_zipapp import every_python
+from test_zipapp import MODERN, every_python
 
 import qvm as source
 
@@ -539,3 +539,125 @@ def test_what_comes_has_to_fit(here, monkeypatch):
   with pytest.raises(source.QvmError, match="disk is full: .*/x takes 4 B more"):
     land(here, stream(member("x")))
   assert "x" not in tree(here)
+
+
+# --- what has gone wrong once ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [".*", "*", "?", "[.]*", "[[:digit:]]*", "\\foo", "foo/"])
+def test_patterns_never_delete(guests, tmp_path, pattern):  # noqa: F811
+  """What find(1) there and fnmatch here make of a pattern may differ."""
+  folder = tmp_path / "p"
+  (folder / "src").mkdir(parents=True)
+  for name in ("1a", "b", "foo", ".hidden", "src/c"):
+    (folder / name).write_text("mine\n")
+  before = tree(folder)
+  options = ("--sync", str(folder), "--sync-delete", "--sync-exclude", pattern)
+  works(guests.run("echo new >new-one", options=options))
+  after = tree(folder)
+  if pattern != "*":
+    assert after.pop("new-one")
+  assert after == before
+
+
+def test_a_folder_that_is_renamed(guests, tmp_path):  # noqa: F811
+  """The files in it are as old as before."""
+  folder = tmp_path / "p"
+  (folder / "src/in n").mkdir(parents=True)
+  (folder / "src/in n/a\nb").write_text("deep\n")
+  (folder / "src/file").write_text("file\n")
+  (folder / "srcs").mkdir()
+  before = tree(folder)
+  options = ("--sync", str(folder), "--sync-delete")
+  works(guests.run("mv src ne\\ w", options=options))
+  assert tree(folder) == {
+    path.replace("src", "ne w", path[3:4] != "s"): e for path, e in before.items()
+  }
+
+
+@pytest.mark.parametrize("delete", [(), ("--sync-delete",)])
+def test_names_in_a_poor_locale(guests, tmp_path, delete):  # noqa: F811
+  """Python 3.6 takes the file system for ASCII there."""
+  python = MODERN.get("3.6")
+  if not python:
+    pytest.skip("there is no Python 3.6")
+  folder = tmp_path / "p"
+  folder.mkdir()
+  (folder / "grün").write_text("mine\n")
+  (folder / "zwölf").write_text("mine\n")
+  (folder / "lïnk").symlink_to("zwölf")
+  words = guests.words("--sync", str(folder), *delete, command=["echo theirs >zwölf; echo x >ñew"])
+  works(guests.qvm(*words, python=python, env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}))
+  assert {name: (folder / name).read_text() for name in os.listdir(folder)} == {
+    "grün": "mine\n", "zwölf": "theirs\n", "lïnk": "theirs\n", "ñew": "x\n",
+  }  # fmt: skip
+
+
+def test_a_list_of_names_without_end(guests, project):  # noqa: F811
+  guests.up()
+  program = guests.folder / "bin" / "find"
+  program.write_text('#!/bin/sh\n[ "$*" != ". -print" ] || exec yes\nexec /usr/bin/find "$@"\n')
+  program.chmod(0o755)
+  before = tree(project)
+  result = guests.qvm("ssh", "vm", "--sync", str(project), "--sync-delete", "--", "true")
+  assert result.returncode == 125 and "longer than any" in result.stderr
+  assert tree(project) == before
+
+
+def test_a_list_of_no_names_deletes_nothing(guests, project):  # noqa: F811
+  guests.up()
+  program = guests.folder / "bin" / "find"
+  program.write_text('#!/bin/sh\n[ "$*" != ". -print" ] || exit 0\nexec /usr/bin/find "$@"\n')
+  program.chmod(0o755)
+  before = tree(project)
+  result = guests.qvm("ssh", "vm", "--sync", str(project), "--sync-delete", "--", "true")
+  assert result.returncode == 125
+  assert tree(project) == before
+
+
+def test_names_with_backslashes(guests, tmp_path):  # noqa: F811
+  folder = tmp_path / "p"
+  folder.mkdir()
+  for name in ("\\back", "a\\nb", "\\"):
+    (folder / name).write_text("old\n")
+  works(guests.run('for f in *; do echo new >"$f"; done', options=("--sync", str(folder))))
+  assert {entry[2] for entry in tree(folder).values()} == {b"new\n"}
+
+
+def test_a_folder_with_a_name_as_long_as_can_be(guests, tmp_path):  # noqa: F811
+  folder = tmp_path / ("p" * 255)
+  folder.mkdir()
+  works(guests.run("echo x >made", options=("--sync", str(folder))))
+  assert (folder / "made").read_text() == "x\n"
+
+
+def test_no_such_folder_there(guests, tmp_path):  # noqa: F811
+  (tmp_path / "p").mkdir()
+  guests.up()
+  options = ("--sync", str(tmp_path / "p"), "--sync-direction", "out")
+  result = guests.qvm("ssh", "vm", *options, "--", "echo ran")
+  assert result.returncode not in (0, None) and result.stdout == ""
+  assert not list((guests.folder / "home/runner").glob(".qvm-*"))
+
+
+def test_a_time_that_is_none(here):
+  info = member("x")[0]
+  info.pax_headers = {"mtime": "nan"}
+  data = info.tobuf(tarfile.PAX_FORMAT) + b"theirs\n".ljust(512, b"\0")
+  with pytest.raises(source.RefusedError, match="impossible time"):
+    land(here, data + stream(member("y")))
+  assert not {"x", "y"} & set(tree(here)) and not [n for n in os.listdir(here) if ".qvm" in n]
+
+
+def test_noise_is_no_empty_stream(here):
+  with pytest.raises(source.RefusedError, match="no tar stream"):
+    land(here, bytes(range(1, 256)) * 100)
+
+
+def test_a_file_that_is_replaced_is_never_missing(here, monkeypatch):
+  """It is renamed to its name, so that a kill in between loses nothing."""
+  (here / "x").write_text("mine\n")
+  monkeypatch.setattr(os, "rename", lambda *args, **more: pytest.fail("killed here"))
+  with pytest.raises(pytest.fail.Exception):
+    land(here, stream(member("x")))
+  assert (here / "x").read_text() == "mine\n"

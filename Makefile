@@ -12,6 +12,10 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/python tests/bench.py $(BENCH)
 
+# Faults at random; TORTURE="--seed 7 network 50" chooses.
+torture: .venv/installed
+	$(BIN)/python tests/torture.py $(TORTURE)
+
 lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -27,4 +31,4 @@ lint: .venv/installed
 clean:
 	rm -rf .venv qvm.pyz
 
-.PHONY: test bench lint clean
+.PHONY: test bench torture lint clean

@@ -191,6 +191,7 @@ class Fault:
   stall: int | str | None = None  # after N bytes of the body, or before the "headers"
   pause: threading.Event | None = None  # wait for it before answering
   pause_at: int | None = None  # with pause: wait after N bytes of the body instead
+  meanwhile: Callable[[], object] | None = None  # called between finding the answer and sending it
 
   # Wrong headers and framing.
   content_length: int | Callable[[int], int] | None = None
@@ -496,6 +497,8 @@ class Handler(BaseHTTPRequestHandler):
     if self.fault.gzip and answer.status == 200:
       packed = gzip.compress(b"".join(answer.blob.chunks(0, answer.blob.size)))
       answer = whole(200, {**answer.headers, "Content-Encoding": "gzip"}, blob_of(packed))
+    if self.fault.meanwhile:
+      self.fault.meanwhile()
     self.send(answer)
 
   def record(self) -> None:

@@ -1,5 +1,6 @@
 """The release server answers as UPSTREAM.md says, and breaks as it is told to."""
 
+import functools
 import gzip
 import hashlib
 import http.client
@@ -361,6 +362,14 @@ def test_which_requests_a_fault_takes(server: ReleaseServer) -> None:
   assert get(signed(server, "two.tar")).status == 200
   with pytest.raises(TypeError):
     server.fault("", nonsense=1)
+
+
+def test_what_happens_meanwhile(server: ReleaseServer) -> None:
+  replace = functools.partial(server.replace_asset, "b", "v1", NAME, b"new")
+  server.fault(NAME, meanwhile=replace)
+  before, after = cdn(server), cdn(server)
+  assert (before.body, after.body) == (BODY, b"new")
+  assert before.headers["ETag"] != after.headers["ETag"]
 
 
 def check(reply: Reply, status: int, body: bytes | None, **headers: str | None) -> None:

@@ -1,0 +1,51 @@
+"""A short part of `make torture`, always the same, and whether it would find anything at all."""
+
+import pytest
+from conftest import ROOT
+from torture import Violation, parts_of, play
+
+
+def test_faults_of_the_network():
+  counts = play("network", 1, range(40))
+  assert counts["schedules"] == 40
+  assert counts["sessions that worked"] > 8 and counts["sessions that failed cleanly"] > 3
+
+
+def test_faults_of_the_network_and_fresh_processes():
+  assert play("network", 2, range(5), fresh=True)["schedules"] == 5
+
+
+def test_kill_9():
+  counts = play("killing", 1, range(12))
+  assert counts["points"] == 12
+  assert sum(number for what, number in counts.items() if what.endswith(": killed")) > 2
+
+
+def test_everything_at_once():
+  counts = play("crowd", 1, range(1))
+  assert (counts["rounds"], counts["run: 0"]) == (1, 7)
+
+
+# A check that qvm makes, what stands there instead, and the part that must find out.
+MUTANTS = {
+  "no digest": ("if not wanted or digest == wanted:", "if True:", "network"),
+  "no length": ("if transfer.done != transfer.total:", "if False:", "network"),
+  "no mark": ('open(files.mark, "w").close()', "pass", "killing"),
+}
+
+
+@pytest.mark.parametrize("check, instead, part", MUTANTS.values(), ids=list(MUTANTS))
+def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part):
+  text = (ROOT / "qvm.py").read_text()
+  assert text.count(check) == 1
+  (tmp_path / "qvm.py").write_text(text.replace(check, instead))
+  with pytest.raises(Violation):
+    play(part, 1, range(200), root=tmp_path)
+
+
+@pytest.mark.parametrize("words, parts", [
+  ([], {"network": 1000, "killing": 200, "crowd": 3}),
+  (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
+])  # fmt: skip
+def test_parts(words, parts):
+  assert parts_of(words) == parts

@@ -1,0 +1,949 @@
+#!/usr/bin/env python3
+"""Faults at random, from a seed: `make torture`, or torture.py [--seed N] PART [COUNT] ...
+
+  network [1000]   schedules of faults of the release server; no wrong byte is ever published
+  killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
+  crowd   [3]      rounds of 20 processes that do everything at once in one cache
+
+qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
+`python qvm.py` as a user starts it. Either way it is a process of its own, with its own locks.
+--only K repeats one of the schedules or points. The first violation ends it with code 1.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from conftest import FREEBSD, ROOT, Qvm, tar_of
+from guests import boot_sector, to_qcow2
+from release_server import ReleaseServer
+
+HOST = "macos" if sys.platform == "darwin" else "linux"
+IMAGE, QEMU, TOOLS = FREEBSD + ".qcow2", f"qemu-system-x86_64-{HOST}.tar", f"resources-{HOST}.tar"
+REPOS = {
+  IMAGE: ("freebsd-builder", "v0.16.0"),
+  QEMU: ("resources", "v2.0.0"),
+  TOOLS: ("resources", "v2.0.0"),
+}
+GUEST = ("--platform", "x86-64", "freebsd", "15.1")
+PULL, RUN, REFRESH = ("pull", *GUEST), ("run", "--rm", *GUEST), ("pull", "--refresh", *GUEST)
+PATIENCE = 60  # seconds after which a qvm hangs
+
+
+class Violation(Exception):
+  """qvm did what it must never do."""
+
+
+def demand(condition, *facts):
+  """The harness's assert, which -O does not remove."""
+  if not condition:
+    raise Violation("\n".join(map(str, facts)))
+
+
+# --- Processes -------------------------------------------------------------------------------
+
+# It reads orders, one JSON object a line: {"words"} or {"exec"} starts a child, {"poll": PID}
+# tells how it ended. Orphans become its children, so that none is left as a zombie.
+FORKER = """
+import ctypes, json, os, signal, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import email.utils, hashlib, http.client, lzma, queue, random, shutil, ssl, subprocess, tarfile
+import urllib.request
+import qvm
+if sys.platform == "linux":
+  ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+def child(order):
+  os.setsid()
+  os.environ.clear()
+  os.environ.update(order["env"])
+  for fd, path in enumerate((os.devnull, order["out"] + ".out", order["out"] + ".err")):
+    new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(new, fd)
+    os.close(new)
+  if "exec" in order:
+    os.execv(order["exec"][0], order["exec"])
+  return qvm.main(order["words"])
+
+ended = {}
+stdin, stdout = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+for line in stdin:
+  order = json.loads(line)
+  if "poll" in order:
+    try:
+      while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+          break
+        ended[pid] = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    except ChildProcessError:
+      pass
+    answer = ended.get(order["poll"])
+  else:
+    answer = os.fork()
+    if not answer:
+      code = 99
+      try:
+        code = child(order)
+        sys.stdout.flush()
+      except BaseException:
+        os.write(2, traceback.format_exc().encode())
+      os._exit(code)
+    ended.pop(answer, None)  # of an earlier process with this number
+  stdout.write(json.dumps(answer) + "\\n")
+  stdout.flush()
+"""
+
+
+class Result(NamedTuple):
+  """How a qvm ended, and what it wrote."""
+
+  words: tuple
+  code: int
+  stdout: str
+  stderr: str
+
+
+class Child:
+  """A qvm that runs in a session of its own."""
+
+  def __init__(self, forks, pid, words, out):
+    self.forks, self.pid, self.words, self.out, self.code = forks, pid, words, out, None
+
+  def poll(self):
+    """The exit code, or None while it runs."""
+    if self.code is None:
+      self.code = self.forks.ask(poll=self.pid)
+    return self.code
+
+  def wait(self):
+    """The result; a qvm that does not end is a violation."""
+    until = time.monotonic() + PATIENCE
+    while self.poll() is None:
+      if time.monotonic() > until:
+        self.kill()
+        raise Violation(f"{self.words} hangs\n{Path(self.out + '.err').read_text()}")
+      time.sleep(0.002)
+    texts = [Path(self.out + end).read_text(errors="replace") for end in (".out", ".err")]
+    for end in (".out", ".err"):
+      os.unlink(self.out + end)
+    return Result(self.words, self.code, *texts)
+
+  def kill(self):
+    """kill -9 of qvm alone, as it is not yet reaped surely of this one."""
+    if self.poll() is None:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(self.pid, signal.SIGKILL)
+
+  def alone(self):
+    """Whether none of the processes that it started is left."""
+    self.forks.ask(poll=self.pid)
+    try:
+      os.killpg(self.pid, 0)
+    except ProcessLookupError:
+      return True
+    return False
+
+
+class Forks:
+  """Starts qvm as children of one process that has imported it."""
+
+  def __init__(self, folder, root=ROOT):
+    self.folder, self.numbers, self.children = Path(folder), itertools.count(), []
+    self.program = Path(root) / "qvm.py"
+    self.process = subprocess.Popen(
+      [sys.executable, "-c", FORKER, str(root)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def ask(self, **order):
+    """Give an order and return the answer."""
+    self.process.stdin.write(json.dumps(order) + "\n")
+    self.process.stdin.flush()
+    return json.loads(self.process.stdout.readline())
+
+  def start(self, qvm, *words, fresh=False, before=(), env=None):
+    """Start qvm; before = words of a program, such as strace, that starts it."""
+    out = str(self.folder / f"out{next(self.numbers)}")
+    order = {"env": {**qvm.env, **(env or {})}, "out": out, "words": words}
+    for end in (".out", ".err"):  # they are wanted of one that is killed at once, too
+      Path(out + end).touch()
+    if fresh or before:
+      order["exec"] = [*before, *qvm.command(*words)]
+    self.children.append(Child(self, self.ask(**order), words, out))
+    return self.children[-1]
+
+  def run(self, qvm, *words, **more):
+    """Run qvm to its end."""
+    return self.start(qvm, *words, **more).wait()
+
+  def settled(self):
+    """Wait until nothing that was started is left."""
+    until = time.monotonic() + PATIENCE
+    while self.children:
+      self.children = [child for child in self.children if not child.alone()]
+      demand(time.monotonic() < until, "processes are left", [c.words for c in self.children])
+      if self.children:
+        time.sleep(0.002)
+
+  def close(self):
+    """End what is still there."""
+    for child in self.children:
+      with contextlib.suppress(ProcessLookupError):
+        if not child.alone():
+          os.killpg(child.pid, signal.SIGKILL)
+    self.process.stdin.close()
+    self.process.wait()
+    self.process.stdout.close()
+
+
+# --- What there is to download ---------------------------------------------------------------
+
+
+class Asset(NamedTuple):
+  """The bytes of an asset, and the files that they become in the cache."""
+
+  content: bytes
+  files: dict
+
+
+@functools.lru_cache(maxsize=None)
+def small_image():
+  """The smallest sound qcow2."""
+  with tempfile.TemporaryDirectory() as folder:
+    to_qcow2(boot_sector("hello")[:512], Path(folder) / "image")
+    subprocess.run(
+      ["qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=512", "image", "small"],
+      cwd=folder,
+      check=True,
+    )
+    return (Path(folder) / "small").read_bytes()
+
+
+def make_image(rng):
+  """A sound image of which no two parts are the same."""
+  content = small_image() + rng.randbytes(rng.randrange(10_000, 150_000))
+  return Asset(content, {f"base/{IMAGE}": content})
+
+
+def make_qemu(rng, pause="0"):
+  """The archive of a QEMU that ends of its own accord."""
+  program = b"#!/bin/sh\n# %x\nexec sleep %s\n" % (rng.getrandbits(64), pause.encode())
+  files = {"bin/qemu": program, "share/qemu/uefi.fd": rng.randbytes(rng.randrange(10_000, 90_000))}
+  named = {**files, "bin/qemu-system-x86_64": program}
+  del named["bin/qemu"]
+  return Asset(tar_of(files), {f"qemu/x86_64/{name}": data for name, data in named.items()})
+
+
+def make_tools(rng):
+  """The archive of a qemu-img, which is that of this host."""
+  program = b'#!/bin/sh\n# %x\nexec qemu-img "$@"\n' % rng.getrandbits(64)
+  files = {"qemu-img": program, "other": rng.randbytes(rng.randrange(10_000, 90_000))}
+  return Asset(tar_of(files), {"bin/qemu-img": program})
+
+
+MAKERS = {IMAGE: make_image, QEMU: make_qemu, TOOLS: make_tools}
+
+
+def publish(server, assets, tag="", **more):
+  """Put {name: Asset} on the server, under the usual tags if not told another."""
+  for repo, usual in sorted(set(REPOS.values())):
+    names = [name for name in assets if REPOS[name] == (repo, usual)]
+    contents = {name: assets[name].content for name in names}
+    server.add_release(repo, tag or usual, contents, **more)
+
+
+# --- What a cache must be like ---------------------------------------------------------------
+
+PUBLISHED = r"base/[^/]*\.(qcow2|kernel)|bin/qemu-img|qemu/(x86_64|aarch64)/(?!release\.json).*"
+RECORDS = r"base/[^/]*\.json|bin/qemu-img\.json|qemu/(x86_64|aarch64)/release\.json"
+RESUMABLE = r"downloads/.*\.(part|json)"
+
+
+def published(qvm):
+  """The files that whoever looks takes for whole, by name."""
+  names = [name for name in qvm.files() if re.fullmatch(PUBLISHED, name)]
+  return {name: (qvm.cache / name).read_bytes() for name in names}
+
+
+def everything(qvm):
+  """All files, those of QEMU's trees only below the trees' names."""
+  found = [name for name in qvm.files() if not re.match(r"qemu/\.", name)]
+  folder = qvm.cache / "qemu"
+  links = [path.resolve() for path in folder.iterdir() if path.is_symlink()] if qvm.files() else []
+  hidden = [path for path in folder.glob(".*") if path.resolve() not in links]
+  return found + [f"qemu/{path.name}" for path in hidden]
+
+
+def check_published(qvm, versions, loose=()):
+  """Each published file is one of its asset's versions, and a QEMU is there as a whole."""
+  there = published(qvm)
+  for name, asset_versions in versions.items():
+    if name in loose:
+      continue
+    known = [asset.files for asset in asset_versions]
+    mine = {path: data for path, data in there.items() if path.startswith(root_of(known[0]))}
+    demand(not mine or mine in known, f"wrong bytes: {sorted(mine)}")
+  unknown = [path for path in there if not any(path.startswith(root) for root in ROOTS)]
+  demand(not unknown, f"unknown files: {unknown}")
+
+
+ROOTS = ("base/" + IMAGE, "bin/qemu-img", "qemu/x86_64/")
+
+
+def root_of(files):
+  """Which of the roots the files of an asset lie in."""
+  return next(root for root in ROOTS if next(iter(files)).startswith(root))
+
+
+def check_complete(qvm, versions, loose=()):
+  """Everything is there, and is right."""
+  check_published(qvm, versions, loose)
+  there = published(qvm)
+  for name, asset_versions in versions.items():
+    missing = set(asset_versions[0].files) - set(there)
+    demand(name in loose or not missing, f"missing: {missing}")
+
+
+def check_locks(qvm):
+  """No lock is held; returns the names of the lock files."""
+  names = [name for name in qvm.files() if name.endswith(".lock")]
+  for name in names:
+    with contextlib.suppress(FileNotFoundError), (qvm.cache / name).open("rb") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise Violation(f"{name} is still locked")
+  return names
+
+
+def check_words(result, codes=(0, 1)):
+  """It ended as a user should see it: nothing but lines of its own, no bug, no secret."""
+  facts = (f"exit code {result.code}", result.stdout, result.stderr)
+  demand(result.code in codes, *facts)
+  demand(re.fullmatch("(qvm: .+\n)*", result.stderr), "not qvm's lines", *facts)
+  bad = re.search("Traceback|a bug in qvm|sig=|jwt=", result.stderr)
+  demand(not bad, f"'{bad and bad.group()}' is said", *facts)
+  demand(result.code == 0 or result.stderr, "it fails without a word", *facts)
+
+
+def check_tidy(qvm, counts, forks):
+  """A run and `clean` leave nothing but what was downloaded, its records and instances."""
+  kept = rf"{PUBLISHED}|{RECORDS}|instances/a\.(qcow2|json)"
+  for name in everything(qvm):
+    if not re.fullmatch(kept, name):
+      counts[f"left for clean: {kind_of(name)}"] += 1
+  result = forks.run(qvm, "clean")
+  check_words(result, (0,))
+  left = [name for name in everything(qvm) if not re.fullmatch(kept, name)]
+  demand(not left, f"clean leaves {left}", result.stdout)
+
+
+def kind_of(name):
+  """A file's name without what is random in it."""
+  return re.sub(r"[0-9a-f]{6,}", "*", name)
+
+
+# --- Network ---------------------------------------------------------------------------------
+
+LAST = object()
+RETRY_AFTER = ("0", "soon", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "0.5", "9" * 30)
+REDIRECTS = (
+  "{self}",
+  "ftp://127.0.0.1/x",
+  "file:///etc/passwd",
+  "http://127.0.0.1:9/x",
+  "https://127.0.0.1:9/x",
+  "http://intern.invalid/x",
+  "//",
+  "http://[",
+  "javascript:alert(1)",
+  "/nowhere",
+)
+RANGES = ("", "bytes", "bytes 0-9/10", "bytes {next}-9/{size}", "bytes 1000-2000/2001", "bytes */9")
+STATUSES = (403, 408, 425, 429, 500, 502, 503, 504)
+FINAL = (400, 401, 404, 410, 416, 451, 507)
+BODIES = ("", "Moved. Bye.", "[]", "{}", '{"tag_name": "v9", "assets": 3}', "<?xml?>", "\0" * 999)
+
+
+def any_place(rng, size):
+  """A place in a body: its ends more often than anywhere else."""
+  return rng.choice([0, 1, 511, size // 2, size - 1, rng.randrange(size)])
+
+
+def anywhere_fault(rng):
+  """A fault that any request can meet."""
+  status = rng.choice(STATUSES + FINAL)
+  kinds = [
+    {"cut": rng.choice(["connect", "headers", 0, 1]), "reset": rng.random() < 0.3},
+    {"stall": rng.choice(["headers", 0])},
+    {"status": rng.choice(STATUSES)},
+    {"status": status, "headers": {"Retry-After": rng.choice(RETRY_AFTER)}},
+    {"redirect": rng.choice(REDIRECTS), "status": rng.choice([301, 302, 303, 307, 308])},
+    {"html": True},
+    {"gzip": True},
+    {"body": rng.choice(BODIES)},
+    {"content_length": rng.choice([0, 1, 10**15])},
+    {"no_length": True},
+    {"chunked": True},
+  ]
+  return rng.choice(kinds)
+
+
+def asset_fault(rng, size):
+  """Faults of the host that serves an asset, one request after the other."""
+  place = any_place(rng, size)
+  content_range = rng.choice(RANGES).format(next=place + 1, size=size)
+  kinds = [
+    [{"cut": place, "reset": rng.random() < 0.3}],
+    [{"stall": place}],
+    [{"chunked": True, "cut": place}],
+    [{"content_length": rng.choice([size + 1, size - 1, size - place])}],
+    [{"no_length": True, "cut": place}],
+    [{"flip": place}],
+    [{"truncate": size - place}],
+    [{"weak_etag": True, "cut": place}],
+    [{"no_validator": True, "cut": place}],
+    [{"cut": place}, {"flip": any_place(rng, size)}],
+    [{"cut": place}, {"etag": '"other"'}],
+    [{"cut": place}, {"ignore_if_range": True, "etag": '"other"'}],
+    [{"cut": place}, {"ignore_range": True, "cut": any_place(rng, size)}],
+    [{"cut": place}, {"no_ranges": True}],
+    [{"cut": place}, {"content_range": content_range}],
+    [{"cut": place}, {"gzip": True}],
+    [{"cut": place}, {"status": 206, "headers": {"Content-Range": content_range}}],
+    [{"cut": place}, anywhere_fault(rng)],
+    [{"cut": place, "change": True}],
+    [{"cut": place, "change": True}, {"ignore_if_range": True}],
+    [{"stall": place, "change": True}, {"cut": any_place(rng, size)}],
+    [{"etag": '"same"', "cut": place, "change": True}, {"etag": '"same"'}],
+    [anywhere_fault(rng)],
+  ]
+  return rng.choice(kinds)
+
+
+def fault_of(rng, assets):
+  """One or two faults that belong together: (what of an address, origin, kind)."""
+  name = rng.choice([IMAGE, IMAGE, QEMU, TOOLS])
+  repo, tag = REPOS[name]
+  if rng.random() < 0.65:
+    return [(name, "cdn", kind) for kind in asset_fault(rng, len(assets[name].content))]
+  place = rng.choice([
+    (f"{repo}/releases/latest", "github"),
+    (f"releases/download/{tag}/{name}", "github"),
+    (f"{repo}/releases/tags/{tag}", "api"),
+    (f"{repo}/releases/expanded_assets/{tag}", "github"),
+    (repo, rng.choice(["github", "api", "cdn"])),
+  ])  # fmt: skip
+  return [(*place, anywhere_fault(rng))]
+
+
+class Session(NamedTuple):
+  """One run of qvm and the faults that it meets."""
+
+  words: tuple
+  faults: list  # (match, origin, times, after, kind)
+  env: dict
+
+
+class Schedule(NamedTuple):
+  """What happens to one cache."""
+
+  digests: bool
+  start: tuple  # the names of the assets that are there from the start; () = an empty cache
+  sessions: list
+
+
+def make_session(rng, assets):
+  """A session of 1 to 4 faults."""
+  faults, count = [], rng.randint(1, 4)
+  while len(faults) < count:
+    for match, origin, kind in fault_of(rng, assets):
+      times, after = rng.choice([1, 1, 1, 2, 4, None]), rng.choice([0, 0, 0, 1])
+      faults.append((match, origin, times, after, kind))
+  env = {"QVM_TIMEOUT": "0.15"} if any("stall" in fault[4] for fault in faults) else {}
+  if rng.random() < 0.02:
+    env["http_proxy"] = "http://127.0.0.1:9"
+  return Session(rng.choice([PULL] * 6 + [RUN, REFRESH]), faults[:4], env)
+
+
+def make_schedule(rng, assets):
+  """One to three sessions, on an empty or half-filled cache."""
+  names = list(MAKERS)
+  start = tuple(name for name in names if rng.random() < 0.5) if rng.random() < 0.4 else ()
+  sessions = [make_session(rng, assets) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
+  return Schedule(rng.random() < 0.75, start, sessions)
+
+
+LIES = ("flip", "truncate", "content_length", "no_length", "body", "chunked")
+
+
+def deceived(schedule, results):
+  """The assets that no digest could keep from being published as a lying server sent them."""
+  kinds = [fault for session in schedule.sessions for fault in session.faults]
+  found = set()
+  for name in MAKERS:
+    mine = [kind for match, _, _, _, kind in kinds if match in (name, REPOS[name][0])]
+    lies = any(lie in kind for kind in mine for lie in LIES)
+    lies |= any(kind.get("etag") == '"same"' or "ignore_if_range" in kind for kind in mine)
+    said = f"no digest is known for {name}"
+    if lies and any(said in result.stderr for result in results):
+      found.add(name)
+  return found
+
+
+class Network:
+  """Schedules of faults, all against one release server."""
+
+  def __init__(self, folder, forks, fresh=False):
+    self.folder, self.forks, self.fresh = Path(folder), forks, fresh
+    self.server, self.counts = ReleaseServer(), Counter()
+    self.versions = {}
+
+  def close(self):
+    """End the server."""
+    self.server.close()
+
+  def change(self, name, rng):
+    """Replace an asset on the server, under the same name."""
+    asset = MAKERS[name](rng)
+    self.versions[name].append(asset)
+    self.server.replace_asset(*REPOS[name], name, asset.content)
+
+  def set_faults(self, session, rng):
+    """Tell the server what to do wrong."""
+    for match, origin, times, after, kind in session.faults:
+      kind = dict(kind)
+      if kind.pop("change", False):
+        made = random.Random(rng.getrandbits(64))
+        kind["meanwhile"] = once(functools.partial(self.change, match, made))
+      if kind.get("redirect") == "{self}":
+        kind["redirect"] = f"{self.server.github_url}/loop"
+        self.server.fault("/loop", origin="github", times=None, redirect="/loop")
+      self.server.fault(match, origin=origin, times=times, after=after, **kind)
+
+  def one(self, seed):
+    """Play one schedule and check everything after each of its sessions."""
+    rng = random.Random(seed)
+    assets = {name: make(rng) for name, make in MAKERS.items()}
+    schedule = make_schedule(rng, assets)
+    self.versions = {name: [asset] for name, asset in assets.items()}
+    self.server.clear_faults()
+    publish(self.server, assets, digests=schedule.digests)
+    home = self.folder / "home"
+    home.mkdir()
+    qvm = Qvm(home, self.forks.program, self.server)
+    qvm.env.update(QVM_RETRY_DELAY="0.001", QVM_TIMEOUT="10")
+    results = []
+    try:
+      self.play(qvm, schedule, rng, results)
+    except Violation as violation:
+      texts = [f"--- {' '.join(r.words)}: {r.code}\n{r.stdout}{r.stderr}" for r in results]
+      raise Violation("\n".join([f"seed {seed}: {violation}", show(schedule), *texts]))
+    finally:
+      self.forks.settled()
+      shutil.rmtree(home)
+
+  def run(self, qvm, *words, results, **more):
+    """Run qvm and keep its words."""
+    results.append(self.forks.run(qvm, *words, fresh=self.fresh, **more))
+    return results[-1]
+
+  def play(self, qvm, schedule, rng, results):
+    """The sessions with their faults, then one without."""
+    if schedule.start:
+      check_words(self.run(qvm, *PULL, results=results), (0,))
+      for name in set(MAKERS) - set(schedule.start):
+        remove(qvm, self.versions[name][0].files)
+    for session in schedule.sessions:
+      self.set_faults(session, rng)
+      result = self.run(qvm, *session.words, env=session.env, results=results)
+      self.server.clear_faults()
+      self.after(qvm, schedule, result, results)
+    changed = any(len(versions) > 1 for versions in self.versions.values())
+    loose = deceived(schedule, results)
+    words = PULL if changed or loose else ("pull", "--verify", *GUEST)
+    check_words(self.run(qvm, *words, results=results), (0,))
+    check_complete(qvm, self.versions, deceived(schedule, results))
+    check_tidy(qvm, self.counts, self.forks)
+    for name in loose:
+      try:
+        check_published(qvm, {name: self.versions[name]})
+      except Violation:
+        self.counts["published wrong, as no digest was known: " + name] += 1
+
+  def after(self, qvm, schedule, result, results):
+    """Check what a session with faults leaves."""
+    check_words(result)
+    loose = deceived(schedule, results)
+    check_published(qvm, self.versions, loose)
+    if result.code == 0:
+      self.counts["sessions that worked"] += 1
+      check_complete(qvm, self.versions, loose)
+    else:
+      self.counts["sessions that failed cleanly"] += 1
+    locks = check_locks(qvm)
+    for name in everything(qvm):
+      if not re.fullmatch(f"{PUBLISHED}|{RECORDS}|{RESUMABLE}", name):
+        failed_before = any(each.code for each in results)
+        demand(failed_before, f"success leaves {name}")
+        self.counts[f"left by a failure: {kind_of(name)}"] += result.code != 0
+    there = set(qvm.files()) - set(locks)
+    parts = [name for name in there if name.endswith(".part")]
+    bare = [name for name in parts if name[: -len(".part")] + ".json" not in there]
+    demand(not bare, f"parts without notes: {bare}")
+    odd = [name for name in there if name.startswith(("instances/", "ports/"))]
+    demand(not odd, f"left: {odd}")
+
+
+def once(call):
+  """A call that is made the first time only."""
+  left = [call]
+  return lambda: left and left.pop()()
+
+
+def remove(qvm, files):
+  """Take what an asset became out of the cache."""
+  for name in files:
+    if name.startswith("qemu/"):
+      link = qvm.cache / "qemu" / "x86_64"
+      if link.is_symlink():
+        shutil.rmtree(link.resolve())
+        link.unlink()
+    else:
+      (qvm.cache / name).unlink()
+      (qvm.cache / re.sub(r"(\.qcow2)?$", ".json", name, count=1)).unlink()
+
+
+def show(schedule):
+  """A schedule for people."""
+  lines = [f"digests {schedule.digests}, at the start {', '.join(schedule.start) or 'nothing'}"]
+  for session in schedule.sessions:
+    lines.append(f"{' '.join(session.words)} {session.env or ''}")
+    lines += [f"  {fault}" for fault in session.faults]
+  return "\n".join(lines)
+
+
+def network(folder, forks, seed, numbers, fresh=False):
+  """Play schedules; returns what was counted."""
+  part = Network(folder, forks, fresh)
+  try:
+    for number in numbers:
+      part.one(f"{seed}:{number}")
+      part.counts["schedules"] += 1
+      progress(number)
+  finally:
+    part.close()
+  return part.counts
+
+
+# --- Killing ---------------------------------------------------------------------------------
+
+# The calls of the system that change files, start programs or take locks.
+CALLS = (
+  "rename,unlink,unlinkat,rmdir,mkdir,symlink,chmod,ftruncate,flock,fsync,write,pwrite64,"
+  "clone,clone3,vfork,execve"
+)
+ACTIONS = {"first run": RUN, "cached run": RUN, "refresh": REFRESH}  # what is killed
+OTHERS = (RUN, PULL, ("list",), RUN, ("run", *GUEST, "--rm", "--name", "b"), PULL)
+
+
+class Killing:
+  """A server, a cache with everything in it, and how long runs take."""
+
+  def __init__(self, folder, forks, seed):
+    self.folder, self.forks, self.counts = Path(folder), forks, Counter()
+    rng = random.Random(f"{seed}:killing")
+    self.server = ReleaseServer()
+    self.old = {IMAGE: make_image(rng), QEMU: make_qemu(rng, "0.02"), TOOLS: make_tools(rng)}
+    publish(self.server, self.old)
+    self.filled = self.home("filled", "first run")
+    check_words(forks.run(self.filled, *PULL), (0,))
+    self.new = {IMAGE: make_image(rng), QEMU: make_qemu(rng, "0.02"), TOOLS: make_tools(rng)}
+    publish(self.server, self.new, tag="v99.0.0", published="2026-09-01T00:00:00Z")
+    self.server.rate = 2e6  # so that downloads are a good part of a first run
+    self.seconds = {action: self.measure(action) for action in ACTIONS}
+    self.calls = {action: self.traced(action) for action in ACTIONS}
+
+  def versions(self, action):
+    """What may be in the cache: nothing ever changes an old image but a refresh."""
+    named = {"first run": [self.new], "cached run": [self.old], "refresh": [self.old, self.new]}
+    return {name: [assets[name] for assets in named[action]] for name in MAKERS}
+
+  def home(self, name, action):
+    """qvm in a home of its own, empty or with everything in its cache."""
+    home = self.folder / name
+    home.mkdir()
+    qvm = Qvm(home, self.forks.program, self.server)
+    if action != "first run":
+      shutil.copytree(self.filled.cache, qvm.cache, symlinks=True)
+    return qvm
+
+  @contextlib.contextmanager
+  def temporary(self, action):
+    """A home that goes away again, when nothing runs there any more."""
+    qvm = self.home("home", action)
+    try:
+      yield qvm
+    finally:
+      self.forks.settled()
+      shutil.rmtree(qvm.home)
+
+  def measure(self, action):
+    """The seconds that a run takes, the middle of five."""
+    seconds = []
+    for _ in range(5):
+      with self.temporary(action) as qvm:
+        began = time.monotonic()
+        check_words(self.forks.run(qvm, *ACTIONS[action]), (0,))
+        seconds.append(time.monotonic() - began)
+    return sorted(seconds)[2]
+
+  def traced(self, action):
+    """The calls that a run makes: (name, which of these it is in its thread); () without strace."""
+    if not shutil.which("strace"):
+      return ()
+    with self.temporary(action) as qvm:
+      log = self.folder / "strace"
+      before = (shutil.which("strace"), "-f", "-o", str(log), "-e", f"trace={CALLS}")
+      if self.forks.run(qvm, *ACTIONS[action], before=before).code:
+        return ()  # it may not trace here
+    lines = re.findall(r"^([0-9]+) +([a-z0-9]+)\(", log.read_text(), re.MULTILINE)
+    helpers = {pid for pid, call in lines if call == "execve"} - {lines[0][0]}
+    seen = Counter()
+    for line in lines:
+      seen[line] += line[0] not in helpers
+    return [(call, n + 1) for (_, call), many in seen.items() for n in range(many)]
+
+  def one(self, seed, kind):
+    """Kill a qvm at one point, and check that all is well afterwards."""
+    rng = random.Random(seed)
+    action, way = list(ACTIONS)[kind % 3], ("delay", "calls", "crowd")[kind // 3 % 3]
+    if way == "calls" and not self.calls[action]:
+      way = "delay"
+    with self.temporary(action) as qvm:
+      what = f"{action}, {way}"
+      said = [f"seed {seed}: {what}"]
+      try:
+        killed = self.strike(qvm, rng, action, way, said)
+        self.afterwards(qvm, rng, action, said)
+      except Violation as violation:
+        raise Violation("\n".join([*said, str(violation)]))
+    self.counts[f"{what}: {'killed' if killed else 'only a helper, or nothing'}"] += 1
+
+  def strike(self, qvm, rng, action, way, said):
+    """Start what there is to start, and kill one of it; whether that was still running."""
+    if way == "calls":
+      call = rng.choice(sorted({call for call, _ in self.calls[action]}))
+      number = rng.choice([number for each, number in self.calls[action] if each == call])
+      said.append(f"at the {call} number {number}")
+      inject = f"inject={call}:signal=SIGKILL:when={number}"
+      before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={CALLS}")
+      child = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject))
+      return child.wait().code == -signal.SIGKILL
+    others = [self.forks.start(qvm, *words) for words in OTHERS] if way == "crowd" else []
+    delay = rng.uniform(0, 1.1) * self.seconds[action] * (2 if others else 1)
+    said.append(f"after {delay:.4f} s")
+    child = self.forks.start(qvm, *ACTIONS[action])
+    time.sleep(delay)
+    child.kill()
+    killed = child.wait().code == -signal.SIGKILL
+    for other in others:
+      check_words(other.wait(), (0,))
+    return killed
+
+  def afterwards(self, qvm, rng, action, said):
+    """What must be true after a kill."""
+    if rng.random() < 0.5:
+      self.forks.settled()
+    else:
+      said.append("the next command comes while a helper may still run")
+      check_words(self.forks.run(qvm, "list"), (0,))
+      self.forks.settled()
+    versions = self.versions(action)
+    check_published(qvm, versions)
+    check_words(self.forks.run(qvm, "list"), (0,))
+    overlays = [name for name in qvm.files() if re.match(r"instances/.*(qcow2|ephemeral)$", name)]
+    demand(not overlays, f"the next command leaves {overlays}")
+    check_locks(qvm)
+    check_words(self.forks.run(qvm, *RUN), (0,))
+    check_complete(qvm, versions)
+    check_words(self.forks.run(qvm, "pull", "--verify", *GUEST), (0,))
+    if action == "refresh":
+      check_words(self.forks.run(qvm, *REFRESH), (0,))
+      check_complete(qvm, self.versions("first run"))
+    check_tidy(qvm, self.counts, self.forks)
+
+
+def killing(folder, forks, seed, numbers):
+  """Kill qvm at many points; returns what was counted."""
+  part = Killing(folder, forks, seed)
+  try:
+    for number in numbers:
+      part.one(f"{seed}:{number}", number)
+      part.counts["points"] += 1
+      progress(number)
+    check_published(part.filled, part.versions("cached run"))
+  finally:
+    part.server.close()
+  for action in ACTIONS:
+    calls = len(part.calls[action])
+    print(f"  {action}: {part.seconds[action]:.3f} s, {calls} calls that change something")
+  return part.counts
+
+
+# --- Crowd -----------------------------------------------------------------------------------
+
+CROWD = (
+  *[RUN] * 6,
+  *[PULL] * 3,
+  *[REFRESH] * 3,
+  *[("clean", "--all")] * 3,
+  ("run", "--name", "a", *GUEST),
+  ("rm", "a"),
+  ("rm", "a"),
+  ("list",),
+  ("list",),
+)
+# What a command may say when it fails because of what the others do.
+HONEST = (
+  r"there is no instance a; nothing is removed",
+  r"the instance a is running already \(.*\)(; nothing is removed)?",
+  r"/\S*\.qcow2 cannot be refreshed: these instances depend on it: \S+(, \S+)*",
+  r"/\S* loses files as soon as they are there",
+)
+
+
+def crowd(folder, forks, seed, numbers):
+  """Rounds of 20 fresh processes in one cache, which is empty at first."""
+  rng, counts = random.Random(f"{seed}:crowd"), Counter()
+  assets = {IMAGE: make_image(rng), QEMU: make_qemu(rng, "0.3"), TOOLS: make_tools(rng)}
+  versions = {name: [asset] for name, asset in assets.items()}
+  home = Path(folder) / "home"
+  home.mkdir()
+  with ReleaseServer() as server:
+    publish(server, assets)
+    qvm = Qvm(home, forks.program, server)
+    qvm.env["QVM_TIMEOUT"] = "30"
+    for number in numbers:
+      if number:
+        new_release(server, rng, versions, f"v9.{number}")
+      crowd_round(qvm, forks, rng, versions, counts)
+      counts["rounds"] += 1
+  shutil.rmtree(home)
+  return counts
+
+
+def new_release(server, rng, versions, tag):
+  """Publish a newer image, which `pull --refresh` is to find."""
+  versions[IMAGE].append(make_image(rng))
+  assets = {IMAGE: versions[IMAGE][-1].content}
+  server.add_release(REPOS[IMAGE][0], tag, assets, published="2026-09-01T00:00:00Z")
+
+
+def crowd_round(qvm, forks, rng, versions, counts):
+  """Everything at once, then the checks."""
+  children = []
+  for words in rng.sample(CROWD, len(CROWD)):
+    children.append(forks.start(qvm, *words, fresh=True))
+    time.sleep(rng.choice([0, 0, 0.02, 0.1]))
+  for child in children:
+    result = child.wait()
+    check_words(result)
+    counts[f"{result.words[0]}: {result.code}"] += 1
+    errors = [line[len("qvm: ") :] for line in result.stderr.splitlines()[-2:]]
+    honest = any(re.fullmatch(text, line) for text in HONEST for line in errors)
+    demand(result.code == 0 or honest, "not an honest error:", *result)
+  forks.settled()
+  check_locks(qvm)
+  check_published(qvm, versions)
+  check_words(forks.run(qvm, *RUN, fresh=True), (0,))
+  check_complete(qvm, versions)
+  listed = forks.run(qvm, "list", "--json")
+  names = [row["name"] for row in json.loads(listed.stdout)]
+  demand(set(names) <= {"a"}, f"instances are left: {names}")
+  check_tidy(qvm, counts, forks)
+  if names:
+    check_words(forks.run(qvm, "run", "--name", "a", *GUEST, fresh=True), (0,))
+    check_words(forks.run(qvm, "rm", "a"), (0,))
+
+
+# --- By hand ---------------------------------------------------------------------------------
+
+PARTS = {"network": (network, 1000), "killing": (killing, 200), "crowd": (crowd, 3)}
+
+
+def progress(number):
+  """A sign of life on a terminal."""
+  if sys.stderr.isatty():
+    sys.stderr.write(f"\r{number + 1} ")
+
+
+def play(name, seed, numbers, root=ROOT, **more):
+  """Play a part in a temporary folder, with the qvm.py in root; returns what was counted."""
+  with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+    forks = Forks(folder, root)
+    try:
+      return PARTS[name][0](folder, forks, seed, numbers, **more)
+    finally:
+      forks.close()
+
+
+def parts_of(words):
+  """{part: count} from the command line; all of them when none is named."""
+  parts = {}
+  for word in words:
+    if word in PARTS:
+      parts[word] = PARTS[word][1]
+    elif parts and word.isdecimal():
+      parts[list(parts)[-1]] = int(word)
+    else:
+      sys.exit(f"torture: '{word}' is neither {', '.join(PARTS)} nor a count after one of them")
+  return parts or {name: count for name, (_, count) in PARTS.items()}
+
+
+def main():
+  """Play the parts that are named; 1 after the first violation."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+  parser.add_argument("--only", type=int, metavar="K", help="only the schedule or point K")
+  parser.add_argument("--fresh", action="store_true", help="network with fresh interpreters")
+  parser.add_argument("parts", nargs="*", metavar="PART [COUNT]")
+  options = parser.parse_args()
+  for name, count in parts_of(options.parts).items():
+    numbers = range(count) if options.only is None else [options.only]
+    print(f"{name}, seed {options.seed}, {len(numbers)} times", flush=True)
+    more = {"fresh": True} if name == "network" and options.fresh else {}
+    began = time.monotonic()
+    try:
+      counts = play(name, options.seed, numbers, **more)
+    except Violation as violation:
+      print(f"VIOLATION in {name}, seed {options.seed}\n{violation}", flush=True)
+      return 1
+    for what, number in sorted(counts.items()):
+      print(f"  {number:6} {what}")
+    print(f"  {time.monotonic() - began:6.1f} s", flush=True)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1137,7 +1137,7 @@ def remove_tree(path: str) -> None:
   import shutil
 
   if os.path.islink(path) or os.path.isfile(path):
-    return os.unlink(path)
+    return remove_file(path)
   if os.path.isdir(path):
     shutil.rmtree(path)
 
@@ -1176,13 +1176,13 @@ def cannot_run(program: str, error: OSError) -> QvmError:
   return QvmError(message)
 
 
-def run_program(command: Sequence[str]) -> None:
+def run_program(command: Sequence[str], keep: Sequence[int] = ()) -> None:
   """Run a helper such as qemu-img to its end; QvmError with its words when it fails."""
   import subprocess
 
   with signals.hold():
     process = start(
-      command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+      command, keep, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     output = process.communicate()[0].decode("utf-8", "replace").strip()
   if process.returncode:
@@ -1731,17 +1731,22 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
     else:
       results.put(None)
 
-  for job in jobs:
-    threading.Thread(target=work, args=(job,), daemon=True).start()
+  threads = [threading.Thread(target=work, args=(job,), daemon=True) for job in jobs]
+  for thread in threads:
+    thread.start()
   pause = 0.2 if os.isatty(2) else 5.0
   try:
     for _ in jobs:
       failure = next_result(results, pause)
       if failure:
         raise failure
-  except BaseException:
+  except BaseException as error:
     net.cancelled.set()
     Transfer.abandoned = True
+    if isinstance(error, Exception):  # no signal: let the others put away what they have in hand
+      until = time.monotonic() + 1
+      for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
     raise
 
 
@@ -3048,7 +3053,10 @@ def list_instances(cache: str) -> List[Row]:
         it = Instance(files.name, "?", "?", "?")
       ssh = it.ssh if running and not holder(files).startswith("qvm") else ""
       state = "running" if running else "stopped"
-      size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
+      try:
+        size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
+      except FileNotFoundError:  # a --rm run has just ended
+        continue
       rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral))
   return rows
 
@@ -3438,14 +3446,15 @@ def available_memory(meminfo: str) -> Optional[int]:
   return None
 
 
-def make_overlay(plan: Plan) -> None:
+def make_overlay(plan: Plan, locks: Sequence[int]) -> None:
   """Make the instance's disk, an overlay on the base image, unless it is there."""
   if os.path.lexists(plan.disk):
     return
   backing = os.path.relpath(plan.base, os.path.dirname(plan.disk))
   aside = plan.disk + ".tmp"
   remove_file(aside)
-  run_program([plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside])
+  create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
+  run_program(create, locks)  # an orphaned qemu-img still holds the instance
   os.replace(aside, plan.disk)
 
 
@@ -4717,7 +4726,7 @@ def boot(
     check_base(plan)
     check_instance(plan, files)
     record_instance(plan, files, f"{address.host}:{address.port}")
-    make_overlay(plan)
+    make_overlay(plan, locks[:1])
     facts = facts_for(plan, options, address)
     if facts.keys and plan.guest.keys:
       write_key_disk(plan.cache, files, plan.guest.keys)
@@ -4969,7 +4978,10 @@ def clean(cache: str, options: Options) -> int:
     elif options.all:
       say("something is being downloaded: images and QEMU stay")
     for path in paths:
-      size = tree_size(path)
+      try:
+        size = tree_size(path)
+      except FileNotFoundError:  # a run has just ended, and with it went its lock
+        continue
       total += size
       emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache)}")
       if not options.dry_run:
@@ -5018,7 +5030,7 @@ def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
     if match.group(1) in orphans or path.endswith((".tmp", ".lock")):
       found.append(path)
   ports = [path for path in paths_in(cache, "ports") if path.endswith(".lock")]
-  return found + [path for path in ports if not is_locked(path)]
+  return found + [path for path in ports if os.path.exists(path) and not is_locked(path)]
 
 
 INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|keys|ephemeral)(\.tmp|\.old)?\Z"

@@ -1110,3 +1110,42 @@ def test_unknown_file_mirror(client, tmp_path):
 def test_addresses(given, releases, api):
   net = source.net_from(given)
   assert (net.releases, net.api) == (releases, api)
+
+
+# --- Beside runs that end --------------------------------------------------------------------
+
+
+def test_list_while_a_run_ends(offline, monkeypatch):
+  """Between the names and the sizes a --rm run may delete its files."""
+  source.make_folders(str(offline.cache))
+  folder = offline.cache / "instances"
+  for name in ("ends", "stays"):
+    (folder / f"{name}.qcow2").write_bytes(b"disk")
+  size = source.tree_size
+
+  def ends(path):
+    if path.endswith("ends.qcow2"):
+      os.unlink(path)
+    return size(path)
+
+  monkeypatch.setattr(source, "tree_size", ends)
+  assert [row.name for row in source.list_instances(str(offline.cache))] == ["stays"]
+
+
+def test_clean_while_a_run_ends(offline, monkeypatch, capfd):
+  source.make_folders(str(offline.cache))
+  folder = offline.cache / "instances"
+  for name in ("ends.lock", "stays.lock"):
+    (folder / name).write_bytes(b"")
+  size = source.tree_size
+
+  def ends(path):
+    if path.endswith("ends.lock"):
+      os.unlink(path)
+    return size(path)
+
+  monkeypatch.setattr(source, "tree_size", ends)
+  source.clean(str(offline.cache), source.Options(command="clean"))
+  out = capfd.readouterr().out
+  assert "stays.lock" in out and "ends.lock" not in out
+  assert not list(folder.glob("*.lock"))

@@ -4013,8 +4013,9 @@ cd {folder} || exit
 mark=../{mark}
 set --
 ! find "$mark" -cnewer "$mark" >/dev/null 2>&1 || set -- -cnewer "$mark"
-for options in '--no-unquote --no-recursion' --no-recursion ''; do
-  ! tar $options -cf /dev/null . 2>/dev/null || break
+options=
+for each in --no-recursion '--no-unquote --no-recursion'; do
+  ! tar $each -cf /dev/null . 2>/dev/null || options=$each
 done
 echo {ready}
 if [ "$options" ]; then

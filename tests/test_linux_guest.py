@@ -8,7 +8,7 @@ import linux_guest
 import pytest
 from conftest import ROOT, Qvm, free_port, works
 from release_server import ReleaseServer
-from test_console import processes_of
+from test_console import end_processes, processes_of
 from test_real_qemu import archives  # noqa: F401 (a fixture)
 from test_sync import tree
 
@@ -56,7 +56,9 @@ def home(tmp_path_factory):
 @pytest.fixture
 def linux(home, server):
   yield Qvm(home, ROOT / "qvm.py", server)
-  assert processes_of(home) == []
+  left = processes_of(home)
+  end_processes(home)  # also after a test that has failed
+  assert left == []
 
 
 def run(os_name, arch, *command, options=()):

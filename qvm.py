@@ -375,6 +375,7 @@ class Guest(NamedTuple):
   user: str  # who may log in over ssh
   console: bool  # whether the guest writes to its serial port
   power_off: str  # the command that ends it cleanly, for that user
+  set_clock: str  # the command that sets its clock, for that user; in UTC, as strftime(3) fills it
   keys: Optional[KeyDisk]
   table: str
 
@@ -386,15 +387,20 @@ NETBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "v1.0.0")
 
 HALT = "sudo shutdown -p now"
 HALT_OMNIOS = "sudo shutdown -i5 -g0 -y"
+DATE = "sudo date -u %Y%m%d%H%M.%S"  # date(1) of the BSDs
+DATE_HAIKU = "date -u -s '%Y-%m-%d %H:%M:%S'"  # GNU's
+DATE_OMNIOS = "sudo date -u %m%d%H%M%Y.%S"
 GUESTS = (
-  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, HALT, FREEBSD_KEYS, FREEBSD_X86_64),
-  Guest("freebsd", "arm64", "FreeBSD", "runner", True, HALT, FREEBSD_KEYS, FREEBSD_ARM64),
-  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, HALT, OPENBSD_KEYS, OPENBSD_X86_64),
-  Guest("openbsd", "arm64", "OpenBSD", "runner", True, HALT, OPENBSD_KEYS, OPENBSD_ARM64),
-  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, NETBSD_KEYS, NETBSD_X86_64),
-  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, NETBSD_KEYS, NETBSD_ARM64),
-  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", None, HAIKU_X86_64),
-  Guest("omnios", "x86-64", "OmniOS", "runner", True, HALT_OMNIOS, None, OMNIOS_X86_64),
+  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_X86_64),
+  Guest("freebsd", "arm64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_ARM64),
+  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_X86_64),
+  Guest("openbsd", "arm64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_ARM64),
+  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_X86_64),
+  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_ARM64),
+  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", DATE_HAIKU, None, HAIKU_X86_64),
+  Guest(
+    "omnios", "x86-64", "OmniOS", "runner", True, HALT_OMNIOS, DATE_OMNIOS, None, OMNIOS_X86_64
+  ),
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
 ARCHES = {
@@ -444,6 +450,7 @@ class Options(NamedTuple):
   operands: Tuple[str, ...] = ()
   platform: str = ""
   rm: bool = False
+  warm: bool = False
   dry_run: bool = False
   name: str = ""
   memory: str = "6G"
@@ -608,6 +615,8 @@ OPTIONS = (
   Option(("--platform",), "platform", "ARCH", parse_arch,
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
   Option(("--rm",), "rm", "", bool, "throw away what the guest wrote when it ends"),
+  Option(("--warm",), "warm", "", bool,
+         "with --rm: start from a checkpoint of a booted guest,\nwhich the first such run makes"),
   Option(("--dry-run",), "dry_run", "", bool,
          "only print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,
@@ -671,13 +680,14 @@ class Command(NamedTuple):
 COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
-    ("platform", "rm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu", "qemu_args",
-     "detach", "boot_timeout", "console_log", *IN_GUEST, "progress"),
+    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
+     "qemu_args", "detach", "boot_timeout", "console_log", *IN_GUEST, "progress"),
     "Boot a guest in this terminal, or for one command; download first what is missing.",
     (
       "qvm run freebsd 15.1",
       "qvm run --rm freebsd 15.1 -- uname -a",
       "qvm run --rm --sync . freebsd 15.1 -- 'make && make test'",
+      "qvm run --rm --warm freebsd 15.1 -- make test",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
       "qvm run --detach --name web freebsd 15.1",
@@ -786,6 +796,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError(
       "--detach and a command do not go together; qvm ssh NAME -- COMMAND runs it later"
     )
+  if options.warm and not options.rm:
+    raise UsageError("--warm goes with --rm: what starts from a checkpoint is thrown away")
   for option in OPTIONS:
     flag = option.flags[-1]
     if option.field in fields and option.field in IN_GUEST:
@@ -1119,6 +1131,73 @@ def instance_names(cache: str, suffix: str) -> List[str]:
   return [name[: -len(suffix)] for name in names]
 
 
+class Files(NamedTuple):
+  """The files of one instance, all in one folder and named after it."""
+
+  folder: str
+  name: str
+
+  def path(self, suffix: str) -> str:
+    return os.path.join(self.folder, self.name + suffix)
+
+  @property
+  def disk(self) -> str:
+    return self.path(".qcow2")
+
+  @property
+  def record(self) -> str:
+    return self.path(".json")
+
+  @property
+  def lock(self) -> str:
+    return self.path(".lock")
+
+  @property
+  def console(self) -> str:
+    return self.path(".console.log")
+
+  @property
+  def known_hosts(self) -> str:
+    """The host keys of this guest, kept apart from the user's."""
+    return self.path(".known_hosts")
+
+  @property
+  def keys(self) -> str:
+    """The disk from which some guests take the key that may log in."""
+    return self.path(".keys")
+
+  @property
+  def mark(self) -> str:
+    """An empty file that says: throw the instance away once it does not run."""
+    return self.path(".ephemeral")
+
+  @property
+  def memory(self) -> str:
+    """Of a checkpoint: the guest's memory, as it was."""
+    return self.path(".memory")
+
+  @property
+  def state(self) -> str:
+    """Of a checkpoint: the state of the guest's devices, as QEMU wrote it."""
+    return self.path(".state")
+
+
+def instance_files(cache: str, name: str) -> Files:
+  """The files of the instance of that name."""
+  return Files(instances(cache), name)
+
+
+def checkpoint_files(cache: str, name: str) -> Files:
+  """The files of the checkpoint of that name."""
+  return Files(os.path.join(cache, "warm"), name)
+
+
+def checkpoints(cache: str) -> List[Files]:
+  """The checkpoints there are; what has no record is none."""
+  names = [name for name in names_in(cache, "warm") if name.endswith(".json")]
+  return [checkpoint_files(cache, name[: -len(".json")]) for name in names]
+
+
 def tree_size(path: str) -> int:
   """The bytes that a file, or a folder with all in it, takes on the disk."""
   walk = [] if os.path.islink(path) else os.walk(path)
@@ -1207,6 +1286,24 @@ def end_process(process: Any) -> None:
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
+
+
+def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
+  """The exit code and the words of a program that answers a question within 10 seconds."""
+  import subprocess
+
+  try:
+    pipe = subprocess.PIPE
+    process = start(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
+  except QvmError as error:
+    return 127, f"{error}; {error.hint}"
+  try:
+    words = process.communicate(text.encode(), timeout=10)[0].decode("utf-8", "replace")
+  except subprocess.TimeoutExpired:
+    return 124, "no answer in 10 s"
+  finally:
+    end_process(process)
+  return int(process.returncode), " ".join(words.split()) or ending(process.returncode)
 
 
 # ---- Fetch --------------------------------------------------------------------------------------
@@ -2040,10 +2137,13 @@ BAD_NAME_ERRORS = (
 )  # fmt: skip
 
 
+FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code", "warm")
+
+
 def make_folders(cache: str) -> None:
   """Make the cache and its folders, for this user only."""
   os.makedirs(os.path.dirname(cache), exist_ok=True)
-  for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code"):
+  for name in FOLDERS:
     path = os.path.join(cache, name) if name else cache
     with contextlib.suppress(FileExistsError):
       os.mkdir(path, 0o700)
@@ -2385,12 +2485,23 @@ def backing_file(path: str) -> str:
     return ""
 
 
+def backing_files(cache: str) -> Dict[str, str]:
+  """The paths on which the overlays of the instances lie, by the instances' names."""
+  folder = instances(cache)
+  disks = {name: os.path.join(folder, name + ".qcow2") for name in instance_names(cache, ".qcow2")}
+  return {name: os.path.join(folder, backing_file(disk)) for name, disk in disks.items()}
+
+
 def dependants(cache: str, base: str) -> List[str]:
-  """The names of the instances whose overlays lie on a base image."""
+  """The names of the instances whose overlays lie on a base image, or on a checkpoint on it."""
   needed = os.path.join("..", "base", os.path.basename(base))
-  names = instance_names(cache, ".qcow2")
-  disks = {name: os.path.join(instances(cache), name + ".qcow2") for name in names}
-  return [name for name, disk in disks.items() if backing_file(disk) == needed]
+  found = []
+  for name, backing in backing_files(cache).items():
+    if os.path.basename(os.path.dirname(backing)) == "warm":
+      backing = backing_file(backing)
+    if backing.endswith(needed):
+      found.append(name)
+  return found
 
 
 def check_unused(plan: Plan) -> None:
@@ -2765,11 +2876,29 @@ def put_image(
     with gate(instances(plan.cache)):
       if os.path.exists(plan.base):
         check_unused(plan)
+      drop_checkpoints(plan, str(record["sha256"]))
       place(source, plan.base, record, 0o444)
       put_kernel(os.path.join(aside, "kernel"), kernel_path(plan.base))
   finally:
     remove_tree(aside)
   transfer.reset()
+
+
+CHECKPOINT_PARTS = (".qcow2", ".memory", ".state")
+
+
+def remove_checkpoint(files: Files) -> None:
+  """Delete a checkpoint within the gate, its record first; machines that run from it go on."""
+  for suffix in (".json", ".json.tmp", *CHECKPOINT_PARTS):
+    remove_file(files.path(suffix))
+
+
+def drop_checkpoints(plan: Plan, digest: str) -> None:
+  """Remove the checkpoints on another base image than the one that is about to take its place."""
+  for files in checkpoints(plan.cache):
+    mine = backing_file(files.disk).endswith("/" + os.path.basename(plan.base))
+    if mine and read_json(files.record).get("base_sha256") != digest:
+      remove_checkpoint(files)
 
 
 def put_kernel(source: str, target: str) -> None:
@@ -2835,52 +2964,6 @@ class Instance(NamedTuple):
   arch: str
   base_sha256: str = ""
   ssh: str = ""
-
-
-class Files(NamedTuple):
-  """The files of one instance, all in one folder and named after it."""
-
-  folder: str
-  name: str
-
-  def path(self, suffix: str) -> str:
-    return os.path.join(self.folder, self.name + suffix)
-
-  @property
-  def disk(self) -> str:
-    return self.path(".qcow2")
-
-  @property
-  def record(self) -> str:
-    return self.path(".json")
-
-  @property
-  def lock(self) -> str:
-    return self.path(".lock")
-
-  @property
-  def console(self) -> str:
-    return self.path(".console.log")
-
-  @property
-  def known_hosts(self) -> str:
-    """The host keys of this guest, kept apart from the user's."""
-    return self.path(".known_hosts")
-
-  @property
-  def keys(self) -> str:
-    """The disk from which some guests take the key that may log in."""
-    return self.path(".keys")
-
-  @property
-  def mark(self) -> str:
-    """An empty file that says: throw the instance away once it does not run."""
-    return self.path(".ephemeral")
-
-
-def instance_files(cache: str, name: str) -> Files:
-  """The files of the instance of that name."""
-  return Files(instances(cache), name)
 
 
 def take_instance(files: Files) -> int:
@@ -2971,6 +3054,21 @@ def sweep(cache: str) -> None:
       if os.path.exists(files.mark):
         remove_instance(files)
       drop_lock(fd, files.lock)
+  if os.path.isdir(checkpoint_files(cache, "").folder):
+    with gate(instances(cache)):
+      for path in unfinished_checkpoints(cache):
+        remove_file(path)
+
+
+def unfinished_checkpoints(cache: str) -> List[str]:
+  """The parts of checkpoints whose qvm was killed while it made them; to be asked in the gate."""
+  found = []
+  for path in paths_in(cache, "warm"):
+    stem, suffix = os.path.splitext(re.sub(r"\.json\.tmp\Z", ".tmp", path))
+    loose = suffix in (".tmp", ".lock") or not os.path.exists(stem + ".json")
+    if loose and suffix in (*CHECKPOINT_PARTS, ".tmp", ".lock") and not is_locked(stem + ".lock"):
+      found.append(path)
+  return found
 
 
 def check_instance(plan: Plan, files: Files) -> None:
@@ -3039,7 +3137,7 @@ class Row(NamedTuple):
 
 
 def list_instances(cache: str) -> List[Row]:
-  """All instances that have a disk, by name."""
+  """All instances that have a disk, by name; then the checkpoints."""
   if not os.path.isdir(instances(cache)):
     return []
   rows = []
@@ -3058,6 +3156,14 @@ def list_instances(cache: str) -> List[Row]:
       except FileNotFoundError:  # a --rm run has just ended
         continue
       rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral))
+    for files in checkpoints(cache):
+      try:
+        it = read_instance(files)
+      except QvmError:
+        it = Instance(files.name, "?", "?", "?")
+      parts = [files.record, *map(files.path, CHECKPOINT_PARTS)]
+      size = sum(tree_size(path) for path in parts if os.path.exists(path))
+      rows.append(Row(files.name, it.os, it.version, it.arch, "checkpoint", "", size, False))
   return rows
 
 
@@ -3423,10 +3529,14 @@ def fell_back(words: str) -> List[str]:
   return [f"{KVM_DENIED}: the guest is emulated, which is much slower", KVM_FIX]
 
 
+def memory_bytes(memory: str) -> int:
+  """A guest's memory as -m has it, in bytes; a number alone is megabytes."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
 def memory_warning(memory: str, available: Optional[int]) -> str:
   """A warning when a guest's memory is more than the host has to spare, both in bytes."""
-  number, factor = memory.rstrip("MGT"), {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-  wanted = int(number) << factor
+  wanted = memory_bytes(memory)
   if available is None or wanted <= available:
     return ""
   return (
@@ -3446,11 +3556,11 @@ def available_memory(meminfo: str) -> Optional[int]:
   return None
 
 
-def make_overlay(plan: Plan, locks: Sequence[int]) -> None:
-  """Make the instance's disk, an overlay on the base image, unless it is there."""
+def make_overlay(plan: Plan, below: str, locks: Sequence[int]) -> None:
+  """Make the instance's disk, an overlay on the file below, unless it is there."""
   if os.path.lexists(plan.disk):
     return
-  backing = os.path.relpath(plan.base, os.path.dirname(plan.disk))
+  backing = os.path.relpath(below, os.path.dirname(plan.disk))
   aside = plan.disk + ".tmp"
   remove_file(aside)
   create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
@@ -3709,6 +3819,11 @@ def ssh_once(
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
+def wait_for(process: Any) -> None:
+  """Wait until ssh ends."""
+  process.wait()
+
+
 def close_streams(process: Any) -> None:
   """Close our ends of a process's pipes; what is still in them, nobody reads."""
   for stream in (process.stdin, process.stdout):
@@ -3743,17 +3858,18 @@ def shell_line(script: str) -> str:
 
 
 def command_script(
-  command: Sequence[str], env: Mapping[str, str], folder: str, pid_file: str
+  command: Sequence[str], env: Mapping[str, str], folder: str, pid_file: str, first: str = ""
 ) -> str:
   """The script that runs a command in the guest; it ends as the command does.
 
   The shell stays, to make 128+N of a signal as ssh cannot, and lives through what interrupts
-  the command. pid_file, if named, holds its process group meanwhile.
+  the command. pid_file, if named, holds its process group meanwhile. first is a script to run
+  before.
   """
   import shlex
 
   words = " ".join(map(shlex.quote, command))
-  lines = ["trap : INT QUIT"]
+  lines = ["trap : INT QUIT", *filter(None, [first])]
   if folder:
     lines += [f"cd {folder} || exit"]
   if pid_file:
@@ -3860,6 +3976,274 @@ def power_off(files: Files) -> bool:
   if code not in (0, 255):
     say(f"{files.name} does not power off: {login.guest.power_off} ends with exit code {code}")
   return code in (0, 255)
+
+
+# ---- Warm starts --------------------------------------------------------------------------------
+# A checkpoint is what a guest's memory, devices and disk were when it had just booted. QEMU calls
+# it VM templating: the memory is a file, shared while the guest boots, private to each machine
+# that starts from it afterwards. Nothing is copied; siblings share what none of them has changed.
+
+WARM_PATIENCE = 15.0  # seconds that a machine from a checkpoint has to answer
+MOST_WORDS = 1 << 20  # bytes of one answer of QEMU
+
+
+class Warm(NamedTuple):
+  """How a machine is started around a checkpoint, and the control socket's two ends."""
+
+  files: Files  # of the checkpoint
+  saving: bool  # it boots to become the checkpoint; else it starts from it
+  ours: Any
+  theirs: Any
+
+
+@contextlib.contextmanager
+def warm_of(files: Files, saving: bool) -> Iterator[Warm]:
+  """A Warm with a fresh control socket, a pair that nobody else can connect to."""
+  import socket
+
+  ours, theirs = socket.socketpair()
+  with ours, theirs:
+    ours.settimeout(WARM_PATIENCE)
+    yield Warm(files, saving, ours, theirs)
+
+
+def warm_command(command: Sequence[str], warm: Warm) -> List[str]:
+  """QEMU's command line with what saving or restoring takes: the memory's file, and control.
+
+  See docs/system/vm-templating.rst of QEMU; -incoming defer waits for the order to load.
+  """
+  words = list(command)
+  words[words.index("-machine") + 1] += ",memory-backend=qvm-memory"
+  size, path = words[words.index("-m") + 1], warm.files.memory.replace(",", ",,")
+  share = "on" if warm.saving else "off"
+  words += [
+    "-object",
+    f"memory-backend-file,id=qvm-memory,size={size},mem-path={path},share={share}",
+  ]
+  words += ["-chardev", f"socket,id=qvm-control,fd={warm.theirs.fileno()}"]
+  words += ["-mon", "chardev=qvm-control,mode=control"]
+  return words if warm.saving else [*words, "-incoming", "defer"]
+
+
+class Control:
+  """QEMU's control socket (QMP); every failure is a QvmError."""
+
+  def __init__(self, link: Any) -> None:
+    self.link, self.rest = link, b""
+    self.read()  # the greeting
+    self("qmp_capabilities")
+    ignore = {"capability": "x-ignore-shared", "state": True}  # the memory is in its file already
+    self("migrate-set-capabilities", capabilities=[ignore])
+
+  def __call__(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> Any:
+    """Give an order and return its result; fds go along."""
+    import array
+    import json
+    import socket
+
+    text = json.dumps({"execute": order, "arguments": arguments}).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    try:
+      self.link.sendmsg([text], rights)
+      answer = self.read()
+      while "return" not in answer and "error" not in answer:
+        answer = self.read()  # events
+    except OSError as error:
+      raise QvmError(f"QEMU does not answer: {describe(error)}")
+    if "error" in answer:
+      raise QvmError(f"QEMU: {order}: {answer['error'].get('desc')}")
+    return answer["return"]
+
+  def read(self) -> Dict[str, Any]:
+    """The next thing that QEMU says, one line of JSON."""
+    import json
+
+    while b"\n" not in self.rest:
+      try:
+        chunk = self.link.recv(CHUNK)
+      except OSError as error:
+        raise QvmError(f"QEMU does not answer: {describe(error)}")
+      self.rest += chunk
+      if not chunk or len(self.rest) > MOST_WORDS:
+        raise QvmError("QEMU has ended" if not chunk else "QEMU says more than can be")
+    line, _, self.rest = self.rest.partition(b"\n")
+    return dict(json.loads(line.decode("utf-8", "replace")))
+
+  def accelerator(self) -> str:
+    """The accelerator that is in use."""
+    if self("query-kvm")["enabled"]:
+      return "kvm"
+    try:
+      self("x-query-jit")
+    except QvmError:
+      return "hvf"
+    return "tcg"
+
+  @contextlib.contextmanager
+  def stream(self, order: str) -> Iterator[Any]:
+    """Our end of a socket over which QEMU is ordered to send, or to take, the devices' state."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    with ours:
+      with theirs:
+        self("getfd", [theirs.fileno()], fdname="qvm-state")
+      ours.settimeout(WARM_PATIENCE)
+      self(order, uri="fd:qvm-state")
+      yield ours
+
+  def save(self, path: str) -> None:
+    """Stop the guest and write the state of its devices to a file."""
+    self("stop")
+    try:
+      with self.stream("migrate") as link, open(path, "wb") as file:
+        for chunk in iter(lambda: link.recv(CHUNK), b""):
+          file.write(chunk)
+    except OSError as error:
+      raise write_failure(path, 0, error)
+    self.settle("query-migrate", ("setup", "active", "device", "pre-switchover"), "completed")
+
+  def load(self, path: str) -> None:
+    """Take the state of the devices from a file and let the guest go on."""
+    with open(path, "rb") as file:
+      content = file.read()
+    try:
+      with self.stream("migrate-incoming") as link:
+        link.sendall(content)
+    except OSError as error:
+      raise QvmError(f"QEMU does not take the state: {describe(error)}")
+    self.settle("query-status", ("inmigrate",), "paused")
+    self("cont")
+
+  def settle(self, question: str, passing: Sequence[str], good: str) -> None:
+    """Ask until the status is none of the passing ones; QvmError unless it is the good one."""
+    deadline = time.monotonic() + WARM_PATIENCE
+    answer = self(question)
+    while answer.get("status") in passing and time.monotonic() < deadline:
+      time.sleep(0.005)
+      answer = self(question)
+    if answer.get("status") != good:
+      why = answer.get("error-desc") or f"its status is {answer.get('status')}"
+      raise QvmError(f"QEMU: {question}: {why}")
+
+
+def checkpoint_key(plan: Plan, options: Options, facts: Facts) -> str:
+  """What a checkpoint is good for, as a digest: a base image, a command line, a QEMU, this host.
+
+  Paths, address and port may differ. Which accelerator is in use shows only once QEMU runs.
+  """
+  named = plan._replace(qemu="QEMU", share="SHARE", disk="DISK")
+  facts = facts._replace(address=Address(), keys="KEYS" if facts.keys else "")
+  tree = record_of(tree_program(plan)).get("sha256")
+  own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
+  public = b""
+  if facts.keys:
+    with open(key_path(plan.cache) + ".pub", "rb") as file:
+      public = file.read(4096)
+  digest = new_sha256()
+  for text in (
+    *qemu_command(named, options, facts),
+    *(str(record_of(plan.base).get("sha256")), str(tree), own, os.fsdecode(public)),
+    *host_cpu("/proc/cpuinfo"),
+  ):
+    digest.update(os.fsencode(text) + b"\0")
+  return str(digest.hexdigest())
+
+
+def host_cpu(cpuinfo: str) -> List[str]:
+  """What tells this host's CPU and kernel from others."""
+  uname = os.uname()
+  words = [uname.sysname, uname.release, uname.machine]
+  try:
+    with open(cpuinfo, errors="replace") as file:
+      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
+  except OSError:
+    return [*words, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
+  return words + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
+
+
+def checkpoint_parts(files: Files) -> Dict[str, Any]:
+  """Size and time of each part of a checkpoint; one that is not so any more has been changed."""
+  stats = {suffix: os.stat(files.path(suffix)) for suffix in CHECKPOINT_PARTS}
+  return {suffix: [stat.st_size, int(stat.st_mtime)] for suffix, stat in stats.items()}
+
+
+def checkpoint_problem(files: Files, key: str) -> str:
+  """Why there is no checkpoint to start from; empty when there is a sound one."""
+  record = read_json(files.record)
+  if record.get("key") != key:
+    return "there is none yet"
+  if record.get("problem"):
+    return str(record["problem"])
+  try:
+    sound = record.get("parts") == checkpoint_parts(files)
+  except OSError as error:
+    return f"{error.filename}: {describe(error)}"
+  return "" if sound else "its files have been changed"
+
+
+def record_checkpoint(plan: Plan, files: Files, key: str, **more: Any) -> None:
+  """Write a checkpoint's record, with which it is complete."""
+  guest, digest = plan.guest, str(record_of(plan.base).get("sha256") or "")
+  made = Instance(files.name, guest.os, plan.version, guest.arch, digest)
+  write_json(files.record, {**made._asdict(), "key": key, **more}, 0o600)
+
+
+def keep_checkpoint(plan: Plan, warm: Warm, key: str, process: Any) -> None:
+  """Make the checkpoint of a guest that has just booted; its QEMU ends, its disk is frozen."""
+  control, files = Control(warm.ours), warm.files
+  accelerator = control.accelerator()
+  control.save(files.state)
+  with contextlib.suppress(QvmError):  # it may be gone before it answers
+    control("quit")
+  end_process(process)
+  with gate(instances(plan.cache)):
+    os.rename(plan.disk, files.disk)
+    for suffix in CHECKPOINT_PARTS:
+      with open(files.path(suffix), "rb") as file:
+        os.fsync(file.fileno())
+      os.chmod(files.path(suffix), 0o600)
+    parts = checkpoint_parts(files)
+    record_checkpoint(plan, files, key, accelerator=accelerator, parts=parts)
+
+
+def resume(warm: Warm, address: Address, process: Any, seconds: float) -> None:
+  """Let a machine go on from its checkpoint; QvmError when ssh does not answer in time."""
+  control, made = Control(warm.ours), read_json(warm.files.record).get("accelerator")
+  if control.accelerator() != made:
+    raise QvmError(f"it was made with {made}, and QEMU now uses {control.accelerator()}")
+  control.load(warm.files.state)
+
+  def ended(seconds: float) -> bool:
+    time.sleep(min(seconds, 0.02))
+    return process.poll() is not None
+
+  if not wait_for_ssh(address, seconds, ended):
+    raise QvmError(f"ssh does not answer in {seconds:g} s")
+
+
+def refresh_script(guest: Guest) -> str:
+  """What a guest from a checkpoint must be told: the time, and something random of its own."""
+  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
+  root = "sudo " if guest.set_clock.startswith("sudo ") else ""
+  clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
+  problem = "qvm: the clock of the guest cannot be set"
+  lines = [
+    f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
+    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
+  ]
+  return "\n".join(lines)
+
+
+def refresh_guest(login: Login) -> None:
+  """Tell a guest from a checkpoint the time; that it cannot be told is said, and no more."""
+  try:
+    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for, **NO_STREAMS)
+    problem = ending(code) if code else ""
+  except QvmError as error:
+    problem = str(error)
+  if problem:
+    say(f"the clock of {login.files.name} stands where its checkpoint was made: {problem}")
 
 
 # ---- Sync ---------------------------------------------------------------------------------------
@@ -4382,15 +4766,18 @@ class Landing:
         self.make_way(self.inner, path, path.rpartition("/")[2])
 
 
-def run_command(login: Login, options: Options, patience: float) -> int:
+def run_command(login: Login, options: Options, patience: float, first: str = "") -> int:
   """Run the command of `run` or `ssh` in the guest, or a shell; returns its exit code.
 
-  The folder of --sync goes there before and comes back afterwards, however the command ends.
+  The folder of --sync goes there before and comes back afterwards, however the command ends. The
+  script first, if any, runs before all.
   """
   sent: Optional[Dict[str, Sent]] = None
   if options.sync and options.sync_direction != "out":
-    sent, patience = sync_in(login, options, patience), 0.0
-  code = run_line(login, options, patience)
+    if first:  # the time must be right before files are compared by it
+      in_guest(login, shell_line(first), wait_for, patience, **NO_STREAMS)
+    sent, patience, first = sync_in(login, options, patience), 0.0, ""
+  code = run_line(login, options, patience, first)
   if options.sync and options.sync_direction != "in":
     try:
       sync_out(login, options, sent)
@@ -4399,7 +4786,7 @@ def run_command(login: Login, options: Options, patience: float) -> int:
   return code
 
 
-def run_line(login: Login, options: Options, patience: float) -> int:
+def run_line(login: Login, options: Options, patience: float, first: str = "") -> int:
   """Run the command, with our stdin, stdout and stderr; a first SIGINT is handed on to it.
 
   At a terminal Ctrl-C gets there by itself, as any other key does.
@@ -4412,7 +4799,7 @@ def run_line(login: Login, options: Options, patience: float) -> int:
   pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
   line = ""
   if options.guest_command or env or folder:
-    line = shell_line(command_script(options.guest_command, env, folder, pid_file))
+    line = shell_line(command_script(options.guest_command, env, folder, pid_file, first))
 
   def wait(process: Any) -> None:
     try:
@@ -4487,7 +4874,7 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
 def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
   """Look at what decides on adjustments."""
   mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
-  log_in = options.detach or options.guest_command
+  log_in = options.detach or options.guest_command or options.warm
   keyed = log_in and wants_key(plan.guest, str(record_of(plan.base).get("release") or ""))
   keys = instance_files(plan.cache, plan.name).keys if keyed else ""
   return Facts(address, has_linaro(plan.share), mask, keys)
@@ -4523,21 +4910,36 @@ def cmd_run(options: Options) -> int:
       say(warning)
     stack.enter_context(terminal_kept())
     streams = qemu_streams(options, log)
-    process, address, port_lock = None, options.ssh, -1
+    process = warm = None
     for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
       fetch_missing(plan, net)
       address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
-      process = boot(plan, options, address, (lock, port_lock), streams, stack)
+      launch = Launch(plan, options, address, (lock, port_lock), streams, stack)
+      warm = warm_start(launch, log) if options.warm else None
+      process = warm or boot(launch)
       if process:
         break
     if not process:
       raise QvmError(f"{plan.cache} loses files as soon as they are there")
     if options.guest_command:
-      return run_and_end(plan, options, address, process, log_start)
+      return run_and_end(launch, process, log_start, bool(warm))
+    if warm and find_program("ssh"):
+      refresh_guest(Login(files, plan.guest, address))
     if options.detach:
-      return leave_running(plan, options, address, process, log_start, stack)
+      return leave_running(launch, process, log_start, bool(warm))
     welcome(plan, address)
-    return attend(plan, process, log)
+    return attend(plan, process, log, bool(warm))
+
+
+class Launch(NamedTuple):
+  """All that starting a machine takes; the stack ends it."""
+
+  plan: Plan
+  options: Options
+  address: Address
+  locks: Tuple[int, ...]  # QEMU inherits them, so that they last as long as it does
+  streams: Dict[str, Any]  # QEMU's stdin, stdout and stderr
+  stack: contextlib.ExitStack
 
 
 def open_log(options: Options, files: Files, stack: contextlib.ExitStack) -> Optional[IO[bytes]]:
@@ -4562,22 +4964,33 @@ def qemu_streams(options: Options, log: Optional[IO[bytes]]) -> Dict[str, Any]:
   import subprocess
 
   if options.detach or options.guest_command:
-    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-    return {**streams, "start_new_session": True}
+    return background_streams(log)
   streams = {"stderr": subprocess.PIPE, "bufsize": 0}
   if is_interactive():
     return {**streams, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
   return {**streams, "stdout": subprocess.PIPE} if log else streams
 
 
-def attend(plan: Plan, process: Any, log: Optional[IO[bytes]]) -> int:
-  """Relay the console until QEMU ends; returns its exit code, 128+N after signal N."""
+def background_streams(log: Optional[IO[bytes]]) -> Dict[str, Any]:
+  """The streams of a QEMU that nobody looks at."""
+  import subprocess
+
+  streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+  return {**streams, "start_new_session": True}
+
+
+def attend(plan: Plan, process: Any, log: Optional[IO[bytes]], nudge: bool) -> int:
+  """Relay the console until QEMU ends; returns its exit code, 128+N after signal N.
+
+  nudge types a newline first, so that a prompt shows that is there already.
+  """
   folder = os.path.dirname(plan.disk)
   relay = Relay(process, bool(process.stdin), log, lambda: disk_is_full(folder))
   try:
     if relay.interactive:
       go_raw()
       say("Ctrl-A x ends the machine, Ctrl-A h shows the keys; all others go to the guest")
+      relay.pending = b"\r" if nudge else b""
     relay.run()
     process.wait()
   finally:
@@ -4592,18 +5005,13 @@ def attend(plan: Plan, process: Any, log: Optional[IO[bytes]]) -> int:
   return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
 
 
-def leave_running(
-  plan: Plan,
-  options: Options,
-  address: Address,
-  process: Any,
-  log_start: int,
-  stack: contextlib.ExitStack,
-) -> int:
+def leave_running(launch: Launch, process: Any, log_start: int, warm: bool) -> int:
   """Wait until ssh answers, then leave the machine to itself; QvmError when it dies before."""
-  say(f"{plan.name} boots in the background, its console goes to {console_of(plan, options)}")
-  answers = await_ssh(plan, options, address, process, log_start)
-  stack.pop_all()  # QEMU has the locks
+  plan, options, address = launch.plan, launch.options, launch.address
+  verb = "runs" if warm else "boots"
+  say(f"{plan.name} {verb} in the background, its console goes to {console_of(plan, options)}")
+  answers = await_ssh(launch, process, log_start)
+  launch.stack.pop_all()  # QEMU has the locks
   if not answers:
     say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
   emit(plan.name)
@@ -4616,16 +5024,18 @@ def console_of(plan: Plan, options: Options) -> str:
   return options.console_log or instance_files(plan.cache, plan.name).console
 
 
-def await_ssh(plan: Plan, options: Options, address: Address, process: Any, log_start: int) -> bool:
+def await_ssh(launch: Launch, process: Any, log_start: int) -> bool:
   """Wait until ssh answers; False when it does not in time, QvmError when the machine ends."""
   import subprocess
+
+  plan, options = launch.plan, launch.options
 
   def ended(seconds: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(seconds)
     return process.returncode is not None
 
-  answers = wait_for_ssh(address, options.boot_timeout, ended)
+  answers = wait_for_ssh(launch.address, options.boot_timeout, ended)
   lines = last_lines(console_of(plan, options), start=log_start)
   if process.poll() is not None:
     show_console(lines)
@@ -4642,19 +5052,19 @@ def show_console(lines: Iterable[str]) -> None:
     say("| " + line)
 
 
-def run_and_end(
-  plan: Plan, options: Options, address: Address, process: Any, log_start: int
-) -> int:
+def run_and_end(launch: Launch, process: Any, log_start: int, warm: bool) -> int:
   """Run a command in a machine that has just been started; returns its exit code.
 
   A persistent instance is powered off then; whatever is left of the machine ends with the stack.
   """
   import subprocess
 
+  plan, options, address = launch.plan, launch.options, launch.address
   files = instance_files(plan.cache, plan.name)
   log, start = console_of(plan, options), time.monotonic()
-  say(f"{plan.name} boots, its console goes to {log}")
-  answers = await_ssh(plan, options, address, process, log_start)
+  if not warm:
+    say(f"{plan.name} boots, its console goes to {log}")
+  answers = await_ssh(launch, process, log_start)
   try:
     if not answers:
       raise QvmError(
@@ -4663,7 +5073,8 @@ def run_and_end(
       )
     left = max(0.0, start + options.boot_timeout - time.monotonic())
     patience = min(left, LOGIN_PATIENCE) if os.path.exists(files.keys) else 0.0
-    code = run_command(Login(files, plan.guest, address), options, patience)
+    first = refresh_script(plan.guest) if warm else ""
+    code = run_command(Login(files, plan.guest, address), options, patience, first)
   except QvmError as error:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(1.0)  # a lost connection may be the first sign of its end
@@ -4708,34 +5119,151 @@ def ssh_line(guest: Guest, address: Address) -> str:
   return f"ssh -p {address.port} {guest.user}@{reachable(address)}"
 
 
-def boot(
-  plan: Plan,
-  options: Options,
-  address: Address,
-  locks: Tuple[int, int],
-  streams: Dict[str, Any],
-  stack: contextlib.ExitStack,
-) -> Any:
-  """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster.
-
-  QEMU inherits the locks, so that they last as long as it does, whatever becomes of qvm.
-  """
-  files = instance_files(plan.cache, plan.name)
+def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
+  """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster."""
+  plan, options, locks = launch.plan, launch.options, launch.locks
+  files, below = instance_files(plan.cache, plan.name), plan.base
   with gate(files.folder):
-    if not all(os.path.isfile(path) for path in (plan.base, plan.qemu, plan.qemu_img)):
+    needed = [plan.base, plan.qemu, plan.qemu_img]
+    if warm and not warm.saving:
+      below = warm.files.disk
+      needed += [below, warm.files.record]
+    if not all(os.path.isfile(path) for path in needed):
       return None
     check_base(plan)
     check_instance(plan, files)
-    record_instance(plan, files, f"{address.host}:{address.port}")
-    make_overlay(plan, locks[:1])
-    facts = facts_for(plan, options, address)
+    record_instance(plan, files, f"{launch.address.host}:{launch.address.port}")
+    make_overlay(plan, below, locks[:1])
+    facts = facts_for(plan, options, launch.address)
     if facts.keys and plan.guest.keys:
       write_key_disk(plan.cache, files, plan.guest.keys)
     with signals.hold():
       command = qemu_command(plan, options, facts)
-      process = start(command, locks, **streams)
-      stack.callback(end_process, process)
+      if warm:
+        command, locks = warm_command(command, warm), (*locks, warm.theirs.fileno())
+      process = start(command, locks, **launch.streams)
+      launch.stack.callback(end_process, process)
       note_holder(locks[0], "QEMU", process.pid)
+  return process
+
+
+def warm_start(launch: Launch, log: Optional[IO[bytes]]) -> Any:
+  """A machine that goes on from a checkpoint, which is made first if there is none.
+
+  None when that cannot be, for a reason that has been said: then it boots as always.
+  """
+  plan = launch.plan
+  facts = facts_for(plan, launch.options, launch.address)
+  if facts.keys:
+    with gate(instances(plan.cache)):
+      make_key(plan.cache)
+  key = checkpoint_key(plan, launch.options, facts)
+  name = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}-warm-{key[:10]}"
+  files = checkpoint_files(plan.cache, name)
+  problem = checkpoint_problem(files, key)
+  if problem and read_json(files.record).get("problem"):
+    say(f"there are no warm starts here: {problem} (qvm rm {name} makes the next run try again)")
+    return None
+  if problem and os.path.exists(files.record):
+    say(f"the checkpoint {name} cannot be used: {problem}")
+  process = None if problem else from_checkpoint(launch, files, key, False)
+  if not process and make_checkpoint(launch, files, key, log):
+    process = from_checkpoint(launch, files, key, True)
+  return process
+
+
+def make_checkpoint(launch: Launch, files: Files, key: str, log: Optional[IO[bytes]]) -> bool:
+  """Boot a machine in the background and make a checkpoint of it; False, said, when that fails."""
+  plan, console = launch.plan, instance_files(launch.plan.cache, launch.plan.name).console
+  free, wanted = free_space(files.folder), memory_bytes(launch.options.memory)
+  if free < wanted:
+    say(f"no checkpoint is made: the disk has {megabytes(free)}, and it may take the guest's "
+        f"memory, {megabytes(wanted)} (-m)")  # fmt: skip
+    return False
+  with contextlib.ExitStack() as stack:
+    with gate(instances(plan.cache)):
+      lock = try_lock(files.lock, lambda: False)
+      if lock is None:
+        say(f"another qvm makes the checkpoint {files.name} just now; this run does without")
+        return False
+      stack.callback(drop_lock, lock, files.lock)
+      remove_checkpoint(files)
+    stack.callback(remove_unless_complete, files)
+    stack.callback(remove_file, plan.disk)
+    if not log:
+      log = stack.enter_context(open(console, "wb", buffering=0))
+    say(f"{plan.name} boots to make the checkpoint {files.name}, its console goes to {log.name}")
+    warm = stack.enter_context(warm_of(files, True))
+    launch = launch._replace(
+      locks=(*launch.locks, lock), streams=background_streams(log), stack=stack
+    )
+    process = boot(launch, warm)
+    if not process:
+      return False
+    try:
+      settle(launch, process, os.fstat(log.fileno()).st_size)
+      keep_checkpoint(plan, warm, key, process)
+    except BootTimeout:
+      raise
+    except QvmError as error:
+      say(f"no checkpoint is made: {error}")
+      return False
+  return True
+
+
+class BootTimeout(QvmError):
+  """A guest that does not answer: to boot it once more would not help."""
+
+
+def settle(launch: Launch, process: Any, log_start: int) -> None:
+  """Wait until a guest has booted so far that it lets us in."""
+  options, guest = launch.options, launch.plan.guest
+  if not await_ssh(launch, process, log_start):
+    raise BootTimeout(
+      f"ssh has not answered in {options.boot_timeout:g} s, so there is no checkpoint",
+      "--boot-timeout gives it longer; without --warm nothing waits for ssh",
+    )
+  files = instance_files(launch.plan.cache, launch.plan.name)
+  if find_program("ssh"):
+    patience = LOGIN_PATIENCE if os.path.exists(files.keys) else 0.0
+    in_guest(Login(files, guest, launch.address), "true", wait_for, patience, **NO_STREAMS)
+
+
+def remove_unless_complete(files: Files) -> None:
+  """Delete the parts of a checkpoint that has not been completed."""
+  if not os.path.exists(files.record):
+    remove_checkpoint(files)
+
+
+def from_checkpoint(launch: Launch, files: Files, key: str, fresh: bool) -> Any:
+  """Start a machine from a checkpoint; None when that fails, which is said and drops it.
+
+  When even a fresh one fails, that is noted, so that no later run makes one in vain.
+  """
+  plan, console = launch.plan, console_of(launch.plan, launch.options)
+  start = os.path.getsize(console) if os.path.exists(console) else 0
+  with contextlib.ExitStack() as stack, warm_of(files, False) as warm:
+    process = boot(launch._replace(stack=stack), warm)
+    if not process:
+      return None
+    try:
+      patience = min(WARM_PATIENCE, launch.options.boot_timeout)
+      resume(warm, launch.address, process, patience)
+    except QvmError as error:
+      end_process(process)
+      words = last_lines(console, 3, start)
+      if process.stderr:
+        words = [process.stderr.read(TAIL).decode("utf-8", "replace")]
+      problem = " ".join(" ".join([str(error), *words]).split())
+      say(f"the checkpoint {files.name} cannot be used: {problem}")
+      remove_file(plan.disk)
+      with gate(instances(plan.cache)):
+        remove_checkpoint(files)
+        if fresh:
+          record_checkpoint(plan, files, key, problem=problem)
+      return None
+    launch.stack.push(stack.pop_all())
+  say(f"{plan.name} goes on from the checkpoint {files.name}")
   return process
 
 
@@ -4941,7 +5469,10 @@ def cmd_rm(options: Options) -> int:
   """Remove instances; all names are looked at before anything is removed."""
   cache = cache_folder(os.environ)
   sweep(cache)
-  chosen = existing(cache, options.operands, "removed")
+  frozen = {files.name: files for files in checkpoints(cache)}
+  names = [name for name in options.operands if name not in frozen]
+  chosen = existing(cache, names, "removed")
+  dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
   for files in chosen if options.force else []:
     if not wait_released(files, 0):
       stop_instance(files, True)
@@ -4955,6 +5486,10 @@ def cmd_rm(options: Options) -> int:
     for files in chosen:
       remove_instance(files)
       emit(files.name)
+  for files in dropped:
+    with gate(instances(cache)):
+      remove_checkpoint(files)  # machines that run from it have its files open
+    emit(files.name)
   return 0
 
 
@@ -4974,6 +5509,7 @@ def clean(cache: str, options: Options) -> int:
     stack.enter_context(gate(instances(cache)))
     orphans = orphan_names(cache)
     paths = unfinished(cache, alone) + instance_leftovers(cache, orphans)
+    paths += unfinished_checkpoints(cache)
     if alone:
       paths += temporaries(cache) + (unneeded(cache, orphans) if options.all else [])
     elif options.all:
@@ -5056,8 +5592,16 @@ def temporaries(cache: str) -> List[str]:
 
 
 def unneeded(cache: str, orphans: Sequence[str]) -> List[str]:
-  """Base images that no instance needs, and QEMU when nothing runs; all can be fetched again."""
+  """Checkpoints and base images that no instance needs, and QEMU when nothing runs.
+
+  All of it can be fetched or made again.
+  """
+  used = [os.path.basename(path) for n, path in backing_files(cache).items() if n not in orphans]
   found = []
+  for files in checkpoints(cache):  # the record goes first
+    if files.name + ".qcow2" not in used:
+      parts = [files.record, *map(files.path, CHECKPOINT_PARTS)]
+      found += [path for path in parts if os.path.exists(path)]
   for base in [path for path in paths_in(cache, "base") if path.endswith(".qcow2")]:
     if not set(dependants(cache, base)) - set(orphans):
       beside = (base, record_path(base), record_path(base) + ".new", kernel_path(base))
@@ -5204,24 +5748,6 @@ def check_qemu(cache: str) -> List[Check]:
       offers = words.partition(":")[2].split()
       checks.append(Check("ok", "QEMU " + cpu, f"{release}, accelerators: {' '.join(offers)}"))
   return checks
-
-
-def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
-  """The exit code and the words of a program that answers a question within 10 seconds."""
-  import subprocess
-
-  try:
-    pipe = subprocess.PIPE
-    process = start(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
-  except QvmError as error:
-    return 127, f"{error}; {error.hint}"
-  try:
-    words = process.communicate(text.encode(), timeout=10)[0].decode("utf-8", "replace")
-  except subprocess.TimeoutExpired:
-    return 124, "no answer in 10 s"
-  finally:
-    end_process(process)
-  return int(process.returncode), " ".join(words.split()) or ending(process.returncode)
 
 
 TRY_KVM = ["-accel", "kvm", "-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
@@ -5397,6 +5923,7 @@ def next_words(before: Sequence[str], cache: str) -> List[str]:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
   elif form.operands.startswith("NAME"):
     names = instance_names(cache, ".qcow2")
+    names += [files.name for files in checkpoints(cache) if command == "rm"]
     words += [name for name in names if name not in operands and re.match(NAME, name)]
   elif command == "config" and not operands:
     words += ["print-path"]

@@ -380,6 +380,7 @@ def _add_settings(archive: _Cpio, login: str, modules: "dict[str, list[str]]") -
     ("init", 0o755, _INIT),
     ("usr/sbin/shutdown", 0o755, _SHUTDOWN),
     ("usr/bin/sudo", 0o755, '#!/bin/sh\nexec "$@"\n'),
+    ("usr/sbin/date", 0o755, _DATE),
     ("etc/settings", 0o644, settings),
     ("etc/passwd", 0o644, passwd),
     ("etc/group", 0o644, "root:x:0:\n"),
@@ -501,6 +502,14 @@ $console::respawn:/bin/sh -i
 END
 export PS1='guest# '
 exec busybox init
+"""
+
+# As that of the BSDs, which take the year in front of the month.
+_DATE = r"""#!/bin/sh
+case $2 in
+  20??????????.??) exec busybox date -u -s "$2" ;;
+esac
+exec busybox date "$@"
 """
 
 # The answer reaches whoever asked through ssh before the machine is gone.

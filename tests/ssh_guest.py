@@ -13,6 +13,9 @@ $SSH_GUEST, JSON, says how the guest behaves:
   console   what the serial console shows at the start (ssh guest boots)
   die       {"after": "start", "exit": 1}: ends after the console's text, without sshd
   ignore_shutdown, ignore_term   the command, or the signal, does nothing (false)
+  control   how it answers on its control socket, where it saves and restores just a few bytes:
+            {"accelerator": "tcg", "fail": ORDER, "die": ORDER, "hang": ORDER, "mute": no banner
+            once it was restored, "note": a file that gets a line for each order} ({})
   record    a file or FIFO that gets {"argv", "pid", "fds", "keeper"} as JSON once sshd listens
 
 Two processes: the stand-in proper, and a keeper without any of its descriptors. The keeper takes
@@ -69,6 +72,7 @@ Subsystem sftp internal-sftp
 COMMANDS = {
   "sudo": 'USER=root LOGNAME=root\nexport USER LOGNAME\nexec "$@"\n',
   "whoami": 'echo "$USER"\n',
+  "date": 'case $1 in -u) echo "$*" >>"%(folder)s/dates" ;; *) exec /bin/date "$@" ;; esac\n',
   "shutdown": "kill -USR1 %(pid)d && exec sleep 600\n",
 }
 
@@ -266,7 +270,7 @@ def furnish(play, argv, log):
   write(folder + "/sshd_config", SETTINGS % words)
   for name, text in COMMANDS.items():
     text = "" if name == "shutdown" and play.get("ignore_shutdown") else text
-    text = text % words if name == "shutdown" else text
+    text = text % words if name in ("shutdown", "date") else text
     write(folder + "/bin/" + name, "#!/bin/sh\n" + text, 0o755)
   write_accounts(folder, play.get("shell", "/bin/sh"), "" if login == "open" else "*")
   for user in USERS:
@@ -374,12 +378,100 @@ def handle_signals(play, pipe):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+# --- the control socket: as much of QMP as a checkpoint takes ---------------------------------
+
+
+class ControlSocket:
+  """Answers orders; -incoming defer waits for `cont` before the guest runs."""
+
+  def __init__(self, argv, play):
+    self.play = play
+    chardevs = properties(argv, "-chardev")
+    fds = [int(it["fd"]) for it in chardevs if "socket" in it and "fd" in it]
+    self.link = socket.socket(fileno=fds[0]) if fds else None
+    self.status = "inmigrate" if "-incoming" in argv else "running"
+    self.restored = "-incoming" in argv
+    self.passed = None
+    for memory in properties(argv, "-object"):
+      if memory.get("share") == "on":
+        with open(memory["mem-path"], "ab") as file:
+          file.truncate(1 << 20)
+    if self.link:
+      self.say({"QMP": {"version": {}, "capabilities": []}})
+
+  def say(self, value):
+    with contextlib.suppress(OSError):
+      self.link.sendall(json.dumps(value).encode() + b"\r\n")
+
+  def serve(self, until=""):
+    """Answer orders until that one has been given, or nobody is there any more."""
+    rest = b""
+    while self.link:
+      try:
+        data, rights = self.link.recvmsg(65536, 64)[:2]
+      except OSError:
+        data, rights = b"", []
+      for _, _, content in rights:
+        self.passed = int.from_bytes(content[:4], sys.byteorder)
+      if not data:
+        self.link = None
+        break
+      for line in (rest + data).splitlines():
+        order = json.loads(line.decode())
+        self.obey(order["execute"], order.get("arguments") or {})
+        if order["execute"] == until:
+          return
+
+  def obey(self, order, arguments):
+    if self.play.get("note"):
+      with open(self.play["note"], "a") as file:
+        file.write(order + "\n")
+    if self.play.get("die") == order:
+      sys.stderr.write("qemu: it dies at " + order + "\n")
+      sys.stderr.flush()
+      os._exit(1)
+    while self.play.get("hang") == order:
+      signal.pause()
+    if self.play.get("fail") == order:
+      return self.say({"error": {"class": "GenericError", "desc": "told to fail at " + order}})
+    result = {}
+    accelerator = self.play.get("accelerator", "tcg")
+    if order == "query-kvm":
+      result = {"present": True, "enabled": accelerator == "kvm"}
+    elif order == "x-query-jit" and accelerator != "tcg":
+      return self.say({"error": {"class": "GenericError", "desc": "only with tcg"}})
+    elif order in ("query-status", "query-migrate"):
+      result = {"status": self.status}
+    elif order == "migrate":
+      with socket.socket(fileno=self.passed) as out:
+        out.sendall(b"state of the devices")
+      self.status = "completed"
+    elif order == "migrate-incoming":
+      self.say({"event": "MIGRATION", "data": {"status": "setup"}})
+      self.say({"return": {}})
+      with socket.socket(fileno=self.passed) as out:
+        content = b"".join(iter(lambda: out.recv(65536), b""))
+      if content != b"state of the devices":
+        raise SystemExit("qemu: load of migration failed: Invalid argument")
+      self.status = "paused"
+      return None
+    elif order == "quit":
+      self.say({"return": {}})
+      os.kill(os.getpid(), signal.SIGTERM)
+    return self.say({"return": result})
+
+
 def main(argv):
   """Do as $SSH_GUEST says; returns only when the guest dies at the start."""
   record = {"argv": argv, "pid": os.getpid(), "fds": open_descriptors(), "keeper": None}
   play = json.loads(os.environ["SSH_GUEST"])
   play["folder"] = os.path.abspath(play["folder"])
-  show(play.get("console", CONSOLE))
+  control = ControlSocket(argv, play.get("control", {}))
+  if control.restored:
+    control.serve("cont")
+    play["banner"] = not control.play.get("mute")
+  else:
+    show(play.get("console", CONSOLE))
   if play.get("die"):
     return play["die"].get("exit", play.get("exit", 1))
   reading, pipe = os.pipe()
@@ -395,6 +487,7 @@ def main(argv):
   if play.get("record"):
     with open(play["record"], "w") as file:
       json.dump(record, file)
+  control.serve()
   while True:
     signal.pause()
 

@@ -6,6 +6,7 @@ what they are compared with, so that a busy machine is busy for both.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -301,12 +302,46 @@ def turns_from_nothing(calls, count, folder):
   return found
 
 
+# --- Warm starts -----------------------------------------------------------------------------
+
+
+def bench_warm(bench, count):
+  """A finished `-- true`, cold and from a checkpoint, of a Linux on the real QEMU."""
+  import linux_guest
+  import real_qemu
+
+  folder = bench.folder / "warm"
+  folder.mkdir()
+  for cpu in ("x86_64", "aarch64"):
+    real_qemu.pack_qemu(cpu, folder / f"qemu-system-{cpu}-linux.tar")
+  real_qemu.pack_resources(folder / "resources-linux.tar")
+  archives = {path.name: path for path in folder.iterdir()}
+  home = bench.folder / "warm-home"
+  home.mkdir()
+  with ReleaseServer() as server:
+    qvm = Qvm(home, bench.pyz, server)
+    server.add_release("resources", "v2.0.0", archives)
+    for arch, firmware in (("x86-64", "bios"), ("arm64", "efi")):
+      path = folder / f"freebsd-1-{arch}.qcow2"
+      linux_guest.disk(str(ROOT / ".venv" / "linux"), arch, firmware, "open", str(path))
+      server.add_release("freebsd-builder", f"v1.{len(arch)}.0", {path.name: path})
+      words = ("--accel", "tcg", "--platform", arch, "freebsd", "1", "--", "true")
+      cold = qvm.command("run", "--rm", *words)
+      warm = qvm.command("run", "--rm", "--warm", *words)
+      calls = {
+        "warm": functools.partial(run, warm, env=qvm.env),
+        "cold": functools.partial(run, cold, env=qvm.env),
+      }
+      show(f"run --rm -- true on {arch}, -m 6G", turns(calls, count), "warm", "s")
+
+
 PARTS = {
   "start": (bench_start, 25),
   "first": (bench_first, 3),
   "pull": (bench_pull, 5),
   "growth": (bench_growth, 15),
   "sync": (bench_sync, 5),
+  "warm": (bench_warm, 5),
 }
 
 

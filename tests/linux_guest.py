@@ -379,8 +379,7 @@ def _add_settings(archive: _Cpio, login: str, modules: "dict[str, list[str]]") -
   for name, mode, text in (
     ("init", 0o755, _INIT),
     ("usr/sbin/shutdown", 0o755, _SHUTDOWN),
-    ("usr/bin/sudo", 0o755, '#!/bin/sh\nexec "$@"\n'),
-    ("usr/sbin/date", 0o755, _DATE),
+    ("usr/bin/sudo", 0o755, _SUDO),
     ("etc/settings", 0o644, settings),
     ("etc/passwd", 0o644, passwd),
     ("etc/group", 0o644, "root:x:0:\n"),
@@ -504,12 +503,12 @@ export PS1='guest# '
 exec busybox init
 """
 
-# As that of the BSDs, which take the year in front of the month.
-_DATE = r"""#!/bin/sh
-case $2 in
-  20??????????.??) exec busybox date -u -s "$2" ;;
+# Root it is already; date(1) of the BSDs takes the year in front of the month.
+_SUDO = """#!/bin/sh
+case "$1 $2 $3" in
+  'date -u 20'*) exec date -u -s "$3" ;;
 esac
-exec busybox date "$@"
+exec "$@"
 """
 
 # The answer reaches whoever asked through ssh before the machine is gone.

@@ -1,14 +1,16 @@
 """Commands in real guests: a Linux with an ssh server on real QEMU, by the tables of the BSDs."""
 
 import json
+import os
 import shutil
 import subprocess
+import time
 
 import linux_guest
 import pytest
 from conftest import ROOT, Qvm, free_port, works
 from release_server import ReleaseServer
-from test_console import end_processes, processes_of
+from test_console import Terminal, end_processes, processes_of
 from test_real_qemu import archives  # noqa: F401 (a fixture)
 from test_sync import tree
 
@@ -129,3 +131,63 @@ def test_a_machine_for_several_steps(linux, tmp_path):
   stopped = works(linux("stop", "vm", timeout=120))
   assert "vm has powered off" in stopped.stderr
   works(linux("rm", "vm"))
+
+
+def warm(os_name, arch, *command, options=()):
+  return run(os_name, arch, *command, options=("--rm", "--warm", *options))
+
+
+def test_warm_starts(linux):
+  """Each has its own copy of the world, and the time of the host."""
+  note = "ls /tmp/mine; echo mine >/tmp/mine; cat /proc/sys/kernel/random/uuid; date -u +%s"
+  first = works(linux(*warm("freebsd", "x86-64", note), timeout=240))
+  assert "boots to make the checkpoint" in first.stderr
+  (row,) = json.loads(linux("list", "--json").stdout)
+  assert row["state"] == "checkpoint" and 0 < row["size"] < 400e6
+  others = [linux.start(*warm("freebsd", "x86-64", note)) for _ in range(2)]
+  texts = [first.stdout]
+  for process in others:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "boots" not in err, err
+    assert "clock" not in err
+    texts.append(out)
+  assert len({text.split()[0] for text in texts}) == 3
+  assert abs(int(texts[-1].split()[1]) - time.time()) < 30
+  folder = linux.cache / "warm"
+  state = folder / (row["name"] + ".state")
+  data = state.read_bytes()
+  stat = state.stat()
+  state.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+  os.utime(state, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  damaged = works(linux(*warm("freebsd", "x86-64", "echo fine"), timeout=240))
+  assert damaged.stdout == "fine\n" and "cannot be used: " in damaged.stderr
+  works(linux("clean", "--all"))
+  assert list(folder.iterdir()) == []
+
+
+def test_a_warm_start_on_arm64_with_a_key_in_a_terminal(linux):
+  works(linux(*warm("openbsd", "arm64", "true"), timeout=240))
+  port = str(free_port())
+  words = (
+    "run",
+    "--rm",
+    "--warm",
+    *LIGHT,
+    "--ssh-port",
+    port,
+    "--platform",
+    "arm64",
+    "openbsd",
+    "1",
+  )
+  terminal = Terminal(linux.command(*words), linux.env)
+  try:
+    terminal.until(b"guest# ")
+    terminal.type(b"echo $((6 * 7))\r")
+    terminal.until(b"42")
+    terminal.type(b"\x01x")
+    assert terminal.end() == 0
+  finally:
+    terminal.close()
+  assert b" boots " not in terminal.shown
+  works(linux("clean", "--all"))

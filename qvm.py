@@ -91,6 +91,10 @@ class RefusedError(QvmError):
   """A file is damaged or hostile; to fetch it again may help, to keep it does not."""
 
 
+class RunningError(QvmError):
+  """An instance runs, which must not."""
+
+
 class Interrupted(BaseException):
   """A signal asks qvm to end; clean-up runs while this passes through."""
 
@@ -1170,7 +1174,10 @@ def remove_tree(path: str) -> None:
   if os.path.islink(path) or os.path.isfile(path):
     return remove_file(path)
   if os.path.isdir(path):
-    shutil.rmtree(path)
+    try:
+      shutil.rmtree(path)
+    except OSError as error:  # which names the last part of the path alone
+      raise OSError(error.errno, error.strerror, path)
 
 
 def start(command: Sequence[str], keep: Sequence[int] = (), **streams: Any) -> Any:
@@ -2071,16 +2078,45 @@ BAD_NAME_ERRORS = (
 )  # fmt: skip
 
 
+OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
+
+
 def make_folders(cache: str) -> None:
   """Make the cache and its folders, for this user only."""
-  os.makedirs(os.path.dirname(cache), exist_ok=True)
-  for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code"):
-    path = os.path.join(cache, name) if name else cache
-    with contextlib.suppress(FileExistsError):
-      os.mkdir(path, 0o700)
-    if not os.path.isdir(path):
-      raise QvmError(f"{path} is in the way: it is not a folder")
+  path = os.path.dirname(cache)
+  try:
+    os.makedirs(path, exist_ok=True)
+    for name in ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code"):
+      path = os.path.join(cache, name) if name else cache
+      with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+      if not os.path.isdir(path):
+        raise QvmError(f"{path} is in the way: it is not a folder")
+      if path == cache or os.stat(cache).st_mode & 0o011:  # else nobody gets in there
+        check_owner(path)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise QvmError(f"{error.filename or path} cannot be made: {describe(error)}", OTHER_CACHE)
   keep_code()
+
+
+def check_owner(path: str) -> None:
+  """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
+
+  Root need not be feared: it can change everything anyway.
+  """
+  stat = os.stat(path)
+  if stat.st_uid not in (0, os.getuid()):
+    raise QvmError(
+      f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
+      f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
+    )
+  if stat.st_mode & 0o022:
+    raise QvmError(
+      f"{path} can be written by other users, and what is in it gets executed",
+      f"chmod go-w {path}; or {OTHER_CACHE}",
+    )
 
 
 packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: where to keep its compiled code, and it
@@ -2099,6 +2135,21 @@ def keep_code() -> None:
       os.replace(file.name, path)
 
 
+def lock_file(fd: int, path: str, how: int) -> None:
+  """Take a lock on an open file or folder; BlockingIOError with LOCK_NB when another has it."""
+  import fcntl
+
+  try:
+    fcntl.flock(fd, how)
+  except BlockingIOError:
+    raise
+  except OSError as error:
+    raise QvmError(
+      f"{path} cannot be locked: {describe(error)}",
+      f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
+    )
+
+
 def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
   """A descriptor that holds the lock on a file, or None when another process holds it.
 
@@ -2112,12 +2163,12 @@ def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
       try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         if not wait():
           os.close(fd)
           return None
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        lock_file(fd, path, fcntl.LOCK_EX)
       here, there = os.fstat(fd), os.stat(path)
       if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
         return fd
@@ -2152,10 +2203,10 @@ def artefact_lock(folder: str, name: str) -> Iterator[None]:
   shared = os.open(folder, os.O_RDONLY)
   try:
     try:
-      fcntl.flock(shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      lock_file(shared, folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
       say("waiting for another qvm that cleans up")
-      fcntl.flock(shared, fcntl.LOCK_SH)
+      lock_file(shared, folder, fcntl.LOCK_SH)
     fd = try_lock(path, wait)
     assert fd is not None  # wait says yes
     try:
@@ -2346,7 +2397,7 @@ def gate(folder: str) -> Iterator[None]:
 
   fd = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    lock_file(fd, folder, fcntl.LOCK_EX)
     yield
   finally:
     os.close(fd)
@@ -2561,7 +2612,11 @@ def put_tree(root: str, link: str) -> None:
   now = f".{name}-{os.urandom(4).hex()}"
   os.rename(root, os.path.join(folder, now))
   remove_file(link + ".new")
-  os.symlink(now, link + ".new")
+  try:
+    os.symlink(now, link + ".new")
+  except OSError as error:
+    remove_tree(os.path.join(folder, now))
+    raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
   if not os.path.islink(link):
     remove_tree(link)  # from a copy of the cache that followed links
   os.replace(link + ".new", link)
@@ -2919,7 +2974,7 @@ def take_instance(files: Files) -> int:
   with gate(files.folder):
     fd = try_lock(files.lock, lambda: False)
     if fd is None:
-      raise QvmError(
+      raise RunningError(
         f"the instance {files.name} is running already ({holder(files)})",
         "use another --name, or --rm, for a second machine",
       )
@@ -2952,7 +3007,7 @@ def is_locked(path: str) -> bool:
   except FileNotFoundError:
     return False
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return False
   except BlockingIOError:
     return True
@@ -4980,7 +5035,7 @@ def cmd_rm(options: Options) -> int:
     for files in chosen:
       try:
         fd = take_instance(files)
-      except QvmError as error:
+      except RunningError as error:
         raise QvmError(f"{error}; nothing is removed", "qvm stop ends it, qvm rm --force as well")
       stack.callback(drop_lock, fd, files.lock)
     for files in chosen:
@@ -5028,7 +5083,7 @@ def only_one(folder: str, stack: contextlib.ExitStack) -> bool:
   fd = os.open(folder, os.O_RDONLY)
   stack.callback(os.close, fd)
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock_file(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
   return True
@@ -5198,6 +5253,11 @@ def check_cache(cache: str) -> Check:
   if not os.access(there, os.W_OK | os.X_OK):
     fix = "QVM_CACHE_DIR can name another folder"
     return Check("fault", "cache", f"{text}: it cannot be written", fix)
+  if there == cache:
+    try:
+      check_owner(cache)
+    except QvmError as error:
+      return Check("fault", "cache", str(error), error.hint)
   free = free_space(there)
   text += f", {megabytes(tree_size(cache)) if there == cache else 'empty'}, {megabytes(free)} free"
   if free < NEEDED:
@@ -5469,6 +5529,13 @@ def call(options: Options) -> int:
   return CALLS[options.command](options)
 
 
+def lies_in_cache(path: Any) -> bool:
+  """Whether a path that something failed on is one of the cache."""
+  with contextlib.suppress(QvmError):
+    return isinstance(path, str) and (path + "/").startswith(cache_folder(os.environ) + "/")
+  return False
+
+
 def main(words: Optional[Sequence[str]] = None) -> int:
   """Run qvm and return its exit code; the only function that prints errors."""
   code = failed = EXIT_FAILED
@@ -5490,6 +5557,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   except OSError as error:
     place = error.filename2 or error.filename
     say(f"{place}: {describe(error)}" if place else describe(error))
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(place):
+      say(f"is the cache yours, and can it be written? {OTHER_CACHE}")
   except Exception as error:
     if os.environ.get("QVM_DEBUG"):
       raise

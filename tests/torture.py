@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import http.server
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -32,10 +34,13 @@ from typing import NamedTuple
 from conftest import FREEBSD, ROOT, Qvm, tar_of
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
+from test_fetch import Proxy, certificate
 
 HOST = "macos" if sys.platform == "darwin" else "linux"
 IMAGE, QEMU, TOOLS = FREEBSD + ".qcow2", f"qemu-system-x86_64-{HOST}.tar", f"resources-{HOST}.tar"
+BUNDLE = FREEBSD + ".tar.zst"
 REPOS = {
+  BUNDLE: ("freebsd-builder", "v0.16.0"),
   IMAGE: ("freebsd-builder", "v0.16.0"),
   QEMU: ("resources", "v2.0.0"),
   TOOLS: ("resources", "v2.0.0"),
@@ -259,7 +264,29 @@ def make_tools(rng):
   return Asset(tar_of(files), {"bin/qemu-img": program})
 
 
+@functools.lru_cache(maxsize=None)
+def bundle_of(number):
+  """One of some bundles, and what qemu-img makes of its disk."""
+  rng = random.Random(number)
+  with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / "disk.img").write_bytes(rng.randbytes(1 << 16) + bytes(1 << 20))
+    for command in (
+      "qemu-img convert -f raw -O qcow2 disk.img disk.qcow2",
+      "tar --sparse -cf bundle.tar disk.img",
+      "zstd -q --check bundle.tar",
+    ):
+      subprocess.run(command.split(), cwd=folder, check=True)
+    content, image = (Path(folder, name).read_bytes() for name in ("bundle.tar.zst", "disk.qcow2"))
+  return Asset(content, {f"base/{IMAGE}": image})
+
+
+def make_bundle(rng):
+  """An image that has to be unpacked and converted; there are but a few, for they take long."""
+  return bundle_of(rng.randrange(8))
+
+
 MAKERS = {IMAGE: make_image, QEMU: make_qemu, TOOLS: make_tools}
+BUNDLED = {BUNDLE: make_bundle, QEMU: make_qemu, TOOLS: make_tools}
 
 
 def publish(server, assets, tag="", **more):
@@ -441,7 +468,8 @@ def asset_fault(rng, size):
 
 def fault_of(rng, assets):
   """One or two faults that belong together: (what of an address, origin, kind)."""
-  name = rng.choice([IMAGE, IMAGE, QEMU, TOOLS])
+  image, *others = assets
+  name = rng.choice([image, image, *others])
   repo, tag = REPOS[name]
   if rng.random() < 0.65:
     return [(name, "cdn", kind) for kind in asset_fault(rng, len(assets[name].content))]
@@ -461,6 +489,7 @@ class Session(NamedTuple):
   words: tuple
   faults: list  # (match, origin, times, after, kind)
   env: dict
+  obstacle: str  # what stands before any server; empty: nothing
 
 
 class Schedule(NamedTuple):
@@ -469,6 +498,15 @@ class Schedule(NamedTuple):
   digests: bool
   start: tuple  # the names of the assets that are there from the start; () = an empty cache
   sessions: list
+  secure: bool = False  # https
+  mirror: str = ""  # a way to reach a mirror that is made in the end; empty: none is
+
+
+OBSTACLES = (
+  *("closed proxy", "proxy 403", "proxy 407", "proxy 502"),
+  *("unknown authority", "wrong name", "expired"),
+)
+MIRRORS = ("file", "http")
 
 
 def make_session(rng, assets):
@@ -479,17 +517,16 @@ def make_session(rng, assets):
       times, after = rng.choice([1, 1, 1, 2, 4, None]), rng.choice([0, 0, 0, 1])
       faults.append((match, origin, times, after, kind))
   env = {"QVM_TIMEOUT": "0.15"} if any("stall" in fault[4] for fault in faults) else {}
-  if rng.random() < 0.02:
-    env["http_proxy"] = "http://127.0.0.1:9"
-  return Session(rng.choice([PULL] * 6 + [RUN, REFRESH]), faults[:4], env)
+  obstacle = rng.choice(OBSTACLES) if rng.random() < 0.08 else ""
+  return Session(rng.choice([PULL] * 6 + [RUN, REFRESH]), faults[:4], env, obstacle)
 
 
 def make_schedule(rng, assets):
   """One to three sessions, on an empty or half-filled cache."""
-  names = list(MAKERS)
-  start = tuple(name for name in names if rng.random() < 0.5) if rng.random() < 0.4 else ()
+  start = tuple(name for name in assets if rng.random() < 0.5) if rng.random() < 0.4 else ()
   sessions = [make_session(rng, assets) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
-  return Schedule(rng.random() < 0.75, start, sessions)
+  mirror = rng.choice(MIRRORS) if rng.random() < 0.1 else ""
+  return Schedule(rng.random() < 0.75, start, sessions, rng.random() < 0.2, mirror)
 
 
 LIES = ("flip", "truncate", "content_length", "no_length", "body", "chunked")
@@ -499,7 +536,7 @@ def deceived(schedule, results):
   """The assets that no digest could keep from being published as a lying server sent them."""
   kinds = [fault for session in schedule.sessions for fault in session.faults]
   found = set()
-  for name in MAKERS:
+  for name in REPOS:
     mine = [kind for match, _, _, _, kind in kinds if match in (name, REPOS[name][0])]
     lies = any(lie in kind for kind in mine for lie in LIES)
     lies |= any(kind.get("etag") == '"same"' or "ignore_if_range" in kind for kind in mine)
@@ -514,16 +551,42 @@ class Network:
 
   def __init__(self, folder, forks, fresh=False):
     self.folder, self.forks, self.fresh = Path(folder), forks, fresh
-    self.server, self.counts = ReleaseServer(), Counter()
-    self.versions = {}
+    self.counts, self.versions = Counter(), {}
+    self.open = contextlib.ExitStack()
+    self.trusts = {}  # the files by which to trust the servers with https
+    self.servers = {"http": self.open.enter_context(ReleaseServer())}
+    self.serve_tls("https", certificate)
+    self.serve_tls("wrong name", lambda folder, _: certificate(folder, "DNS:example.org"))
+    self.serve_tls("expired", expired_certificate)
+    self.server = self.servers["http"]
+    self.proxy = self.open.enter_context(served(Proxy()))
+
+  def serve_tls(self, name, make):
+    """Start one more server, with a certificate of its own."""
+    folder = self.folder / name
+    folder.mkdir()
+    tls, self.trusts[name] = make(folder, "DNS:localhost,IP:127.0.0.1")
+    self.servers[name] = self.open.enter_context(ReleaseServer(tls))
 
   def close(self):
-    """End the server."""
-    self.server.close()
+    """End the servers."""
+    self.open.close()
+
+  def behind(self, obstacle):
+    """The environment in which nothing but the obstacle can be reached."""
+    if "proxy" in obstacle:
+      self.proxy.status = int(obstacle.split()[1]) if obstacle[-1].isdigit() else 0
+      url = f"http://127.0.0.1:{self.proxy.port if self.proxy.status else 9}"
+      return {"http_proxy": url, "https_proxy": url}
+    name = obstacle if obstacle in self.servers else "https"
+    trust = self.trusts["expired" if obstacle == "unknown authority" else name]
+    server = self.servers[name]
+    urls = {"QVM_RELEASES_URL": server.url, "QVM_API_URL": server.api_url}
+    return {**urls, "SSL_CERT_FILE": trust}
 
   def change(self, name, rng):
     """Replace an asset on the server, under the same name."""
-    asset = MAKERS[name](rng)
+    asset = {**MAKERS, **BUNDLED}[name](rng)
     self.versions[name].append(asset)
     self.server.replace_asset(*REPOS[name], name, asset.content)
 
@@ -542,8 +605,11 @@ class Network:
   def one(self, seed):
     """Play one schedule and check everything after each of its sessions."""
     rng = random.Random(seed)
-    assets = {name: make(rng) for name, make in MAKERS.items()}
+    makers = BUNDLED if rng.random() < 0.15 else MAKERS
+    self.counts["schedules with a bundle"] += makers is BUNDLED
+    assets = {name: make(rng) for name, make in makers.items()}
     schedule = make_schedule(rng, assets)
+    self.server = self.servers["https" if schedule.secure else "http"]
     self.versions = {name: [asset] for name, asset in assets.items()}
     self.server.clear_faults()
     publish(self.server, assets, digests=schedule.digests)
@@ -551,6 +617,7 @@ class Network:
     home.mkdir()
     qvm = Qvm(home, self.forks.program, self.server)
     qvm.env.update(QVM_RETRY_DELAY="0.001", QVM_TIMEOUT="10")
+    qvm.env.update({"SSL_CERT_FILE": self.trusts["https"]} if schedule.secure else {})
     results = []
     try:
       self.play(qvm, schedule, rng, results)
@@ -570,24 +637,67 @@ class Network:
     """The sessions with their faults, then one without."""
     if schedule.start:
       check_words(self.run(qvm, *PULL, results=results), (0,))
-      for name in set(MAKERS) - set(schedule.start):
+      for name in set(self.versions) - set(schedule.start):
         remove(qvm, self.versions[name][0].files)
     for session in schedule.sessions:
       self.set_faults(session, rng)
-      result = self.run(qvm, *session.words, env=session.env, results=results)
+      before = published(qvm)
+      env = {**session.env, **(self.behind(session.obstacle) if session.obstacle else {})}
+      result = self.run(qvm, *session.words, env=env, results=results)
       self.server.clear_faults()
       self.after(qvm, schedule, result, results)
+      if session.obstacle:
+        self.counts[f"{session.obstacle}: {result.code}"] += 1
+        demand(published(qvm) == before, f"something came past {session.obstacle}")
+        known = re.search("proxy|certificate", result.stderr)
+        demand(result.code == 0 or known, f"{session.obstacle} is not said", *result)
     changed = any(len(versions) > 1 for versions in self.versions.values())
     loose = deceived(schedule, results)
     words = PULL if changed or loose else ("pull", "--verify", *GUEST)
     check_words(self.run(qvm, *words, results=results), (0,))
     check_complete(qvm, self.versions, deceived(schedule, results))
     check_tidy(qvm, self.counts, self.forks)
+    if schedule.mirror and not loose:
+      self.mirror(qvm, schedule, rng, results)
     for name in loose:
       try:
         check_published(qvm, {name: self.versions[name]})
       except Violation:
         self.counts["published wrong, as no digest was known: " + name] += 1
+
+  def mirror(self, qvm, schedule, rng, results):
+    """Make a mirror in spite of faults, damage one of its files, and fetch all from it."""
+    place, words = qvm.home / "mirror", ("pull", "--mirror", str(qvm.home / "mirror"), *GUEST)
+    self.set_faults(schedule.sessions[0], rng)
+    result = self.run(qvm, *words, env=schedule.sessions[0].env, results=results)
+    self.server.clear_faults()
+    check_words(result)
+    if result.code:
+      check_words(self.run(qvm, *words, results=results), (0,))
+    if deceived(schedule, results):
+      return
+    latest = {name: versions[-1:] for name, versions in self.versions.items()}
+    assets = {name: next(place.rglob(name)) for name in latest}
+    for name, path in assets.items():
+      known = [asset.content for asset in self.versions[name]]
+      demand(path.read_bytes() in known, f"the mirror has a wrong {name}")
+    shutil.rmtree(qvm.cache)
+    with contextlib.ExitStack() as stack:
+      url = f"file://{place}"
+      if schedule.mirror == "http":
+        url = stack.enter_context(served(Folder(place))).url
+      env = {"QVM_RELEASES_URL": url, "QVM_API_URL": ""}
+      path = rng.choice(list(assets.values()))
+      good = path.read_bytes()
+      path.write_bytes(damaged(rng, good))
+      result = self.run(qvm, *PULL, env=env, results=results)
+      demand(result.code == 1, f"a damaged {path.name} is taken from a mirror")
+      check_words(result)
+      check_published(qvm, self.versions)
+      path.write_bytes(good)
+      check_words(self.run(qvm, *PULL, env=env, results=results), (0,))
+      check_complete(qvm, self.versions)
+    self.counts[f"mirrors, by {schedule.mirror}"] += 1
 
   def after(self, qvm, schedule, result, results):
     """Check what a session with faults leaves."""
@@ -613,6 +723,72 @@ class Network:
     demand(not odd, f"left: {odd}")
 
 
+def expired_certificate(folder, names):
+  """As certificate() makes it, but of the year 2020 alone."""
+  tls, cert = certificate(folder, names)
+  (folder / "index").touch()
+  (folder / "config").write_text(
+    f"[ca]\ndefault_ca = me\n[me]\ndatabase = {folder}/index\nnew_certs_dir = {folder}\n"
+    f"rand_serial = yes\ndefault_md = sha256\npolicy = any\n[any]\ncommonName = optional\n"
+    f"[names]\nsubjectAltName = {names}\n"
+  )
+  request = str(folder / "request.pem")
+  key = str(folder / "key.pem")
+  command = ["openssl", "req", "-new", "-key", key, "-subj", "/CN=localhost", "-out", request]
+  subprocess.run(command, check=True)
+  command = "openssl ca -selfsign -batch -notext -extensions names"
+  command += " -startdate 20200101000000Z -enddate 20210101000000Z"
+  more = ["-config", str(folder / "config"), "-keyfile", key, "-in", request, "-out", cert]
+  subprocess.run([*command.split(), *more], check=True, stderr=subprocess.DEVNULL)
+  tls.load_cert_chain(cert, key)
+  return tls, cert
+
+
+@contextlib.contextmanager
+def served(server):
+  """A server that works in a thread of its own."""
+  thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+  thread.start()
+  try:
+    yield server
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+  """A plain file server, without its log."""
+
+  def log_message(self, format, *args):
+    pass
+
+
+class Folder(http.server.ThreadingHTTPServer):
+  """What `python3 -m http.server` serves in a folder."""
+
+  daemon_threads = True
+
+  def __init__(self, folder):
+    super().__init__(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+  def handle_error(self, request, client_address):
+    pass
+
+
+def damaged(rng, content):
+  """The content of a file that a disk, a copy or a proxy has spoilt."""
+  place = rng.randrange(len(content))
+  return rng.choice([
+    b"",
+    content[:place],
+    content + b"\0",
+    content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+    b"<html>" + content[6:],
+  ])  # fmt: skip
+
+
 def once(call):
   """A call that is made the first time only."""
   left = [call]
@@ -635,8 +811,9 @@ def remove(qvm, files):
 def show(schedule):
   """A schedule for people."""
   lines = [f"digests {schedule.digests}, at the start {', '.join(schedule.start) or 'nothing'}"]
+  lines += [f"https {schedule.secure}, mirror {schedule.mirror or 'none'}"]
   for session in schedule.sessions:
-    lines.append(f"{' '.join(session.words)} {session.env or ''}")
+    lines.append(f"{' '.join(session.words)} {session.env or ''} {session.obstacle}")
     lines += [f"  {fault}" for fault in session.faults]
   return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 
   network [1000]   schedules of faults of the release server; no wrong byte is ever published
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
+  sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
 
 qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
@@ -31,7 +32,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import FREEBSD, ROOT, Qvm, tar_of
+import ssh_guest
+from conftest import FREEBSD, ROOT, Qvm, free_port, tar_of
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
 from test_fetch import Proxy, certificate
@@ -986,6 +988,144 @@ def killing(folder, forks, seed, numbers):
   return part.counts
 
 
+# --- Killing with --sync ---------------------------------------------------------------------
+
+# What the guest does: to all files the same, however often; new ones, and one that goes.
+CHANGE = """\
+for f in f*; do tr a-m n-z <"$f" >t && cat t >"$f" && rm t; done
+rm -f gone; mkdir -p new/deep; cat f* >new/deep/sum; ln -sf ../f1 new/link"""
+LANDING = "rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,write,fchmod,utimensat,symlinkat"
+UPPER, LOWER = b"abcdefghijklm", b"nopqrstuvwxyz"
+
+
+class Syncing:
+  """A cache whose QEMU is a stand-in with a real sshd, and a folder that goes there and back."""
+
+  def __init__(self, folder, forks, seed):
+    self.folder, self.forks, self.counts = Path(folder), forks, Counter()
+    rng = random.Random(f"{seed}:sync")
+    with ReleaseServer() as server:
+      publish(server, {name: make(rng) for name, make in MAKERS.items()})
+      self.qvm = Qvm(self.folder / "home", forks.program, server)
+      self.qvm.home.mkdir()
+      check_words(forks.run(self.qvm, *PULL), (0,))
+    program = self.qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+    program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+    self.project = self.folder / "project"
+    sizes = [0, 1, 1000, 70_000, 400_000] + [rng.randrange(5000) for _ in range(20)]
+    letters = (UPPER + LOWER).decode()
+    self.old = {f"f{n}": "".join(rng.choices(letters, k=k)).encode() for n, k in enumerate(sizes)}
+    self.old["gone"] = b"gone"
+    table = bytes.maketrans(UPPER, LOWER)
+    self.new = {name: data.translate(table) for name, data in self.old.items() if name != "gone"}
+    self.new["new/deep/sum"] = b"".join(self.new[name] for name in sorted(self.new))
+    self.new["new/link"] = b"../f1"
+    self.words = ("run", "--rm", "--sync", str(self.project), "--sync-delete")
+    self.words += ("--ssh-port", str(free_port()), *GUEST, "--", CHANGE)
+    self.refill()
+    began = time.monotonic()
+    check_words(self.go().wait(), (0,))
+    self.seconds = time.monotonic() - began
+    self.settle()
+    demand(self.there() == self.new, "a run that nobody kills brings something else")
+    self.calls = self.traced()
+
+  def refill(self):
+    """Put the folder back to what it was."""
+    shutil.rmtree(self.project, ignore_errors=True)
+    self.project.mkdir()
+    for name, data in self.old.items():
+      (self.project / name).write_bytes(data)
+
+  def there(self):
+    """{path: content} of the folder; what a killed qvm had in hand has a name of its own."""
+    files = [path for path in self.project.rglob("*") if not path.is_dir()]
+    aside = [path for path in files if re.fullmatch(r"\.qvm-[0-9a-f]{12}", path.name)]
+    self.counts["left aside in the folder"] += len(aside)
+    named = {path: str(path.relative_to(self.project)) for path in files if path not in aside}
+    return {
+      name: os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+      for path, name in named.items()
+    }
+
+  def go(self, before=()):
+    """Start the run, in a guest of its own."""
+    guest = tempfile.mkdtemp(dir=self.folder, prefix="guest")
+    return self.forks.start(
+      self.qvm, *self.words, env={"SSH_GUEST": json.dumps({"folder": guest})}, before=before
+    )
+
+  def settle(self):
+    """End the machine that a killed qvm has left, and all else."""
+    listed = self.forks.run(self.qvm, "list", "--json")
+    check_words(listed, (0,))
+    for row in json.loads(listed.stdout):
+      demand(row["state"] == "running", f"an overlay is left: {row}")
+      check_words(self.forks.run(self.qvm, "stop", "--force", row["name"]), (0,))
+      self.counts["machines that were ended with stop"] += 1
+    self.forks.settled()
+    check_words(self.forks.run(self.qvm, "list"), (0,))
+    left = [name for name in self.qvm.files() if re.match(r"instances/.*(qcow2|ephemeral)$", name)]
+    demand(not left, f"left: {left}")
+    demand(not [name for name in check_locks(self.qvm) if "ports" not in name], "locks are left")
+    for guest in self.folder.glob("guest*"):
+      shutil.rmtree(guest, ignore_errors=True)
+
+  def traced(self):
+    """The calls of qvm itself that change something: {name: how many}; {} without strace."""
+    if not shutil.which("strace"):
+      return {}
+    self.refill()
+    log = self.folder / "strace"
+    before = (shutil.which("strace"), "-o", str(log), "-e", f"trace={LANDING}")
+    code = self.go(before).wait().code
+    self.settle()
+    found = Counter(re.findall(r"^([a-z0-9]+)\(", log.read_text(), re.MULTILINE))
+    return {} if code else dict(found)
+
+  def one(self, seed, number):
+    """Kill a run, look at the folder, and run it again."""
+    rng = random.Random(seed)
+    self.refill()
+    if number % 2 and self.calls:
+      call = rng.choice(sorted(self.calls))
+      when = rng.randint(1, self.calls[call])
+      said = f"seed {seed}: at the {call} number {when}"
+      inject = f"inject={call}:signal=SIGKILL:when={when}"
+      before = (shutil.which("strace"), "-o", os.devnull, "-e", f"trace={LANDING}", "-e", inject)
+      killed = self.go(before).wait().code == -signal.SIGKILL
+    else:
+      delay = rng.uniform(0, 1.1) * self.seconds
+      said = f"seed {seed}: after {delay:.4f} s"
+      child = self.go()
+      time.sleep(delay)
+      child.kill()
+      killed = child.wait().code == -signal.SIGKILL
+    self.counts["killed" if killed else "not killed"] += 1
+    try:
+      self.settle()
+      for name, data in self.there().items():
+        known = [files[name] for files in (self.old, self.new) if name in files]
+        demand(data in known, f"{name} is neither old nor new: {len(data)} bytes")
+      check_words(self.go().wait(), (0,))
+      self.settle()
+      wrong = {name for name in self.new if self.there().get(name) != self.new[name]}
+      demand(not wrong, f"the next run does not bring {sorted(wrong)}")
+    except Violation as violation:
+      raise Violation(f"{said}\n{violation}")
+
+
+def syncing(folder, forks, seed, numbers):
+  """Kill runs that carry a folder there and back; returns what was counted."""
+  part = Syncing(folder, forks, seed)
+  for number in numbers:
+    part.one(f"{seed}:{number}", number)
+    part.counts["points"] += 1
+    progress(number)
+  print(f"  a run: {part.seconds:.3f} s, {sum(part.calls.values())} calls that change something")
+  return part.counts
+
+
 # --- Crowd -----------------------------------------------------------------------------------
 
 CROWD = (
@@ -1064,7 +1204,12 @@ def crowd_round(qvm, forks, rng, versions, counts):
 
 # --- By hand ---------------------------------------------------------------------------------
 
-PARTS = {"network": (network, 1000), "killing": (killing, 200), "crowd": (crowd, 3)}
+PARTS = {
+  "network": (network, 1000),
+  "killing": (killing, 200),
+  "sync": (syncing, 60),
+  "crowd": (crowd, 3),
+}
 
 
 def progress(number):

@@ -1804,7 +1804,7 @@ def next_result(results: Any, pause: float) -> Optional[BaseException]:
 
 # ---- Releases -----------------------------------------------------------------------------------
 
-MOST_DATA = 32 << 20  # bytes of release data: 100 releases of the largest repository are 2 MB
+MOST_DATA = 8 << 20  # bytes of release data: 100 releases of the largest repository are 2 MB
 MOST_PAGES = 10
 TAG = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
 DIGEST = r"sha256:[0-9a-f]{64}\Z"
@@ -1921,7 +1921,7 @@ def api_data(net: Net, path: str) -> Any:
   url = f"{net.api}/{path}"
   try:
     return json.loads(fetch_bytes(net, url)[0].decode("utf-8"))
-  except (ValueError, RecursionError):
+  except (ValueError, RecursionError, MemoryError):
     raise QvmError(f"{short(url)}: the answer is no JSON")
   except Transient as error:
     raise QvmError(str(error))

@@ -3952,7 +3952,7 @@ def power_off(files: Files) -> bool:
 # A folder goes to ~/work in the guest as a tar stream, and what has changed there comes back as
 # another. The guest is not trusted: nothing is written outside of the folder, whatever it sends.
 
-ALWAYS_OUT = (".git",)
+ALWAYS_OUT = (".git", ".qvm-" + "[0-9a-f]" * 12)  # the latter: half files that a killed qvm left
 MOST_NAMES = 64 << 20  # bytes of the list of names that a guest may send
 READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
 

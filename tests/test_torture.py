@@ -1,8 +1,12 @@
 """A short part of `make torture`, always the same, and whether it would find anything at all."""
 
+import shutil
+
 import pytest
 from conftest import ROOT
 from torture import Violation, parts_of, play
+
+tracing = pytest.mark.skipif(not shutil.which("strace"), reason="no strace")
 
 
 def test_faults_of_the_network():
@@ -19,6 +23,18 @@ def test_kill_9():
   counts = play("killing", 1, range(12))
   assert counts["points"] == 12
   assert sum(number for what, number in counts.items() if what.endswith(": killed")) > 2
+
+
+@tracing
+def test_disks_that_fail():
+  counts = play("disk", 1, range(9))
+  assert counts["points"] == 9
+  assert sum(number for what, number in counts.items() if what.endswith(": failed")) > 4
+
+
+def test_kill_9_with_sync():
+  counts = play("sync", 1, range(4))
+  assert counts["points"] == 4 and counts["killed"] > 1
 
 
 def test_everything_at_once():
@@ -44,7 +60,7 @@ def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part):
 
 
 @pytest.mark.parametrize("words, parts", [
-  ([], {"network": 1000, "killing": 200, "crowd": 3}),
+  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "crowd": 3}),
   (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
 ])  # fmt: skip
 def test_parts(words, parts):

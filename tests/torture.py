@@ -3,6 +3,7 @@
 
   network [1000]   schedules of faults of the release server; no wrong byte is ever published
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
+  disk    [120]    one call of the system fails as on a full, broken or read-only disk
   sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
 
@@ -13,6 +14,7 @@ qvm runs as a forked child of a process that has imported it, unless it says "fr
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import http.server
@@ -117,6 +119,12 @@ for line in stdin:
 """
 
 
+def processes():
+  """What runs, for people."""
+  command = ["ps", "-eo", "pid,ppid,pgid,stat,wchan:20,args"]
+  return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 class Result(NamedTuple):
   """How a qvm ended, and what it wrote."""
 
@@ -206,7 +214,8 @@ class Forks:
     until = time.monotonic() + PATIENCE
     while self.children:
       self.children = [child for child in self.children if not child.alone()]
-      demand(time.monotonic() < until, "processes are left", [c.words for c in self.children])
+      left = [(child.pid, child.words) for child in self.children]
+      demand(time.monotonic() < until, "processes are left", left, processes())
       if self.children:
         time.sleep(0.002)
 
@@ -917,15 +926,19 @@ class Killing:
     action, way = list(ACTIONS)[kind % 3], ("delay", "calls", "crowd")[kind // 3 % 3]
     if way == "calls" and not self.calls[action]:
       way = "delay"
-    with self.temporary(action) as qvm:
-      what = f"{action}, {way}"
-      said = [f"seed {seed}: {what}"]
-      try:
+    what = f"{action}, {way}"
+    said = [f"seed {seed}: {what}"]
+    try:
+      with self.temporary(action) as qvm:
         killed = self.strike(qvm, rng, action, way, said)
         self.afterwards(qvm, rng, action, said)
-      except Violation as violation:
-        raise Violation("\n".join([*said, str(violation)]))
-    self.counts[f"{what}: {'killed' if killed else 'only a helper, or nothing'}"] += 1
+    except Violation as violation:
+      raise Violation("\n".join([*said, str(violation)]))
+    self.count(what, killed)
+
+  def count(self, what, struck):
+    """Note how a point ended."""
+    self.counts[f"{what}: {'killed' if struck else 'only a helper, or nothing'}"] += 1
 
   def strike(self, qvm, rng, action, way, said):
     """Start what there is to start, and kill one of it; whether that was still running."""
@@ -973,7 +986,11 @@ class Killing:
 
 def killing(folder, forks, seed, numbers):
   """Kill qvm at many points; returns what was counted."""
-  part = Killing(folder, forks, seed)
+  return strikes(Killing(folder, forks, seed), seed, numbers)
+
+
+def strikes(part, seed, numbers):
+  """Play the points of a part."""
   try:
     for number in numbers:
       part.one(f"{seed}:{number}", number)
@@ -986,6 +1003,59 @@ def killing(folder, forks, seed, numbers):
     calls = len(part.calls[action])
     print(f"  {action}: {part.seconds[action]:.3f} s, {calls} calls that change something")
   return part.counts
+
+
+# --- Disks that fail -------------------------------------------------------------------------
+
+WRITING = {  # which of the traced calls fail on a disk, with what
+  "rename": ("ENOSPC", "EROFS", "EIO", "EDQUOT"),
+  "mkdir": ("ENOSPC", "EROFS", "EDQUOT"),
+  "symlink": ("ENOSPC", "EROFS", "EIO"),
+  "ftruncate": ("ENOSPC", "EIO"),
+  "fsync": ("ENOSPC", "EIO", "EDQUOT"),
+  "write": ("ENOSPC", "EIO", "EDQUOT"),
+  "pwrite64": ("ENOSPC", "EIO", "EDQUOT"),
+  "chmod": ("EROFS", "EIO"),
+  "unlink": ("EROFS", "EIO"),
+}
+
+
+class Failing(Killing):
+  """As there, but a call fails instead; all the later ones too, for where there is no way out."""
+
+  def strike(self, qvm, rng, action, way, said):
+    calls = [each for each in self.calls[action] if each[0] in WRITING]
+    call = rng.choice(sorted({call for call, _ in calls}))
+    number = rng.choice([number for each, number in calls if each == call])
+    error = rng.choice(WRITING[call])
+    once_only = call in ("write", "unlink")  # or else its own words fail, and all clean-up
+    said.append(f"{error} at the {call} number {number}{'' if once_only else ' and on'}")
+    inject = f"inject={call}:error={error}:when={number}{'' if once_only else '+'}"
+    before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={CALLS}")
+    if call == "write":  # qemu-img's threads wake one another by writes, which no disk can fail
+      before += ("-b", "execve")
+    result = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject)).wait()
+    said.append(result.stderr)
+    if call != "write" or result.stderr:  # it may have been the error's own words
+      check_words(result)
+    if result.code:
+      full = error in ("ENOSPC", "EDQUOT") and "disk is full" in result.stderr
+      words = os.strerror(getattr(errno, error))
+      demand(full or call == "write" or words in result.stderr, f"'{words}' is not said")
+      self.counts["full disks that are called so"] += full
+      locks = check_locks(qvm)
+      left = set(qvm.files()) - set(locks)
+      odd = [name for name in left if re.match(r"instances/.*qcow2$", name)]
+      demand(call in ("unlink", "rename") or not odd, f"left: {odd}")
+    return result.code == 1
+
+  def count(self, what, struck):
+    self.counts[f"{what.split(',')[0]}: {'failed' if struck else 'worked all the same'}"] += 1
+
+
+def failing(folder, forks, seed, numbers):
+  """Let calls fail in many runs; returns what was counted."""
+  return strikes(Failing(folder, forks, seed), seed, numbers)
 
 
 # --- Killing with --sync ---------------------------------------------------------------------
@@ -1207,6 +1277,7 @@ def crowd_round(qvm, forks, rng, versions, counts):
 PARTS = {
   "network": (network, 1000),
   "killing": (killing, 200),
+  "disk": (failing, 120),
   "sync": (syncing, 60),
   "crowd": (crowd, 3),
 }

@@ -2093,7 +2093,7 @@ def make_folders(cache: str) -> None:
       if not os.path.isdir(path):
         raise QvmError(f"{path} is in the way: it is not a folder")
       if path == cache or os.stat(cache).st_mode & 0o011:  # else nobody gets in there
-        check_owner(path)
+        check_owner(path, cache)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -2101,13 +2101,14 @@ def make_folders(cache: str) -> None:
   keep_code()
 
 
-def check_owner(path: str) -> None:
+def check_owner(path: str, cache: str) -> None:
   """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
 
-  Root need not be feared: it can change everything anyway.
+  Root need not be feared: it can change everything anyway. In a cache of one's own, folders that
+  belong to another come from a copy that root has made of it.
   """
   stat = os.stat(path)
-  if stat.st_uid not in (0, os.getuid()):
+  if path == cache and stat.st_uid not in (0, os.getuid()):
     raise QvmError(
       f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
       f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
@@ -5255,7 +5256,7 @@ def check_cache(cache: str) -> Check:
     return Check("fault", "cache", f"{text}: it cannot be written", fix)
   if there == cache:
     try:
-      check_owner(cache)
+      check_owner(cache, cache)
     except QvmError as error:
       return Check("fault", "cache", str(error), error.hint)
   free = free_space(there)

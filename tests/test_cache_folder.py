@@ -69,10 +69,11 @@ def test_what_executes_nothing_goes_on(full):
 
 
 @as_root
-@pytest.mark.parametrize("folder", [".", "bin", "code"])
-def test_a_folder_of_another_user_is_refused(full, tmp_path, folder):
-  path = os.path.normpath(full.cache / folder)
+def test_a_folder_of_another_user_is_refused(full, tmp_path):
+  path = str(full.cache)
   full.cache.chmod(0o755)
+  os.chown(full.cache / "bin", OTHER, OTHER)  # as tar leaves it when root restores a copy
+  works(full(*RUN))
   os.chown(path, OTHER, OTHER)
   full.play(record=str(tmp_path / "record"))
   for words in (RUN, PULL):

@@ -234,11 +234,9 @@ def test_any_record(tmp_path_factory, record, whole):
 
 
 EDITED = [
-  b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"name": ' * 50_000,
-  b'{"name": "vm", "os": 5}', b'{"name": "../vm", "os": "freebsd"}',
+  b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"name": "../vm", "os": "freebsd"}',
   b'{"name": "vm", "os": "\\ud800", "version": "\\u001b[2J", "arch": "\\n", "ssh": "\\ud800"}',
-  b'{"sha256": 5, "bytes": "x", "url": [], "release": {}}', b'{"bytes": 1e999, "sha256": NaN}',
-  b'{"bytes": ' + b"9" * 5000 + b"}", b" " * (2 << 20) + b"{}",
+  b'{"sha256": 5, "bytes": "x", "url": [], "release": {}}', b'{"bytes": ' + b"9" * 5000 + b"}",
 ]  # fmt: skip
 
 

@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 import time
+from operator import itemgetter
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import (
   IO,
+  TYPE_CHECKING,
   Any,
   Callable,
   Dict,
@@ -24,7 +26,6 @@ from typing import (
   Iterator,
   List,
   Mapping,
-  NamedTuple,
   Optional,
   Sequence,
   Set,
@@ -33,6 +34,36 @@ from typing import (
 )
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+  from typing import NamedTuple
+else:
+
+  class NamedTuple(tuple):
+    """typing.NamedTuple as far as qvm uses it; to make its classes takes a tenth of the time."""
+
+    def __init_subclass__(cls):
+      cls._fields = tuple(cls.__annotations__)
+      cls._defaults = {name: vars(cls)[name] for name in cls._fields if name in vars(cls)}
+      for place, name in enumerate(cls._fields):
+        setattr(cls, name, property(itemgetter(place)))
+
+    def __new__(cls, *values, **named):
+      left = {**cls._defaults, **named}
+      values += tuple(left[name] for name in cls._fields[len(values) :])
+      if len(values) != len(cls._fields) or not left.keys() <= set(cls._fields):
+        raise TypeError(f"{cls.__name__} has the fields {', '.join(cls._fields)}")
+      return super().__new__(cls, values)
+
+    def __repr__(self):
+      return f"{type(self).__name__}{tuple(self)}"
+
+    def _asdict(self):
+      return dict(zip(self._fields, self))
+
+    def _replace(self, **changes):
+      return type(self)(**{**self._asdict(), **changes})
+
 
 # ---- Errors, messages and signals ---------------------------------------------------------------
 
@@ -58,6 +89,10 @@ class UsageError(QvmError):
 
 class RefusedError(QvmError):
   """A file is damaged or hostile; to fetch it again may help, to keep it does not."""
+
+
+class RunningError(QvmError):
+  """An instance runs, which must not."""
 
 
 class Interrupted(BaseException):
@@ -1218,7 +1253,10 @@ def remove_tree(path: str) -> None:
   if os.path.islink(path) or os.path.isfile(path):
     return remove_file(path)
   if os.path.isdir(path):
-    shutil.rmtree(path)
+    try:
+      shutil.rmtree(path)
+    except OSError as error:  # which names the last part of the path alone
+      raise OSError(error.errno, error.strerror, path)
 
 
 def start(command: Sequence[str], keep: Sequence[int] = (), **streams: Any) -> Any:
@@ -1863,7 +1901,7 @@ def next_result(results: Any, pause: float) -> Optional[BaseException]:
 
 # ---- Releases -----------------------------------------------------------------------------------
 
-MOST_DATA = 32 << 20  # bytes of release data: 100 releases of the largest repository are 2 MB
+MOST_DATA = 8 << 20  # bytes of release data: 100 releases of the largest repository are 2 MB
 MOST_PAGES = 10
 TAG = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
 DIGEST = r"sha256:[0-9a-f]{64}\Z"
@@ -1980,7 +2018,7 @@ def api_data(net: Net, path: str) -> Any:
   url = f"{net.api}/{path}"
   try:
     return json.loads(fetch_bytes(net, url)[0].decode("utf-8"))
-  except (ValueError, RecursionError):
+  except (ValueError, RecursionError, MemoryError):
     raise QvmError(f"{short(url)}: the answer is no JSON")
   except Transient as error:
     raise QvmError(str(error))
@@ -2138,18 +2176,46 @@ BAD_NAME_ERRORS = (
 
 
 FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code", "warm")
+OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
 
 
 def make_folders(cache: str) -> None:
   """Make the cache and its folders, for this user only."""
-  os.makedirs(os.path.dirname(cache), exist_ok=True)
-  for name in FOLDERS:
-    path = os.path.join(cache, name) if name else cache
-    with contextlib.suppress(FileExistsError):
-      os.mkdir(path, 0o700)
-    if not os.path.isdir(path):
-      raise QvmError(f"{path} is in the way: it is not a folder")
+  path = os.path.dirname(cache)
+  try:
+    os.makedirs(path, exist_ok=True)
+    for name in FOLDERS:
+      path = os.path.join(cache, name) if name else cache
+      with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+      if not os.path.isdir(path):
+        raise QvmError(f"{path} is in the way: it is not a folder")
+      if path == cache or os.stat(cache).st_mode & 0o011:  # else nobody gets in there
+        check_owner(path, cache)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise QvmError(f"{error.filename or path} cannot be made: {describe(error)}", OTHER_CACHE)
   keep_code()
+
+
+def check_owner(path: str, cache: str) -> None:
+  """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
+
+  Root need not be feared: it can change everything anyway. In a cache of one's own, folders that
+  belong to another come from a copy that root has made of it.
+  """
+  stat = os.stat(path)
+  if path == cache and stat.st_uid not in (0, os.getuid()):
+    raise QvmError(
+      f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
+      f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
+    )
+  if stat.st_mode & 0o022:
+    raise QvmError(
+      f"{path} can be written by other users, and what is in it gets executed",
+      f"chmod go-w {path}; or {OTHER_CACHE}",
+    )
 
 
 packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: where to keep its compiled code, and it
@@ -2168,6 +2234,21 @@ def keep_code() -> None:
       os.replace(file.name, path)
 
 
+def lock_file(fd: int, path: str, how: int) -> None:
+  """Take a lock on an open file or folder; BlockingIOError with LOCK_NB when another has it."""
+  import fcntl
+
+  try:
+    fcntl.flock(fd, how)
+  except BlockingIOError:
+    raise
+  except OSError as error:
+    raise QvmError(
+      f"{path} cannot be locked: {describe(error)}",
+      f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
+    )
+
+
 def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
   """A descriptor that holds the lock on a file, or None when another process holds it.
 
@@ -2181,12 +2262,12 @@ def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
       try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         if not wait():
           os.close(fd)
           return None
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        lock_file(fd, path, fcntl.LOCK_EX)
       here, there = os.fstat(fd), os.stat(path)
       if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
         return fd
@@ -2221,10 +2302,10 @@ def artefact_lock(folder: str, name: str) -> Iterator[None]:
   shared = os.open(folder, os.O_RDONLY)
   try:
     try:
-      fcntl.flock(shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      lock_file(shared, folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
       say("waiting for another qvm that cleans up")
-      fcntl.flock(shared, fcntl.LOCK_SH)
+      lock_file(shared, folder, fcntl.LOCK_SH)
     fd = try_lock(path, wait)
     assert fd is not None  # wait says yes
     try:
@@ -2415,7 +2496,7 @@ def gate(folder: str) -> Iterator[None]:
 
   fd = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    lock_file(fd, folder, fcntl.LOCK_EX)
     yield
   finally:
     os.close(fd)
@@ -2641,7 +2722,11 @@ def put_tree(root: str, link: str) -> None:
   now = f".{name}-{os.urandom(4).hex()}"
   os.rename(root, os.path.join(folder, now))
   remove_file(link + ".new")
-  os.symlink(now, link + ".new")
+  try:
+    os.symlink(now, link + ".new")
+  except OSError as error:
+    remove_tree(os.path.join(folder, now))
+    raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
   if not os.path.islink(link):
     remove_tree(link)  # from a copy of the cache that followed links
   os.replace(link + ".new", link)
@@ -2971,7 +3056,7 @@ def take_instance(files: Files) -> int:
   with gate(files.folder):
     fd = try_lock(files.lock, lambda: False)
     if fd is None:
-      raise QvmError(
+      raise RunningError(
         f"the instance {files.name} is running already ({holder(files)})",
         "use another --name, or --rm, for a second machine",
       )
@@ -3004,7 +3089,7 @@ def is_locked(path: str) -> bool:
   except FileNotFoundError:
     return False
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return False
   except BlockingIOError:
     return True
@@ -4250,7 +4335,7 @@ def refresh_guest(login: Login) -> None:
 # A folder goes to ~/work in the guest as a tar stream, and what has changed there comes back as
 # another. The guest is not trusted: nothing is written outside of the folder, whatever it sends.
 
-ALWAYS_OUT = (".git",)
+ALWAYS_OUT = (".git", ".qvm-" + "[0-9a-f]" * 12)  # the latter: half files that a killed qvm left
 MOST_NAMES = 64 << 20  # bytes of the list of names that a guest may send
 READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
 
@@ -5480,7 +5565,7 @@ def cmd_rm(options: Options) -> int:
     for files in chosen:
       try:
         fd = take_instance(files)
-      except QvmError as error:
+      except RunningError as error:
         raise QvmError(f"{error}; nothing is removed", "qvm stop ends it, qvm rm --force as well")
       stack.callback(drop_lock, fd, files.lock)
     for files in chosen:
@@ -5533,7 +5618,7 @@ def only_one(folder: str, stack: contextlib.ExitStack) -> bool:
   fd = os.open(folder, os.O_RDONLY)
   stack.callback(os.close, fd)
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock_file(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
   return True
@@ -5711,6 +5796,11 @@ def check_cache(cache: str) -> Check:
   if not os.access(there, os.W_OK | os.X_OK):
     fix = "QVM_CACHE_DIR can name another folder"
     return Check("fault", "cache", f"{text}: it cannot be written", fix)
+  if there == cache:
+    try:
+      check_owner(cache, cache)
+    except QvmError as error:
+      return Check("fault", "cache", str(error), error.hint)
   free = free_space(there)
   text += f", {megabytes(tree_size(cache)) if there == cache else 'empty'}, {megabytes(free)} free"
   if free < NEEDED:
@@ -5965,6 +6055,13 @@ def call(options: Options) -> int:
   return CALLS[options.command](options)
 
 
+def lies_in_cache(path: Any) -> bool:
+  """Whether a path that something failed on is one of the cache."""
+  with contextlib.suppress(QvmError):
+    return isinstance(path, str) and (path + "/").startswith(cache_folder(os.environ) + "/")
+  return False
+
+
 def main(words: Optional[Sequence[str]] = None) -> int:
   """Run qvm and return its exit code; the only function that prints errors."""
   code = failed = EXIT_FAILED
@@ -5986,6 +6083,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   except OSError as error:
     place = error.filename2 or error.filename
     say(f"{place}: {describe(error)}" if place else describe(error))
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(place):
+      say(f"is the cache yours, and can it be written? {OTHER_CACHE}")
   except Exception as error:
     if os.environ.get("QVM_DEBUG"):
       raise

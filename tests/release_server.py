@@ -208,6 +208,7 @@ class Fault:
   no_validator: bool = False
   ignore_range: bool = False
   ignore_if_range: bool = False
+  other_range: int | None = None  # send what begins there instead, and say so
   no_ranges: bool = False
 
   hits: int = dataclasses.field(default=0, init=False)
@@ -683,6 +684,8 @@ class Handler(BaseHTTPRequestHandler):
       return whole(200, headers, blob)
     if span[0] >= span[1]:
       return cdn_error(416, "InvalidRange", {"Content-Range": f"bytes */{size}"})
+    if fault.other_range is not None:
+      span = (fault.other_range, size)
     content_range = f"bytes {span[0]}-{span[1] - 1}/{size}"
     if fault.content_range is not None:
       content_range = fault.content_range

@@ -270,7 +270,7 @@ def make_real_cache(folder):
 
 def unpack(tar, folder):
   with tarfile.open(tar) as archive:
-    archive.extractall(folder)
+    archive.extractall(folder, filter="data")  # as ours, also for root
 
 
 class Real:

@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -1119,6 +1120,32 @@ def test_host_that_does_not_answer(warm):
     url = f"http://127.0.0.1:{full.getsockname()[1]}/x"
     result = warm(*PULL, env={"QVM_RELEASES_URL": url, "QVM_TIMEOUT": "0.2"})
   check_failed(result, f"{url}/{LATEST}.*in time.*5 attempts")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no namespaces of mounts")
+def test_ipv6_that_hangs_where_ipv4_works(warm, server, image, tmp_path):
+  """A name with both addresses; connections to the first one are neither taken nor refused."""
+  url = urllib.parse.urlsplit(server.url)
+  (tmp_path / "hosts").write_text("::1 both.test\n127.0.0.1 both.test localhost\n")
+  before = ["unshare", "-m" if os.geteuid() == 0 else "-rm", "sh", "-ec"]
+  before += [f"mount --bind {shlex.quote(str(tmp_path / 'hosts'))} /etc/hosts", "sh"]
+  if subprocess.run(before, capture_output=True).returncode:
+    pytest.skip("no namespaces of mounts")
+  before[-2] += '; exec "$@"'
+  with contextlib.ExitStack() as stack:
+    full = stack.enter_context(socket.socket(socket.AF_INET6))
+    full.bind(("::1", url.port))
+    full.listen(0)
+    for _ in range(4):
+      other = stack.enter_context(socket.socket(socket.AF_INET6))
+      other.setblocking(False)
+      other.connect_ex(full.getsockname())
+    address = f"http://both.test:{url.port}"
+    env = {**warm.env, "QVM_RELEASES_URL": address + url.path, "QVM_TIMEOUT": "0.3"}
+    command = [*before, *warm.command(*PULL)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+  check_works(warm, result, image)
+  assert "trying again" not in result.stderr
 
 
 def test_host_that_speaks_something_else(warm):

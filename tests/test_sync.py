@@ -126,6 +126,16 @@ def test_what_is_deleted_there_only_goes_if_asked(guests, project):  # noqa: F81
   assert set(tree(project)) == {".git", ".git/config", "keep"}
 
 
+def test_half_files_of_a_killed_qvm_stay_here(guests, project):  # noqa: F811
+  """They have names that nothing else has; other names that begin like them are the user's."""
+  half, others = "src/.qvm-0123456789ab", (".qvm-notes", ".qvm-0123456789abcdef")
+  for name in (half, *others):
+    (project / name).write_text("x" * 9)
+  works(guests.run("echo y >.qvm-notes", options=("--sync", str(project))))
+  assert not (there(guests, project) / half).exists() and (project / half).read_text() == "x" * 9
+  assert [(project / name).read_text() for name in others] == ["y\n", "x" * 9]
+
+
 @pytest.mark.parametrize("way, here, in_guest", [("in", False, True), ("out", True, False)])
 def test_one_way(guests, project, way, here, in_guest):  # noqa: F811
   guests.up()

@@ -1,8 +1,12 @@
 """A short part of `make torture`, always the same, and whether it would find anything at all."""
 
+import shutil
+
 import pytest
 from conftest import ROOT
 from torture import Violation, parts_of, play
+
+tracing = pytest.mark.skipif(not shutil.which("strace"), reason="no strace")
 
 
 def test_faults_of_the_network():
@@ -21,6 +25,18 @@ def test_kill_9():
   assert sum(number for what, number in counts.items() if what.endswith(": killed")) > 2
 
 
+@tracing
+def test_disks_that_fail():
+  counts = play("disk", 1, range(9))
+  assert counts["points"] == 9
+  assert sum(number for what, number in counts.items() if what.endswith(": failed")) > 4
+
+
+def test_kill_9_with_sync():
+  counts = play("sync", 1, range(3))
+  assert counts["points"] == 3 and counts["killed"] > 1
+
+
 def test_everything_at_once():
   counts = play("crowd", 1, range(1))
   assert (counts["rounds"], counts["run: 0"]) == (1, 7)
@@ -30,6 +46,7 @@ def test_everything_at_once():
 MUTANTS = {
   "no digest": ("if not wanted or digest == wanted:", "if True:", "network"),
   "no length": ("if transfer.done != transfer.total:", "if False:", "network"),
+  "no range": ("        check_range(transfer, answer.headers)", "        pass", "network"),
   "no mark": ('open(files.mark, "w").close()', "pass", "killing"),
 }
 
@@ -44,7 +61,7 @@ def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part):
 
 
 @pytest.mark.parametrize("words, parts", [
-  ([], {"network": 1000, "killing": 200, "crowd": 3}),
+  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "crowd": 3}),
   (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
 ])  # fmt: skip
 def test_parts(words, parts):

@@ -3,6 +3,8 @@
 
   network [1000]   schedules of faults of the release server; no wrong byte is ever published
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
+  disk    [120]    one call of the system fails as on a full, broken or read-only disk
+  sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
 
 qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
@@ -12,8 +14,10 @@ qvm runs as a forked child of a process that has imported it, unless it says "fr
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
+import http.server
 import itertools
 import json
 import os
@@ -24,18 +28,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import FREEBSD, ROOT, Qvm, tar_of
+import ssh_guest
+from conftest import FREEBSD, ROOT, Qvm, free_port, tar_of
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
+from test_fetch import Proxy, certificate
 
 HOST = "macos" if sys.platform == "darwin" else "linux"
 IMAGE, QEMU, TOOLS = FREEBSD + ".qcow2", f"qemu-system-x86_64-{HOST}.tar", f"resources-{HOST}.tar"
+BUNDLE = FREEBSD + ".tar.zst"
 REPOS = {
+  BUNDLE: ("freebsd-builder", "v0.16.0"),
   IMAGE: ("freebsd-builder", "v0.16.0"),
   QEMU: ("resources", "v2.0.0"),
   TOOLS: ("resources", "v2.0.0"),
@@ -108,6 +117,12 @@ for line in stdin:
   stdout.write(json.dumps(answer) + "\\n")
   stdout.flush()
 """
+
+
+def processes():
+  """What runs, for people."""
+  command = ["ps", "-eo", "pid,ppid,pgid,stat,wchan:20,args"]
+  return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 class Result(NamedTuple):
@@ -199,7 +214,8 @@ class Forks:
     until = time.monotonic() + PATIENCE
     while self.children:
       self.children = [child for child in self.children if not child.alone()]
-      demand(time.monotonic() < until, "processes are left", [c.words for c in self.children])
+      left = [(child.pid, child.words) for child in self.children]
+      demand(time.monotonic() < until, "processes are left", left, processes())
       if self.children:
         time.sleep(0.002)
 
@@ -259,7 +275,29 @@ def make_tools(rng):
   return Asset(tar_of(files), {"bin/qemu-img": program})
 
 
+@functools.lru_cache(maxsize=None)
+def bundle_of(number):
+  """One of some bundles, and what qemu-img makes of its disk."""
+  rng = random.Random(number)
+  with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / "disk.img").write_bytes(rng.randbytes(1 << 16) + bytes(1 << 20))
+    for command in (
+      "qemu-img convert -f raw -O qcow2 disk.img disk.qcow2",
+      "tar --sparse -cf bundle.tar disk.img",
+      "zstd -q --check bundle.tar",
+    ):
+      subprocess.run(command.split(), cwd=folder, check=True)
+    content, image = (Path(folder, name).read_bytes() for name in ("bundle.tar.zst", "disk.qcow2"))
+  return Asset(content, {f"base/{IMAGE}": image})
+
+
+def make_bundle(rng):
+  """An image that has to be unpacked and converted; there are but a few, for they take long."""
+  return bundle_of(rng.randrange(8))
+
+
 MAKERS = {IMAGE: make_image, QEMU: make_qemu, TOOLS: make_tools}
+BUNDLED = {BUNDLE: make_bundle, QEMU: make_qemu, TOOLS: make_tools}
 
 
 def publish(server, assets, tag="", **more):
@@ -427,6 +465,7 @@ def asset_fault(rng, size):
     [{"cut": place}, {"ignore_range": True, "cut": any_place(rng, size)}],
     [{"cut": place}, {"no_ranges": True}],
     [{"cut": place}, {"content_range": content_range}],
+    [{"cut": place}, {"other_range": rng.randrange(size)}],
     [{"cut": place}, {"gzip": True}],
     [{"cut": place}, {"status": 206, "headers": {"Content-Range": content_range}}],
     [{"cut": place}, anywhere_fault(rng)],
@@ -441,7 +480,8 @@ def asset_fault(rng, size):
 
 def fault_of(rng, assets):
   """One or two faults that belong together: (what of an address, origin, kind)."""
-  name = rng.choice([IMAGE, IMAGE, QEMU, TOOLS])
+  image, *others = assets
+  name = rng.choice([image, image, *others])
   repo, tag = REPOS[name]
   if rng.random() < 0.65:
     return [(name, "cdn", kind) for kind in asset_fault(rng, len(assets[name].content))]
@@ -461,6 +501,7 @@ class Session(NamedTuple):
   words: tuple
   faults: list  # (match, origin, times, after, kind)
   env: dict
+  obstacle: str  # what stands before any server; empty: nothing
 
 
 class Schedule(NamedTuple):
@@ -469,6 +510,15 @@ class Schedule(NamedTuple):
   digests: bool
   start: tuple  # the names of the assets that are there from the start; () = an empty cache
   sessions: list
+  secure: bool = False  # https
+  mirror: str = ""  # a way to reach a mirror that is made in the end; empty: none is
+
+
+OBSTACLES = (
+  *("closed proxy", "proxy 403", "proxy 407", "proxy 502"),
+  *("unknown authority", "wrong name", "expired"),
+)
+MIRRORS = ("file", "http")
 
 
 def make_session(rng, assets):
@@ -479,17 +529,16 @@ def make_session(rng, assets):
       times, after = rng.choice([1, 1, 1, 2, 4, None]), rng.choice([0, 0, 0, 1])
       faults.append((match, origin, times, after, kind))
   env = {"QVM_TIMEOUT": "0.15"} if any("stall" in fault[4] for fault in faults) else {}
-  if rng.random() < 0.02:
-    env["http_proxy"] = "http://127.0.0.1:9"
-  return Session(rng.choice([PULL] * 6 + [RUN, REFRESH]), faults[:4], env)
+  obstacle = rng.choice(OBSTACLES) if rng.random() < 0.08 else ""
+  return Session(rng.choice([PULL] * 6 + [RUN, REFRESH]), faults[:4], env, obstacle)
 
 
 def make_schedule(rng, assets):
   """One to three sessions, on an empty or half-filled cache."""
-  names = list(MAKERS)
-  start = tuple(name for name in names if rng.random() < 0.5) if rng.random() < 0.4 else ()
+  start = tuple(name for name in assets if rng.random() < 0.5) if rng.random() < 0.4 else ()
   sessions = [make_session(rng, assets) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
-  return Schedule(rng.random() < 0.75, start, sessions)
+  mirror = rng.choice(MIRRORS) if rng.random() < 0.1 else ""
+  return Schedule(rng.random() < 0.6, start, sessions, rng.random() < 0.2, mirror)
 
 
 LIES = ("flip", "truncate", "content_length", "no_length", "body", "chunked")
@@ -497,14 +546,19 @@ LIES = ("flip", "truncate", "content_length", "no_length", "body", "chunked")
 
 def deceived(schedule, results):
   """The assets that no digest could keep from being published as a lying server sent them."""
+  said = {name: f"no digest is known for {name}" for name in lied_about(schedule)}
+  return {name for name, text in said.items() if any(text in each.stderr for each in results)}
+
+
+def lied_about(schedule):
+  """The assets of which a server sends other bytes than it should, and does not tell."""
   kinds = [fault for session in schedule.sessions for fault in session.faults]
   found = set()
-  for name in MAKERS:
+  for name in REPOS:
     mine = [kind for match, _, _, _, kind in kinds if match in (name, REPOS[name][0])]
     lies = any(lie in kind for kind in mine for lie in LIES)
     lies |= any(kind.get("etag") == '"same"' or "ignore_if_range" in kind for kind in mine)
-    said = f"no digest is known for {name}"
-    if lies and any(said in result.stderr for result in results):
+    if lies:
       found.add(name)
   return found
 
@@ -514,16 +568,42 @@ class Network:
 
   def __init__(self, folder, forks, fresh=False):
     self.folder, self.forks, self.fresh = Path(folder), forks, fresh
-    self.server, self.counts = ReleaseServer(), Counter()
-    self.versions = {}
+    self.counts, self.versions = Counter(), {}
+    self.open = contextlib.ExitStack()
+    self.trusts = {}  # the files by which to trust the servers with https
+    self.servers = {"http": self.open.enter_context(ReleaseServer())}
+    self.serve_tls("https", certificate)
+    self.serve_tls("wrong name", lambda folder, _: certificate(folder, "DNS:example.org"))
+    self.serve_tls("expired", expired_certificate)
+    self.server = self.servers["http"]
+    self.proxy = self.open.enter_context(served(Proxy()))
+
+  def serve_tls(self, name, make):
+    """Start one more server, with a certificate of its own."""
+    folder = self.folder / name
+    folder.mkdir()
+    tls, self.trusts[name] = make(folder, "DNS:localhost,IP:127.0.0.1")
+    self.servers[name] = self.open.enter_context(ReleaseServer(tls))
 
   def close(self):
-    """End the server."""
-    self.server.close()
+    """End the servers."""
+    self.open.close()
+
+  def behind(self, obstacle):
+    """The environment in which nothing but the obstacle can be reached."""
+    if "proxy" in obstacle:
+      self.proxy.status = int(obstacle.split()[1]) if obstacle[-1].isdigit() else 0
+      url = f"http://127.0.0.1:{self.proxy.port if self.proxy.status else 9}"
+      return {"http_proxy": url, "https_proxy": url}
+    name = obstacle if obstacle in self.servers else "https"
+    trust = self.trusts["expired" if obstacle == "unknown authority" else name]
+    server = self.servers[name]
+    urls = {"QVM_RELEASES_URL": server.url, "QVM_API_URL": server.api_url}
+    return {**urls, "SSL_CERT_FILE": trust}
 
   def change(self, name, rng):
     """Replace an asset on the server, under the same name."""
-    asset = MAKERS[name](rng)
+    asset = {**MAKERS, **BUNDLED}[name](rng)
     self.versions[name].append(asset)
     self.server.replace_asset(*REPOS[name], name, asset.content)
 
@@ -542,8 +622,11 @@ class Network:
   def one(self, seed):
     """Play one schedule and check everything after each of its sessions."""
     rng = random.Random(seed)
-    assets = {name: make(rng) for name, make in MAKERS.items()}
+    makers = BUNDLED if rng.random() < 0.15 else MAKERS
+    self.counts["schedules with a bundle"] += makers is BUNDLED
+    assets = {name: make(rng) for name, make in makers.items()}
     schedule = make_schedule(rng, assets)
+    self.server = self.servers["https" if schedule.secure else "http"]
     self.versions = {name: [asset] for name, asset in assets.items()}
     self.server.clear_faults()
     publish(self.server, assets, digests=schedule.digests)
@@ -551,6 +634,7 @@ class Network:
     home.mkdir()
     qvm = Qvm(home, self.forks.program, self.server)
     qvm.env.update(QVM_RETRY_DELAY="0.001", QVM_TIMEOUT="10")
+    qvm.env.update({"SSL_CERT_FILE": self.trusts["https"]} if schedule.secure else {})
     results = []
     try:
       self.play(qvm, schedule, rng, results)
@@ -570,28 +654,74 @@ class Network:
     """The sessions with their faults, then one without."""
     if schedule.start:
       check_words(self.run(qvm, *PULL, results=results), (0,))
-      for name in set(MAKERS) - set(schedule.start):
+      for name in set(self.versions) - set(schedule.start):
         remove(qvm, self.versions[name][0].files)
     for session in schedule.sessions:
       self.set_faults(session, rng)
-      result = self.run(qvm, *session.words, env=session.env, results=results)
+      before = published(qvm)
+      env = {**session.env, **(self.behind(session.obstacle) if session.obstacle else {})}
+      result = self.run(qvm, *session.words, env=env, results=results)
       self.server.clear_faults()
       self.after(qvm, schedule, result, results)
+      if session.obstacle:
+        self.counts[f"{session.obstacle}: {result.code}"] += 1
+        demand(published(qvm) == before, f"something came past {session.obstacle}")
+        known = re.search("proxy|certificate", result.stderr)
+        demand(result.code == 0 or known, f"{session.obstacle} is not said", *result)
     changed = any(len(versions) > 1 for versions in self.versions.values())
     loose = deceived(schedule, results)
     words = PULL if changed or loose else ("pull", "--verify", *GUEST)
     check_words(self.run(qvm, *words, results=results), (0,))
     check_complete(qvm, self.versions, deceived(schedule, results))
     check_tidy(qvm, self.counts, self.forks)
+    if schedule.mirror and not loose:
+      self.mirror(qvm, schedule, rng, results)
     for name in loose:
       try:
         check_published(qvm, {name: self.versions[name]})
       except Violation:
         self.counts["published wrong, as no digest was known: " + name] += 1
 
+  def mirror(self, qvm, schedule, rng, results):
+    """Make a mirror in spite of faults, damage one of its files, and fetch all from it."""
+    place, words = qvm.home / "mirror", ("pull", "--mirror", str(qvm.home / "mirror"), *GUEST)
+    self.set_faults(schedule.sessions[0], rng)
+    result = self.run(qvm, *words, env=schedule.sessions[0].env, results=results)
+    self.server.clear_faults()
+    check_words(result)
+    if result.code:
+      check_words(self.run(qvm, *words, results=results), (0,))
+    if deceived(schedule, results):
+      return
+    latest = {name: versions[-1:] for name, versions in self.versions.items()}
+    assets = {name: next(place.rglob(name)) for name in latest}
+    for name, path in assets.items():
+      known = [asset.content for asset in self.versions[name]]
+      demand(path.read_bytes() in known, f"the mirror has a wrong {name}")
+    shutil.rmtree(qvm.cache)
+    with contextlib.ExitStack() as stack:
+      url = f"file://{place}"
+      if schedule.mirror == "http":
+        url = stack.enter_context(served(Folder(place))).url
+      env = {"QVM_RELEASES_URL": url, "QVM_API_URL": ""}
+      path = rng.choice(list(assets.values()))
+      good = path.read_bytes()
+      path.write_bytes(damaged(rng, good))
+      result = self.run(qvm, *PULL, env=env, results=results)
+      demand(result.code == 1, f"a damaged {path.name} is taken from a mirror")
+      check_words(result)
+      check_published(qvm, self.versions)
+      path.write_bytes(good)
+      check_words(self.run(qvm, *PULL, env=env, results=results), (0,))
+      check_complete(qvm, self.versions)
+    self.counts[f"mirrors, by {schedule.mirror}"] += 1
+
   def after(self, qvm, schedule, result, results):
     """Check what a session with faults leaves."""
     check_words(result)
+    for name in re.findall(r"/([^/ ]+): what arrives has not the digest", result.stderr):
+      honest = len(self.versions[name]) == 1 and name not in lied_about(schedule)
+      demand(not honest, f"the digest alone tells that {name} is put together wrongly")
     loose = deceived(schedule, results)
     check_published(qvm, self.versions, loose)
     if result.code == 0:
@@ -611,6 +741,72 @@ class Network:
     demand(not bare, f"parts without notes: {bare}")
     odd = [name for name in there if name.startswith(("instances/", "ports/"))]
     demand(not odd, f"left: {odd}")
+
+
+def expired_certificate(folder, names):
+  """As certificate() makes it, but of the year 2020 alone."""
+  tls, cert = certificate(folder, names)
+  (folder / "index").touch()
+  (folder / "config").write_text(
+    f"[ca]\ndefault_ca = me\n[me]\ndatabase = {folder}/index\nnew_certs_dir = {folder}\n"
+    f"rand_serial = yes\ndefault_md = sha256\npolicy = any\n[any]\ncommonName = optional\n"
+    f"[names]\nsubjectAltName = {names}\n"
+  )
+  request = str(folder / "request.pem")
+  key = str(folder / "key.pem")
+  command = ["openssl", "req", "-new", "-key", key, "-subj", "/CN=localhost", "-out", request]
+  subprocess.run(command, check=True)
+  command = "openssl ca -selfsign -batch -notext -extensions names"
+  command += " -startdate 20200101000000Z -enddate 20210101000000Z"
+  more = ["-config", str(folder / "config"), "-keyfile", key, "-in", request, "-out", cert]
+  subprocess.run([*command.split(), *more], check=True, stderr=subprocess.DEVNULL)
+  tls.load_cert_chain(cert, key)
+  return tls, cert
+
+
+@contextlib.contextmanager
+def served(server):
+  """A server that works in a thread of its own."""
+  thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+  thread.start()
+  try:
+    yield server
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+  """A plain file server, without its log."""
+
+  def log_message(self, format, *args):
+    pass
+
+
+class Folder(http.server.ThreadingHTTPServer):
+  """What `python3 -m http.server` serves in a folder."""
+
+  daemon_threads = True
+
+  def __init__(self, folder):
+    super().__init__(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+  def handle_error(self, request, client_address):
+    pass
+
+
+def damaged(rng, content):
+  """The content of a file that a disk, a copy or a proxy has spoilt."""
+  place = rng.randrange(len(content))
+  return rng.choice([
+    b"",
+    content[:place],
+    content + b"\0",
+    content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+    b"<html>" + content[6:],
+  ])  # fmt: skip
 
 
 def once(call):
@@ -635,8 +831,9 @@ def remove(qvm, files):
 def show(schedule):
   """A schedule for people."""
   lines = [f"digests {schedule.digests}, at the start {', '.join(schedule.start) or 'nothing'}"]
+  lines += [f"https {schedule.secure}, mirror {schedule.mirror or 'none'}"]
   for session in schedule.sessions:
-    lines.append(f"{' '.join(session.words)} {session.env or ''}")
+    lines.append(f"{' '.join(session.words)} {session.env or ''} {session.obstacle}")
     lines += [f"  {fault}" for fault in session.faults]
   return "\n".join(lines)
 
@@ -738,15 +935,19 @@ class Killing:
     action, way = list(ACTIONS)[kind % 3], ("delay", "calls", "crowd")[kind // 3 % 3]
     if way == "calls" and not self.calls[action]:
       way = "delay"
-    with self.temporary(action) as qvm:
-      what = f"{action}, {way}"
-      said = [f"seed {seed}: {what}"]
-      try:
+    what = f"{action}, {way}"
+    said = [f"seed {seed}: {what}"]
+    try:
+      with self.temporary(action) as qvm:
         killed = self.strike(qvm, rng, action, way, said)
         self.afterwards(qvm, rng, action, said)
-      except Violation as violation:
-        raise Violation("\n".join([*said, str(violation)]))
-    self.counts[f"{what}: {'killed' if killed else 'only a helper, or nothing'}"] += 1
+    except Violation as violation:
+      raise Violation("\n".join([*said, str(violation)]))
+    self.count(what, killed)
+
+  def count(self, what, struck):
+    """Note how a point ended."""
+    self.counts[f"{what}: {'killed' if struck else 'only a helper, or nothing'}"] += 1
 
   def strike(self, qvm, rng, action, way, said):
     """Start what there is to start, and kill one of it; whether that was still running."""
@@ -794,7 +995,11 @@ class Killing:
 
 def killing(folder, forks, seed, numbers):
   """Kill qvm at many points; returns what was counted."""
-  part = Killing(folder, forks, seed)
+  return strikes(Killing(folder, forks, seed), seed, numbers)
+
+
+def strikes(part, seed, numbers):
+  """Play the points of a part."""
   try:
     for number in numbers:
       part.one(f"{seed}:{number}", number)
@@ -806,6 +1011,197 @@ def killing(folder, forks, seed, numbers):
   for action in ACTIONS:
     calls = len(part.calls[action])
     print(f"  {action}: {part.seconds[action]:.3f} s, {calls} calls that change something")
+  return part.counts
+
+
+# --- Disks that fail -------------------------------------------------------------------------
+
+WRITING = {  # which of the traced calls fail on a disk, with what
+  "rename": ("ENOSPC", "EROFS", "EIO", "EDQUOT"),
+  "mkdir": ("ENOSPC", "EROFS", "EDQUOT"),
+  "symlink": ("ENOSPC", "EROFS", "EIO"),
+  "ftruncate": ("ENOSPC", "EIO"),
+  "fsync": ("ENOSPC", "EIO", "EDQUOT"),
+  "write": ("ENOSPC", "EIO", "EDQUOT"),
+  "pwrite64": ("ENOSPC", "EIO", "EDQUOT"),
+  "chmod": ("EROFS", "EIO"),
+  "unlink": ("EROFS", "EIO"),
+}
+
+
+class Failing(Killing):
+  """As there, but a call fails instead; all the later ones too, for where there is no way out."""
+
+  def strike(self, qvm, rng, action, way, said):
+    calls = [each for each in self.calls[action] if each[0] in WRITING]
+    call = rng.choice(sorted({call for call, _ in calls}))
+    number = rng.choice([number for each, number in calls if each == call])
+    error = rng.choice(WRITING[call])
+    once_only = call in ("write", "unlink")  # or else its own words fail, and all clean-up
+    said.append(f"{error} at the {call} number {number}{'' if once_only else ' and on'}")
+    inject = f"inject={call}:error={error}:when={number}{'' if once_only else '+'}"
+    before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={CALLS}")
+    if call == "write":  # qemu-img's threads wake one another by writes, which no disk can fail
+      before += ("-b", "execve")
+    result = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject)).wait()
+    said.append(result.stderr)
+    if call != "write" or result.stderr:  # it may have been the error's own words
+      check_words(result)
+    if result.code:
+      full = error in ("ENOSPC", "EDQUOT") and "disk is full" in result.stderr
+      words = os.strerror(getattr(errno, error))
+      demand(full or call == "write" or words in result.stderr, f"'{words}' is not said")
+      self.counts["full disks that are called so"] += full
+      locks = check_locks(qvm)
+      left = set(qvm.files()) - set(locks)
+      odd = [name for name in left if re.match(r"instances/.*qcow2$", name)]
+      demand(call in ("unlink", "rename") or not odd, f"left: {odd}")
+    return result.code == 1
+
+  def count(self, what, struck):
+    self.counts[f"{what.split(',')[0]}: {'failed' if struck else 'worked all the same'}"] += 1
+
+
+def failing(folder, forks, seed, numbers):
+  """Let calls fail in many runs; returns what was counted."""
+  return strikes(Failing(folder, forks, seed), seed, numbers)
+
+
+# --- Killing with --sync ---------------------------------------------------------------------
+
+# What the guest does: to all files the same, however often; new ones, and one that goes.
+CHANGE = """\
+for f in f*; do tr a-m n-z <"$f" >t && cat t >"$f" && rm t; done
+rm -f gone; mkdir -p new/deep; cat f* >new/deep/sum; ln -sf ../f1 new/link"""
+LANDING = "rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,write,fchmod,utimensat,symlinkat"
+UPPER, LOWER = b"abcdefghijklm", b"nopqrstuvwxyz"
+
+
+class Syncing:
+  """A cache whose QEMU is a stand-in with a real sshd, and a folder that goes there and back."""
+
+  def __init__(self, folder, forks, seed):
+    self.folder, self.forks, self.counts = Path(folder), forks, Counter()
+    rng = random.Random(f"{seed}:sync")
+    with ReleaseServer() as server:
+      publish(server, {name: make(rng) for name, make in MAKERS.items()})
+      self.qvm = Qvm(self.folder / "home", forks.program, server)
+      self.qvm.home.mkdir()
+      check_words(forks.run(self.qvm, *PULL), (0,))
+    program = self.qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+    program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+    self.project = self.folder / "project"
+    sizes = [0, 1, 1000, 70_000, 400_000] + [rng.randrange(5000) for _ in range(20)]
+    letters = (UPPER + LOWER).decode()
+    self.old = {f"f{n}": "".join(rng.choices(letters, k=k)).encode() for n, k in enumerate(sizes)}
+    self.old["gone"] = b"gone"
+    table = bytes.maketrans(UPPER, LOWER)
+    self.new = {name: data.translate(table) for name, data in self.old.items() if name != "gone"}
+    self.new["new/deep/sum"] = b"".join(self.new[name] for name in sorted(self.new))
+    self.new["new/link"] = b"../f1"
+    self.words = ("run", "--rm", "--sync", str(self.project), "--sync-delete")
+    self.words += ("--ssh-port", str(free_port()), *GUEST, "--", CHANGE)
+    self.refill()
+    began = time.monotonic()
+    check_words(self.go().wait(), (0,))
+    self.seconds = time.monotonic() - began
+    self.settle()
+    demand(self.there() == self.new, "a run that nobody kills brings something else")
+    self.calls = self.traced()
+
+  def refill(self):
+    """Put the folder back to what it was."""
+    shutil.rmtree(self.project, ignore_errors=True)
+    self.project.mkdir()
+    for name, data in self.old.items():
+      (self.project / name).write_bytes(data)
+
+  def there(self):
+    """{path: content} of the folder; what a killed qvm had in hand has a name of its own."""
+    files = [path for path in self.project.rglob("*") if not path.is_dir()]
+    aside = [path for path in files if re.fullmatch(r"\.qvm-[0-9a-f]{12}", path.name)]
+    self.counts["left aside in the folder"] += len(aside)
+    named = {path: str(path.relative_to(self.project)) for path in files if path not in aside}
+    return {
+      name: os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+      for path, name in named.items()
+    }
+
+  def go(self, before=()):
+    """Start the run, in a guest of its own."""
+    guest = tempfile.mkdtemp(dir=self.folder, prefix="guest")
+    return self.forks.start(
+      self.qvm, *self.words, env={"SSH_GUEST": json.dumps({"folder": guest})}, before=before
+    )
+
+  def settle(self):
+    """End the machine that a killed qvm has left, and all else."""
+    listed = self.forks.run(self.qvm, "list", "--json")
+    check_words(listed, (0,))
+    for row in json.loads(listed.stdout):
+      demand(row["state"] == "running", f"an overlay is left: {row}")
+      check_words(self.forks.run(self.qvm, "stop", "--force", row["name"]), (0,))
+      self.counts["machines that were ended with stop"] += 1
+    self.forks.settled()
+    check_words(self.forks.run(self.qvm, "list"), (0,))
+    left = [name for name in self.qvm.files() if re.match(r"instances/.*(qcow2|ephemeral)$", name)]
+    demand(not left, f"left: {left}")
+    demand(not [name for name in check_locks(self.qvm) if "ports" not in name], "locks are left")
+    for guest in self.folder.glob("guest*"):
+      shutil.rmtree(guest, ignore_errors=True)
+
+  def traced(self):
+    """The calls of qvm itself that change something: {name: how many}; {} without strace."""
+    if not shutil.which("strace"):
+      return {}
+    self.refill()
+    log = self.folder / "strace"
+    before = (shutil.which("strace"), "-o", str(log), "-e", f"trace={LANDING}")
+    code = self.go(before).wait().code
+    self.settle()
+    found = Counter(re.findall(r"^([a-z0-9]+)\(", log.read_text(), re.MULTILINE))
+    return {} if code else dict(found)
+
+  def one(self, seed, number):
+    """Kill a run, look at the folder, and run it again."""
+    rng = random.Random(seed)
+    self.refill()
+    if number % 2 and self.calls:
+      call = rng.choice(sorted(self.calls))
+      when = rng.randint(1, self.calls[call])
+      said = f"seed {seed}: at the {call} number {when}"
+      inject = f"inject={call}:signal=SIGKILL:when={when}"
+      before = (shutil.which("strace"), "-o", os.devnull, "-e", f"trace={LANDING}", "-e", inject)
+      killed = self.go(before).wait().code == -signal.SIGKILL
+    else:
+      delay = rng.uniform(0, 1.1) * self.seconds
+      said = f"seed {seed}: after {delay:.4f} s"
+      child = self.go()
+      time.sleep(delay)
+      child.kill()
+      killed = child.wait().code == -signal.SIGKILL
+    self.counts["killed" if killed else "not killed"] += 1
+    try:
+      self.settle()
+      for name, data in self.there().items():
+        known = [files[name] for files in (self.old, self.new) if name in files]
+        demand(data in known, f"{name} is neither old nor new: {len(data)} bytes")
+      check_words(self.go().wait(), (0,))
+      self.settle()
+      wrong = {name for name in self.new if self.there().get(name) != self.new[name]}
+      demand(not wrong, f"the next run does not bring {sorted(wrong)}")
+    except Violation as violation:
+      raise Violation(f"{said}\n{violation}")
+
+
+def syncing(folder, forks, seed, numbers):
+  """Kill runs that carry a folder there and back; returns what was counted."""
+  part = Syncing(folder, forks, seed)
+  for number in numbers:
+    part.one(f"{seed}:{number}", number)
+    part.counts["points"] += 1
+    progress(number)
+  print(f"  a run: {part.seconds:.3f} s, {sum(part.calls.values())} calls that change something")
   return part.counts
 
 
@@ -887,7 +1283,13 @@ def crowd_round(qvm, forks, rng, versions, counts):
 
 # --- By hand ---------------------------------------------------------------------------------
 
-PARTS = {"network": (network, 1000), "killing": (killing, 200), "crowd": (crowd, 3)}
+PARTS = {
+  "network": (network, 1000),
+  "killing": (killing, 200),
+  "disk": (failing, 120),
+  "sync": (syncing, 60),
+  "crowd": (crowd, 3),
+}
 
 
 def progress(number):

@@ -1,0 +1,197 @@
+"""The cache's folder in somebody else's hands, and on file systems that cannot do everything."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+
+import pytest
+from conftest import FREEBSD, fails, obey_modes, works
+
+RUN = ("run", "--rm", "freebsd", "15.1")
+PULL = ("pull", "freebsd", "15.1")
+OTHER = 12345  # a user whom nobody is
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+SYSTEMS_PYTHON = "/usr/bin/python3"
+IN_NAMESPACE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+
+
+def can(*command):
+  """Whether a program can do that here."""
+  return shutil.which(command[0]) and not subprocess.run(command, capture_output=True).returncode
+
+
+namespaces = pytest.mark.skipif(not can(*IN_NAMESPACE, "true"), reason="no namespaces of mounts")
+tracing = pytest.mark.skipif(not can("strace", "-o", "/dev/null", "true"), reason="no strace")
+
+
+def below(qvm, before, *words, **more):
+  """Run qvm below another program."""
+  command = [*before, *qvm.command(*words)]
+  return subprocess.run(command, env=qvm.env, capture_output=True, text=True, timeout=60, **more)
+
+
+def injected(fault):
+  """The words that make the system's calls fail for all below them."""
+  return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={fault}"]
+
+
+# --- Whose it is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder, mode", [
+  *[(".", mode) for mode in (0o720, 0o702, 0o770, 0o1777)],
+  *[(folder, 0o777) for folder in (".", "bin", "qemu", "base", "instances", "code")],
+])  # fmt: skip
+def test_a_folder_that_others_can_write_is_refused(full, server, tmp_path, folder, mode):
+  path = os.path.normpath(full.cache / folder)
+  full.cache.chmod(0o711)
+  os.chmod(path, mode)
+  full.play(record=str(tmp_path / "record"))
+  for words in (RUN, PULL):
+    result = full(*words)
+    fails(result, f"{path} can be written by other users", f"chmod go-w {path};")
+  assert not (tmp_path / "record").exists() and server.started == 0
+  words = re.search(r"(chmod \S+ \S+);", result.stderr).group(1).split()
+  subprocess.run(words, check=True)
+  works(full(*RUN))
+
+
+def test_what_executes_nothing_goes_on(full):
+  full.cache.chmod(0o777)
+  for words in (("list",), ("config", "print-path"), ("--dry-run", *RUN), ("clean", "--dry-run")):
+    works(full(*words))
+  result = full("doctor", "--offline")
+  assert result.returncode == 1
+  assert re.search(r"fault +cache: .* can be written by other users", result.stdout)
+  assert f"→ chmod go-w {full.cache}" in result.stdout
+
+
+@as_root
+def test_a_folder_of_another_user_is_refused(full, tmp_path):
+  path = str(full.cache)
+  full.cache.chmod(0o755)
+  os.chown(full.cache / "bin", OTHER, OTHER)  # as tar leaves it when root restores a copy
+  works(full(*RUN))
+  os.chown(path, OTHER, OTHER)
+  full.play(record=str(tmp_path / "record"))
+  for words in (RUN, PULL):
+    fails(full(*words), f"{path} belongs to another user (number {OTHER})", "QVM_CACHE_DIR")
+  assert not (tmp_path / "record").exists()
+
+
+def test_what_lies_where_nobody_gets_in_is_not_looked_at(full):
+  (full.cache / "bin").chmod(0o777)
+  works(full(*RUN))
+
+
+@as_root
+@pytest.mark.skipif(not os.access(SYSTEMS_PYTHON, os.X_OK), reason="no Python for all users")
+def test_a_folder_of_roots_will_do(full, tmp_path):
+  """Root can change everything anyway; a folder in an image of a container may be its own."""
+  (full.cache / "qemu/x86_64/bin/qemu-system-x86_64").write_text("#!/bin/sh\n")
+  for folder, folders, names in os.walk(tmp_path):
+    for name in folders + names:
+      if not os.path.islink(os.path.join(folder, name)):
+        os.chown(os.path.join(folder, name), OTHER, OTHER)
+  os.chown(full.cache, 0, OTHER)
+  full.cache.chmod(0o755)
+
+  def become_other():
+    os.setgroups([])
+    os.setgid(OTHER)
+    os.setuid(OTHER)
+
+  before = {path: path.stat().st_mode for path in (tmp_path, *tmp_path.parents)}
+  try:
+    for path, mode in before.items():
+      path.chmod(mode | 0o001)
+    result = full(*RUN, python=SYSTEMS_PYTHON, preexec_fn=become_other)
+  finally:
+    for path, mode in before.items():
+      path.chmod(mode)
+  works(result)
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o000])
+def test_a_generous_umask_breaks_nothing(qvm, mask):
+  for _ in range(2):
+    works(qvm(*RUN, preexec_fn=lambda: os.umask(mask)))
+
+
+# --- Where it is -----------------------------------------------------------------------------
+
+
+def test_a_link_to_a_folder_of_ones_own(full, tmp_path):
+  full.cache.rename(tmp_path / "elsewhere")
+  full.cache.symlink_to(tmp_path / "elsewhere")
+  works(full(*RUN))
+  (tmp_path / "elsewhere").chmod(0o777)
+  fails(full(*RUN), f"{full.cache} can be written by other users")
+
+
+def test_a_link_that_leads_nowhere(full, tmp_path):
+  full.cache.rename(tmp_path / "elsewhere")
+  full.cache.symlink_to(tmp_path / "nowhere")
+  fails(full(*RUN), f"{full.cache} is in the way: it is not a folder")
+  assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_home_that_is_not_there_is_made(qvm):
+  qvm.home.rmdir()
+  works(qvm(*RUN))
+  assert stat.S_IMODE(qvm.cache.stat().st_mode) == 0o700
+
+
+def test_a_home_that_cannot_be_made(qvm, server):
+  qvm.home.chmod(0o500)
+  for words in (RUN, PULL):
+    result = qvm(*words, preexec_fn=obey_modes)
+    fails(result, f"{qvm.home}/.cache cannot be made: Permission denied", "QVM_CACHE_DIR")
+  assert server.started == 0
+
+
+# --- What it lies on -------------------------------------------------------------------------
+
+
+@tracing
+@pytest.mark.parametrize("problem", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EBADF"])
+def test_a_file_system_without_locks(full, problem):
+  works(full("run", "--name", "vm", "freebsd", "15.1"))
+  before = full.files()
+  for words in (RUN, (*PULL, "--refresh"), ("list",), ("clean",), ("rm", "vm"), ("stop", "vm")):
+    result = below(full, injected(f"flock:error={problem}"), *words)
+    fails(result, "cannot be locked: ", "QVM_CACHE_DIR", "local disk")
+  assert [name for name in full.files() if not name.endswith(".lock")] == before
+  works(full(*RUN))
+
+
+@tracing
+def test_a_file_system_without_symbolic_links(qvm):
+  result = below(qvm, injected("symlink,symlinkat:error=EPERM"), *RUN)
+  fails(result, f"{qvm.cache}/qemu/x86_64 cannot be made, a symbolic link: ", "QVM_CACHE_DIR")
+  assert not [path for path in (qvm.cache / "qemu").iterdir() if path.suffix != ".tmp"]
+  works(qvm(*RUN))
+
+
+@tracing
+def test_a_file_system_without_hard_links(qvm):
+  works(below(qvm, injected("link,linkat:error=EPERM"), *RUN))
+
+
+@namespaces
+def test_a_cache_that_is_read_only(full):
+  works(full("run", "--name", "vm", "freebsd", "15.1"))
+  read_only = f'mount --bind "{full.cache}" "{full.cache}"; mount -o remount,bind,ro "{full.cache}"'
+  before = [*IN_NAMESPACE, "sh", "-ec", f'{read_only}; exec "$@"', "sh"]
+  files = full.files()
+  for words in (RUN, (*PULL, "--refresh"), ("rm", "vm"), ("clean", "--all")):
+    result = below(full, before, *words)
+    assert result.returncode == 1
+    words = rf"(?s).*qvm: {full.cache}\S*: Read-only file system\nqvm: .*QVM_CACHE_DIR.*\n"
+    assert re.fullmatch(words, result.stderr), result.stderr
+  works(below(full, before, *PULL))
+  for words in (("list",), ("--dry-run", *RUN), ("clean", "--dry-run"), ("config", "print-path")):
+    works(below(full, before, *words))
+  assert full.files() == files and f"base/{FREEBSD}.qcow2" in files

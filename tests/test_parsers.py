@@ -1,0 +1,299 @@
+"""Whatever comes from outside, in any form: what reads it answers, or says what is wrong with it.
+
+Command lines, release data, archives and images have tests of this kind beside their others, in
+test_command_line, test_releases, test_archives, test_bundles and test_image.
+"""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import FREEBSD, ROOT, fails, works
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import qvm as source
+
+RUN = ("run", "--rm", "freebsd", "15.1")
+many = settings(max_examples=150, deadline=None, database=None)
+odd_text = st.text(max_size=40) | st.sampled_from(
+  ["", "\0", "\n", "\x1b[2J", "\ud800", "٣", "９", "ß"]
+)
+near = st.sampled_from(["0", "9", "6G", "4T", "2847", "127.0.0.1:22", "1:2", "15.1", "x86-64",
+                        "kvm:tcg", ".", ":", "-", "=", "+", "1e5", "inf", "nan"])  # fmt: skip
+words = odd_text | st.lists(near | odd_text, max_size=3).map("".join)
+json_value = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | odd_text,
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(odd_text, inner, max_size=3),
+  max_leaves=6,
+)
+
+
+# --- Words ------------------------------------------------------------------------------------
+
+READERS = [option.read for option in source.OPTIONS if option.metavar]
+READERS += [source.parse_version, source.find_os]
+
+
+@many
+@given(
+  st.sampled_from([r for r in READERS if r not in (os.path.abspath, source.parse_text)]), words
+)
+def test_any_value_of_an_option(read, text):
+  try:
+    value = read(text)
+  except source.UsageError as error:
+    assert source.printable(str(error)).isprintable()
+    return
+  except ValueError:
+    assert "\0" in text  # which no command line can hold
+    return
+  if read in (source.parse_name, source.parse_version):
+    assert value == text and re.fullmatch(r"[!-~]{1,100}", text) and "/" not in text
+  if read is source.parse_memory:
+    assert re.fullmatch("[0-9]+[MGT]?", value)
+  if read is source.parse_address:
+    assert 0 < value.port < 65536 and re.fullmatch("[0-9]{1,3}([.][0-9]{1,3}){3}", value.host)
+
+
+@many
+@given(
+  st.dictionaries(
+    st.sampled_from([
+      "QVM_RELEASES_URL", "QVM_API_URL", "GITHUB_TOKEN", "GH_TOKEN", "QVM_TIMEOUT",
+      "QVM_RETRY_DELAY", "QVM_CACHE_DIR", "XDG_CACHE_HOME",
+    ]),
+    words | words.map("http://".__add__) | words.map("file:///".__add__),
+  )
+)  # fmt: skip
+@example({"QVM_RELEASES_URL": "http://x\nHost: y"})
+@example({"GITHUB_TOKEN": "a\nb"})
+@example({"GITHUB_TOKEN": "a\r\nX-Header: b"})
+@example({"QVM_TIMEOUT": "1\n"})
+def test_any_environment(environ):
+  assert os.path.isabs(source.cache_folder(environ))
+  try:
+    net = source.net_from(environ)
+  except source.UsageError as error:
+    assert "the token has" not in str(error) or len(str(error)) < 80  # thus not the token itself
+    return
+  assert re.fullmatch("[!-~]+", net.releases) and re.fullmatch("[!-~]*", net.api + net.token)
+  assert 0.1 <= net.timeout <= 3600 and 0 <= net.retry_delay <= 3600
+
+
+CONTROL = "a\nb\x1b[31m\t c,d%s'\"\\"
+
+
+@pytest.mark.parametrize("name", ["QVM_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+def test_a_folder_with_control_characters(qvm, tmp_path, name):
+  env = {name: str(tmp_path / CONTROL)}
+  result = works(qvm("run", "--name", "vm", "freebsd", "15.1", env=env))
+  assert re.fullmatch(r"(qvm: [^\x00-\x09\x0b-\x1f]+\n)+", result.stderr)
+  for command in (("list",), ("doctor", "--offline"), ("rm", "vm")):
+    result = qvm(*command, env=env)
+    assert result.returncode == 0 and "\x1b" not in result.stdout + result.stderr
+  result = qvm("--dry-run", *RUN, env=env)
+  shell = ["sh", "-c", f'for word in {result.stdout.strip()}; do printf "%s\\0" "$word"; done']
+  words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")
+  assert any(CONTROL.replace(",", ",,") in word for word in words)
+
+
+# --- Release pages ----------------------------------------------------------------------------
+
+HEX = "ab" * 32
+pieces = st.sampled_from([
+  'href="/x/releases/download/v1/freebsd-15.1-x86-64.qcow2"', 'href="/releases/download/', '"',
+  'href="/x/releases/download/v1/%2e%2e"', "<", "sha256:" + HEX, "sha256:" + HEX + "0", "%", "%00",
+  "%ff", '/releases/tag/v1"', '/releases/tag/v2.0"', '/releases/tag/../x"', "/releases/tag/", "\n",
+])  # fmt: skip
+pages = st.lists(pieces | odd_text, max_size=12).map("".join)
+
+
+@many
+@given(pages, pages, pages)
+def test_any_release_page(latest, feed, fragment):
+  net = source.Net("http://h", "", "", 1.0, 0.0, 1, threading.Event())
+  answers = {"releases/latest": latest, "releases.atom": feed}
+
+  def answer(net, url, stop=""):
+    text = next((text for end, text in answers.items() if url.endswith(end)), fragment)
+    return text.encode("utf-8", "surrogatepass"), ""
+
+  before, source.fetch_bytes = source.fetch_bytes, answer
+  try:
+    releases = source.page_releases(net, "freebsd-builder")
+  except source.QvmError as error:
+    assert source.printable(str(error)).isprintable()
+    return
+  finally:
+    source.fetch_bytes = before
+  for release in releases:
+    assert re.match(source.TAG, release.tag)
+    assert all(re.fullmatch("([0-9a-f]{64})?", digest) for digest in release.assets.values())
+  for image in source.images_in("freebsd", releases):
+    assert "/" not in image.asset and re.match(source.VERSION, image.version)
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
+sys.path.insert(0, {root!r})
+import qvm
+sys.exit(qvm.main(sys.argv[1:]))
+"""
+
+
+HUGE = {
+  "deep lists": b"[" * 1_000_000,
+  "deep objects": b'{"a":' * 200_000,
+  "40 MB": b"[" + b"0," * 20_000_000,
+  "long text": b'"' + b"x" * 50_000_000,
+  "long number": b"9" * 5_000_000,
+  "many assets": b'[{"tag_name": "v1", "assets": [' + b"{}," * 9_000_000,
+  "assets": b'[{"tag_name": "v1", "assets": [' + b"{}," * 2_700_000 + b"{}]}]",
+}
+
+
+@pytest.mark.parametrize("body", HUGE.values(), ids=list(HUGE))
+def test_huge_release_data_take_no_huge_memory(qvm, server, body):
+  server.fault("freebsd-builder/releases", origin="api", times=None, body=body)
+  command = [sys.executable, "-c", LIMITED.format(root=str(ROOT)), "search", "freebsd"]
+  result = subprocess.run(command, env=qvm.env, capture_output=True, text=True, timeout=60)
+  assert result.returncode == 0 and re.fullmatch("(qvm: .+\n)*", result.stderr), result.stderr
+  assert "reading the release pages instead" in result.stderr or body == HUGE["assets"]
+  assert "15.1" in result.stdout or body == HUGE["assets"]
+
+
+# --- Archives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20], ids=["empty", "1 MB each"])
+def test_an_archive_of_a_million_members(tmp_path, size):
+  """Gzip streams may follow one another: these are 100 of 10,000 headers each."""
+  info = tarfile.TarInfo("./share/x")
+  info.size = size
+  block = info.tobuf(tarfile.GNU_FORMAT) + bytes(size)
+  packed = gzip.compress(block * (10_000 if not size else 100), 1)
+  with open(tmp_path / "x.tar.part", "wb") as file:
+    for _ in range(100):
+      file.write(packed)
+  script = LIMITED.replace(
+    "sys.exit(qvm.main(sys.argv[1:]))", "qvm.unpack_aside(*sys.argv[1:], ())"
+  )
+  command = [sys.executable, "-c", script.format(root=str(ROOT))]
+  paths = [str(tmp_path / "x.tar.part"), str(tmp_path / "x.tmp")]
+  result = subprocess.run([*command, *paths], capture_output=True, text=True, timeout=60)
+  assert "qvm.RefusedError: x.tar is refused: it holds more than any QEMU" in result.stderr
+  assert os.listdir(tmp_path) == []
+
+
+@many
+@given(st.binary(max_size=40), st.integers(0, 40))
+def test_any_header_of_an_overlay(tmp_path_factory, content, place):
+  path = tmp_path_factory.getbasetemp() / "overlay"
+  path.write_bytes(b"QFI\xfb\0\0\0\3" + place.to_bytes(8, "big") + content)
+  assert isinstance(source.backing_file(str(path)), str)
+
+
+# --- Records ----------------------------------------------------------------------------------
+
+fields = st.sampled_from([*source.Instance._fields, "sha256", "bytes", "inode", "url", "release",
+                          "asset_sha256", "total", "validator", "size", "time"])  # fmt: skip
+records = st.dictionaries(fields, json_value, max_size=8)
+sound = {"name": "vm", "os": "freebsd", "version": "15.1", "arch": "x86-64"}
+
+
+@many
+@given(records, st.booleans())
+@example({"ssh": "\ud800"}, True)
+@example({"version": "\x1b[2J\n"}, True)
+def test_any_record(tmp_path_factory, record, whole):
+  cache = tmp_path_factory.mktemp("cache")
+  for name in ("instances", "base", "downloads"):
+    (cache / name).mkdir()
+  text = json.dumps({**(sound if whole else {}), **record})
+  for name in ("instances/vm.json", "base/x.json", "base/x.json.new", "downloads/x.json"):
+    (cache / name).write_text(text)
+  for name in ("instances/vm.qcow2", "base/x.qcow2", "downloads/x.part"):
+    (cache / name).write_bytes(b"12345")
+  files = source.instance_files(str(cache), "vm")
+  try:
+    assert all(isinstance(text, str) for text in source.read_instance(files))
+  except source.QvmError as error:
+    assert str(files.record) in str(error)
+  (row,) = source.list_instances(str(cache))
+  assert row.name == "vm" and row.state == "stopped"
+  assert isinstance(source.record_of(str(cache / "base/x.qcow2")), dict)
+
+
+EDITED = [
+  b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"name": "../vm", "os": "freebsd"}',
+  b'{"name": "vm", "os": "\\ud800", "version": "\\u001b[2J", "arch": "\\n", "ssh": "\\ud800"}',
+  b'{"sha256": 5, "bytes": "x", "url": [], "release": {}}', b'{"bytes": ' + b"9" * 5000 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", EDITED, ids=lambda content: repr(content[:20]))
+def test_records_that_somebody_has_edited(full, content):
+  works(full("run", "--name", "vm", "freebsd", "15.1"))
+  places = ["instances/vm.json", f"base/{FREEBSD}.json", "bin/qemu-img.json"]
+  for path in places:
+    path = full.cache / path
+    path.chmod(0o644)
+    path.write_bytes(content)
+  (full.cache / "downloads" / f"{FREEBSD}.qcow2.json").write_bytes(content)
+  for command in (("list",), ("list", "--json"), ("doctor", "--offline"), ("clean", "--dry-run"),
+                  ("run", "--name", "vm", "freebsd", "15.1"), RUN, ("stop", "vm"), ("ssh", "vm"),
+                  ("pull", "--verify", "freebsd", "15.1"), ("rm", "vm")):  # fmt: skip
+    result = full(*command)
+    assert result.returncode in (0, 1, 125), result.stderr
+    assert re.fullmatch("(qvm: .+\n)*", result.stderr), result.stderr
+    assert "bug" not in result.stderr and "\x1b" not in result.stderr + result.stdout
+  assert not [path for path in full.files() if path.startswith("instances/vm")]
+
+
+# --- Secrets ----------------------------------------------------------------------------------
+
+TOKEN = "ghp_s3cretT0ken"
+
+
+@pytest.mark.parametrize("name", ["GITHUB_TOKEN", "GH_TOKEN"])
+def test_the_token_reaches_the_api_and_nothing_else(qvm, server, tmp_path, name):
+  qvm.env[name] = TOKEN
+  qvm.play(record=str(tmp_path / "record"))
+  server.fault("releases/tags/v0.16.0", origin="api", status=503)
+  moved = f"{server.github_url}/elsewhere"
+  server.fault("resources/releases/tags", origin="api", times=None, redirect=moved)
+  log = tmp_path / "console"
+  said = [qvm("run", "--name", "vm", "--console-log", str(log), "freebsd", "15.1")]
+  said += [qvm("search", "freebsd"), qvm("pull", "--verify", "freebsd", "15.1"), qvm("list")]
+  said += [qvm("doctor"), qvm("--dry-run", *RUN), qvm("pull", "--refresh", "netbsd", "10.1")]
+  server.fault("", origin=None, times=None, status=401)
+  said += [qvm("search"), qvm("pull", "openbsd", "7.9")]
+  assert not [each for each in said if TOKEN in each.stdout + each.stderr]
+  for each in server.log:
+    carried = TOKEN in str(each.headers) + each.target
+    assert carried == (each.origin == "api"), each
+  assert server.requests("/elsewhere", "github")
+  assert TOKEN not in str(qvm.record(tmp_path / "record")["argv"])
+  found = subprocess.run(["grep", "-rl", TOKEN, str(qvm.home), str(log)], stdout=subprocess.PIPE)
+  assert found.stdout == b""
+
+
+def test_folders_are_for_their_user_alone(qvm):
+  works(qvm("run", "--name", "vm", "freebsd", "15.1", preexec_fn=lambda: os.umask(0)))
+  for path in [qvm.cache, *qvm.cache.iterdir()]:
+    assert path.stat().st_mode & 0o777 == 0o700, path
+
+
+def test_nothing_is_hidden_in_an_error_of_the_environment(qvm):
+  fails(qvm(*RUN, env={"GITHUB_TOKEN": "s3cret\x1b\nx"}), "GITHUB_TOKEN", code=2)
+  result = qvm(*RUN, env={"GITHUB_TOKEN": "s3cret\x1b\nx"})
+  assert "s3cret" not in result.stderr and not Path(qvm.cache).exists()

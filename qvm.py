@@ -1467,11 +1467,31 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callabl
         raise Cancelled()
 
 
+BLOCK = 1 << 16  # bytes for which the map of an unfinished file has one byte
+UNKNOWN = 1 << 62  # the end of a file whose length is not known
+CONNECTIONS = 4  # that fetch one file at the same time, where one is slow
+SLOW = 50e6  # bytes a second, below which others join a connection after SLOW_AFTER seconds
+SLOW_AFTER = 1.0
+LARGE = 32 << 20  # bytes that must be missing for it
+SILENCE = 5.0  # seconds after which an idle connection takes over what another fetches
+CATCH_UP = 8 << 20  # bytes that are hashed at a time while others wait for their data
+
+
+class Span:
+  """The bytes that one connection fetches, from position, which moves, to end."""
+
+  def __init__(self, position: int, end: int) -> None:
+    self.position, self.end = position, end
+    self.void = False  # whatever comes for it now is not wanted any more
+    self.moved = time.monotonic()
+
+
 class Transfer:
   """One file on its way to downloads/, where it and what a resume needs survive a kill -9.
 
   NAME.part holds the bytes so far, NAME.json the URL they come from, the validator (ETag or
-  Last-Modified) of the object and its length.
+  Last-Modified) of the object and its length. They are the file's beginning; where the note says
+  so, they are what NAME.map marks instead, block by block, each after it has been written.
   """
 
   running: "List[Transfer]" = []  # those that --progress shows
@@ -1481,14 +1501,22 @@ class Transfer:
     self.net, self.url, self.name = net, url, name
     self.part = os.path.join(folder, name + ".part")
     self.note = os.path.join(folder, name + ".json")
+    self.map = os.path.join(folder, name + ".map")
     self.validator = ""
     self.total: Optional[int] = None
-    self.done = 0
+    self.done = 0  # bytes that are there
+    self.hashed = 0  # bytes at the beginning that are there and in the hash; never written again
     self.head = b""  # the first bytes, to see what kind of file it is
     self.resumed = 0
     self.announced = False
     self.started = time.monotonic()
     self.hash = new_sha256()
+    self.lock = threading.Condition()  # for what follows, and for what is in the files
+    self.hashing = threading.Lock()  # to be taken before the other one
+    self.spans: List[Span] = []
+    self.blocks = bytearray()  # 1: there, 2: on its way, 0: neither; empty while there is no map
+    self.file = self.map_file = -1
+    self.helpers: List[threading.Thread] = []
     self.load()
 
   def load(self) -> None:
@@ -1500,30 +1528,196 @@ class Transfer:
       return self.reset()
     if not isinstance(total, int) or size > total:
       return self.reset()
-    with open(self.part, "rb") as part:
-      for chunk in iter(lambda: part.read(CHUNK), b""):
-        self.take(chunk)
-        if self.net.cancelled.is_set():
-          raise Cancelled()
-    self.validator, self.total = validator, total
+    self.validator, self.total, self.done = validator, total, size
+    self.file = os.open(self.part, os.O_RDWR)
+    if note.get("blocks") == BLOCK and not self.load_map():
+      return self.reset()
     self.resumed = self.done
+
+  def load_map(self) -> bool:
+    """Read which blocks are there; False when the map does not fit."""
+    try:
+      self.map_file = os.open(self.map, os.O_RDWR)
+    except FileNotFoundError:
+      return False
+    data, total = os.pread(self.map_file, 1 << 30, 0), self.total or 0
+    self.blocks = bytearray(data)
+    short = -total % BLOCK if data.endswith(b"\1") else 0
+    self.done = data.count(1) * BLOCK - short
+    end = min((data.rfind(1) + 1) * BLOCK, total)
+    fits = len(data) == -(-total // BLOCK) and end <= os.fstat(self.file).st_size
+    return fits and not data.strip(b"\0\1")
 
   def reset(self) -> None:
     """Forget the bytes there are."""
+    self.close()
     self.validator, self.total = "", None
     self.done, self.head, self.hash, self.resumed = 0, b"", new_sha256(), 0
-    for path in (self.part, self.note):
+    self.hashed, self.blocks = 0, bytearray()
+    for path in (self.part, self.note, self.map):
       remove_file(path)
 
-  def take(self, chunk: Any) -> None:
-    """Count bytes that are in the part file."""
+  def close(self) -> None:
+    """Write no more, whatever still comes."""
+    with self.hashing, self.lock:
+      for span in self.spans:
+        span.void = True
+      self.spans = []
+      for fd in (self.file, self.map_file):
+        if fd >= 0:
+          os.close(fd)
+      self.file = self.map_file = -1
+
+  def save_note(self) -> None:
+    """Note what a resume needs."""
+    note = {"url": self.url, "validator": self.validator, "total": self.total}
+    write_json(self.note, {**note, "blocks": BLOCK} if self.blocks else note)
+
+  def use_map(self) -> None:
+    """From now on the blocks may come in any order."""
+    if self.blocks:
+      return
+    total = self.total or 0
+    with self.lock:
+      self.open_part()
+      if not self.spans:
+        self.done = max(self.done // BLOCK * BLOCK, self.hashed) if self.done < total else total
+      there = self.done // BLOCK if self.done < total else -(-total // BLOCK)
+      self.blocks = bytearray(b"\1" * there).ljust(-(-total // BLOCK), b"\0")
+      self.map_file = os.open(self.map, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+      write_at(self.map_file, self.blocks, 0)
+      if self.spans:
+        self.blocks[there:] = b"\2" * (len(self.blocks) - there)
+      self.save_note()  # only now is the part more than a beginning
+      os.ftruncate(self.file, total)
+
+  def open_part(self) -> None:
+    """Open the part; what a resume needs has been noted."""
+    if self.file < 0:
+      self.file = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
+
+  def claim(self, helper: bool = False) -> Optional[Span]:
+    """The first gap that nobody fills, else half of the largest that somebody does."""
+    with self.lock:
+      if self.blocks:
+        span = self.first_gap() or self.half()
+      elif helper or self.complete():
+        span = None
+      else:
+        span = Span(self.done, UNKNOWN if self.total is None else self.total)
+      if span:
+        self.spans.append(span)
+      return span
+
+  def first_gap(self, start: int = 0, most: int = UNKNOWN) -> Optional[Span]:
+    """The first gap from a block on, of at most so many blocks; it counts as on its way."""
+    first = self.blocks.find(0, start)
+    if first < 0:
+      return None
+    ends = [self.blocks.find(state, first) for state in (1, 2)]
+    last = min([end for end in ends if end >= 0] + [len(self.blocks), first + most])
+    self.blocks[first:last] = b"\2" * (last - first)
+    return Span(max(first * BLOCK, self.hashed), min(last * BLOCK, self.total or 0))
+
+  def half(self) -> Optional[Span]:
+    """The second half of the largest span, which is cut."""
+    largest = max(self.spans, key=lambda span: span.end - span.position, default=None)
+    if not largest or largest.end - largest.position < 8 * BLOCK:
+      return None
+    middle = (largest.position + largest.end) // 2 // BLOCK * BLOCK
+    span, largest.end = Span(middle, largest.end), middle
+    return span
+
+  def take_over(self) -> Optional[Span]:
+    """What a connection was to fetch of which nothing has been heard for a while."""
+    with self.lock:
+      for old in self.spans:
+        if time.monotonic() > old.moved + SILENCE:
+          old.void = True
+          span = Span(old.position, old.end)
+          self.spans[self.spans.index(old)] = span
+          return span
+      self.lock.wait(0.1)
+    return None
+
+  def release(self, span: Span) -> None:
+    """A connection fetches no more of its span; what is left of it is a gap."""
+    with self.lock:
+      if span.void:
+        return
+      span.void = True
+      self.spans.remove(span)
+      if self.blocks and span.position < span.end:
+        first, last = span.position // BLOCK, -(-span.end // BLOCK)
+        self.blocks[first:last] = bytes(last - first)
+        self.done -= span.position - max(first * BLOCK, min(self.hashed, span.position))
+      self.lock.notify_all()
+
+  def write(self, span: Span, chunk: bytes) -> None:
+    """Take in the next bytes of a span."""
+    with self.lock:
+      if span.void:
+        raise Cancelled()
+      before = span.position
+      chunk = chunk[: span.end - before]
+      write_at(self.file, chunk, before)
+      span.position, span.moved = before + len(chunk), time.monotonic()
+      self.done += len(chunk)
+      if self.blocks:
+        first, last = before // BLOCK, span.position // BLOCK
+        last = len(self.blocks) if span.position == self.total else last
+        self.blocks[first:last] = b"\1" * (last - first)
+        write_at(self.map_file, self.blocks[first:last], first)
+        self.lock.notify_all()
+    if self.hashing.acquire(False):  # else whoever has it gets there
+      try:
+        if self.hashed == before and not span.void:
+          self.take(chunk)
+        elif not span.void:
+          self.catch_up(CATCH_UP)
+      finally:
+        self.hashing.release()
+
+  def take(self, chunk: bytes) -> None:
+    """Hash the bytes that come next."""
     self.hash.update(chunk)
-    self.done += len(chunk)
+    self.hashed += len(chunk)
     if len(self.head) < 512:
-      self.head = (self.head + bytes(chunk[:512]))[:512]
+      self.head = (self.head + chunk[:512])[:512]
+
+  def catch_up(self, most: int) -> None:
+    """Hash what has come before its turn, read back from the file."""
+    end = self.done
+    if self.blocks:
+      ends = [self.blocks.find(state, self.hashed // BLOCK) for state in (0, 2)]
+      end = min([at * BLOCK for at in ends if at >= 0] + [self.total or 0])
+    end = min(end, self.hashed + most)
+    while self.hashed < end:
+      chunk = os.pread(self.file, min(CHUNK, end - self.hashed), self.hashed)
+      if not chunk:
+        raise QvmError(f"{self.part} became shorter while it was read")
+      self.take(chunk)
+
+  def hash_all(self) -> None:
+    """Hash all that is there from the beginning on."""
+    before = -1
+    while self.hashed > before:
+      if self.net.cancelled.is_set():
+        raise Cancelled()
+      before = self.hashed
+      with self.hashing:
+        self.catch_up(CATCH_UP)
 
   def complete(self) -> bool:
     return self.total is not None and self.done == self.total
+
+
+def write_at(fd: int, data: Any, position: int) -> None:
+  """Write all bytes at a place in a file."""
+  view = memoryview(data)
+  while view:
+    count = os.pwrite(fd, view, position)
+    view, position = view[count:], position + count
 
 
 def download(net: Net, url: str, name: str, folder: str) -> Transfer:
@@ -1531,11 +1725,16 @@ def download(net: Net, url: str, name: str, folder: str) -> Transfer:
   transfer = Transfer(net, url, name, folder)
   Transfer.running.append(transfer)
   try:
+    transfer.hash_all()
     if not transfer.complete():
       with_retries(net, url, lambda: fetch_rest(transfer), lambda: transfer.done)
+    transfer.hash_all()
     check_kind(transfer)
   finally:
     Transfer.running.remove(transfer)
+    transfer.close()
+    if any(helper.is_alive() for helper in transfer.helpers):
+      Transfer.abandoned = True
   fetched, seconds = transfer.done - transfer.resumed, time.monotonic() - transfer.started
   rate = megabytes(fetched / max(seconds, 0.001))
   say(f"downloaded {name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
@@ -1543,33 +1742,97 @@ def download(net: Net, url: str, name: str, folder: str) -> Transfer:
 
 
 def fetch_rest(transfer: Transfer) -> None:
-  """One attempt: ask for the bytes that are missing and append them."""
-  headers = {}
-  if transfer.done and transfer.validator:
-    headers = {"Range": f"bytes={transfer.done}-", "If-Range": transfer.validator}
-  try:
-    answer = open_url(transfer.net, transfer.url, headers)
-  except Transient as error:
-    if error.code == 416:
-      transfer.reset()
-    raise
-  with answer:
-    try:
-      if answer.getcode() == 206:
-        check_range(transfer, answer.headers)
-      else:
-        start_over(transfer, answer.headers)
-      check_space(transfer)
-      announce(transfer)
-      with open(transfer.part, "ab") as part:
-        copy_body(transfer, answer, part)
-    except OSError as error:
-      raise write_failure(transfer.part, transfer.total or transfer.done, error)
+  """One attempt: ask for the bytes that are missing, gap by gap."""
+  span = transfer.claim()
+  while span and fetch_span(transfer, span):
+    span = transfer.claim()
+    while not span and transfer.spans:  # others still fetch
+      span = transfer.take_over() or transfer.claim()
+      if transfer.net.cancelled.is_set():
+        raise Cancelled()
   if transfer.total is None:  # a chunked body, which tells its own end
     transfer.total = transfer.done
   if transfer.done != transfer.total:
     done, total = megabytes(transfer.done), megabytes(transfer.total)
     raise Transient(f"{short(transfer.url)}: the connection ended after {done} of {total}")
+
+
+def fetch_span(transfer: Transfer, span: Span, helper: bool = False) -> bool:
+  """Ask for a span, and write what comes; whether all of it did. A helper starts nothing over."""
+  try:
+    with open_span(transfer, span, helper) as answer:
+      try:
+        if answer.getcode() == 206:
+          check_range(transfer, span, answer.headers, helper)
+        elif helper:
+          raise no_range(transfer)
+        else:
+          start_over(transfer, answer.headers)
+          span = transfer.claim() or span
+        check_space(transfer)
+        announce(transfer)
+        transfer.open_part()
+        copy_body(transfer, answer, span, helper)
+      except OSError as error:
+        raise write_failure(transfer.part, transfer.total or transfer.done, error)
+    return span.position == span.end
+  finally:
+    transfer.release(span)
+
+
+def open_span(transfer: Transfer, span: Span, helper: bool) -> Any:
+  """Ask for the bytes of a span, if nothing is there for the whole file."""
+  headers = {}
+  if transfer.done and transfer.validator:
+    last = "" if span.end in (UNKNOWN, transfer.total) else span.end - 1
+    headers = {"Range": f"bytes={span.position}-{last}", "If-Range": transfer.validator}
+  try:
+    return open_url(transfer.net, transfer.url, headers)
+  except Transient as error:
+    if error.code == 416 and not helper:
+      transfer.reset()
+    raise
+
+
+def widen(transfer: Transfer) -> None:
+  """Let more connections fetch the rest."""
+  transfer.use_map()
+  for _ in range(CONNECTIONS - 1):
+    helper = threading.Thread(target=help_out, args=(transfer,), daemon=True)
+    transfer.helpers.append(helper)
+    helper.start()
+
+
+def help_out(transfer: Transfer) -> None:
+  """Fetch gaps beside the first connection until there are none, or the server wants no more."""
+  with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
+    span = transfer.claim(helper=True)
+    while span:
+      start = span.position
+      try:
+        fetch_span(transfer, span, helper=True)
+      except Transient:
+        if span.position == start:
+          return
+      span = transfer.claim(helper=True)
+
+
+def is_slow(transfer: Transfer, headers: Any, seconds: float, count: int) -> bool:
+  """Whether several connections may bring a file sooner than the one that has brought so much."""
+  return (
+    seconds >= SLOW_AFTER
+    and count < SLOW * seconds
+    and not transfer.helpers
+    and transfer.total is not None
+    and transfer.total - transfer.done >= LARGE
+    and gives_ranges(transfer, headers)
+  )
+
+
+def gives_ranges(transfer: Transfer, headers: Any) -> bool:
+  """Whether the server lets parts of just this object be fetched."""
+  ranges = (headers.get("Accept-Ranges") or "").lower() == "bytes" or headers.get("Content-Range")
+  return bool(ranges) and bool(re.match(STRONG, transfer.validator))
 
 
 def check_space(transfer: Transfer) -> None:
@@ -1615,18 +1878,27 @@ def announce(transfer: Transfer) -> None:
   say(f"downloading {transfer.name} ({size}) from {short(transfer.url)}")
 
 
-def check_range(transfer: Transfer, headers: Any) -> None:
+def check_range(transfer: Transfer, span: Span, headers: Any, helper: bool) -> None:
   """A 206 must bring just the bytes asked for, of the same object; else all starts over."""
   match = re.match(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)\Z", headers.get("Content-Range") or "")
   etag = headers.get("ETag") or ""
   same = transfer.validator in (etag, headers.get("Last-Modified"))
   if (
     not match
-    or [int(match.group(i)) for i in (1, 3)] != [transfer.done, transfer.total]
+    or [int(match.group(i)) for i in (1, 3)] != [span.position, transfer.total]
     or not same
   ):
-    transfer.reset()
-    raise Transient(f"{short(transfer.url)}: the server sends another part than asked for")
+    if not helper:
+      transfer.reset()
+    raise no_range(transfer)
+
+
+def no_range(transfer: Transfer) -> Transient:
+  """The error for an answer that is not the range that was asked for."""
+  return Transient(f"{short(transfer.url)}: the server sends another part than asked for")
+
+
+STRONG = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
 
 
 def start_over(transfer: Transfer, headers: Any) -> None:
@@ -1641,22 +1913,19 @@ def start_over(transfer: Transfer, headers: Any) -> None:
   elif not chunked:  # the connection may have ended before it did
     raise Transient(f"{short(transfer.url)}: the server does not say how long the file is")
   etag = headers.get("ETag") or ""
-  strong = re.match(r'"[^"]*"\Z', etag)
-  transfer.validator = etag if strong else (headers.get("Last-Modified") or "")
-  write_json(
-    transfer.note,
-    {"url": transfer.url, "validator": transfer.validator, "total": transfer.total},
-  )
+  transfer.validator = etag if re.match(STRONG, etag) else (headers.get("Last-Modified") or "")
+  transfer.save_note()
 
 
-def copy_body(transfer: Transfer, answer: Any, part: IO[bytes]) -> None:
-  """Append the body to the part file, looking at its first bytes on the way."""
+def copy_body(transfer: Transfer, answer: Any, span: Span, helper: bool) -> None:
+  """Write the body to the part file, looking at its first bytes on the way."""
   import http.client
   import socket
 
   looked = len(transfer.head) >= 512
+  began, start = time.monotonic(), span.position
   while not transfer.net.cancelled.is_set():
-    wanted = CHUNK if transfer.total is None else min(CHUNK, transfer.total - transfer.done)
+    wanted = min(CHUNK, span.end - span.position)
     try:
       chunk = answer.read1(wanted) if wanted else b""  # what is there: a time-out loses none of it
     except socket.timeout:
@@ -1665,12 +1934,13 @@ def copy_body(transfer: Transfer, answer: Any, part: IO[bytes]) -> None:
       raise Transient(f"{short(transfer.url)}: the connection broke: {describe(error)}")
     if not chunk:
       return
-    part.write(chunk)
-    transfer.take(chunk)
+    transfer.write(span, chunk)
     if not looked and len(transfer.head) >= 512:
       looked = True
-      part.flush()
       check_kind(transfer)
+    seconds, count = time.monotonic() - began, span.position - start
+    if not helper and is_slow(transfer, answer.headers, seconds, count):
+      widen(transfer)
   raise Cancelled()
 
 
@@ -5009,7 +5279,13 @@ def unfinished(cache: str, alone: bool) -> List[str]:
   for path in paths_in(cache, "downloads"):
     stem, suffix = os.path.splitext(re.sub(r"\.tmp\Z", "", path))
     stem = re.sub(r"\.tar\.zst\Z", ".qcow2", stem if suffix != ".qcow2" else stem + suffix)
-    known = re.search(r"\.(qcow2|tar)\Z", stem) and suffix in (".part", ".json", ".lock", ".qcow2")
+    known = re.search(r"\.(qcow2|tar)\Z", stem) and suffix in (
+      ".part",
+      ".json",
+      ".map",
+      ".lock",
+      ".qcow2",
+    )
     if known and (alone or not is_locked(stem + ".lock")):
       found.append(path)
   return found

@@ -274,7 +274,7 @@ def publish(server, assets, tag="", **more):
 
 PUBLISHED = r"base/[^/]*\.(qcow2|kernel)|bin/qemu-img|qemu/(x86_64|aarch64)/(?!release\.json).*"
 RECORDS = r"base/[^/]*\.json|bin/qemu-img\.json|qemu/(x86_64|aarch64)/release\.json"
-RESUMABLE = r"downloads/.*\.(part|json)"
+RESUMABLE = r"downloads/.*\.(part|json|map)"
 
 
 def published(qvm):

@@ -453,6 +453,7 @@ class Options(NamedTuple):
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
   detach: bool = False
+  stream: bool = False
   boot_timeout: float = 600.0
   console_log: str = ""
   guest_command: Tuple[str, ...] = ()
@@ -624,6 +625,8 @@ OPTIONS = (
          "one more argument for QEMU; may be given several times", True),
   Option(("-d", "--detach"), "detach", "", bool,
          "run in the background, once ssh answers; see qvm list and qvm stop"),
+  Option(("--stream",), "stream", "", bool,
+         "boot while the image still comes: the guest runs before\nthe image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
          "how long to wait for ssh (default: 600)"),
   Option(("--console-log",), "console_log", "FILE", os.path.abspath,
@@ -672,7 +675,7 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu", "qemu_args",
-     "detach", "boot_timeout", "console_log", *IN_GUEST, "progress"),
+     "detach", "stream", "boot_timeout", "console_log", *IN_GUEST, "progress"),
     "Boot a guest in this terminal, or for one command; download first what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -1482,6 +1485,7 @@ class Span:
 
   def __init__(self, position: int, end: int) -> None:
     self.position, self.end = position, end
+    self.wanted = 0  # the position up to which somebody waits for it
     self.void = False  # whatever comes for it now is not wanted any more
     self.moved = time.monotonic()
 
@@ -1517,6 +1521,7 @@ class Transfer:
     self.blocks = bytearray()  # 1: there, 2: on its way, 0: neither; empty while there is no map
     self.file = self.map_file = -1
     self.helpers: List[threading.Thread] = []
+    self.address = ""  # where the last answer came from: the signed address, good for a while
     self.load()
 
   def load(self) -> None:
@@ -1653,6 +1658,16 @@ class Transfer:
         self.done -= span.position - max(first * BLOCK, min(self.hashed, span.position))
       self.lock.notify_all()
 
+  def give_way(self, span: Span) -> None:
+    """Let spans that somebody waits for come first; not for long, or the server hangs up."""
+    until = time.monotonic() + SILENCE
+    with self.lock:
+      while span.position >= span.wanted and time.monotonic() < until:
+        now = time.monotonic()
+        if not any(it.position < it.wanted and now < it.moved + 1 for it in self.spans):
+          return
+        self.lock.wait(ALERT)
+
   def write(self, span: Span, chunk: bytes) -> None:
     """Take in the next bytes of a span."""
     with self.lock:
@@ -1761,11 +1776,12 @@ def fetch_span(transfer: Transfer, span: Span, helper: bool = False) -> bool:
   """Ask for a span, and write what comes; whether all of it did. A helper starts nothing over."""
   try:
     with open_span(transfer, span, helper) as answer:
+      transfer.address = answer.geturl()
       try:
         if answer.getcode() == 206:
           check_range(transfer, span, answer.headers, helper)
         elif helper:
-          raise no_range(transfer)
+          raise no_range(transfer, answer.headers)
         else:
           start_over(transfer, answer.headers)
           span = transfer.claim() or span
@@ -1786,6 +1802,11 @@ def open_span(transfer: Transfer, span: Span, helper: bool) -> Any:
   if transfer.done and transfer.validator:
     last = "" if span.end in (UNKNOWN, transfer.total) else span.end - 1
     headers = {"Range": f"bytes={span.position}-{last}", "If-Range": transfer.validator}
+  if helper and transfer.address:
+    try:
+      return open_url(transfer.net, transfer.address, headers)
+    except QvmError:
+      transfer.address = ""  # it has expired
   try:
     return open_url(transfer.net, transfer.url, headers)
   except Transient as error:
@@ -1888,14 +1909,22 @@ def check_range(transfer: Transfer, span: Span, headers: Any, helper: bool) -> N
     or [int(match.group(i)) for i in (1, 3)] != [span.position, transfer.total]
     or not same
   ):
+    problem = no_range(transfer, headers)
     if not helper:
       transfer.reset()
-    raise no_range(transfer)
+    raise problem
 
 
-def no_range(transfer: Transfer) -> Transient:
+CHANGED = 412  # as the code of a Transient: the object is another one than before
+
+
+def no_range(transfer: Transfer, headers: Any) -> Transient:
   """The error for an answer that is not the range that was asked for."""
-  return Transient(f"{short(transfer.url)}: the server sends another part than asked for")
+  etag = headers.get("ETag")
+  code = CHANGED if etag and etag != transfer.validator else 0
+  return Transient(
+    f"{short(transfer.url)}: the server sends another part than asked for", code=code
+  )
 
 
 STRONG = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
@@ -1934,6 +1963,7 @@ def copy_body(transfer: Transfer, answer: Any, span: Span, helper: bool) -> None
       raise Transient(f"{short(transfer.url)}: the connection broke: {describe(error)}")
     if not chunk:
       return
+    transfer.give_way(span)
     transfer.write(span, chunk)
     if not looked and len(transfer.head) >= 512:
       looked = True
@@ -2655,12 +2685,41 @@ def backing_file(path: str) -> str:
     return ""
 
 
+STREAMED = "nbd+unix:"  # the backing of an overlay that was begun while its base image came
+
+
+def is_streamed(disk: str) -> bool:
+  """Whether an overlay lies on a base image that had not all come when it was last used."""
+  return backing_file(disk).startswith(STREAMED)
+
+
+def base_of(disk: str) -> str:
+  """The path of the base image of an overlay, relative to its folder."""
+  backing = backing_file(disk)
+  if not backing.startswith(STREAMED):
+    return backing
+  record = read_json(disk[: -len("qcow2")] + "json")
+  return "../base/{}-{}-{}.qcow2".format(*(record.get(key) for key in ("os", "version", "arch")))
+
+
 def dependants(cache: str, base: str) -> List[str]:
-  """The names of the instances whose overlays lie on a base image."""
+  """The names of the instances whose overlays lie on a base image, or will once it has come."""
   needed = os.path.join("..", "base", os.path.basename(base))
   names = instance_names(cache, ".qcow2")
   disks = {name: os.path.join(instances(cache), name + ".qcow2") for name in names}
-  return [name for name, disk in disks.items() if backing_file(disk) == needed]
+  return [name for name, disk in disks.items() if base_of(disk) == needed]
+
+
+def pinned_release(plan: Plan) -> str:
+  """The release from which the rest of the base image must come, as overlays were begun on it."""
+  if os.path.isfile(plan.base):
+    return ""
+  records = [
+    read_json(os.path.join(instances(plan.cache), name + ".json"))
+    for name in dependants(plan.cache, plan.base)
+  ]
+  tags = [str(record.get("release")) for record in records if record.get("release")]
+  return tags[0] if tags and re.match(TAG, tags[0]) else ""
 
 
 def check_unused(plan: Plan) -> None:
@@ -2695,9 +2754,19 @@ def fetch_asset(
       raise QvmError(f"{problem} (sha256 {wanted}, not {digest})", "it has been deleted")
     say(f"{problem}; fetching it once more")
     releases.forget(repo, tag)
-  record = {"release": tag, "url": url, "size": transfer.done, "asset_sha256": digest}
-  record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-  return transfer, record
+  return transfer, asset_record(transfer, tag, digest)
+
+
+def asset_record(transfer: Transfer, tag: str, digest: str) -> Dict[str, Any]:
+  """The record of an asset that has come whole."""
+  return {
+    "release": tag,
+    "url": transfer.url,
+    "validator": transfer.validator,
+    "size": transfer.done,
+    "asset_sha256": digest,
+    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+  }
 
 
 def is_qemu_program(path: str) -> bool:
@@ -2989,7 +3058,8 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
     there = os.path.isfile(plan.base)
     if there and not plan.refresh:
       return
-    for tag, name in candidates(plan, releases):
+    pinned = pinned_release(plan)
+    for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, releases):
       url = asset_url(releases.net, repo, tag, name)
       if there and record_of(plan.base).get("url") == url:
         say(f"{name} of {tag} is the newest")
@@ -3002,11 +3072,21 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
         transfer, record = fetch_asset(releases, repo, tag, name, downloads(plan))
       except NotFound:
         continue
-      if tag != releases.tag(repo):
+      if tag != (pinned or releases.tag(repo)):
         say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
       put_image(plan, transfer, record, tools)
       return
-    raise no_such_image(plan, releases)
+    raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
+
+
+def gone_image(plan: Plan, tag: str) -> QvmError:
+  """The error for overlays that were begun on an image that the server has no more."""
+  names = ", ".join(dependants(plan.cache, plan.base))
+  return QvmError(
+    f"{plan.image_asset} of {tag}, which these instances were begun on, cannot be had any more: "
+    f"{names}",
+    "qvm rm gives them up, with all that their guests wrote",
+  )
 
 
 def asset_exists(net: Net, url: str) -> bool:
@@ -3074,7 +3154,7 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   )
 
 
-def fetch_missing(plan: Plan, net: Net) -> None:
+def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   """Download at the same time whatever the plan needs and the cache has not; else ask nothing."""
   releases = Releases(net)
   jobs: List[Callable[[], None]] = []
@@ -3087,7 +3167,7 @@ def fetch_missing(plan: Plan, net: Net) -> None:
     jobs.append(lambda: fetch_qemu(plan, releases))
   if not plan.own_qemu and (plan.refresh or not os.path.isfile(plan.qemu_img)):
     jobs.append(tools)
-  if plan.refresh or not os.path.isfile(plan.base):
+  if image and (plan.refresh or not os.path.isfile(plan.base)):
     jobs.append(lambda: fetch_image(plan, releases, tools))
   if jobs:
     in_parallel(net, jobs)
@@ -3097,7 +3177,10 @@ def fetch_missing(plan: Plan, net: Net) -> None:
 
 
 class Instance(NamedTuple):
-  """What NAME.json says of an instance; ssh is where it listens while it runs."""
+  """What NAME.json says of an instance; ssh is where it listens while it runs.
+
+  While its base image has not all come, release and validator say which it is.
+  """
 
   name: str
   os: str
@@ -3105,6 +3188,8 @@ class Instance(NamedTuple):
   arch: str
   base_sha256: str = ""
   ssh: str = ""
+  release: str = ""
+  validator: str = ""
 
 
 class Files(NamedTuple):
@@ -3259,18 +3344,27 @@ def check_instance(plan: Plan, files: Files) -> None:
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
+  streamed = is_streamed(files.disk)
   if not os.path.isfile(plan.base):
+    if streamed:
+      return  # it is to be completed
     raise QvmError(
       f"the instance {files.name} needs its base image {plan.base}, which is gone",
       f"put the file back; or give up what the guest wrote: qvm rm {files.name}",
     )
-  digest = record_of(plan.base).get("sha256")
-  if mine.base_sha256 and digest and mine.base_sha256 != digest:
-    raise QvmError(
-      f"the instance {files.name} was made on another base image than {plan.base} now is",
-      f"put the old file (sha256 {mine.base_sha256}) back; "
-      f"or give up what the guest wrote: qvm rm {files.name}",
-    )
+  record = record_of(plan.base)
+  digest = record.get("sha256")
+  other = mine.base_sha256 and digest and mine.base_sha256 != digest
+  if other or (streamed and not mine.base_sha256 and mine.validator != record.get("validator")):
+    raise other_base(files, plan.base, f"sha256 {mine.base_sha256}" if other else mine.release)
+
+
+def other_base(files: Files, base: str, old: str) -> QvmError:
+  """The error for an overlay that does not fit its base image."""
+  return QvmError(
+    f"the instance {files.name} was made on another base image than {base} now is",
+    f"put the old file ({old}) back; or give up what the guest wrote: qvm rm {files.name}",
+  )
 
 
 def check_base(plan: Plan) -> None:
@@ -3284,14 +3378,28 @@ def check_base(plan: Plan) -> None:
     )
 
 
-def record_instance(plan: Plan, files: Files, ssh: str) -> None:
+class Source(NamedTuple):
+  """A base image that still comes: where it is served, and which it is; digest if that is known."""
+
+  socket: str
+  release: str
+  validator: str
+  digest: str
+
+
+def record_instance(plan: Plan, files: Files, ssh: str, source: Optional[Source] = None) -> None:
   """Note what the instance is and where it listens in this run."""
-  if os.path.exists(files.disk):
+  release = validator = ""
+  if source:
+    digest, release, validator = source.digest, source.release, source.validator
+  elif os.path.exists(files.disk) and not is_streamed(files.disk):
     digest = read_instance(files).base_sha256
   else:
     digest = str(record_of(plan.base).get("sha256") or "")
   guest = plan.guest
-  instance = Instance(files.name, guest.os, plan.version, guest.arch, digest, ssh)
+  instance = Instance(
+    files.name, guest.os, plan.version, guest.arch, digest, ssh, release, validator
+  )
   write_json(files.record, dict(instance._asdict()))
 
 
@@ -3306,6 +3414,7 @@ class Row(NamedTuple):
   ssh: str
   size: int  # bytes on disk
   ephemeral: bool
+  base: int  # per cent of the base image that are there
 
 
 def list_instances(cache: str) -> List[Row]:
@@ -3327,8 +3436,21 @@ def list_instances(cache: str) -> List[Row]:
         size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
       except FileNotFoundError:  # a --rm run has just ended
         continue
-      rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral))
+      base = base_share(cache, files.disk)
+      rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral, base))
   return rows
+
+
+def base_share(cache: str, disk: str) -> int:
+  """How many per cent of an overlay's base image are there."""
+  name = os.path.basename(base_of(disk))
+  if not is_streamed(disk) or os.path.isfile(os.path.join(cache, "base", name)):
+    return 100
+  with contextlib.suppress(OSError):
+    with open(os.path.join(cache, "downloads", name + ".map"), "rb") as file:
+      blocks = file.read()
+    return 100 * blocks.count(1) // max(len(blocks), 1)
+  return 0
 
 
 # ---- QEMU command -------------------------------------------------------------------------------
@@ -3716,11 +3838,17 @@ def available_memory(meminfo: str) -> Optional[int]:
   return None
 
 
-def make_overlay(plan: Plan, locks: Sequence[int]) -> None:
-  """Make the instance's disk, an overlay on the base image, unless it is there."""
+def make_overlay(plan: Plan, locks: Sequence[int], backing: str = "") -> None:
+  """Make the instance's disk, an overlay on the base image or on what serves it, if there is none.
+
+  One that was begun while its base image came is put on what there is now; its data stay.
+  """
+  backing = backing or os.path.relpath(plan.base, os.path.dirname(plan.disk))
   if os.path.lexists(plan.disk):
+    if is_streamed(plan.disk):
+      rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
+      run_program([*rebase, plan.disk], locks)
     return
-  backing = os.path.relpath(plan.base, os.path.dirname(plan.disk))
   aside = plan.disk + ".tmp"
   remove_file(aside)
   create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
@@ -4710,6 +4838,660 @@ def run_line(login: Login, options: Options, patience: float) -> int:
 INTERRUPT = "read leader <{0} && rm -f {0} && kill -s INT -- -$leader"
 
 
+# ---- Streaming ----------------------------------------------------------------------------------
+# With --stream QEMU's overlay lies on a server of qvm's own, which hands out the base image while
+# it comes. It is a process of its own, `qvm --serve ORDER`, so that it lives as long as QEMU does,
+# whatever becomes of qvm: it ends when nobody holds the other end of its pipe any more. What it
+# says goes to qvm as lines, its answers among them as JSON.
+
+SERVE = "--serve"
+NEAR = 8  # blocks ahead of a connection for which a reader waits rather than opening another
+AHEAD = 4  # blocks that a reader's first request brings; each next in a row twice as many
+MOST_AHEAD = 64
+READERS = 3  # connections for what is waited for, beside the one that fills up
+AGAIN = 10.0  # seconds after which a line that was given up is tried again
+MOST_READ = 32 << 20  # bytes of one read, as NBD has it
+
+
+class Order(NamedTuple):
+  """What the server of an image must know, beside the environment."""
+
+  operands: Tuple[str, ...]
+  platform: str
+  name: str
+  rm: bool
+  qemu: str
+  progress: bool
+  lock: int  # descriptors: of the instance's lock, and of the pipe that tells that all have ended
+  life: int
+
+
+class NoStream(Exception):
+  """Why an image must be downloaded first."""
+
+
+def served_at(source: Optional[Source]) -> str:
+  """The backing of an overlay whose base image is served; empty where none is."""
+  return f"{STREAMED}///?socket={source.socket}" if source else ""
+
+
+def check_source(files: Files, source: Optional[Source]) -> None:
+  """Refuse to go on with an overlay on an image that is not the one it was begun on."""
+  if source and os.path.lexists(files.disk):
+    mine = read_instance(files)
+    same = mine.base_sha256 and mine.base_sha256 == source.digest
+    if not same and mine.validator != source.validator:
+      raise other_base(files, "what the server now has", mine.release)
+
+
+class Stream:
+  """A running server of an image, as qvm sees it."""
+
+  def __init__(self, process: Any, life: int) -> None:
+    import queue
+
+    self.process, self.life = process, life
+    self.source = Source("", "", "", "")
+    self.answers: Any = queue.Queue()
+    self.reader = threading.Thread(target=self.listen, daemon=True)
+    self.reader.start()
+
+  def listen(self) -> None:
+    """Pass on what the server says, and keep its answers."""
+    import json
+
+    for line in self.process.stdout:
+      text = line.decode("utf-8", "replace").rstrip("\n")
+      if text.startswith("{"):
+        self.answers.put(json.loads(text))
+      elif text:
+        say(re.sub(r"\Aqvm: ", "", text))
+    self.answers.put({"end": "the server of the image has ended"})
+
+  def answer(self) -> Dict[str, Any]:
+    """The next answer; QvmError if it is an error."""
+    import queue
+
+    while True:
+      with contextlib.suppress(queue.Empty):
+        answer: Dict[str, Any] = self.answers.get(timeout=ALERT)
+        problem = answer.get("error") or answer.get("end")
+        if problem:
+          raise QvmError(problem, answer.get("hint", ""))
+        return answer
+
+  def let_go(self) -> None:
+    """From now on the server lives as long as QEMU."""
+    if self.life >= 0:
+      os.close(self.life)
+      self.life = -1
+
+  def finish(self) -> None:
+    """Wait for the server to end, which it does once QEMU has."""
+    import subprocess
+
+    self.let_go()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.process.wait(STOP_PATIENCE)  # it may be checking a whole image
+    end_process(self.process)
+    self.reader.join(PATIENCE)
+    self.process.stdout.close()
+
+  def judge(self, kind: Any, error: Any, trace: Any) -> None:
+    """Once QEMU has ended: raise what the server has failed with, which explains all else."""
+    self.finish()
+    failed = any("error" in answer for answer in list(self.answers.queue))
+    if failed and (error is None or isinstance(error, QvmError)):
+      self.answer()
+    if self.process.returncode and not failed:
+      say(f"the server of the image was ended from outside ({ending(self.process.returncode)})")
+
+
+def start_stream(
+  plan: Plan, options: Options, lock: int, stack: contextlib.ExitStack
+) -> Optional[Stream]:
+  """Start to serve the image that is missing; None when it cannot be, or is there now."""
+  import json
+  import subprocess
+
+  ours, life = os.pipe()
+  operands, platform = (plan.guest.os, plan.version), plan.guest.arch
+  order = Order(
+    operands, platform, plan.name, plan.ephemeral, options.qemu, options.progress, lock, ours
+  )
+  program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
+  command = [sys.executable, program, SERVE, json.dumps(order._asdict())]
+  pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+  with signals.hold():
+    try:
+      process = start(command, (lock, ours), start_new_session=True, **pipe)
+    finally:
+      os.close(ours)
+    stream = Stream(process, life)
+    stack.push(stream.judge)
+  answer = stream.answer()
+  if "reason" in answer:
+    say(f"{answer['reason']}: it is downloaded first")
+  if "source" not in answer:
+    stream.finish()
+    return None
+  stream.source = Source(*answer["source"])
+  return stream
+
+
+def serve(text: str) -> int:
+  """The whole life of an image's server; everything that goes wrong is an answer."""
+  import json
+
+  Transfer.abandoned = True  # its threads end with it
+  order = Order(**json.loads(text))
+  report.progress = order.progress
+  options = Options("run", tuple(order.operands), order.platform, order.rm, name=order.name)
+  options = options._replace(qemu=order.qemu)
+  server = None
+  try:
+    net = net_from(os.environ)
+    plan = make_plan(options, this_host(), cache_folder(os.environ), "")
+    server = Server(plan, net, order)
+    server.run()
+  except NoStream as reason:
+    answer({"reason": str(reason)})
+  except (QvmError, OSError, Cancelled) as error:
+    answer({"error": describe(error), "hint": getattr(error, "hint", "")})
+    return EXIT_FAILED
+  finally:
+    if server:
+      server.close()
+  return 0
+
+
+def answer(value: Dict[str, Any]) -> None:
+  """Hand an answer to qvm, if that still lives."""
+  import json
+
+  with contextlib.suppress(OSError):
+    write_all(1, json.dumps(value).encode() + b"\n")
+
+
+class Server:
+  """Fetches an image, hands out what QEMU reads of it, and makes it the base image once whole."""
+
+  def __init__(self, plan: Plan, net: Net, order: Order) -> None:
+    self.plan, self.net, self.order = plan, net, order
+    self.files = instance_files(plan.cache, plan.name)
+    self.releases = Releases(net)
+    self.fresh = not os.path.lexists(self.files.disk)
+    self.ready = False  # whether QEMU may have been started
+    self.gone = threading.Event()  # set when QEMU and qvm have ended
+    self.whole = False
+    self.error: Optional[BaseException] = None  # what ends the machine
+    self.failures = 0  # how often the line has been given up
+    self.orders: List[Tuple[int, int]] = []  # blocks that readers' connections are to bring
+    self.ahead: Dict[int, int] = {}  # where a connection stopped: how many blocks it brought
+    self.folder = ""
+    self.fd, self.size = -1, 0
+    self.tag = ""
+    self.first: Optional[Tuple[Any, Span]] = None
+    threading.Thread(target=self.watch, daemon=True).start()
+
+  def watch(self) -> None:
+    """Notice that nobody holds the other end of the pipe any more."""
+    os.read(self.order.life, 1)
+    if not self.ready:
+      os._exit(EXIT_FAILED)
+    self.gone.set()
+
+  def run(self) -> None:
+    """Serve until QEMU has ended, then see to its overlay."""
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(artefact_lock(downloads(self.plan), self.plan.image_asset))
+      if os.path.isfile(self.plan.base):
+        return answer({})
+      self.transfer = self.find()
+      Transfer.running.append(self.transfer)
+      self.digest = Later(lambda: self.releases.digest(*self.asset()))
+      filler = threading.Thread(target=self.fill, daemon=True)
+      filler.start()
+      self.prove()
+      source = Source(self.listen(), self.tag, self.transfer.validator, self.known_digest())
+      say("the guest runs while its image comes; the digest is checked when all of it is there")
+      self.ready = True
+      answer({"source": source})
+      while filler.is_alive() and not self.gone.is_set() and not self.error:
+        filler.join(ALERT)
+        self.progress()
+      if self.transfer.complete():
+        filler.join()
+      if self.error:
+        return self.give_up()
+    self.gone.wait()
+    self.settle()
+
+  def progress(self) -> None:
+    """Show how much is there, now and then, if that was asked for."""
+    if report.progress and time.monotonic() > self.transfer.started + 5:
+      self.transfer.started = time.monotonic()
+      draw_progress()
+
+  def asset(self) -> Tuple[str, str, str]:
+    """The repository, the release and the name of the image."""
+    return builder(self.plan.guest.os), self.tag, self.plan.image_asset
+
+  def known_digest(self) -> str:
+    """The digest that the release names, if it has told it by now."""
+    self.digest.thread.join(2.0)
+    return str(self.digest.value or "")
+
+  def find(self) -> Transfer:
+    """Begin to fetch the image from the release that has it; NoStream if it cannot be streamed."""
+    plan, net = self.plan, self.net
+    repo, pinned = builder(plan.guest.os), pinned_release(plan)
+    for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, self.releases):
+      url = asset_url(net, repo, tag, name)
+      if name != plan.image_asset:
+        if asset_exists(net, url):
+          raise NoStream(f"{name} of {tag} is a bundle")
+        continue
+      self.tag = tag
+      transfer = Transfer(net, url, name, downloads(plan))
+      with contextlib.suppress(NotFound):
+        if not transfer.complete():
+          with_retries(net, url, lambda it=transfer: self.begin(it), lambda: 0)  # type: ignore[misc]
+        if transfer.complete() and not transfer.blocks:
+          transfer.use_map()
+        self.size, self.fd = transfer.total or 0, os.open(transfer.part, os.O_RDONLY)
+        return transfer
+    raise gone_image(plan, pinned) if pinned else no_such_image(plan, self.releases)
+
+  def begin(self, transfer: Transfer) -> None:
+    """One attempt: ask for what is missing first, and see whether ranges can be had."""
+    if transfer.done and not re.match(STRONG, transfer.validator):
+      raise NoStream(f"the server's {transfer.name} has no strong validator")
+    if transfer.done:
+      transfer.use_map()
+    span, request = transfer.claim() or Span(0, 0), None
+    try:
+      request = open_span(transfer, span, False)
+      if request.getcode() == 206:
+        check_range(transfer, span, request.headers, False)
+      else:
+        start_over(transfer, request.headers)
+      if transfer.total is None or not gives_ranges(transfer, request.headers):
+        transfer.reset()
+        raise NoStream(f"the server gives no ranges of {transfer.name}")
+      transfer.address = request.geturl()
+      check_space(transfer)
+      announce(transfer)
+      transfer.use_map()
+      span = transfer.claim() or span if span.void else span
+    except BaseException:
+      transfer.release(span)
+      if request:
+        request.close()
+      raise
+    self.first = request, span
+
+  def prove(self) -> None:
+    """Wait for the header, and refuse an image that is not safe."""
+    transfer = self.transfer
+    with transfer.lock:
+      while transfer.blocks[:1] != b"\1" and not self.error:
+        transfer.lock.wait(ALERT)
+    if self.error:
+      raise self.error
+    with reset_if_refused(transfer):
+      check_image(transfer.part)
+
+  # Filling up.
+
+  def fill(self) -> None:
+    """Fetch all of the image, then check and publish it."""
+    try:
+      while not self.transfer.complete() and not self.gone.is_set():
+        try:
+          with_retries(self.net, self.transfer.url, self.fill_once, lambda: self.transfer.done)
+        except (RefusedError, NotFound):
+          raise
+        except QvmError as error:
+          if not self.ready:
+            raise
+          self.fail(error)
+          self.gone.wait(AGAIN)
+      if self.transfer.complete():
+        self.publish()
+    except BaseException as error:  # raised by run()
+      with self.transfer.lock:
+        self.error = error
+        self.transfer.lock.notify_all()
+
+  def fill_once(self) -> None:
+    """One attempt: fetch the gaps in their order."""
+    transfer = self.transfer
+    if self.first:
+      (request, span), self.first = self.first, None
+      try:
+        with request, contextlib.suppress(Cancelled):
+          copy_body(transfer, request, span, True)
+      except OSError as error:
+        raise write_failure(transfer.part, transfer.total or 0, error)
+      finally:
+        transfer.release(span)
+    while not transfer.complete() and not self.gone.is_set():
+      with transfer.lock:
+        gap = transfer.first_gap()
+        if gap:
+          transfer.spans.append(gap)
+        else:
+          transfer.lock.wait(ALERT)
+      if gap:
+        self.fetch(gap)
+      transfer.hash_all()
+
+  def fetch(self, span: Span) -> None:
+    """Fetch a span; Transient when only a part of it comes."""
+    try:
+      whole = fetch_span(self.transfer, span, helper=True)
+    except Transient as error:
+      if error.code == CHANGED:
+        url = short(self.transfer.url)
+        raise RefusedError(f"{url}: the image has changed while it was streamed")
+      raise
+    except Cancelled:
+      if self.net.cancelled.is_set():
+        raise
+      return  # another has taken it over
+    if not whole:
+      raise Transient(f"{short(self.transfer.url)}: the connection ended too soon")
+
+  def fail(self, error: QvmError) -> None:
+    """Let those who wait have an I/O error; said once, until something comes again."""
+    with self.transfer.lock:
+      if not self.failures:
+        say(f"{error}: the guest gets an I/O error")
+      self.failures += 1
+      self.transfer.lock.notify_all()
+
+  def publish(self) -> None:
+    """Check the image that is whole, and make it the base image; its file stays open."""
+    transfer, plan = self.transfer, self.plan
+    transfer.hash_all()
+    digest, wanted = transfer.hash.hexdigest(), self.digest.result()
+    if wanted and digest != wanted:
+      problem = f"{short(transfer.url)}: what came has not the digest that the release names"
+      transfer.reset()
+      raise RefusedError(f"{problem} (sha256 {wanted}, not {digest}): the machine is ended")
+    if not wanted:
+      say(f"no digest is known for {transfer.name}: only its length could be checked")
+    record = asset_record(transfer, self.tag, digest)
+    record.update(sha256=digest, bytes=transfer.done)
+    with gate(instances(plan.cache)):
+      place(transfer.part, plan.base, record, 0o444)
+      put_kernel("", kernel_path(plan.base))
+    say(f"{transfer.name} is there, and has the digest {digest[:16]}…" if wanted else
+        f"{transfer.name} is there")  # fmt: skip
+    with transfer.lock:
+      self.whole = True
+      transfer.lock.notify_all()
+    transfer.reset()
+
+  # The end.
+
+  def give_up(self) -> None:
+    """End the machine, and discard what was made in this run of an image that is no good."""
+    error = self.error or Cancelled()
+    hint = getattr(error, "hint", "") or "what its guest wrote in this run is gone" * self.fresh
+    answer({"error": describe(error), "hint": hint})
+    number: int = signal.SIGTERM
+    while not self.gone.wait(ALERT):
+      if holder(self.files).startswith("QEMU"):
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(holder_pid(self.files), number)
+        number = 0 if self.gone.wait(PATIENCE) else signal.SIGKILL
+    if self.fresh:
+      remove_instance(self.files)
+
+  def settle(self) -> None:
+    """QEMU has ended: put a persistent overlay on the base image, if that is there."""
+    if self.order.rm or not is_streamed(self.files.disk):
+      return
+    if not self.whole:
+      share = base_share(self.plan.cache, self.files.disk)
+      say(f"{share}% of the image of {self.files.name} are there; the next run fetches the rest")
+      return
+    ssh = read_instance(self.files).ssh
+    with gate(self.files.folder):
+      check_instance(self.plan, self.files)
+      make_overlay(self.plan, (self.order.lock,))
+      record_instance(self.plan, self.files, ssh)
+
+  def close(self) -> None:
+    """Leave no socket."""
+    if self.folder:
+      remove_tree(self.folder)
+
+  # Handing out.
+
+  def listen(self) -> str:
+    """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
+    import socket
+    import tempfile
+
+    folder = tempfile.gettempdir()
+    plain = re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder)
+    self.folder = tempfile.mkdtemp(prefix="qvm-", dir=folder if plain else "/tmp")
+    path = os.path.join(self.folder, "nbd")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(16)
+
+    def accept() -> None:
+      while True:
+        link = listener.accept()[0]
+        threading.Thread(target=Export(self, link).run, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return path
+
+  def there(self, first: int, last: int) -> int:
+    """The first of these blocks that is missing, or -1; within the transfer's lock."""
+    blocks = self.transfer.blocks
+    missing = [blocks.find(state, first, last + 1) for state in (0, 2)]
+    if self.whole or not blocks:
+      return -1 if self.whole else first
+    return min([at for at in missing if at >= 0], default=-1)
+
+  def read(self, start: int, count: int) -> Optional[bytes]:
+    """Bytes of the image, once they have come; None when they do not."""
+    first, last = start // BLOCK, max(start, start + count - 1) // BLOCK
+    if not self.whole:
+      with self.transfer.lock:
+        failures = self.failures
+        missing = self.there(first, last)
+        while missing >= 0:
+          if self.error or self.failures > failures:
+            return None
+          self.demand(missing, last)
+          self.transfer.lock.wait(ALERT)
+          missing = self.there(first, last)
+    data = os.pread(self.fd, count, start)
+    return data if len(data) == count else None
+
+  def at_once(self, start: int, count: int) -> bool:
+    """Whether bytes are there."""
+    if self.whole:
+      return True
+    with self.transfer.lock:
+      return self.there(start // BLOCK, max(start, start + count - 1) // BLOCK) < 0
+
+  def demand(self, block: int, last: int) -> None:
+    """See to it that missing blocks come soon; within the transfer's lock."""
+    transfer = self.transfer
+    busy = len(self.orders) >= READERS  # then the next that is done looks again
+    if busy or any(low <= block < high for low, high in self.orders):
+      return
+    for span in transfer.spans:
+      if span.position // BLOCK <= block and block * BLOCK < span.end:
+        if time.monotonic() > span.moved + SILENCE:
+          transfer.release(span)
+          break
+        if block * BLOCK < span.position + NEAR * BLOCK:
+          span.wanted = max(span.wanted, min((block + 1) * BLOCK, span.end))
+          return
+        transfer.blocks[block : -(-span.end // BLOCK)] = bytes(-(-span.end // BLOCK) - block)
+        span.end = block * BLOCK
+    count = max(self.ahead.pop(block, AHEAD // 2) * 2, last - block + 1)
+    order = (block, block + min(count, MOST_AHEAD))
+    self.orders.append(order)
+    threading.Thread(target=self.bring, args=(order, last), daemon=True).start()
+
+  def bring(self, order: Tuple[int, int], last: int) -> None:
+    """Fetch the blocks of an order with a connection of its own."""
+    transfer, (block, end) = self.transfer, order
+
+    def attempt() -> None:
+      with transfer.lock:
+        free = transfer.blocks[block : block + 1] == b"\0"
+        span = transfer.first_gap(block, end - block) if free else None
+        if not span:
+          return
+        span.wanted = min((last + 1) * BLOCK, span.end)
+        transfer.spans.append(span)
+      self.fetch(span)
+      self.failures = 0
+
+    try:
+      with_retries(self.net, transfer.url, attempt, lambda: transfer.done)
+    except RefusedError as error:
+      self.error = error
+    except (QvmError, OSError) as error:
+      self.fail(QvmError(describe(error)))
+    except Cancelled:
+      pass
+    finally:
+      with transfer.lock:
+        self.ahead[end] = end - block
+        self.orders.remove(order)
+        transfer.lock.notify_all()
+
+
+# NBD's protocol, as doc/proto.md of NetworkBlockDevice/nbd tells it; all numbers are big-endian.
+NBD_OPTIONS = {"name": 1, "abort": 2, "list": 3, "info": 6, "go": 7}
+NBD_FLAGS = 0x0107  # has flags, read-only, flush; several connections see the same
+NBD_ACK, NBD_SERVER, NBD_INFO, NBD_UNSUPPORTED, NBD_INVALID = 1, 2, 3, 0x80000001, 0x80000003
+NBD_READ, NBD_WRITE, NBD_END, NBD_FLUSH = 0, 1, 2, 3
+
+
+class Export:
+  """One connection of an NBD client: a read-only export of the image's bytes."""
+
+  def __init__(self, server: Server, link: Any) -> None:
+    self.server, self.link = server, link
+    self.stream = link.makefile("rb")
+    self.sending = threading.Lock()
+
+  def run(self) -> None:
+    """Serve until the client leaves, or says what no client says."""
+    try:
+      if self.agree():
+        while self.request():
+          pass
+    except (OSError, EOFError):
+      pass
+    finally:
+      self.stream.close()
+      self.link.close()
+
+  def take(self, layout: str) -> Tuple[Any, ...]:
+    """Read numbers."""
+    import struct
+
+    return struct.unpack(">" + layout, self.take_bytes(struct.calcsize(">" + layout)))
+
+  def take_bytes(self, count: int) -> bytes:
+    """Read just so many bytes."""
+    data: bytes = self.stream.read(count)
+    if len(data) < count:
+      raise EOFError
+    return data
+
+  def agree(self) -> bool:
+    """The handshake; whether the client goes on to read."""
+    import struct
+
+    self.link.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+    (client,) = self.take("I")
+    while True:
+      magic, option, length = self.take("8sII")
+      if magic != b"IHAVEOPT" or length > 4096 + 64:
+        return False
+      data = self.take_bytes(length)
+      if option == NBD_OPTIONS["name"]:
+        padding = b"" if client & 2 else bytes(124)
+        self.link.sendall(struct.pack(">QH", self.server.size, NBD_FLAGS) + padding)
+        return True
+      if not self.option(option, data):
+        return bool(option == NBD_OPTIONS["go"])
+
+  def option(self, option: int, data: bytes) -> bool:
+    """Answer one option; whether others may follow."""
+    import struct
+
+    if option == NBD_OPTIONS["abort"]:
+      self.reply(option, NBD_ACK)
+      return False
+    if option == NBD_OPTIONS["list"]:
+      self.reply(option, NBD_SERVER, struct.pack(">I", 0))
+      self.reply(option, NBD_ACK)
+    elif option in (NBD_OPTIONS["info"], NBD_OPTIONS["go"]):
+      if len(data) < 6 or int.from_bytes(data[:4], "big") > len(data) - 6:
+        self.reply(option, NBD_INVALID)
+        return True
+      self.reply(option, NBD_INFO, struct.pack(">HQH", 0, self.server.size, NBD_FLAGS))
+      self.reply(option, NBD_INFO, struct.pack(">HIII", 3, 1, BLOCK, MOST_READ))
+      self.reply(option, NBD_ACK)
+      return bool(option == NBD_OPTIONS["info"])
+    else:
+      self.reply(option, NBD_UNSUPPORTED)
+    return True
+
+  def reply(self, option: int, kind: int, data: bytes = b"") -> None:
+    """Send the answer to an option."""
+    import struct
+
+    self.link.sendall(struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data)) + data)
+
+  def request(self) -> bool:
+    """Answer one request; what has yet to come holds up no other. False at the end."""
+    magic, _, kind, handle, start, count = self.take("IHH8sQI")
+    if magic != 0x25609513 or kind == NBD_END:
+      return False
+    if kind == NBD_READ and start + count <= self.server.size and count <= MOST_READ:
+      if self.server.at_once(start, count):
+        self.read(handle, start, count)
+      else:
+        threading.Thread(target=self.read, args=(handle, start, count), daemon=True).start()
+    elif kind == NBD_FLUSH:
+      self.send(handle, 0)
+    elif kind == NBD_WRITE:
+      return False  # no client writes to what is read-only, and its data would have to be read
+    else:
+      self.send(handle, errno.EINVAL)
+    return True
+
+  def read(self, handle: bytes, start: int, count: int) -> None:
+    """Answer a read."""
+    data = self.server.read(start, count)
+    self.send(handle, errno.EIO if data is None else 0, data or b"")
+
+  def send(self, handle: bytes, error: int, data: bytes = b"") -> None:
+    """Send the answer to a request."""
+    import struct
+
+    head = struct.pack(">II8s", 0x67446698, error, handle)
+    with self.sending, contextlib.suppress(OSError):
+      self.link.sendall(head + data)
+
+
 # ---- Commands -----------------------------------------------------------------------------------
 
 
@@ -4754,11 +5536,12 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
   return versions[0]
 
 
-def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
-  """Look at what decides on adjustments."""
+def facts_for(plan: Plan, options: Options, address: Address, release: str = "") -> Facts:
+  """Look at what decides on adjustments; release is that of an image that still comes."""
   mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
   log_in = options.detach or options.guest_command
-  keyed = log_in and wants_key(plan.guest, str(record_of(plan.base).get("release") or ""))
+  release = release or str(record_of(plan.base).get("release") or "")
+  keyed = log_in and wants_key(plan.guest, release)
   keys = instance_files(plan.cache, plan.name).keys if keyed else ""
   return Facts(address, has_linaro(plan.share), mask, keys)
 
@@ -4793,11 +5576,11 @@ def cmd_run(options: Options) -> int:
       say(warning)
     stack.enter_context(terminal_kept())
     streams = qemu_streams(options, log)
-    process, address, port_lock = None, options.ssh, -1
+    process, address, port_lock, stream = None, options.ssh, -1, None
     for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
-      fetch_missing(plan, net)
+      stream = prepare(plan, options, net, stream, lock, stack)
       address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
-      process = boot(plan, options, address, (lock, port_lock), streams, stack)
+      process = boot(plan, options, address, (lock, port_lock), streams, stack, stream)
       if process:
         break
     if not process:
@@ -4808,6 +5591,25 @@ def cmd_run(options: Options) -> int:
       return leave_running(plan, options, address, process, log_start, stack)
     welcome(plan, address)
     return attend(plan, process, log)
+
+
+def prepare(
+  plan: Plan,
+  options: Options,
+  net: Net,
+  stream: Optional[Stream],
+  lock: int,
+  stack: contextlib.ExitStack,
+) -> Optional[Stream]:
+  """Download what is missing, with --stream all but the image if that can come meanwhile."""
+  if not stream and (not options.stream or os.path.isfile(plan.base)):
+    fetch_missing(plan, net)
+    return None
+  fetch_missing(plan, net, image=False)
+  stream = stream or start_stream(plan, options, lock, stack)
+  if not stream:
+    fetch_missing(plan, net)
+  return stream
 
 
 def open_log(options: Options, files: Files, stack: contextlib.ExitStack) -> Optional[IO[bytes]]:
@@ -4873,7 +5675,7 @@ def leave_running(
   """Wait until ssh answers, then leave the machine to itself; QvmError when it dies before."""
   say(f"{plan.name} boots in the background, its console goes to {console_of(plan, options)}")
   answers = await_ssh(plan, options, address, process, log_start)
-  stack.pop_all()  # QEMU has the locks
+  stack.pop_all()  # QEMU has the locks, and so has what serves its base image
   if not answers:
     say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
   emit(plan.name)
@@ -4985,26 +5787,33 @@ def boot(
   locks: Tuple[int, int],
   streams: Dict[str, Any],
   stack: contextlib.ExitStack,
+  stream: Optional[Stream],
 ) -> Any:
   """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster.
 
   QEMU inherits the locks, so that they last as long as it does, whatever becomes of qvm.
   """
   files = instance_files(plan.cache, plan.name)
+  source = stream.source if stream else None
   with gate(files.folder):
-    if not all(os.path.isfile(path) for path in (plan.base, plan.qemu, plan.qemu_img)):
+    base = [] if source else [plan.base]
+    if not all(os.path.isfile(path) for path in (*base, plan.qemu, plan.qemu_img)):
       return None
-    check_base(plan)
+    if not source:
+      check_base(plan)
     check_instance(plan, files)
-    record_instance(plan, files, f"{address.host}:{address.port}")
-    make_overlay(plan, locks[:1])
-    facts = facts_for(plan, options, address)
+    check_source(files, source)
+    record_instance(plan, files, f"{address.host}:{address.port}", source)
+    make_overlay(plan, locks[:1], served_at(source))
+    facts = facts_for(plan, options, address, source.release if source else "")
     if facts.keys and plan.guest.keys:
       write_key_disk(plan.cache, files, plan.guest.keys)
     with signals.hold():
       command = qemu_command(plan, options, facts)
-      process = start(command, locks, **streams)
+      process = start(command, (*locks, stream.life) if stream else locks, **streams)
       stack.callback(end_process, process)
+      if stream:
+        stream.let_go()
       note_holder(locks[0], "QEMU", process.pid)
   return process
 
@@ -5178,6 +5987,7 @@ def cmd_list(options: Options) -> int:
   table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "SIZE")]
   for row in rows:
     state = row.state + (" (--rm)" if row.ephemeral else "")
+    state += f" (base {row.base}%)" if row.base < 100 else ""
     cells = (row.name, row.os, row.version, row.arch, state, row.ssh or "-", megabytes(row.size))
     table.append(cells)
   show_table(table)
@@ -5276,6 +6086,8 @@ def only_one(folder: str, stack: contextlib.ExitStack) -> bool:
 def unfinished(cache: str, alone: bool) -> List[str]:
   """Downloads that nobody goes on with; while somebody downloads, just those of other files."""
   found = []
+  disks = [path for path in paths_in(cache, "instances") if path.endswith(".qcow2")]
+  begun = {os.path.basename(base_of(disk)) for disk in disks if is_streamed(disk)}
   for path in paths_in(cache, "downloads"):
     stem, suffix = os.path.splitext(re.sub(r"\.tmp\Z", "", path))
     stem = re.sub(r"\.tar\.zst\Z", ".qcow2", stem if suffix != ".qcow2" else stem + suffix)
@@ -5286,6 +6098,8 @@ def unfinished(cache: str, alone: bool) -> List[str]:
       ".lock",
       ".qcow2",
     )
+    if os.path.basename(stem) in begun and suffix in (".part", ".json", ".map"):
+      continue  # overlays lie on what has come
     if known and (alone or not is_locked(stem + ".lock")):
       found.append(path)
   return found
@@ -5720,9 +6534,13 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   try:
     open_standard_streams()
     signals.install()
-    options = parse_command_line(sys.argv[1:] if words is None else words)
-    code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
-    code = call(options)
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == [SERVE]:
+      code = serve(words[1])
+    else:
+      options = parse_command_line(words)
+      code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
+      code = call(options)
   except Interrupted as stop:
     code = 128 + stop.signum
   except QvmError as error:

@@ -5139,6 +5139,8 @@ class Server:
         transfer.lock.wait(ALERT)
     if self.error:
       raise self.error
+    transfer.head = os.pread(self.fd, 512, 0)
+    check_kind(transfer)
     with reset_if_refused(transfer):
       check_image(transfer.part)
 

@@ -495,6 +495,7 @@ class Options(NamedTuple):
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
   detach: bool = False
+  stream: bool = False
   boot_timeout: float = 600.0
   console_log: str = ""
   guest_command: Tuple[str, ...] = ()
@@ -668,6 +669,8 @@ OPTIONS = (
          "one more argument for QEMU; may be given several times", True),
   Option(("-d", "--detach"), "detach", "", bool,
          "run in the background, once ssh answers; see qvm list and qvm stop"),
+  Option(("--stream",), "stream", "", bool,
+         "boot while the image still comes: the guest runs before\nthe image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
          "how long to wait for ssh (default: 600)"),
   Option(("--console-log",), "console_log", "FILE", os.path.abspath,
@@ -716,7 +719,7 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
-     "qemu_args", "detach", "boot_timeout", "console_log", *IN_GUEST, "progress"),
+     "qemu_args", "detach", "stream", "boot_timeout", "console_log", *IN_GUEST, "progress"),
     "Boot a guest in this terminal, or for one command; download first what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -1602,11 +1605,32 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callabl
         raise Cancelled()
 
 
+BLOCK = 1 << 16  # bytes for which the map of an unfinished file has one byte
+UNKNOWN = 1 << 62  # the end of a file whose length is not known
+CONNECTIONS = 4  # that fetch one file at the same time, where one is slow
+SLOW = 50e6  # bytes a second, below which others join a connection after SLOW_AFTER seconds
+SLOW_AFTER = 1.0
+LARGE = 32 << 20  # bytes that must be missing for it
+SILENCE = 5.0  # seconds after which an idle connection takes over what another fetches
+CATCH_UP = 8 << 20  # bytes that are hashed at a time while others wait for their data
+
+
+class Span:
+  """The bytes that one connection fetches, from position, which moves, to end."""
+
+  def __init__(self, position: int, end: int) -> None:
+    self.position, self.end = position, end
+    self.wanted = 0  # the position up to which somebody waits for it
+    self.void = False  # whatever comes for it now is not wanted any more
+    self.moved = time.monotonic()
+
+
 class Transfer:
   """One file on its way to downloads/, where it and what a resume needs survive a kill -9.
 
   NAME.part holds the bytes so far, NAME.json the URL they come from, the validator (ETag or
-  Last-Modified) of the object and its length.
+  Last-Modified) of the object and its length. They are the file's beginning; where the note says
+  so, they are what NAME.map marks instead, block by block, each after it has been written.
   """
 
   running: "List[Transfer]" = []  # those that --progress shows
@@ -1616,14 +1640,23 @@ class Transfer:
     self.net, self.url, self.name = net, url, name
     self.part = os.path.join(folder, name + ".part")
     self.note = os.path.join(folder, name + ".json")
+    self.map = os.path.join(folder, name + ".map")
     self.validator = ""
     self.total: Optional[int] = None
-    self.done = 0
+    self.done = 0  # bytes that are there
+    self.hashed = 0  # bytes at the beginning that are there and in the hash; never written again
     self.head = b""  # the first bytes, to see what kind of file it is
     self.resumed = 0
     self.announced = False
     self.started = time.monotonic()
     self.hash = new_sha256()
+    self.lock = threading.Condition()  # for what follows, and for what is in the files
+    self.hashing = threading.Lock()  # to be taken before the other one
+    self.spans: List[Span] = []
+    self.blocks = bytearray()  # 1: there, 2: on its way, 0: neither; empty while there is no map
+    self.file = self.map_file = -1
+    self.helpers: List[threading.Thread] = []
+    self.address = ""  # where the last answer came from: the signed address, good for a while
     self.load()
 
   def load(self) -> None:
@@ -1635,30 +1668,206 @@ class Transfer:
       return self.reset()
     if not isinstance(total, int) or size > total:
       return self.reset()
-    with open(self.part, "rb") as part:
-      for chunk in iter(lambda: part.read(CHUNK), b""):
-        self.take(chunk)
-        if self.net.cancelled.is_set():
-          raise Cancelled()
-    self.validator, self.total = validator, total
+    self.validator, self.total, self.done = validator, total, size
+    self.file = os.open(self.part, os.O_RDWR)
+    if note.get("blocks") == BLOCK and not self.load_map():
+      return self.reset()
     self.resumed = self.done
+
+  def load_map(self) -> bool:
+    """Read which blocks are there; False when the map does not fit."""
+    try:
+      self.map_file = os.open(self.map, os.O_RDWR)
+    except FileNotFoundError:
+      return False
+    data, total = os.pread(self.map_file, 1 << 30, 0), self.total or 0
+    self.blocks = bytearray(data)
+    short = -total % BLOCK if data.endswith(b"\1") else 0
+    self.done = data.count(1) * BLOCK - short
+    end = min((data.rfind(1) + 1) * BLOCK, total)
+    fits = len(data) == -(-total // BLOCK) and end <= os.fstat(self.file).st_size
+    return fits and not data.strip(b"\0\1")
 
   def reset(self) -> None:
     """Forget the bytes there are."""
+    self.close()
     self.validator, self.total = "", None
     self.done, self.head, self.hash, self.resumed = 0, b"", new_sha256(), 0
-    for path in (self.part, self.note):
+    self.hashed, self.blocks = 0, bytearray()
+    for path in (self.part, self.note, self.map):
       remove_file(path)
 
-  def take(self, chunk: Any) -> None:
-    """Count bytes that are in the part file."""
+  def close(self) -> None:
+    """Write no more, whatever still comes."""
+    with self.hashing, self.lock:
+      for span in self.spans:
+        span.void = True
+      self.spans = []
+      for fd in (self.file, self.map_file):
+        if fd >= 0:
+          os.close(fd)
+      self.file = self.map_file = -1
+
+  def save_note(self) -> None:
+    """Note what a resume needs."""
+    note = {"url": self.url, "validator": self.validator, "total": self.total}
+    write_json(self.note, {**note, "blocks": BLOCK} if self.blocks else note)
+
+  def use_map(self) -> None:
+    """From now on the blocks may come in any order."""
+    if self.blocks:
+      return
+    total = self.total or 0
+    with self.lock:
+      self.open_part()
+      if not self.spans:
+        self.done = max(self.done // BLOCK * BLOCK, self.hashed) if self.done < total else total
+      there = self.done // BLOCK if self.done < total else -(-total // BLOCK)
+      self.blocks = bytearray(b"\1" * there).ljust(-(-total // BLOCK), b"\0")
+      self.map_file = os.open(self.map, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+      write_at(self.map_file, self.blocks, 0)
+      if self.spans:
+        self.blocks[there:] = b"\2" * (len(self.blocks) - there)
+      self.save_note()  # only now is the part more than a beginning
+      os.ftruncate(self.file, total)
+
+  def open_part(self) -> None:
+    """Open the part; what a resume needs has been noted."""
+    if self.file < 0:
+      self.file = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
+
+  def claim(self, helper: bool = False) -> Optional[Span]:
+    """The first gap that nobody fills, else half of the largest that somebody does."""
+    with self.lock:
+      if self.blocks:
+        span = self.first_gap() or self.half()
+      elif helper or self.complete():
+        span = None
+      else:
+        span = Span(self.done, UNKNOWN if self.total is None else self.total)
+      if span:
+        self.spans.append(span)
+      return span
+
+  def first_gap(self, start: int = 0, most: int = UNKNOWN) -> Optional[Span]:
+    """The first gap from a block on, of at most so many blocks; it counts as on its way."""
+    first = self.blocks.find(0, start)
+    if first < 0:
+      return None
+    ends = [self.blocks.find(state, first) for state in (1, 2)]
+    last = min([end for end in ends if end >= 0] + [len(self.blocks), first + most])
+    self.blocks[first:last] = b"\2" * (last - first)
+    return Span(max(first * BLOCK, self.hashed), min(last * BLOCK, self.total or 0))
+
+  def half(self) -> Optional[Span]:
+    """The second half of the largest span, which is cut."""
+    largest = max(self.spans, key=lambda span: span.end - span.position, default=None)
+    if not largest or largest.end - largest.position < 8 * BLOCK:
+      return None
+    middle = (largest.position + largest.end) // 2 // BLOCK * BLOCK
+    span, largest.end = Span(middle, largest.end), middle
+    return span
+
+  def take_over(self) -> Optional[Span]:
+    """What a connection was to fetch of which nothing has been heard for a while."""
+    with self.lock:
+      for old in self.spans:
+        if time.monotonic() > old.moved + SILENCE:
+          old.void = True
+          span = Span(old.position, old.end)
+          self.spans[self.spans.index(old)] = span
+          return span
+      self.lock.wait(0.1)
+    return None
+
+  def release(self, span: Span) -> None:
+    """A connection fetches no more of its span; what is left of it is a gap."""
+    with self.lock:
+      if span.void:
+        return
+      span.void = True
+      self.spans.remove(span)
+      if self.blocks and span.position < span.end:
+        first, last = span.position // BLOCK, -(-span.end // BLOCK)
+        self.blocks[first:last] = bytes(last - first)
+        self.done -= span.position - max(first * BLOCK, min(self.hashed, span.position))
+      self.lock.notify_all()
+
+  def give_way(self, span: Span) -> None:
+    """Let spans that somebody waits for come first; not for long, or the server hangs up."""
+    until = time.monotonic() + SILENCE
+    with self.lock:
+      while span.position >= span.wanted and time.monotonic() < until:
+        now = time.monotonic()
+        if not any(it.position < it.wanted and now < it.moved + 1 for it in self.spans):
+          return
+        self.lock.wait(ALERT)
+
+  def write(self, span: Span, chunk: bytes) -> None:
+    """Take in the next bytes of a span."""
+    with self.lock:
+      if span.void:
+        raise Cancelled()
+      before = span.position
+      chunk = chunk[: span.end - before]
+      write_at(self.file, chunk, before)
+      span.position, span.moved = before + len(chunk), time.monotonic()
+      self.done += len(chunk)
+      if self.blocks:
+        first, last = before // BLOCK, span.position // BLOCK
+        last = len(self.blocks) if span.position == self.total else last
+        self.blocks[first:last] = b"\1" * (last - first)
+        write_at(self.map_file, self.blocks[first:last], first)
+        self.lock.notify_all()
+    if self.hashing.acquire(False):  # else whoever has it gets there
+      try:
+        if self.hashed == before and not span.void:
+          self.take(chunk)
+        elif not span.void:
+          self.catch_up(CATCH_UP)
+      finally:
+        self.hashing.release()
+
+  def take(self, chunk: bytes) -> None:
+    """Hash the bytes that come next."""
     self.hash.update(chunk)
-    self.done += len(chunk)
+    self.hashed += len(chunk)
     if len(self.head) < 512:
-      self.head = (self.head + bytes(chunk[:512]))[:512]
+      self.head = (self.head + chunk[:512])[:512]
+
+  def catch_up(self, most: int) -> None:
+    """Hash what has come before its turn, read back from the file."""
+    end = self.done
+    if self.blocks:
+      ends = [self.blocks.find(state, self.hashed // BLOCK) for state in (0, 2)]
+      end = min([at * BLOCK for at in ends if at >= 0] + [self.total or 0])
+    end = min(end, self.hashed + most)
+    while self.hashed < end:
+      chunk = os.pread(self.file, min(CHUNK, end - self.hashed), self.hashed)
+      if not chunk:
+        raise QvmError(f"{self.part} became shorter while it was read")
+      self.take(chunk)
+
+  def hash_all(self) -> None:
+    """Hash all that is there from the beginning on."""
+    before = -1
+    while self.hashed > before:
+      if self.net.cancelled.is_set():
+        raise Cancelled()
+      before = self.hashed
+      with self.hashing:
+        self.catch_up(CATCH_UP)
 
   def complete(self) -> bool:
     return self.total is not None and self.done == self.total
+
+
+def write_at(fd: int, data: Any, position: int) -> None:
+  """Write all bytes at a place in a file."""
+  view = memoryview(data)
+  while view:
+    count = os.pwrite(fd, view, position)
+    view, position = view[count:], position + count
 
 
 def download(net: Net, url: str, name: str, folder: str) -> Transfer:
@@ -1666,11 +1875,16 @@ def download(net: Net, url: str, name: str, folder: str) -> Transfer:
   transfer = Transfer(net, url, name, folder)
   Transfer.running.append(transfer)
   try:
+    transfer.hash_all()
     if not transfer.complete():
       with_retries(net, url, lambda: fetch_rest(transfer), lambda: transfer.done)
+    transfer.hash_all()
     check_kind(transfer)
   finally:
     Transfer.running.remove(transfer)
+    transfer.close()
+    if any(helper.is_alive() for helper in transfer.helpers):
+      Transfer.abandoned = True
   fetched, seconds = transfer.done - transfer.resumed, time.monotonic() - transfer.started
   rate = megabytes(fetched / max(seconds, 0.001))
   say(f"downloaded {name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
@@ -1678,33 +1892,103 @@ def download(net: Net, url: str, name: str, folder: str) -> Transfer:
 
 
 def fetch_rest(transfer: Transfer) -> None:
-  """One attempt: ask for the bytes that are missing and append them."""
-  headers = {}
-  if transfer.done and transfer.validator:
-    headers = {"Range": f"bytes={transfer.done}-", "If-Range": transfer.validator}
-  try:
-    answer = open_url(transfer.net, transfer.url, headers)
-  except Transient as error:
-    if error.code == 416:
-      transfer.reset()
-    raise
-  with answer:
-    try:
-      if answer.getcode() == 206:
-        check_range(transfer, answer.headers)
-      else:
-        start_over(transfer, answer.headers)
-      check_space(transfer)
-      announce(transfer)
-      with open(transfer.part, "ab") as part:
-        copy_body(transfer, answer, part)
-    except OSError as error:
-      raise write_failure(transfer.part, transfer.total or transfer.done, error)
+  """One attempt: ask for the bytes that are missing, gap by gap."""
+  span = transfer.claim()
+  while span and fetch_span(transfer, span):
+    span = transfer.claim()
+    while not span and transfer.spans:  # others still fetch
+      span = transfer.take_over() or transfer.claim()
+      if transfer.net.cancelled.is_set():
+        raise Cancelled()
   if transfer.total is None:  # a chunked body, which tells its own end
     transfer.total = transfer.done
   if transfer.done != transfer.total:
     done, total = megabytes(transfer.done), megabytes(transfer.total)
     raise Transient(f"{short(transfer.url)}: the connection ended after {done} of {total}")
+
+
+def fetch_span(transfer: Transfer, span: Span, helper: bool = False) -> bool:
+  """Ask for a span, and write what comes; whether all of it did. A helper starts nothing over."""
+  try:
+    with open_span(transfer, span, helper) as answer:
+      transfer.address = answer.geturl()
+      try:
+        if answer.getcode() == 206:
+          check_range(transfer, span, answer.headers, helper)
+        elif helper:
+          raise no_range(transfer, answer.headers)
+        else:
+          start_over(transfer, answer.headers)
+          span = transfer.claim() or span
+        check_space(transfer)
+        announce(transfer)
+        transfer.open_part()
+        copy_body(transfer, answer, span, helper)
+      except OSError as error:
+        raise write_failure(transfer.part, transfer.total or transfer.done, error)
+    return span.position == span.end
+  finally:
+    transfer.release(span)
+
+
+def open_span(transfer: Transfer, span: Span, helper: bool) -> Any:
+  """Ask for the bytes of a span, if nothing is there for the whole file."""
+  headers = {}
+  if transfer.done and transfer.validator:
+    last = "" if span.end in (UNKNOWN, transfer.total) else span.end - 1
+    headers = {"Range": f"bytes={span.position}-{last}", "If-Range": transfer.validator}
+  if helper and transfer.address:
+    try:
+      return open_url(transfer.net, transfer.address, headers)
+    except QvmError:
+      transfer.address = ""  # it has expired
+  try:
+    return open_url(transfer.net, transfer.url, headers)
+  except Transient as error:
+    if error.code == 416 and not helper:
+      transfer.reset()
+    raise
+
+
+def widen(transfer: Transfer) -> None:
+  """Let more connections fetch the rest."""
+  transfer.use_map()
+  for _ in range(CONNECTIONS - 1):
+    helper = threading.Thread(target=help_out, args=(transfer,), daemon=True)
+    transfer.helpers.append(helper)
+    helper.start()
+
+
+def help_out(transfer: Transfer) -> None:
+  """Fetch gaps beside the first connection until there are none, or the server wants no more."""
+  with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
+    span = transfer.claim(helper=True)
+    while span:
+      start = span.position
+      try:
+        fetch_span(transfer, span, helper=True)
+      except Transient:
+        if span.position == start:
+          return
+      span = transfer.claim(helper=True)
+
+
+def is_slow(transfer: Transfer, headers: Any, seconds: float, count: int) -> bool:
+  """Whether several connections may bring a file sooner than the one that has brought so much."""
+  return (
+    seconds >= SLOW_AFTER
+    and count < SLOW * seconds
+    and not transfer.helpers
+    and transfer.total is not None
+    and transfer.total - transfer.done >= LARGE
+    and gives_ranges(transfer, headers)
+  )
+
+
+def gives_ranges(transfer: Transfer, headers: Any) -> bool:
+  """Whether the server lets parts of just this object be fetched."""
+  ranges = (headers.get("Accept-Ranges") or "").lower() == "bytes" or headers.get("Content-Range")
+  return bool(ranges) and bool(re.match(STRONG, transfer.validator))
 
 
 def check_space(transfer: Transfer) -> None:
@@ -1750,18 +2034,35 @@ def announce(transfer: Transfer) -> None:
   say(f"downloading {transfer.name} ({size}) from {short(transfer.url)}")
 
 
-def check_range(transfer: Transfer, headers: Any) -> None:
+def check_range(transfer: Transfer, span: Span, headers: Any, helper: bool) -> None:
   """A 206 must bring just the bytes asked for, of the same object; else all starts over."""
   match = re.match(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)\Z", headers.get("Content-Range") or "")
   etag = headers.get("ETag") or ""
   same = transfer.validator in (etag, headers.get("Last-Modified"))
   if (
     not match
-    or [int(match.group(i)) for i in (1, 3)] != [transfer.done, transfer.total]
+    or [int(match.group(i)) for i in (1, 3)] != [span.position, transfer.total]
     or not same
   ):
-    transfer.reset()
-    raise Transient(f"{short(transfer.url)}: the server sends another part than asked for")
+    problem = no_range(transfer, headers)
+    if not helper:
+      transfer.reset()
+    raise problem
+
+
+CHANGED = 412  # as the code of a Transient: the object is another one than before
+
+
+def no_range(transfer: Transfer, headers: Any) -> Transient:
+  """The error for an answer that is not the range that was asked for."""
+  etag = headers.get("ETag")
+  code = CHANGED if etag and etag != transfer.validator else 0
+  return Transient(
+    f"{short(transfer.url)}: the server sends another part than asked for", code=code
+  )
+
+
+STRONG = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
 
 
 def start_over(transfer: Transfer, headers: Any) -> None:
@@ -1776,22 +2077,19 @@ def start_over(transfer: Transfer, headers: Any) -> None:
   elif not chunked:  # the connection may have ended before it did
     raise Transient(f"{short(transfer.url)}: the server does not say how long the file is")
   etag = headers.get("ETag") or ""
-  strong = re.match(r'"[^"]*"\Z', etag)
-  transfer.validator = etag if strong else (headers.get("Last-Modified") or "")
-  write_json(
-    transfer.note,
-    {"url": transfer.url, "validator": transfer.validator, "total": transfer.total},
-  )
+  transfer.validator = etag if re.match(STRONG, etag) else (headers.get("Last-Modified") or "")
+  transfer.save_note()
 
 
-def copy_body(transfer: Transfer, answer: Any, part: IO[bytes]) -> None:
-  """Append the body to the part file, looking at its first bytes on the way."""
+def copy_body(transfer: Transfer, answer: Any, span: Span, helper: bool) -> None:
+  """Write the body to the part file, looking at its first bytes on the way."""
   import http.client
   import socket
 
   looked = len(transfer.head) >= 512
+  began, start = time.monotonic(), span.position
   while not transfer.net.cancelled.is_set():
-    wanted = CHUNK if transfer.total is None else min(CHUNK, transfer.total - transfer.done)
+    wanted = min(CHUNK, span.end - span.position)
     try:
       chunk = answer.read1(wanted) if wanted else b""  # what is there: a time-out loses none of it
     except socket.timeout:
@@ -1800,12 +2098,14 @@ def copy_body(transfer: Transfer, answer: Any, part: IO[bytes]) -> None:
       raise Transient(f"{short(transfer.url)}: the connection broke: {describe(error)}")
     if not chunk:
       return
-    part.write(chunk)
-    transfer.take(chunk)
+    transfer.give_way(span)
+    transfer.write(span, chunk)
     if not looked and len(transfer.head) >= 512:
       looked = True
-      part.flush()
       check_kind(transfer)
+    seconds, count = time.monotonic() - began, span.position - start
+    if not helper and is_slow(transfer, answer.headers, seconds, count):
+      widen(transfer)
   raise Cancelled()
 
 
@@ -2566,23 +2866,53 @@ def backing_file(path: str) -> str:
     return ""
 
 
-def backing_files(cache: str) -> Dict[str, str]:
+STREAMED = "nbd+unix:"  # the backing of an overlay that was begun while its base image came
+
+
+def is_streamed(disk: str) -> bool:
+  """Whether an overlay lies on a base image that had not all come when it was last used."""
+  return backing_file(disk).startswith(STREAMED)
+
+
+def base_of(disk: str) -> str:
+  """The path of the base image of an overlay, relative to its folder."""
+  backing = backing_file(disk)
+  if not backing.startswith(STREAMED):
+    return backing
+  record = read_json(disk[: -len("qcow2")] + "json")
+  return "../base/{}-{}-{}.qcow2".format(*(record.get(key) for key in ("os", "version", "arch")))
+
+
+def base_files(cache: str) -> Dict[str, str]:
   """The paths on which the overlays of the instances lie, by the instances' names."""
   folder = instances(cache)
   disks = {name: os.path.join(folder, name + ".qcow2") for name in instance_names(cache, ".qcow2")}
-  return {name: os.path.join(folder, backing_file(disk)) for name, disk in disks.items()}
+  return {name: os.path.join(folder, base_of(disk)) for name, disk in disks.items()}
 
 
 def dependants(cache: str, base: str) -> List[str]:
-  """The names of the instances whose overlays lie on a base image, or on a checkpoint on it."""
+  """The names of the instances that need a base image: they lie on it, or on a checkpoint on it,
+  or will lie on it once it has come."""
   needed = os.path.join("..", "base", os.path.basename(base))
   found = []
-  for name, backing in backing_files(cache).items():
-    if os.path.basename(os.path.dirname(backing)) == "warm":
-      backing = backing_file(backing)
-    if backing.endswith(needed):
+  for name, path in base_files(cache).items():
+    if os.path.basename(os.path.dirname(path)) == "warm":
+      path = backing_file(path)
+    if path.endswith(needed):
       found.append(name)
   return found
+
+
+def pinned_release(plan: Plan) -> str:
+  """The release from which the rest of the base image must come, as overlays were begun on it."""
+  if os.path.isfile(plan.base):
+    return ""
+  records = [
+    read_json(os.path.join(instances(plan.cache), name + ".json"))
+    for name in dependants(plan.cache, plan.base)
+  ]
+  tags = [str(record.get("release")) for record in records if record.get("release")]
+  return tags[0] if tags and re.match(TAG, tags[0]) else ""
 
 
 def check_unused(plan: Plan) -> None:
@@ -2617,9 +2947,19 @@ def fetch_asset(
       raise QvmError(f"{problem} (sha256 {wanted}, not {digest})", "it has been deleted")
     say(f"{problem}; fetching it once more")
     releases.forget(repo, tag)
-  record = {"release": tag, "url": url, "size": transfer.done, "asset_sha256": digest}
-  record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-  return transfer, record
+  return transfer, asset_record(transfer, tag, digest)
+
+
+def asset_record(transfer: Transfer, tag: str, digest: str) -> Dict[str, Any]:
+  """The record of an asset that has come whole."""
+  return {
+    "release": tag,
+    "url": transfer.url,
+    "validator": transfer.validator,
+    "size": transfer.done,
+    "asset_sha256": digest,
+    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+  }
 
 
 def is_qemu_program(path: str) -> bool:
@@ -2915,7 +3255,8 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
     there = os.path.isfile(plan.base)
     if there and not plan.refresh:
       return
-    for tag, name in candidates(plan, releases):
+    pinned = pinned_release(plan)
+    for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, releases):
       url = asset_url(releases.net, repo, tag, name)
       if there and record_of(plan.base).get("url") == url:
         say(f"{name} of {tag} is the newest")
@@ -2928,11 +3269,21 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
         transfer, record = fetch_asset(releases, repo, tag, name, downloads(plan))
       except NotFound:
         continue
-      if tag != releases.tag(repo):
+      if tag != (pinned or releases.tag(repo)):
         say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
       put_image(plan, transfer, record, tools)
       return
-    raise no_such_image(plan, releases)
+    raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
+
+
+def gone_image(plan: Plan, tag: str) -> QvmError:
+  """The error for overlays that were begun on an image that the server has no more."""
+  names = ", ".join(dependants(plan.cache, plan.base))
+  return QvmError(
+    f"{plan.image_asset} of {tag}, which these instances were begun on, cannot be had any more: "
+    f"{names}",
+    "qvm rm gives them up, with all that their guests wrote",
+  )
 
 
 def asset_exists(net: Net, url: str) -> bool:
@@ -3018,7 +3369,7 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   )
 
 
-def fetch_missing(plan: Plan, net: Net) -> None:
+def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   """Download at the same time whatever the plan needs and the cache has not; else ask nothing."""
   releases = Releases(net)
   jobs: List[Callable[[], None]] = []
@@ -3031,7 +3382,7 @@ def fetch_missing(plan: Plan, net: Net) -> None:
     jobs.append(lambda: fetch_qemu(plan, releases))
   if not plan.own_qemu and (plan.refresh or not os.path.isfile(plan.qemu_img)):
     jobs.append(tools)
-  if plan.refresh or not os.path.isfile(plan.base):
+  if image and (plan.refresh or not os.path.isfile(plan.base)):
     jobs.append(lambda: fetch_image(plan, releases, tools))
   if jobs:
     in_parallel(net, jobs)
@@ -3041,7 +3392,10 @@ def fetch_missing(plan: Plan, net: Net) -> None:
 
 
 class Instance(NamedTuple):
-  """What NAME.json says of an instance; ssh is where it listens while it runs."""
+  """What NAME.json says of an instance; ssh is where it listens while it runs.
+
+  While its base image has not all come, release and validator say which it is.
+  """
 
   name: str
   os: str
@@ -3049,6 +3403,8 @@ class Instance(NamedTuple):
   arch: str
   base_sha256: str = ""
   ssh: str = ""
+  release: str = ""
+  validator: str = ""
 
 
 def take_instance(files: Files) -> int:
@@ -3172,18 +3528,27 @@ def check_instance(plan: Plan, files: Files) -> None:
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
+  streamed = is_streamed(files.disk)
   if not os.path.isfile(plan.base):
+    if streamed:
+      return  # it is to be completed
     raise QvmError(
       f"the instance {files.name} needs its base image {plan.base}, which is gone",
       f"put the file back; or give up what the guest wrote: qvm rm {files.name}",
     )
-  digest = record_of(plan.base).get("sha256")
-  if mine.base_sha256 and digest and mine.base_sha256 != digest:
-    raise QvmError(
-      f"the instance {files.name} was made on another base image than {plan.base} now is",
-      f"put the old file (sha256 {mine.base_sha256}) back; "
-      f"or give up what the guest wrote: qvm rm {files.name}",
-    )
+  record = record_of(plan.base)
+  digest = record.get("sha256")
+  other = mine.base_sha256 and digest and mine.base_sha256 != digest
+  if other or (streamed and not mine.base_sha256 and mine.validator != record.get("validator")):
+    raise other_base(files, plan.base, f"sha256 {mine.base_sha256}" if other else mine.release)
+
+
+def other_base(files: Files, base: str, old: str) -> QvmError:
+  """The error for an overlay that does not fit its base image."""
+  return QvmError(
+    f"the instance {files.name} was made on another base image than {base} now is",
+    f"put the old file ({old}) back; or give up what the guest wrote: qvm rm {files.name}",
+  )
 
 
 def check_base(plan: Plan) -> None:
@@ -3197,14 +3562,28 @@ def check_base(plan: Plan) -> None:
     )
 
 
-def record_instance(plan: Plan, files: Files, ssh: str) -> None:
+class Source(NamedTuple):
+  """A base image that still comes: where it is served, and which it is; digest if that is known."""
+
+  socket: str
+  release: str
+  validator: str
+  digest: str
+
+
+def record_instance(plan: Plan, files: Files, ssh: str, source: Optional[Source] = None) -> None:
   """Note what the instance is and where it listens in this run."""
-  if os.path.exists(files.disk):
+  release = validator = ""
+  if source:
+    digest, release, validator = source.digest, source.release, source.validator
+  elif os.path.exists(files.disk) and not is_streamed(files.disk):
     digest = read_instance(files).base_sha256
   else:
     digest = str(record_of(plan.base).get("sha256") or "")
   guest = plan.guest
-  instance = Instance(files.name, guest.os, plan.version, guest.arch, digest, ssh)
+  instance = Instance(
+    files.name, guest.os, plan.version, guest.arch, digest, ssh, release, validator
+  )
   write_json(files.record, dict(instance._asdict()))
 
 
@@ -3219,6 +3598,7 @@ class Row(NamedTuple):
   ssh: str
   size: int  # bytes on disk
   ephemeral: bool
+  base: int  # per cent of the base image that are there
 
 
 def list_instances(cache: str) -> List[Row]:
@@ -3240,7 +3620,8 @@ def list_instances(cache: str) -> List[Row]:
         size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
       except FileNotFoundError:  # a --rm run has just ended
         continue
-      rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral))
+      base = base_share(cache, files.disk)
+      rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral, base))
     for files in checkpoints(cache):
       try:
         it = read_instance(files)
@@ -3248,8 +3629,20 @@ def list_instances(cache: str) -> List[Row]:
         it = Instance(files.name, "?", "?", "?")
       parts = [files.record, *map(files.path, CHECKPOINT_PARTS)]
       size = sum(tree_size(path) for path in parts if os.path.exists(path))
-      rows.append(Row(files.name, it.os, it.version, it.arch, "checkpoint", "", size, False))
+      rows.append(Row(files.name, it.os, it.version, it.arch, "checkpoint", "", size, False, 100))
   return rows
+
+
+def base_share(cache: str, disk: str) -> int:
+  """How many per cent of an overlay's base image are there."""
+  name = os.path.basename(base_of(disk))
+  if not is_streamed(disk) or os.path.isfile(os.path.join(cache, "base", name)):
+    return 100
+  with contextlib.suppress(OSError):
+    with open(os.path.join(cache, "downloads", name + ".map"), "rb") as file:
+      blocks = file.read()
+    return 100 * blocks.count(1) // max(len(blocks), 1)
+  return 0
 
 
 # ---- QEMU command -------------------------------------------------------------------------------
@@ -3641,11 +4034,21 @@ def available_memory(meminfo: str) -> Optional[int]:
   return None
 
 
-def make_overlay(plan: Plan, below: str, locks: Sequence[int]) -> None:
-  """Make the instance's disk, an overlay on the file below, unless it is there."""
+def backing_name(plan: Plan, path: str) -> str:
+  """How an overlay names what it lies on: by a relative path, so that the cache may be moved."""
+  return os.path.relpath(path, os.path.dirname(plan.disk))
+
+
+def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
+  """Make the instance's disk, an overlay on what backing names, if there is none.
+
+  One that was begun while its base image came is put on what there is now; its data stay.
+  """
   if os.path.lexists(plan.disk):
+    if is_streamed(plan.disk):
+      rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
+      run_program([*rebase, plan.disk], locks)
     return
-  backing = os.path.relpath(below, os.path.dirname(plan.disk))
   aside = plan.disk + ".tmp"
   remove_file(aside)
   create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
@@ -4912,6 +5315,662 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
 INTERRUPT = "read leader <{0} && rm -f {0} && kill -s INT -- -$leader"
 
 
+# ---- Streaming ----------------------------------------------------------------------------------
+# With --stream QEMU's overlay lies on a server of qvm's own, which hands out the base image while
+# it comes. It is a process of its own, `qvm --serve ORDER`, so that it lives as long as QEMU does,
+# whatever becomes of qvm: it ends when nobody holds the other end of its pipe any more. What it
+# says goes to qvm as lines, its answers among them as JSON.
+
+SERVE = "--serve"
+NEAR = 8  # blocks ahead of a connection for which a reader waits rather than opening another
+AHEAD = 4  # blocks that a reader's first request brings; each next in a row twice as many
+MOST_AHEAD = 64
+READERS = 3  # connections for what is waited for, beside the one that fills up
+AGAIN = 10.0  # seconds after which a line that was given up is tried again
+MOST_READ = 32 << 20  # bytes of one read, as NBD has it
+
+
+class Order(NamedTuple):
+  """What the server of an image must know, beside the environment."""
+
+  operands: Tuple[str, ...]
+  platform: str
+  name: str
+  rm: bool
+  qemu: str
+  progress: bool
+  lock: int  # descriptors: of the instance's lock, and of the pipe that tells that all have ended
+  life: int
+
+
+class NoStream(Exception):
+  """Why an image must be downloaded first."""
+
+
+def served_at(source: Optional[Source]) -> str:
+  """The backing of an overlay whose base image is served; empty where none is."""
+  return f"{STREAMED}///?socket={source.socket}" if source else ""
+
+
+def check_source(files: Files, source: Optional[Source]) -> None:
+  """Refuse to go on with an overlay on an image that is not the one it was begun on."""
+  if source and os.path.lexists(files.disk):
+    mine = read_instance(files)
+    same = mine.base_sha256 and mine.base_sha256 == source.digest
+    if not same and mine.validator != source.validator:
+      raise other_base(files, "what the server now has", mine.release)
+
+
+class Stream:
+  """A running server of an image, as qvm sees it."""
+
+  def __init__(self, process: Any, life: int) -> None:
+    import queue
+
+    self.process, self.life = process, life
+    self.source = Source("", "", "", "")
+    self.answers: Any = queue.Queue()
+    self.reader = threading.Thread(target=self.listen, daemon=True)
+    self.reader.start()
+
+  def listen(self) -> None:
+    """Pass on what the server says, and keep its answers."""
+    import json
+
+    for line in self.process.stdout:
+      text = line.decode("utf-8", "replace").rstrip("\n")
+      if text.startswith("{"):
+        self.answers.put(json.loads(text))
+      elif text:
+        say(re.sub(r"\Aqvm: ", "", text))
+    self.answers.put({"end": "the server of the image has ended"})
+
+  def answer(self) -> Dict[str, Any]:
+    """The next answer; QvmError if it is an error."""
+    import queue
+
+    while True:
+      with contextlib.suppress(queue.Empty):
+        answer: Dict[str, Any] = self.answers.get(timeout=ALERT)
+        problem = answer.get("error") or answer.get("end")
+        if problem:
+          raise QvmError(problem, answer.get("hint", ""))
+        return answer
+
+  def let_go(self) -> None:
+    """From now on the server lives as long as QEMU."""
+    if self.life >= 0:
+      os.close(self.life)
+      self.life = -1
+
+  def finish(self) -> None:
+    """Wait for the server to end, which it does once QEMU has."""
+    import subprocess
+
+    self.let_go()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.process.wait(STOP_PATIENCE)  # it may be checking a whole image
+    end_process(self.process)
+    self.reader.join(PATIENCE)
+    self.process.stdout.close()
+
+  def judge(self, kind: Any, error: Any, trace: Any) -> None:
+    """Once QEMU has ended: raise what the server has failed with, which explains all else."""
+    self.finish()
+    failed = any("error" in answer for answer in list(self.answers.queue))
+    if failed and (error is None or isinstance(error, QvmError)):
+      self.answer()
+    if self.process.returncode and not failed:
+      say(f"the server of the image was ended from outside ({ending(self.process.returncode)})")
+
+
+def start_stream(
+  plan: Plan, options: Options, lock: int, stack: contextlib.ExitStack
+) -> Optional[Stream]:
+  """Start to serve the image that is missing; None when it cannot be, or is there now."""
+  import json
+  import subprocess
+
+  ours, life = os.pipe()
+  operands, platform = (plan.guest.os, plan.version), plan.guest.arch
+  order = Order(
+    operands, platform, plan.name, plan.ephemeral, options.qemu, options.progress, lock, ours
+  )
+  program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
+  command = [sys.executable, program, SERVE, json.dumps(order._asdict())]
+  pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+  with signals.hold():
+    try:
+      process = start(command, (lock, ours), start_new_session=True, **pipe)
+    finally:
+      os.close(ours)
+    stream = Stream(process, life)
+    stack.push(stream.judge)
+  answer = stream.answer()
+  if "reason" in answer:
+    say(f"{answer['reason']}: it is downloaded first")
+  if "source" not in answer:
+    stream.finish()
+    return None
+  stream.source = Source(*answer["source"])
+  return stream
+
+
+def serve(text: str) -> int:
+  """The whole life of an image's server; everything that goes wrong is an answer."""
+  import json
+
+  Transfer.abandoned = True  # its threads end with it
+  order = Order(**json.loads(text))
+  report.progress = order.progress
+  options = Options("run", tuple(order.operands), order.platform, order.rm, name=order.name)
+  options = options._replace(qemu=order.qemu)
+  server = None
+  try:
+    net = net_from(os.environ)
+    plan = make_plan(options, this_host(), cache_folder(os.environ), "")
+    server = Server(plan, net, order)
+    server.run()
+  except NoStream as reason:
+    answer({"reason": str(reason)})
+  except (QvmError, OSError, Cancelled) as error:
+    answer({"error": describe(error), "hint": getattr(error, "hint", "")})
+    return EXIT_FAILED
+  finally:
+    if server:
+      server.close()
+  return 0
+
+
+def answer(value: Dict[str, Any]) -> None:
+  """Hand an answer to qvm, if that still lives."""
+  import json
+
+  with contextlib.suppress(OSError):
+    write_all(1, json.dumps(value).encode() + b"\n")
+
+
+class Server:
+  """Fetches an image, hands out what QEMU reads of it, and makes it the base image once whole."""
+
+  def __init__(self, plan: Plan, net: Net, order: Order) -> None:
+    self.plan, self.net, self.order = plan, net, order
+    self.files = instance_files(plan.cache, plan.name)
+    self.releases = Releases(net)
+    self.fresh = not os.path.lexists(self.files.disk)
+    self.ready = False  # whether QEMU may have been started
+    self.gone = threading.Event()  # set when QEMU and qvm have ended
+    self.whole = False
+    self.error: Optional[BaseException] = None  # what ends the machine
+    self.failures = 0  # how often the line has been given up
+    self.orders: List[Tuple[int, int]] = []  # blocks that readers' connections are to bring
+    self.ahead: Dict[int, int] = {}  # where a connection stopped: how many blocks it brought
+    self.folder = ""
+    self.fd, self.size = -1, 0
+    self.tag = ""
+    self.first: Optional[Tuple[Any, Span]] = None
+    threading.Thread(target=self.watch, daemon=True).start()
+
+  def watch(self) -> None:
+    """Notice that nobody holds the other end of the pipe any more."""
+    os.read(self.order.life, 1)
+    if not self.ready:
+      os._exit(EXIT_FAILED)
+    self.gone.set()
+
+  def run(self) -> None:
+    """Serve until QEMU has ended, then see to its overlay."""
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(artefact_lock(downloads(self.plan), self.plan.image_asset))
+      if os.path.isfile(self.plan.base):
+        return answer({})
+      self.transfer = self.find()
+      Transfer.running.append(self.transfer)
+      self.digest = Later(lambda: self.releases.digest(*self.asset()))
+      filler = threading.Thread(target=self.fill, daemon=True)
+      filler.start()
+      self.prove()
+      source = Source(self.listen(), self.tag, self.transfer.validator, self.known_digest())
+      say("the guest runs while its image comes; the digest is checked when all of it is there")
+      self.ready = True
+      answer({"source": source})
+      while filler.is_alive() and not self.gone.is_set() and not self.error:
+        filler.join(ALERT)
+        self.progress()
+      if self.transfer.complete():
+        filler.join()
+      if self.error:
+        return self.give_up()
+    self.gone.wait()
+    self.settle()
+
+  def progress(self) -> None:
+    """Show how much is there, now and then, if that was asked for."""
+    if report.progress and time.monotonic() > self.transfer.started + 5:
+      self.transfer.started = time.monotonic()
+      draw_progress()
+
+  def asset(self) -> Tuple[str, str, str]:
+    """The repository, the release and the name of the image."""
+    return builder(self.plan.guest.os), self.tag, self.plan.image_asset
+
+  def known_digest(self) -> str:
+    """The digest that the release names, if it has told it by now."""
+    self.digest.thread.join(2.0)
+    return str(self.digest.value or "")
+
+  def find(self) -> Transfer:
+    """Begin to fetch the image from the release that has it; NoStream if it cannot be streamed."""
+    plan, net = self.plan, self.net
+    repo, pinned = builder(plan.guest.os), pinned_release(plan)
+    for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, self.releases):
+      url = asset_url(net, repo, tag, name)
+      if name != plan.image_asset:
+        if asset_exists(net, url):
+          raise NoStream(f"{name} of {tag} is a bundle")
+        continue
+      self.tag = tag
+      transfer = Transfer(net, url, name, downloads(plan))
+      with contextlib.suppress(NotFound):
+        if not transfer.complete():
+          with_retries(net, url, lambda it=transfer: self.begin(it), lambda: 0)  # type: ignore[misc]
+        if transfer.complete() and not transfer.blocks:
+          transfer.use_map()
+        self.size, self.fd = transfer.total or 0, os.open(transfer.part, os.O_RDONLY)
+        return transfer
+    raise gone_image(plan, pinned) if pinned else no_such_image(plan, self.releases)
+
+  def begin(self, transfer: Transfer) -> None:
+    """One attempt: ask for what is missing first, and see whether ranges can be had."""
+    if transfer.done and not re.match(STRONG, transfer.validator):
+      raise NoStream(f"the server's {transfer.name} has no strong validator")
+    if transfer.done:
+      transfer.use_map()
+    span, request = transfer.claim() or Span(0, 0), None
+    try:
+      request = open_span(transfer, span, False)
+      if request.getcode() == 206:
+        check_range(transfer, span, request.headers, False)
+      else:
+        start_over(transfer, request.headers)
+      if transfer.total is None or not gives_ranges(transfer, request.headers):
+        transfer.reset()
+        raise NoStream(f"the server gives no ranges of {transfer.name}")
+      transfer.address = request.geturl()
+      check_space(transfer)
+      announce(transfer)
+      transfer.use_map()
+      span = transfer.claim() or span if span.void else span
+    except BaseException:
+      transfer.release(span)
+      if request:
+        request.close()
+      raise
+    self.first = request, span
+
+  def prove(self) -> None:
+    """Wait for the header, and refuse an image that is not safe."""
+    transfer = self.transfer
+    with transfer.lock:
+      while transfer.blocks[:1] != b"\1" and not self.error:
+        transfer.lock.wait(ALERT)
+    if self.error:
+      raise self.error
+    transfer.head = os.pread(self.fd, 512, 0)
+    check_kind(transfer)
+    with reset_if_refused(transfer):
+      check_image(transfer.part)
+
+  # Filling up.
+
+  def fill(self) -> None:
+    """Fetch all of the image, then check and publish it."""
+    try:
+      while not self.transfer.complete() and not self.gone.is_set():
+        try:
+          with_retries(self.net, self.transfer.url, self.fill_once, lambda: self.transfer.done)
+        except (RefusedError, NotFound):
+          raise
+        except QvmError as error:
+          if not self.ready:
+            raise
+          self.fail(error)
+          self.gone.wait(AGAIN)
+      if self.transfer.complete():
+        self.publish()
+    except BaseException as error:  # raised by run()
+      with self.transfer.lock:
+        self.error = error
+        self.transfer.lock.notify_all()
+
+  def fill_once(self) -> None:
+    """One attempt: fetch the gaps in their order."""
+    transfer = self.transfer
+    if self.first:
+      (request, span), self.first = self.first, None
+      try:
+        with request, contextlib.suppress(Cancelled):
+          copy_body(transfer, request, span, True)
+      except OSError as error:
+        raise write_failure(transfer.part, transfer.total or 0, error)
+      finally:
+        transfer.release(span)
+    while not transfer.complete() and not self.gone.is_set():
+      with transfer.lock:
+        gap = transfer.first_gap()
+        if gap:
+          transfer.spans.append(gap)
+        else:
+          transfer.lock.wait(ALERT)
+      if gap:
+        self.fetch(gap)
+      transfer.hash_all()
+
+  def fetch(self, span: Span) -> None:
+    """Fetch a span; Transient when only a part of it comes."""
+    try:
+      whole = fetch_span(self.transfer, span, helper=True)
+    except Transient as error:
+      if error.code == CHANGED:
+        url = short(self.transfer.url)
+        raise RefusedError(f"{url}: the image has changed while it was streamed")
+      raise
+    except Cancelled:
+      if self.net.cancelled.is_set():
+        raise
+      return  # another has taken it over
+    if not whole:
+      raise Transient(f"{short(self.transfer.url)}: the connection ended too soon")
+
+  def fail(self, error: QvmError) -> None:
+    """Let those who wait have an I/O error; said once, until something comes again."""
+    with self.transfer.lock:
+      if not self.failures:
+        say(f"{error}: the guest gets an I/O error")
+      self.failures += 1
+      self.transfer.lock.notify_all()
+
+  def publish(self) -> None:
+    """Check the image that is whole, and make it the base image; its file stays open."""
+    transfer, plan = self.transfer, self.plan
+    transfer.hash_all()
+    digest, wanted = transfer.hash.hexdigest(), self.digest.result()
+    if wanted and digest != wanted:
+      problem = f"{short(transfer.url)}: what came has not the digest that the release names"
+      transfer.reset()
+      raise RefusedError(f"{problem} (sha256 {wanted}, not {digest}): the machine is ended")
+    if not wanted:
+      say(f"no digest is known for {transfer.name}: only its length could be checked")
+    record = asset_record(transfer, self.tag, digest)
+    record.update(sha256=digest, bytes=transfer.done)
+    with gate(instances(plan.cache)):
+      place(transfer.part, plan.base, record, 0o444)
+      put_kernel("", kernel_path(plan.base))
+    say(f"{transfer.name} is there, and has the digest {digest[:16]}…" if wanted else
+        f"{transfer.name} is there")  # fmt: skip
+    with transfer.lock:
+      self.whole = True
+      transfer.lock.notify_all()
+    transfer.reset()
+
+  # The end.
+
+  def give_up(self) -> None:
+    """End the machine, and discard what was made in this run of an image that is no good."""
+    error = self.error or Cancelled()
+    hint = getattr(error, "hint", "") or "what its guest wrote in this run is gone" * self.fresh
+    answer({"error": describe(error), "hint": hint})
+    number: int = signal.SIGTERM
+    while not self.gone.wait(ALERT):
+      if holder(self.files).startswith("QEMU"):
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(holder_pid(self.files), number)
+        number = 0 if self.gone.wait(PATIENCE) else signal.SIGKILL
+    if self.fresh:
+      remove_instance(self.files)
+
+  def settle(self) -> None:
+    """QEMU has ended: put a persistent overlay on the base image, if that is there."""
+    if self.order.rm or not is_streamed(self.files.disk):
+      return
+    if not self.whole:
+      share = base_share(self.plan.cache, self.files.disk)
+      say(f"{share}% of the image of {self.files.name} are there; the next run fetches the rest")
+      return
+    ssh = read_instance(self.files).ssh
+    with gate(self.files.folder):
+      check_instance(self.plan, self.files)
+      make_overlay(self.plan, backing_name(self.plan, self.plan.base), (self.order.lock,))
+      record_instance(self.plan, self.files, ssh)
+
+  def close(self) -> None:
+    """Leave no socket."""
+    if self.folder:
+      remove_tree(self.folder)
+
+  # Handing out.
+
+  def listen(self) -> str:
+    """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
+    import socket
+    import tempfile
+
+    folder = tempfile.gettempdir()
+    plain = re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder)
+    self.folder = tempfile.mkdtemp(prefix="qvm-", dir=folder if plain else "/tmp")
+    path = os.path.join(self.folder, "nbd")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(16)
+
+    def accept() -> None:
+      while True:
+        link = listener.accept()[0]
+        threading.Thread(target=Export(self, link).run, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return path
+
+  def there(self, first: int, last: int) -> int:
+    """The first of these blocks that is missing, or -1; within the transfer's lock."""
+    blocks = self.transfer.blocks
+    missing = [blocks.find(state, first, last + 1) for state in (0, 2)]
+    if self.whole or not blocks:
+      return -1 if self.whole else first
+    return min([at for at in missing if at >= 0], default=-1)
+
+  def read(self, start: int, count: int) -> Optional[bytes]:
+    """Bytes of the image, once they have come; None when they do not."""
+    first, last = start // BLOCK, max(start, start + count - 1) // BLOCK
+    if not self.whole:
+      with self.transfer.lock:
+        failures = self.failures
+        missing = self.there(first, last)
+        while missing >= 0:
+          if self.error or self.failures > failures:
+            return None
+          self.demand(missing, last)
+          self.transfer.lock.wait(ALERT)
+          missing = self.there(first, last)
+    data = os.pread(self.fd, count, start)
+    return data if len(data) == count else None
+
+  def at_once(self, start: int, count: int) -> bool:
+    """Whether bytes are there."""
+    if self.whole:
+      return True
+    with self.transfer.lock:
+      return self.there(start // BLOCK, max(start, start + count - 1) // BLOCK) < 0
+
+  def demand(self, block: int, last: int) -> None:
+    """See to it that missing blocks come soon; within the transfer's lock."""
+    transfer = self.transfer
+    busy = len(self.orders) >= READERS  # then the next that is done looks again
+    if busy or any(low <= block < high for low, high in self.orders):
+      return
+    for span in transfer.spans:
+      if span.position // BLOCK <= block and block * BLOCK < span.end:
+        if time.monotonic() > span.moved + SILENCE:
+          transfer.release(span)
+          break
+        if block * BLOCK < span.position + NEAR * BLOCK:
+          span.wanted = max(span.wanted, min((block + 1) * BLOCK, span.end))
+          return
+        transfer.blocks[block : -(-span.end // BLOCK)] = bytes(-(-span.end // BLOCK) - block)
+        span.end = block * BLOCK
+    count = max(self.ahead.pop(block, AHEAD // 2) * 2, last - block + 1)
+    order = (block, block + min(count, MOST_AHEAD))
+    self.orders.append(order)
+    threading.Thread(target=self.bring, args=(order, last), daemon=True).start()
+
+  def bring(self, order: Tuple[int, int], last: int) -> None:
+    """Fetch the blocks of an order with a connection of its own."""
+    transfer, (block, end) = self.transfer, order
+
+    def attempt() -> None:
+      with transfer.lock:
+        free = transfer.blocks[block : block + 1] == b"\0"
+        span = transfer.first_gap(block, end - block) if free else None
+        if not span:
+          return
+        span.wanted = min((last + 1) * BLOCK, span.end)
+        transfer.spans.append(span)
+      self.fetch(span)
+      self.failures = 0
+
+    try:
+      with_retries(self.net, transfer.url, attempt, lambda: transfer.done)
+    except RefusedError as error:
+      self.error = error
+    except (QvmError, OSError) as error:
+      self.fail(QvmError(describe(error)))
+    except Cancelled:
+      pass
+    finally:
+      with transfer.lock:
+        self.ahead[end] = end - block
+        self.orders.remove(order)
+        transfer.lock.notify_all()
+
+
+# NBD's protocol, as doc/proto.md of NetworkBlockDevice/nbd tells it; all numbers are big-endian.
+NBD_OPTIONS = {"name": 1, "abort": 2, "list": 3, "info": 6, "go": 7}
+NBD_FLAGS = 0x0107  # has flags, read-only, flush; several connections see the same
+NBD_ACK, NBD_SERVER, NBD_INFO, NBD_UNSUPPORTED, NBD_INVALID = 1, 2, 3, 0x80000001, 0x80000003
+NBD_READ, NBD_WRITE, NBD_END, NBD_FLUSH = 0, 1, 2, 3
+
+
+class Export:
+  """One connection of an NBD client: a read-only export of the image's bytes."""
+
+  def __init__(self, server: Server, link: Any) -> None:
+    self.server, self.link = server, link
+    self.stream = link.makefile("rb")
+    self.sending = threading.Lock()
+
+  def run(self) -> None:
+    """Serve until the client leaves, or says what no client says."""
+    try:
+      if self.agree():
+        while self.request():
+          pass
+    except (OSError, EOFError):
+      pass
+    finally:
+      self.stream.close()
+      self.link.close()
+
+  def take(self, layout: str) -> Tuple[Any, ...]:
+    """Read numbers."""
+    import struct
+
+    return struct.unpack(">" + layout, self.take_bytes(struct.calcsize(">" + layout)))
+
+  def take_bytes(self, count: int) -> bytes:
+    """Read just so many bytes."""
+    data: bytes = self.stream.read(count)
+    if len(data) < count:
+      raise EOFError
+    return data
+
+  def agree(self) -> bool:
+    """The handshake; whether the client goes on to read."""
+    import struct
+
+    self.link.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+    (client,) = self.take("I")
+    while True:
+      magic, option, length = self.take("8sII")
+      if magic != b"IHAVEOPT" or length > 4096 + 64:
+        return False
+      data = self.take_bytes(length)
+      if option == NBD_OPTIONS["name"]:
+        padding = b"" if client & 2 else bytes(124)
+        self.link.sendall(struct.pack(">QH", self.server.size, NBD_FLAGS) + padding)
+        return True
+      if not self.option(option, data):
+        return bool(option == NBD_OPTIONS["go"])
+
+  def option(self, option: int, data: bytes) -> bool:
+    """Answer one option; whether others may follow."""
+    import struct
+
+    if option == NBD_OPTIONS["abort"]:
+      self.reply(option, NBD_ACK)
+      return False
+    if option == NBD_OPTIONS["list"]:
+      self.reply(option, NBD_SERVER, struct.pack(">I", 0))
+      self.reply(option, NBD_ACK)
+    elif option in (NBD_OPTIONS["info"], NBD_OPTIONS["go"]):
+      if len(data) < 6 or int.from_bytes(data[:4], "big") > len(data) - 6:
+        self.reply(option, NBD_INVALID)
+        return True
+      self.reply(option, NBD_INFO, struct.pack(">HQH", 0, self.server.size, NBD_FLAGS))
+      self.reply(option, NBD_INFO, struct.pack(">HIII", 3, 1, BLOCK, MOST_READ))
+      self.reply(option, NBD_ACK)
+      return bool(option == NBD_OPTIONS["info"])
+    else:
+      self.reply(option, NBD_UNSUPPORTED)
+    return True
+
+  def reply(self, option: int, kind: int, data: bytes = b"") -> None:
+    """Send the answer to an option."""
+    import struct
+
+    self.link.sendall(struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data)) + data)
+
+  def request(self) -> bool:
+    """Answer one request; what has yet to come holds up no other. False at the end."""
+    magic, _, kind, handle, start, count = self.take("IHH8sQI")
+    if magic != 0x25609513 or kind == NBD_END:
+      return False
+    if kind == NBD_READ and start + count <= self.server.size and count <= MOST_READ:
+      if self.server.at_once(start, count):
+        self.read(handle, start, count)
+      else:
+        threading.Thread(target=self.read, args=(handle, start, count), daemon=True).start()
+    elif kind == NBD_FLUSH:
+      self.send(handle, 0)
+    elif kind == NBD_WRITE:
+      return False  # no client writes to what is read-only, and its data would have to be read
+    else:
+      self.send(handle, errno.EINVAL)
+    return True
+
+  def read(self, handle: bytes, start: int, count: int) -> None:
+    """Answer a read."""
+    data = self.server.read(start, count)
+    self.send(handle, errno.EIO if data is None else 0, data or b"")
+
+  def send(self, handle: bytes, error: int, data: bytes = b"") -> None:
+    """Send the answer to a request."""
+    import struct
+
+    head = struct.pack(">II8s", 0x67446698, error, handle)
+    with self.sending, contextlib.suppress(OSError):
+      self.link.sendall(head + data)
+
+
 # ---- Commands -----------------------------------------------------------------------------------
 
 
@@ -4956,11 +6015,12 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
   return versions[0]
 
 
-def facts_for(plan: Plan, options: Options, address: Address) -> Facts:
-  """Look at what decides on adjustments."""
+def facts_for(plan: Plan, options: Options, address: Address, release: str = "") -> Facts:
+  """Look at what decides on adjustments; release is that of an image that still comes."""
   mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
   log_in = options.detach or options.guest_command or options.warm
-  keyed = log_in and wants_key(plan.guest, str(record_of(plan.base).get("release") or ""))
+  release = release or str(record_of(plan.base).get("release") or "")
+  keyed = log_in and wants_key(plan.guest, release)
   keys = instance_files(plan.cache, plan.name).keys if keyed else ""
   return Facts(address, has_linaro(plan.share), mask, keys)
 
@@ -4995,11 +6055,11 @@ def cmd_run(options: Options) -> int:
       say(warning)
     stack.enter_context(terminal_kept())
     streams = qemu_streams(options, log)
-    process = warm = None
+    process = warm = stream = None
     for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
-      fetch_missing(plan, net)
+      stream = prepare(plan, options, net, stream, lock, stack)
       address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
-      launch = Launch(plan, options, address, (lock, port_lock), streams, stack)
+      launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
       warm = warm_start(launch, log) if options.warm else None
       process = warm or boot(launch)
       if process:
@@ -5025,6 +6085,26 @@ class Launch(NamedTuple):
   locks: Tuple[int, ...]  # QEMU inherits them, so that they last as long as it does
   streams: Dict[str, Any]  # QEMU's stdin, stdout and stderr
   stack: contextlib.ExitStack
+  stream: Optional[Stream] = None  # what serves the base image while that comes
+
+
+def prepare(
+  plan: Plan,
+  options: Options,
+  net: Net,
+  stream: Optional[Stream],
+  lock: int,
+  stack: contextlib.ExitStack,
+) -> Optional[Stream]:
+  """Download what is missing, with --stream all but the image if that can come meanwhile."""
+  if not stream and (not options.stream or os.path.isfile(plan.base)):
+    fetch_missing(plan, net)
+    return None
+  fetch_missing(plan, net, image=False)
+  stream = stream or start_stream(plan, options, lock, stack)
+  if not stream:
+    fetch_missing(plan, net)
+  return stream
 
 
 def open_log(options: Options, files: Files, stack: contextlib.ExitStack) -> Optional[IO[bytes]]:
@@ -5096,7 +6176,7 @@ def leave_running(launch: Launch, process: Any, log_start: int, warm: bool) -> i
   verb = "runs" if warm else "boots"
   say(f"{plan.name} {verb} in the background, its console goes to {console_of(plan, options)}")
   answers = await_ssh(launch, process, log_start)
-  launch.stack.pop_all()  # QEMU has the locks
+  launch.stack.pop_all()  # QEMU has the locks, and so has what serves its base image
   if not answers:
     say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
   emit(plan.name)
@@ -5208,26 +6288,33 @@ def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
   """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster."""
   plan, options, locks = launch.plan, launch.options, launch.locks
   files, below = instance_files(plan.cache, plan.name), plan.base
+  source = launch.stream.source if launch.stream else None
   with gate(files.folder):
-    needed = [plan.base, plan.qemu, plan.qemu_img]
+    needed = [*([] if source else [plan.base]), plan.qemu, plan.qemu_img]
     if warm and not warm.saving:
       below = warm.files.disk
       needed += [below, warm.files.record]
     if not all(os.path.isfile(path) for path in needed):
       return None
-    check_base(plan)
+    if not source:
+      check_base(plan)
     check_instance(plan, files)
-    record_instance(plan, files, f"{launch.address.host}:{launch.address.port}")
-    make_overlay(plan, below, locks[:1])
-    facts = facts_for(plan, options, launch.address)
+    check_source(files, source)
+    record_instance(plan, files, f"{launch.address.host}:{launch.address.port}", source)
+    make_overlay(plan, served_at(source) or backing_name(plan, below), locks[:1])
+    facts = facts_for(plan, options, launch.address, source.release if source else "")
     if facts.keys and plan.guest.keys:
       write_key_disk(plan.cache, files, plan.guest.keys)
     with signals.hold():
       command = qemu_command(plan, options, facts)
       if warm:
         command, locks = warm_command(command, warm), (*locks, warm.theirs.fileno())
+      if launch.stream:
+        locks = (*locks, launch.stream.life)
       process = start(command, locks, **launch.streams)
       launch.stack.callback(end_process, process)
+      if launch.stream:
+        launch.stream.let_go()
       note_holder(locks[0], "QEMU", process.pid)
   return process
 
@@ -5238,6 +6325,9 @@ def warm_start(launch: Launch, log: Optional[IO[bytes]]) -> Any:
   None when that cannot be, for a reason that has been said: then it boots as always.
   """
   plan = launch.plan
+  if launch.stream:
+    say("there are no warm starts while the image comes; the next run makes the checkpoint")
+    return None
   facts = facts_for(plan, launch.options, launch.address)
   if facts.keys:
     with gate(instances(plan.cache)):
@@ -5521,6 +6611,7 @@ def cmd_list(options: Options) -> int:
   table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "SIZE")]
   for row in rows:
     state = row.state + (" (--rm)" if row.ephemeral else "")
+    state += f" (base {row.base}%)" if row.base < 100 else ""
     cells = (row.name, row.os, row.version, row.arch, state, row.ssh or "-", megabytes(row.size))
     table.append(cells)
   show_table(table)
@@ -5627,10 +6718,20 @@ def only_one(folder: str, stack: contextlib.ExitStack) -> bool:
 def unfinished(cache: str, alone: bool) -> List[str]:
   """Downloads that nobody goes on with; while somebody downloads, just those of other files."""
   found = []
+  disks = [path for path in paths_in(cache, "instances") if path.endswith(".qcow2")]
+  begun = {os.path.basename(base_of(disk)) for disk in disks if is_streamed(disk)}
   for path in paths_in(cache, "downloads"):
     stem, suffix = os.path.splitext(re.sub(r"\.tmp\Z", "", path))
     stem = re.sub(r"\.tar\.zst\Z", ".qcow2", stem if suffix != ".qcow2" else stem + suffix)
-    known = re.search(r"\.(qcow2|tar)\Z", stem) and suffix in (".part", ".json", ".lock", ".qcow2")
+    known = re.search(r"\.(qcow2|tar)\Z", stem) and suffix in (
+      ".part",
+      ".json",
+      ".map",
+      ".lock",
+      ".qcow2",
+    )
+    if os.path.basename(stem) in begun and suffix in (".part", ".json", ".map"):
+      continue  # overlays lie on what has come
     if known and (alone or not is_locked(stem + ".lock")):
       found.append(path)
   return found
@@ -5681,7 +6782,7 @@ def unneeded(cache: str, orphans: Sequence[str]) -> List[str]:
 
   All of it can be fetched or made again.
   """
-  used = [os.path.basename(path) for n, path in backing_files(cache).items() if n not in orphans]
+  used = [os.path.basename(path) for n, path in base_files(cache).items() if n not in orphans]
   found = []
   for files in checkpoints(cache):  # the record goes first
     if files.name + ".qcow2" not in used:
@@ -6068,9 +7169,13 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   try:
     open_standard_streams()
     signals.install()
-    options = parse_command_line(sys.argv[1:] if words is None else words)
-    code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
-    code = call(options)
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == [SERVE]:
+      code = serve(words[1])
+    else:
+      options = parse_command_line(words)
+      code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
+      code = call(options)
   except Interrupted as stop:
     code = 128 + stop.signum
   except QvmError as error:

@@ -196,6 +196,29 @@ def bench_pull(bench, count):
     print(f"  peak memory of qvm: {max(peak) / 1024:.0f} MiB")
 
 
+def bench_ranges(bench, count):
+  """A large image from a server that gives 20 MB/s to each connection, 20 ms away."""
+  big = bench.folder / "ranges.qcow2"
+  shutil.copy(bench.folder / "image.qcow2", big)
+  with open(big, "ab") as file:
+    for _ in range(256):
+      file.write(os.urandom(MB))
+  with bench.server() as server:
+    server.replace_asset("freebsd-builder", "v0.16.0", "freebsd-15.1-x86-64.qcow2", big)
+    server.rate, server.latency = 20e6, 0.02
+    url = f"{server.url}/freebsd-builder/releases/download/v0.16.0/freebsd-15.1-x86-64.qcow2"
+
+    def pull():
+      qvm = fresh(bench, server)
+      run(qvm.command("pull", "freebsd", "15.1"), env=qvm.env)
+
+    calls = {
+      "curl, one connection": lambda: run(["curl", "-sLo", str(bench.folder / "got"), url]),
+      "qvm.pyz pull": pull,
+    }
+    show("256 MB at 20 MB/s a connection", turns(calls, count), "curl, one connection", "s")
+
+
 # --- Many instances, many releases -----------------------------------------------------------
 
 
@@ -339,6 +362,7 @@ PARTS = {
   "start": (bench_start, 25),
   "first": (bench_first, 3),
   "pull": (bench_pull, 5),
+  "ranges": (bench_ranges, 3),
   "growth": (bench_growth, 15),
   "sync": (bench_sync, 5),
   "warm": (bench_warm, 5),

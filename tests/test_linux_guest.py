@@ -191,3 +191,26 @@ def test_a_warm_start_on_arm64_with_a_key_in_a_terminal(linux):
     terminal.close()
   assert b" boots " not in terminal.shown
   works(linux("clean", "--all"))
+
+
+def test_a_guest_that_boots_while_its_image_comes(tmp_path, server, home):
+  """What it writes meanwhile is there after the re-base; the base image is the asset."""
+  base = home / ".cache" / "qvm" / "base"
+  name = "netbsd-1-x86-64"
+  linux = Qvm(home, ROOT / "qvm.py", server)
+  for path in base.glob(name + "*") if base.exists() else ():
+    path.unlink()
+  server.clear_log()
+  server.rate = 3e6
+  try:
+    words = run("netbsd", "x86-64", "echo kept >/mnt/kept; exit 3", options=("--stream",))
+    first = linux(*words, timeout=240)
+  finally:
+    server.rate = None
+  assert first.returncode == 3, first.stderr
+  assert "the guest runs while its image comes" in first.stderr
+  second = linux(*run("netbsd", "x86-64", "cat", "/mnt/kept"), timeout=240)
+  assert (second.returncode, second.stdout) == (0, "kept\n"), second.stderr
+  asset = server.find("netbsd-builder", "v1.0.0").assets[name + ".qcow2"].blob.content
+  assert (base / (name + ".qcow2")).read_bytes() == asset.read_bytes()
+  works(linux("rm", name))

@@ -397,6 +397,7 @@ def test_digest_is_recorded(stocked, image, server):
   assert record == {
     "release": "v0.16.0",
     "url": f"{server.url}/freebsd-builder/releases/download/v0.16.0/{FREEBSD}.qcow2",
+    "validator": server.find("freebsd-builder", "v0.16.0").assets[f"{FREEBSD}.qcow2"].etag,
     "size": len(image),
     "asset_sha256": sha256(image),
     "sha256": sha256(image),

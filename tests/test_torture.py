@@ -37,6 +37,10 @@ def test_kill_9_with_sync():
   assert counts["points"] == 3 and counts["killed"] > 1
 
 
+def test_kill_9_while_streaming():
+  assert play("streaming", 1, range(8))["points"] == 8
+
+
 def test_everything_at_once():
   counts = play("crowd", 1, range(1))
   assert (counts["rounds"], counts["run: 0"]) == (1, 7)
@@ -61,7 +65,7 @@ def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part):
 
 
 @pytest.mark.parametrize("words, parts", [
-  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "crowd": 3}),
+  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "streaming": 500, "crowd": 3}),
   (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
 ])  # fmt: skip
 def test_parts(words, parts):

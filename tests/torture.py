@@ -5,6 +5,7 @@
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
   disk    [120]    one call of the system fails as on a full, broken or read-only disk
   sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
+  streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
 
 qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
@@ -312,7 +313,7 @@ def publish(server, assets, tag="", **more):
 
 PUBLISHED = r"base/[^/]*\.(qcow2|kernel)|bin/qemu-img|qemu/(x86_64|aarch64)/(?!release\.json).*"
 RECORDS = r"base/[^/]*\.json|bin/qemu-img\.json|qemu/(x86_64|aarch64)/release\.json"
-RESUMABLE = r"downloads/.*\.(part|json)"
+RESUMABLE = r"downloads/.*\.(part|json|map)"
 
 
 def published(qvm):
@@ -1202,6 +1203,150 @@ def syncing(folder, forks, seed, numbers):
     part.counts["points"] += 1
     progress(number)
   print(f"  a run: {part.seconds:.3f} s, {sum(part.calls.values())} calls that change something")
+
+
+# --- Streaming -------------------------------------------------------------------------------
+
+STREAM = ("run", "--stream", "--name", "a", *GUEST)
+# It writes to its disk, says so, reads all of it, and stays a little.
+STREAMED_QEMU = b"""#!/bin/sh
+for word; do
+  case $word in if=none,file=*) disk=${word#if=none,file=} disk=${disk%%,id=*} ;; esac
+done
+qemu-io -f qcow2 -c 'write -P 7 64k 4k' "$disk" >/dev/null && echo >>"$HOME/wrote"
+qemu-io -r -f qcow2 -c 'read 0 1M' "$disk" >/dev/null
+exec sleep 0.2
+"""
+
+
+def ours(home):
+  """The processes whose home is that one: {pid: command line}."""
+  found = {}
+  for folder in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):
+      if os.fsencode(f"HOME={home}") in (folder / "environ").read_bytes().split(b"\0"):
+        found[int(folder.name)] = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
+  return found
+
+
+class Streaming:
+  """A server with an image of 1 MB, and a cache with all but that."""
+
+  def __init__(self, folder, forks, seed):
+    self.folder, self.forks, self.counts = Path(folder), forks, Counter()
+    rng = random.Random(f"{seed}:streaming")
+    (self.folder / "raw").write_bytes(rng.randbytes(1 << 20))
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "raw", "image"]
+    subprocess.run(command, cwd=folder, check=True)
+    content = (self.folder / "image").read_bytes()
+    qemu = {"bin/qemu": STREAMED_QEMU, "share/qemu/uefi.fd": b""}
+    named = {f"qemu/x86_64/{name.replace('qemu', 'qemu-system-x86_64', 1)}" if "bin" in name
+             else f"qemu/x86_64/{name}": data for name, data in qemu.items()}  # fmt: skip
+    self.assets = {
+      IMAGE: Asset(content, {f"base/{IMAGE}": content}),
+      QEMU: Asset(tar_of(qemu), named),
+      TOOLS: make_tools(rng),
+    }
+    self.server = ReleaseServer()
+    publish(self.server, self.assets)
+    self.filled = Qvm(self.folder, forks.program, self.server)
+    check_words(forks.run(self.filled, *PULL), (0,))
+    shutil.rmtree(self.filled.cache / "base")
+    self.server.rate = 2e6
+    began = time.monotonic()
+    with self.home() as qvm:
+      check_words(forks.run(qvm, *STREAM), (0,))
+    self.seconds = time.monotonic() - began
+
+  @contextlib.contextmanager
+  def home(self):
+    """qvm in a home of its own, which goes away again with all that runs there."""
+    qvm = Qvm(self.folder / "home", self.forks.program, self.server)
+    shutil.copytree(self.filled.cache, qvm.cache, symlinks=True)
+    try:
+      yield qvm
+    finally:
+      for pid in ours(qvm.home):
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGKILL)
+      self.forks.settled()
+      shutil.rmtree(qvm.home)
+
+  def one(self, seed):
+    """Kill at one point, and check that the next run makes all of it good."""
+    rng = random.Random(seed)
+    who = rng.choice(["qvm", "server", "QEMU", "qvm and server", "all"])
+    rm = rng.random() < 0.3
+    said = [f"seed {seed}: kill {who}, {'--rm' if rm else 'a'}"]
+    with self.home() as qvm:
+      try:
+        words = ("run", "--stream", "--rm", *GUEST) if rm else STREAM
+        for _ in range(rng.randrange(1, 3)):
+          child = self.forks.start(qvm, *words)
+          time.sleep(rng.uniform(0, 1.1) * self.seconds)
+          struck = self.strike(qvm, child, who)
+          said += [child.wait().stderr]
+          self.gone(qvm)
+        self.afterwards(qvm, rng, rm, said)
+      except Violation as violation:
+        raise Violation("\n".join([*said, str(violation)]))
+    self.counts[f"{who}: {'killed' if struck else 'had ended'}"] += 1
+
+  def strike(self, qvm, child, who):
+    """Kill some of the processes; whether there was one."""
+    there = ours(qvm.home)
+    serving = [pid for pid, words in there.items() if "--serve" in words]
+    machine = [pid for pid, words in there.items() if "bin/qemu-system" in words]
+    chosen = {"server": serving, "QEMU": machine, "all": list(there)}.get(who, [])
+    if "qvm" in who:
+      chosen = [child.pid] + (serving if "server" in who else [])
+    for pid in chosen:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return bool(chosen)
+
+  def gone(self, qvm):
+    """Wait until nothing runs in that home: what serves ends with its machine."""
+    until = time.monotonic() + PATIENCE
+    while ours(qvm.home):
+      demand(time.monotonic() < until, "processes are left", ours(qvm.home))
+      time.sleep(0.01)
+
+  def afterwards(self, qvm, rng, rm, said):
+    """What must be true after a kill."""
+    versions = {name: [asset] for name, asset in self.assets.items()}
+    check_published(qvm, versions)
+    disk = qvm.cache / "instances" / "a.qcow2"
+    wrote = (qvm.home / "wrote").exists() and disk.exists()
+    check_words(self.forks.run(qvm, "list"), (0,))
+    check_locks(qvm)
+    words = rng.choice([STREAM, RUN, ("run", "--name", "a", *GUEST)])
+    said.append(" ".join(words))
+    result = self.forks.run(qvm, *words)
+    said.append(result.stderr)
+    check_words(result, (0,))
+    self.gone(qvm)
+    check_words(self.forks.run(qvm, "run", "--name", "a", *GUEST), (0,))
+    check_complete(qvm, versions)
+    check_words(self.forks.run(qvm, "pull", "--verify", *GUEST), (0,))
+    demand(b"../base/" + IMAGE.encode() in disk.read_bytes()[:4096], "not put on its base")
+    if wrote and not rm:
+      command = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 64k 4k", str(disk)]
+      demand(b"verification failed" not in subprocess.check_output(command), "data are lost")
+    check_words(self.forks.run(qvm, "rm", "a"), (0,))
+    check_tidy(qvm, self.counts, self.forks)
+
+
+def streaming(folder, forks, seed, numbers):
+  """Kill at many points while an image is streamed; returns what was counted."""
+  part = Streaming(folder, forks, seed)
+  try:
+    for number in numbers:
+      part.one(f"{seed}:{number}")
+      part.counts["points"] += 1
+      progress(number)
+  finally:
+    part.server.close()
   return part.counts
 
 
@@ -1288,6 +1433,7 @@ PARTS = {
   "killing": (killing, 200),
   "disk": (failing, 120),
   "sync": (syncing, 60),
+  "streaming": (streaming, 500),
   "crowd": (crowd, 3),
 }
 

@@ -1,0 +1,304 @@
+"""Several connections for one file: what they leave at any moment, and servers that mind."""
+
+import os
+import random
+import shutil
+import threading
+
+import pytest
+from conftest import ROOT, Qvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fetch import HOST, IMAGE, PULL, check_works, finished, hangs, ranges, wait_for
+
+import qvm as source
+
+BLOCK = source.BLOCK
+NET = source.Net("http://x", "", "", 1.0, 1.0, 1, threading.Event())
+EAGER = {"LARGE = 32 << 20": "LARGE = 1 << 20", "SLOW_AFTER = 1.0": "SLOW_AFTER = 0.0"}
+
+
+@pytest.fixture(scope="module")
+def big(image):
+  """An image of 6 MB of which no two parts are the same, and whose last block is not whole."""
+  return image + random.Random(1).randbytes(6_000_001 - len(image))
+
+
+@pytest.fixture
+def eager(full, server, big, tmp_path):
+  """A qvm that soon thinks a connection slow, without an image; 4 MB/s each."""
+  text = (ROOT / "qvm.py").read_text()
+  for old, new in EAGER.items():
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+  (tmp_path / "qvm.py").write_text(text)
+  shutil.rmtree(str(full.cache / "base"))
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, big)
+  server.rate = 4e6
+  return Qvm(full.home, tmp_path / "qvm.py", server)
+
+
+def asked(server):
+  """The first bytes of the ranges that were asked for."""
+  return [int(text[6:].split("-")[0]) if text else 0 for text in ranges(server)]
+
+
+def quiet(result):
+  return not any(word in result.stderr for word in ("trying again", "changed", "another part"))
+
+
+def test_a_slow_connection_gets_help(eager, server, big):
+  result = eager(*PULL)
+  check_works(eager, result, big)
+  assert server.wait_idle()
+  assert len(asked(server)) >= 4 and quiet(result)
+  assert all(start % BLOCK == 0 for start in asked(server))
+  for each in server.requests(IMAGE, "cdn")[1:]:
+    assert "range" not in each.headers or each.headers["if-range"].startswith('"0x8DE')
+
+
+@pytest.mark.parametrize("name", [f"qemu-system-x86_64-{HOST}.tar", IMAGE])
+def test_a_fast_or_a_small_file_is_fetched_by_one(full, server, big, name):
+  shutil.rmtree(str(full.cache / "base"))
+  shutil.rmtree(str(full.cache / "qemu"))
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, big)
+  assert full(*PULL).returncode == 0
+  assert ranges(server, name) == [None]
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [
+    {"status": 429},
+    {"status": 503},
+    {"status": 403},
+    {"status": 404},
+    {"status": 416},
+    {"cut": "connect"},
+    {"cut": 0},
+    {"ignore_range": True},
+    {"content_range": "bytes 0-9/10"},
+    {"etag": '"other"', "ignore_if_range": True},
+    {"html": True},
+    {"gzip": True},
+  ],
+  ids=str,
+)
+def test_a_server_that_minds_others(eager, server, big, fault):
+  """The first connection goes on, and nothing is said."""
+  server.fault(IMAGE, after=1, times=3, **fault)
+  result = eager(*PULL)
+  check_works(eager, result, big)
+  assert quiet(result), result.stderr
+
+
+@pytest.mark.parametrize("more", [{"no_ranges": True}, {"weak_etag": True}, {"no_validator": True}])
+def test_a_server_without_ranges(eager, server, big, more):
+  server.fault(IMAGE, times=None, **more)
+  check_works(eager, eager(*PULL), big)
+  assert ranges(server) == [None]
+
+
+def test_others_that_break_later(eager, server, big):
+  server.fault(IMAGE, after=1, times=2, cut=300_000)
+  server.fault(IMAGE, after=1, times=1, cut=300_001, reset=True)
+  result = eager(*PULL)
+  check_works(eager, result, big)
+  assert quiet(result)
+
+
+def test_the_first_one_breaks(eager, server, big):
+  server.fault(IMAGE, times=1, cut=1_000_000)
+  check_works(eager, eager(*PULL), big)
+
+
+def test_one_that_stalls_holds_nobody_up(eager, server, big):
+  server.fault(IMAGE, after=1, times=1, stall=100_000)
+  check_works(eager, eager(*PULL, env={"QVM_TIMEOUT": "3600"}), big)
+
+
+def test_an_object_that_changes_meanwhile(eager, server, big):
+  """Neither file nor digest is ever made of two objects."""
+  other = big[:512] + big[:511:-1]
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=500_000, cut=500_000)
+  process = eager.start(*PULL)
+  hangs(process, fault)
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
+  go.set()
+  result = finished(process)
+  check_works(eager, result, other)
+
+
+def paths(qvm):
+  """The part, the note and the map."""
+  return [qvm.cache / "downloads" / (IMAGE + end) for end in (".part", ".json", ".map")]
+
+
+def killed_midway(qvm, server, big, count=30):
+  """Kill -9 once so many blocks are there; returns the blocks that the map marks."""
+  part, _, marks = paths(qvm)
+  process = qvm.start(*PULL)
+  wait_for(lambda: marks.exists() and marks.read_bytes().count(1) >= count)
+  process.kill()
+  process.communicate()
+  assert server.wait_idle()
+  server.clear_log()
+  found = [n for n, mark in enumerate(marks.read_bytes()) if mark]
+  content = part.read_bytes()
+  for n in found:
+    assert content[n * BLOCK : (n + 1) * BLOCK] == big[n * BLOCK : (n + 1) * BLOCK]
+  return found
+
+
+def test_kill_9_marks_nothing_that_is_missing(eager, server, big):
+  server.rate = 1e6
+  for count in (20, 40):
+    there = killed_midway(eager, server, big, count)
+    assert there != list(range(len(there)))
+  server.rate = 4e6
+  result = eager(*PULL)
+  check_works(eager, result, big)
+  assert "going on at" in result.stderr
+  assert server.wait_idle()
+  missing = len(big) - len(there) * BLOCK
+  sent = sum(each.sent for each in server.requests(IMAGE, "cdn"))
+  assert missing <= sent < missing + 16 * BLOCK  # some is under way when a connection is cut short
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "odd", "gone", "part cut", "part gone"])
+def test_a_map_that_does_not_fit(eager, server, big, damage):
+  killed_midway(eager, server, big)
+  part, _, marks = paths(eager)
+  data = marks.read_bytes()
+  if damage == "gone":
+    marks.unlink()
+  elif damage == "part cut":
+    os.truncate(str(part), BLOCK)
+  elif damage == "part gone":
+    part.unlink()
+  else:
+    marks.write_bytes({"short": data[:-1], "long": data + b"\1", "odd": data[:40] + b"\3"}[damage])
+  server.rate = None
+  check_works(eager, eager(*PULL), big)
+  assert ranges(server) == [None]
+
+
+def test_a_map_that_lies(eager, server, big):
+  """The digest finds out."""
+  killed_midway(eager, server, big)
+  marks = paths(eager)[2]
+  marks.write_bytes(b"\1" * len(marks.read_bytes()))
+  server.rate = None
+  result = eager(*PULL)
+  check_works(eager, result, big)
+  assert "digest" in result.stderr
+
+
+def test_a_map_without_a_note_of_it_counts_for_nothing(eager, full, server, big):
+  """As a kill just before the first block leaves it, or an older qvm."""
+  part, note, marks = paths(eager)
+  fault = server.fault(IMAGE, pause=threading.Event(), pause_at=500_000)
+  process = full.start(*PULL)
+  hangs(process, fault)
+  wait_for(lambda: part.exists() and part.stat().st_size > 200_000)
+  process.kill()
+  process.communicate()
+  server.clear_faults()
+  size = part.stat().st_size
+  marks.write_bytes(b"\1" * (-(-len(big) // BLOCK)))
+  server.rate = None
+  server.wait_idle()
+  server.clear_log()
+  check_works(eager, eager(*PULL), big)
+  assert asked(server) == [size]
+
+
+def test_clean_takes_it_all(eager, server, big):
+  killed_midway(eager, server, big)
+  result = eager("clean")
+  assert result.returncode == 0 and ".map" in result.stdout
+  assert os.listdir(str(eager.cache / "downloads")) == []
+
+
+# --- The book-keeping -------------------------------------------------------------------------
+
+
+def make(folder, total, done=0):
+  """A transfer that knows its object, with its beginning already there."""
+  transfer = source.Transfer(NET, "http://x/y", "name", str(folder))
+  transfer.total, transfer.validator = total, '"v"'
+  transfer.save_note()
+  transfer.open_part()
+  content = random.Random(total).randbytes(total)
+  if done:
+    span = transfer.claim()
+    transfer.write(span, content[:done])
+    transfer.release(span)
+  return transfer, content
+
+
+@given(
+  st.integers(1, 12 * BLOCK),
+  st.floats(0, 1),
+  st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3 * BLOCK)), max_size=60),
+)
+@settings(deadline=None, database=None, max_examples=150)
+def test_any_order(tmp_path_factory, total, share, steps):
+  """Spans that come and go: what is marked is there, the count is right, and so is the hash."""
+  folder = tmp_path_factory.mktemp("any")
+  transfer, content = make(folder, total, int(total * share) if share < 1 else 0)
+  transfer.use_map()
+  spans = []
+  for which, count in steps:
+    if which == 0 or not spans:
+      span = transfer.claim()
+      spans += [span] if span else []
+    elif which == 1:
+      transfer.release(spans.pop(count % len(spans)))
+    else:
+      span = spans[which % len(spans)]
+      transfer.write(span, content[span.position : span.position + count])
+    check(transfer, content)
+  for span in spans:
+    transfer.release(span)
+  check(transfer, content)
+  again = source.Transfer(NET, "http://x/y", "name", str(folder))
+  check(again, content)
+  for each in (again, transfer):
+    span = each.claim()
+    while span:
+      each.write(span, content[span.position : span.end])
+      each.release(span)
+      span = each.claim()
+    each.hash_all()
+    assert each.complete() and each.hashed == total
+    each.close()
+  digest = source.new_sha256()
+  digest.update(content)
+  assert again.hash.hexdigest() == transfer.hash.hexdigest() == digest.hexdigest()
+  with open(transfer.part, "rb") as file:
+    assert file.read() == content
+  shutil.rmtree(str(folder))
+
+
+def check(transfer, content):
+  """What the map says is so."""
+  with open(transfer.part, "rb") as file:
+    data = file.read()
+  marked = [n for n, state in enumerate(transfer.blocks) if state == 1]
+  for n in marked:
+    assert data[n * BLOCK : (n + 1) * BLOCK] == content[n * BLOCK : (n + 1) * BLOCK]
+  whole = sum(min(BLOCK, len(content) - n * BLOCK) for n in marked)
+  open_ends = sum(1 for _ in transfer.spans) + 1
+  assert whole <= transfer.done < whole + open_ends * BLOCK
+  assert data[: transfer.hashed] == content[: transfer.hashed]
+
+
+def test_what_is_void_is_not_written(tmp_path):
+  transfer, content = make(tmp_path, 4 * BLOCK)
+  span = transfer.claim()
+  transfer.close()
+  with pytest.raises(source.Cancelled):
+    transfer.write(span, content)
+  assert os.path.getsize(transfer.part) == 0

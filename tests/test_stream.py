@@ -1,0 +1,669 @@
+"""`qvm run --stream` with a stand-in for QEMU that reads its disk through the real qemu-img."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import FREEBSD, ROOT, Qvm, fill, heard, sha256, tar_of, works
+from release_server import ReleaseServer
+from test_fetch import PULL, finished, hangs, wait_for
+
+import qvm as source
+
+IMAGE = FREEBSD + ".qcow2"
+GUEST = ("--platform", "x86-64", "freebsd", "15.1")
+STREAM = ("run", "--stream", "--name", "vm", *GUEST)
+RUN = ("run", "--name", "vm", *GUEST)
+BLOCK = source.BLOCK
+SIZE = 6_000_000  # of the disk
+
+# It does what $PLAY says: first it tells that it runs, then it reads, writes, waits and ends.
+READER = f"""#!{sys.executable}
+import json, os, subprocess, sys
+play = json.loads(os.environ["PLAY"])
+drive = next(word for word in sys.argv if word.startswith("if=none,file="))
+disk = drive[len("if=none,file="):].rpartition(",id=")[0].replace(",,", ",")
+for step in play.get("steps", []):
+  if step[0] == "tell":
+    with open(step[1], "w") as file:
+      code = json.dump({{"pid": os.getpid(), "argv": sys.argv}}, file)
+  elif step[0] == "convert":
+    code = subprocess.call(["qemu-img", "convert", "-O", "raw", disk, step[1]])
+  elif step[0] == "wait":
+    code = not open(step[1]).read()
+  else:
+    code = subprocess.call(["qemu-io", "-f", "qcow2", "-c", " ".join(step), disk], stdout=2)
+  if code:
+    sys.exit(77)
+sys.exit(play.get("exit", 0))
+"""
+
+
+@pytest.fixture(scope="session")
+def disk():
+  """What the guest sees."""
+  return random.Random(5).randbytes(SIZE)
+
+
+@pytest.fixture(scope="session")
+def packed(disk, tmp_path_factory):
+  """The image with that disk."""
+  folder = tmp_path_factory.mktemp("packed")
+  (folder / "raw").write_bytes(disk)
+  command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "raw", "image.qcow2"]
+  subprocess.run(command, cwd=folder, check=True)
+  return (folder / "image.qcow2").read_bytes()
+
+
+@pytest.fixture
+def server(packed, tools_tar):
+  with ReleaseServer() as server:
+    fill(server, packed, tools_tar)
+    qemu = {"bin/qemu": READER.encode(), "share/qemu/uefi.fd": b"", "share/qemu/bios-256k.bin": b""}
+    server.replace_asset("resources", "v2.0.0", "qemu-system-x86_64-linux.tar", tar_of(qemu))
+    server.replace_asset("resources", "v2.0.0", "qemu-system-x86_64-macos.tar", tar_of(qemu))
+    yield server
+
+
+@pytest.fixture
+def streamer(tmp_path, server):
+  """qvm with QEMU and qemu-img in its cache, but no image; whatever is left over is ended."""
+  home = tmp_path / "home"
+  home.mkdir()
+  qvm = Qvm(home, ROOT / "qvm.py", server)
+  qvm.env["PLAY"] = json.dumps({})
+  works(qvm("pull", "--platform", "x86-64", "freebsd", "15.1"))
+  shutil.rmtree(str(qvm.cache / "base"))
+  server.clear_log()
+  yield qvm
+  for pid in ours(home):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
+
+
+def ours(home, mark=""):
+  """The processes whose home is that one, as far as their command line holds the mark."""
+  found = []
+  for folder in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):
+      env = (folder / "environ").read_bytes().split(b"\0")
+      words = (folder / "cmdline").read_bytes()
+      if os.fsencode(f"HOME={home}") in env and mark.encode() in words:
+        found.append(int(folder.name))
+  return found
+
+
+def play(qvm, *steps, **more):
+  qvm.env["PLAY"] = json.dumps({"steps": steps, **more})
+
+
+def sent(server):
+  assert server.wait_idle()
+  return sum(each.sent for each in server.requests(IMAGE, "cdn"))
+
+
+def base_is(qvm, packed):
+  assert (qvm.cache / "base" / IMAGE).read_bytes() == packed
+  record = json.loads((qvm.cache / "base" / f"{FREEBSD}.json").read_text())
+  assert (record["sha256"], record["bytes"]) == (sha256(packed), len(packed))
+  assert (qvm.cache / "base" / IMAGE).stat().st_mode & 0o777 == 0o444
+  assert not [name for name in qvm.files() if name.startswith("downloads/")]
+
+
+def backing(qvm):
+  return source.backing_file(str(qvm.cache / "instances" / "vm.qcow2"))
+
+
+def instance(qvm):
+  return json.loads((qvm.cache / "instances" / "vm.json").read_text())
+
+
+def is_ordinary(qvm, packed):
+  """The persistent instance is as if it had never been streamed."""
+  base_is(qvm, packed)
+  assert backing(qvm) == f"../base/{IMAGE}"
+  assert instance(qvm)["base_sha256"] == sha256(packed)
+  assert instance(qvm)["release"] == instance(qvm)["validator"] == ""
+
+
+def settled(qvm):
+  """Wait until nothing runs any more."""
+  wait_for(lambda: not ours(qvm.home))
+
+
+# --- All is well -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [None, 4e6])
+def test_a_guest_reads_what_has_not_come_yet(streamer, server, tmp_path, disk, packed, rate):
+  server.rate = rate
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  result = works(streamer("run", "--stream", "--rm", *GUEST))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+  assert len(packed) <= sent(server) < len(packed) + 16 * BLOCK  # nothing comes twice
+  assert "digest is checked when all of it is there" in result.stderr
+  assert not [name for name in streamer.files() if name.startswith("instances/")]
+  settled(streamer)
+  if "is there, and has the digest" in result.stderr:
+    base_is(streamer, packed)
+  works(streamer(*PULL))
+  base_is(streamer, packed)
+
+
+def test_the_guest_runs_before_the_image_is_whole(streamer, server, tmp_path, disk, packed):
+  """The first connection hangs; what the guest reads comes all the same."""
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=1_000_000)
+  play(streamer, ["read", "5M", "512k"], ["wait", make_fifo(tmp_path)])
+  process = streamer.start(*STREAM)
+  hangs(process, fault)
+  with open(tmp_path / "go", "w") as gate:
+    [row] = json.loads(works(streamer("list", "--json")).stdout)
+    assert row["state"] == "running" and 0 < row["base"] < 100
+    assert re.search(r"running \(base [0-9]+%\)", works(streamer("list")).stdout)
+    assert not (streamer.cache / "base" / IMAGE).exists()
+    go.set()
+    wait_for(lambda: (streamer.cache / "base" / IMAGE).exists())
+    gate.write("go")
+  assert finished(process).returncode == 0
+  is_ordinary(streamer, packed)
+  assert json.loads(works(streamer("list", "--json")).stdout)[0]["base"] == 100
+
+
+def make_fifo(folder):
+  os.mkfifo(str(folder / "go"))
+  return str(folder / "go")
+
+
+def test_what_the_guest_writes_meanwhile_stays(streamer, server, tmp_path, disk, packed):
+  server.rate = 4e6
+  play(streamer, ["write", "-P", "7", "3M", "256k"], ["convert", str(tmp_path / "first")], exit=5)
+  assert streamer(*STREAM).returncode == 5
+  changed = disk[: 3 << 20] + b"\7" * (256 << 10) + disk[(3 << 20) + (256 << 10) :]
+  assert (tmp_path / "first").read_bytes()[:SIZE] == changed
+  play(streamer, ["convert", str(tmp_path / "second")])
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+  assert (tmp_path / "second").read_bytes()[:SIZE] == changed
+
+
+def test_a_cached_image_is_not_streamed(streamer, server):
+  works(streamer(*PULL))
+  server.close()
+  result = works(streamer(*STREAM))
+  assert "comes" not in result.stderr and backing(streamer) == f"../base/{IMAGE}"
+
+
+def test_the_command_line_is_the_same(streamer, server):
+  plain = works(streamer("run", "--dry-run", *GUEST)).stdout
+  assert works(streamer("run", "--dry-run", "--stream", *GUEST)).stdout == plain
+  assert server.started == 0
+
+
+def test_from_nothing(tmp_path, server, disk, packed):
+  """QEMU and qemu-img come first."""
+  home = tmp_path / "a home, with a comma"
+  home.mkdir()
+  qvm = Qvm(home, ROOT / "qvm.py", server)
+  play(qvm, ["convert", str(tmp_path / "seen")])
+  works(qvm(*STREAM))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+  settled(qvm)
+
+
+def test_the_zipapp(streamer, pyz, tmp_path, disk, packed):
+  streamer.program = pyz
+  for _ in range(2):  # the second time with its compiled code from the cache
+    play(streamer, ["convert", str(tmp_path / "seen")])
+    works(streamer("run", "--stream", "--rm", *GUEST, cwd=str(tmp_path)))
+    assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+    settled(streamer)
+    shutil.rmtree(str(streamer.cache / "base"))
+    (streamer.cache / "base").mkdir()
+
+
+def test_pull_in_another_terminal_joins(streamer, server, tmp_path, packed):
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=1_000_000)
+  play(streamer, ["wait", make_fifo(tmp_path)])
+  first = streamer.start(*STREAM)
+  hangs(first, fault)
+  with open(tmp_path / "go", "w") as gate:
+    second = streamer.start(*PULL)
+    for line in second.stderr:
+      if "waiting for another qvm that downloads" in line:
+        break
+    go.set()
+    assert finished(second).returncode == 0  # while the first still runs
+    gate.write("go")
+  assert finished(first).returncode == 0
+  is_ordinary(streamer, packed)
+  assert sent(server) < len(packed) + 16 * BLOCK
+
+
+# --- Ends before it is whole --------------------------------------------------------------------
+
+
+def begun(qvm, server, tmp_path, *words, steps=()):
+  """A run that is still streaming, its first connection hanging; returns its process and QEMU's."""
+  fault = server.fault(IMAGE, pause=threading.Event(), pause_at=1_000_000)
+  fifo = tmp_path / f"record{len(list(tmp_path.iterdir()))}"
+  os.mkfifo(str(fifo))
+  gate = tmp_path / "go"
+  if not gate.exists():
+    make_fifo(tmp_path)
+  play(qvm, *steps, ["tell", str(fifo)], ["wait", str(gate)])
+  process = qvm.start(*words)
+  pid = heard(fifo, process)["pid"]
+  hangs(process, fault)
+  server.clear_faults()
+  return process, pid
+
+
+def end(process, pid):
+  os.kill(pid, signal.SIGTERM)
+  return finished(process)
+
+
+def test_an_early_end_keeps_what_has_come(streamer, server, tmp_path, disk, packed):
+  write = ["write", "-P", "7", "3M", "256k"]
+  process, pid = begun(streamer, server, tmp_path, *STREAM, steps=[write])
+  result = end(process, pid)
+  assert result.returncode == 128 + signal.SIGTERM
+  assert "the next run fetches the rest" in result.stderr
+  assert backing(streamer).startswith("nbd+unix:") and instance(streamer)["release"] == "v0.16.0"
+  first = sent(server)
+  server.clear_log()
+  clean = works(streamer("clean", "--all"))
+  assert "downloads/" not in clean.stdout
+  works(streamer("pull", "--platform", "x86-64", "freebsd", "15.0"))  # QEMU again
+  server.clear_log()
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+  assert sent(server) < len(packed) - first + 24 * BLOCK
+  seen = (tmp_path / "seen").read_bytes()[:SIZE]
+  assert seen[3 << 20 : (3 << 20) + (256 << 10)] == b"\7" * (256 << 10)
+  assert seen[: 3 << 20] == disk[: 3 << 20]
+
+
+def test_it_streams_on(streamer, server, tmp_path, disk, packed):
+  end(*begun(streamer, server, tmp_path, *STREAM, steps=[["write", "-P", "7", "0", "64k"]]))
+  before = backing(streamer)
+  process, pid = begun(streamer, server, tmp_path, *STREAM)
+  assert backing(streamer).startswith("nbd+unix:") and backing(streamer) != before
+  end(process, pid)
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM))
+  settled(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == b"\7" * (64 << 10) + disk[64 << 10 :]
+
+
+def test_an_early_end_with_rm_leaves_what_has_come(streamer, server, tmp_path, packed):
+  end(*begun(streamer, server, tmp_path, "run", "--stream", "--rm", *GUEST))
+  assert not [name for name in streamer.files() if name.startswith("instances/")]
+  left = [name for name in streamer.files() if name.startswith("downloads/")]
+  assert [name[len("downloads/" + IMAGE) :] for name in left] == [".json", ".map", ".part"]
+  first = sent(server)
+  server.clear_log()
+  works(streamer(*PULL))
+  base_is(streamer, packed)
+  assert sent(server) < len(packed) - first + 24 * BLOCK
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals(streamer, server, tmp_path, number):
+  process, _ = begun(streamer, server, tmp_path, *STREAM)
+  process.send_signal(number)
+  assert finished(process).returncode == 128 + number
+  assert ours(streamer.home) == []
+  assert streamer("list").returncode == 0
+
+
+@pytest.mark.parametrize("who", ["qvm", "server", "qvm and server", "all"])
+def test_kill_9(streamer, server, tmp_path, packed, who):
+  process, pid = begun(
+    streamer, server, tmp_path, *STREAM, steps=[["write", "-P", "7", "0", "64k"]]
+  )
+  [serving] = ours(streamer.home, source.SERVE)
+  if "server" in who or who == "all":
+    os.kill(serving, signal.SIGKILL)
+  if who != "server":
+    process.kill()
+    process.wait()
+  if who == "qvm":  # the guest goes on, and so does its disk
+    assert json.loads(works(streamer("list", "--json")).stdout)[0]["state"] == "running"
+    assert streamer(*RUN).returncode == 1
+    os.kill(pid, signal.SIGTERM)
+  else:
+    os.kill(pid, signal.SIGKILL if who == "all" else signal.SIGTERM)
+  finished(process)
+  settled(streamer)
+  play(streamer, ["read", "-P", "7", "0", "64k"])
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
+def test_another_release_meanwhile(streamer, server, tmp_path, packed):
+  """The rest comes from the release that was begun."""
+  end(*begun(streamer, server, tmp_path, *STREAM))
+  other = packed[:BLOCK] + packed[BLOCK:][::-1]
+  server.add_release("freebsd-builder", "v1.0.0", {IMAGE: other}, published="2026-09-01T00:00:00Z")
+  play(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
+def test_the_release_is_gone(streamer, server, tmp_path):
+  end(*begun(streamer, server, tmp_path, *STREAM))
+  server.remove_asset("freebsd-builder", "v0.16.0", IMAGE)
+  for words in (RUN, STREAM, PULL):
+    result = streamer(*words)
+    assert result.returncode == 1
+    assert re.search("of v0.16.0, which these instances were begun on.*: vm\n", result.stderr)
+  works(streamer("rm", "vm"))
+  assert "FreeBSD 15.1" in streamer(*PULL).stderr
+
+
+def test_another_object_under_the_same_name(streamer, server, tmp_path, packed):
+  """No overlay ever gets another base."""
+  end(*begun(streamer, server, tmp_path, *STREAM))
+  other = packed[:BLOCK] + packed[BLOCK:][::-1]
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
+  for words in (STREAM, RUN):
+    result = streamer(*words)
+    assert result.returncode == 1 and "was made on another base image" in result.stderr
+    assert backing(streamer).startswith("nbd+unix:")
+    settled(streamer)
+
+
+def test_clean_and_rm_know_of_it(streamer, server, tmp_path):
+  process, pid = begun(streamer, server, tmp_path, *STREAM)
+  assert "something is being downloaded" in works(streamer("clean", "--all")).stderr
+  assert streamer("rm", "vm").returncode == 1
+  works(streamer("rm", "--force", "vm"))
+  finished(process)
+  assert ours(streamer.home) == []
+  assert "downloads/" in works(streamer("clean")).stdout
+  assert not [name for name in streamer.files() if name.startswith(("downloads/", "instances/"))]
+
+
+def test_detached(streamer, server, tmp_path, packed):
+  """What serves lives as long as QEMU, and then puts the overlay on the base image."""
+  words = ("run", "--stream", "-d", "--boot-timeout", "0", "--name", "vm", *GUEST)
+  go = threading.Event()
+  server.fault(IMAGE, pause=go, pause_at=1_000_000)
+  play(streamer, ["read", "5M", "64k"], ["wait", make_fifo(tmp_path)])
+  works(streamer(*words))
+  with open(tmp_path / "go", "w") as gate:
+    assert json.loads(works(streamer("list", "--json")).stdout)[0]["state"] == "running"
+    assert len(ours(streamer.home, source.SERVE)) == 1
+    go.set()
+    wait_for(lambda: (streamer.cache / "base" / IMAGE).exists())
+    assert backing(streamer).startswith("nbd+unix:")
+    new = {"published": "2026-09-01T00:00:00Z"}
+    server.add_release("freebsd-builder", "v1", {IMAGE: packed + b"x"}, **new)
+    assert "cannot be refreshed" in streamer("pull", "--refresh", *GUEST).stderr
+    gate.write("go")
+  settled(streamer)
+  is_ordinary(streamer, packed)
+
+
+def test_detached_and_stopped(streamer, server, tmp_path, packed):
+  words = ("run", "--stream", "-d", "--boot-timeout", "0", "--name", "vm", *GUEST)
+  server.fault(IMAGE, pause=threading.Event(), pause_at=1_000_000)
+  play(streamer, ["wait", make_fifo(tmp_path)])
+  works(streamer(*words))
+  works(streamer("stop", "--force", "vm"))
+  assert ours(streamer.home) == []
+  assert json.loads(works(streamer("list", "--json")).stdout)[0]["base"] < 100
+  play(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
+# --- Faults ----------------------------------------------------------------------------------
+
+FAULTS = {
+  "cuts": [{"cut": 300_000}, {"cut": 0}, {"cut": 100_000, "reset": True}, {"cut": "headers"}],
+  "503": [{"cut": 300_000}, {"status": 503}, {"status": 502}],
+  "stall": [{"stall": 300_000}, {"stall": "headers"}],
+  "403": [{"cut": 300_000}, {"status": 403}],
+  "another part": [{"cut": 300_000}, {"content_range": "bytes 0-9/10"}],
+  "range ignored": [{"cut": 300_000}, {"ignore_range": True}],
+  "captive portal": [{"cut": 300_000}, {"html": True}],
+  "a failure first": [{"status": 503}, {"cut": "connect"}],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=list(FAULTS))
+def test_faults_of_the_line(streamer, server, tmp_path, disk, packed, faults):
+  for fault in faults:
+    server.fault(IMAGE, **fault)
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM, env={"QVM_TIMEOUT": "0.5"}))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+  settled(streamer)
+  play(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
+def test_each_signed_address_serves_once(streamer, server, tmp_path, disk):
+  server.signed_uses, server.rate = 1, 4e6
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+
+
+def test_redirects_are_spared(streamer, server, tmp_path):
+  server.rate = 4e6
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM))
+  assert len(server.requests(IMAGE, "github")) == 1 < len(server.requests(IMAGE, "cdn"))
+
+
+def test_a_line_that_is_down(streamer, server, tmp_path, packed):
+  """The guest gets an I/O error, said once; the next run goes on."""
+  server.fault(IMAGE, times=1, cut=300_000)
+  server.fault(IMAGE, times=None, cut="connect")
+  server.fault(IMAGE, origin="github", after=1, times=None, cut="connect")
+  play(streamer, ["read", "3M", "64k"], exit=3)
+  result = streamer(*STREAM)
+  assert result.returncode == 77
+  assert result.stderr.count("the guest gets an I/O error") == 1
+  server.clear_faults()
+  settled(streamer)
+  assert streamer(*RUN).returncode == 3
+  is_ordinary(streamer, packed)
+
+
+def test_a_wrong_digest_ends_the_machine(streamer, server, tmp_path):
+  server.fault(IMAGE, times=None, flip=3_000_000)
+  play(streamer, ["wait", make_fifo(tmp_path)])
+  result = streamer(*STREAM)
+  assert result.returncode == 1
+  assert re.search("has not the digest that the release names.*the machine is ended", result.stderr)
+  assert not [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/"))]
+  assert ours(streamer.home) == []
+
+
+def test_a_wrong_digest_leaves_an_older_overlay(streamer, server, tmp_path, packed):
+  end(*begun(streamer, server, tmp_path, *STREAM, steps=[["write", "-P", "7", "0", "64k"]]))
+  server.fault(IMAGE, times=None, flip=5_000_000)
+  result = streamer(*STREAM)
+  assert result.returncode == 1 and "has not the digest" in result.stderr
+  assert backing(streamer).startswith("nbd+unix:")
+  server.clear_faults()
+  play(streamer, ["read", "-P", "7", "0", "64k"])
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
+def test_an_object_that_changes_ends_the_machine(streamer, server, tmp_path, packed):
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=300_000, cut=300_000)
+  play(streamer, ["wait", make_fifo(tmp_path)])
+  process = streamer.start(*STREAM)
+  hangs(process, fault)
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, packed[:BLOCK] + packed[BLOCK:][::-1])
+  go.set()
+  result = finished(process)
+  assert result.returncode == 1 and "has changed while it was streamed" in result.stderr
+  assert not (streamer.cache / "instances" / "vm.qcow2").exists()
+
+
+HOSTILE = {
+  "backing": (8, struct.pack(">QI", 512, 11), "backing file"),
+  "data file": (72, struct.pack(">Q", 4), "data file"),
+  "tables": (40, struct.pack(">Q", 1 << 40), "tables make no sense"),
+  "HTML": (0, b"<!DOCTYPE html>", "HTML page"),
+  "no qcow2": (0, b"MZ", "not a qcow2"),
+}
+
+
+@pytest.mark.parametrize("place, data, words", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_hostile_header(streamer, server, tmp_path, packed, place, data, words):
+  hostile = packed[:place] + data + packed[place + len(data) :]
+  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, hostile)
+  play(streamer, ["tell", str(tmp_path / "started")])
+  result = streamer(*STREAM)
+  assert result.returncode == 1 and words in result.stderr
+  assert not (tmp_path / "started").exists()
+  assert not [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/"))]
+
+
+@pytest.mark.parametrize("fault, words", [
+  ({"no_ranges": True}, "gives no ranges"),
+  ({"weak_etag": True}, "gives no ranges"),
+  ({"no_validator": True}, "gives no ranges"),
+  ({"chunked": True}, "gives no ranges"),
+])  # fmt: skip
+def test_what_cannot_be_streamed_is_downloaded_first(streamer, server, packed, fault, words):
+  server.fault(IMAGE, times=None, **fault)
+  result = works(streamer(*STREAM))
+  assert f"{words} of {IMAGE}: it is downloaded first" in result.stderr
+  is_ordinary(streamer, packed)
+
+
+def test_a_bundle_is_downloaded_first(streamer, server):
+  server.remove_asset("freebsd-builder", "v0.16.0", IMAGE)
+  server.add_release(
+    "freebsd-builder", "v1", {f"{FREEBSD}.tar.zst": b"x"}, published="2026-09-01T00:00:00Z"
+  )
+  result = streamer(*STREAM)
+  assert f"{FREEBSD}.tar.zst of v1 is a bundle: it is downloaded first" in result.stderr
+
+
+def test_no_such_version(streamer, server):
+  result = streamer("run", "--stream", "--platform", "x86-64", "freebsd", "9.9")
+  assert result.returncode == 1 and "there is no FreeBSD 9.9 for x86-64" in result.stderr
+
+
+# --- NBD -------------------------------------------------------------------------------------
+
+
+class Whole:
+  """A server of which everything is there."""
+
+  def __init__(self, content):
+    self.content, self.size = content, len(content)
+
+  def at_once(self, start, count):
+    return True
+
+  def read(self, start, count):
+    return self.content[start : start + count]
+
+
+@pytest.fixture
+def link():
+  """A client's connection to an export of 1000 bytes."""
+  ours, theirs = socket.socketpair()
+  export = source.Export(Whole(bytes(range(250)) * 4), theirs)
+  thread = threading.Thread(target=export.run)
+  thread.start()
+  ours.settimeout(10)
+  assert ours.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
+  yield ours
+  ours.close()
+  thread.join(10)
+  assert not thread.is_alive()
+
+
+def option(number, data=b""):
+  return b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data
+
+
+def replies(link):
+  """The kinds of the replies up to the one that ends an option."""
+  found = []
+  while not found or found[-1] in (2, 3):
+    magic, _, kind, length = struct.unpack(">QIII", link.recv(20, socket.MSG_WAITALL))
+    assert magic == 0x3E889045565A9
+    link.recv(length, socket.MSG_WAITALL) if length else None
+    found.append(kind)
+  return found
+
+
+def ask(link, kind, start, count, magic=0x25609513):
+  link.sendall(struct.pack(">IHHQQI", magic, 0, kind, 77, start, count))
+  head = link.recv(16, socket.MSG_WAITALL)
+  return struct.unpack(">IIQ", head) if head else None
+
+
+def test_options_and_requests(link):
+  link.sendall(struct.pack(">I", 3))
+  for number, data, expected in (
+    (3, b"", [2, 1]),
+    (8, b"", [0x80000001]),
+    (5, b"", [0x80000001]),
+    (6, b"\0\0\0\1x\0\0", [3, 3, 1]),
+    (6, b"\0", [0x80000003]),
+    (7, b"\0\0\xff\0\0\0", [0x80000003]),
+    (7, b"\0\0\0\0\0\1\0\3", [3, 3, 1]),
+  ):
+    link.sendall(option(number, data))
+    assert replies(link) == expected
+  assert ask(link, 0, 10, 20) == (0x67446698, 0, 77)
+  assert link.recv(20, socket.MSG_WAITALL) == bytes(range(10, 30))
+  for kind, start, count, error in ((3, 0, 0, 0), (0, 990, 11, 22), (0, 1 << 63, 1, 22),
+                                    (0, 0, 1 << 31, 22), (4, 0, 1, 22), (9, 0, 0, 22)):  # fmt: skip
+    assert ask(link, kind, start, count) == (0x67446698, error, 77)
+  assert ask(link, 2, 0, 0) is None
+
+
+@pytest.mark.parametrize("flags, padding", [(3, 0), (1, 124)])
+def test_export_name(link, flags, padding):
+  link.sendall(struct.pack(">I", flags) + option(1, b"any"))
+  answer = link.recv(10 + padding, socket.MSG_WAITALL)
+  assert answer == struct.pack(">QH", 1000, 0x107) + bytes(padding)
+  assert ask(link, 1, 0, 4) is None  # a write
+
+
+def test_abort(link):
+  link.sendall(struct.pack(">I", 3) + option(2))
+  assert replies(link) == [1] and link.recv(1) == b""
+
+
+GARBAGE = (b"", b"\0", b"\0\0\0\3GARBAGE!" + bytes(8), b"\0\0\0\3" + option(3)[:-4] + b"\xff" * 4)
+
+
+@pytest.mark.parametrize("data", GARBAGE)
+def test_what_no_client_says(link, data):
+  link.sendall(data)
+  link.shutdown(socket.SHUT_WR)
+  assert link.recv(1) == b""

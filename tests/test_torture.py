@@ -50,7 +50,7 @@ def test_everything_at_once():
 MUTANTS = {
   "no digest": ("if not wanted or digest == wanted:", "if True:", "network"),
   "no length": ("if transfer.done != transfer.total:", "if False:", "network"),
-  "no range": ("        check_range(transfer, answer.headers)", "        pass", "network"),
+  "no range": ("          check_range(transfer, span, answer.headers, helper)", "          pass", "network"),
   "no mark": ('open(files.mark, "w").close()', "pass", "killing"),
 }
 

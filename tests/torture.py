@@ -1203,6 +1203,7 @@ def syncing(folder, forks, seed, numbers):
     part.counts["points"] += 1
     progress(number)
   print(f"  a run: {part.seconds:.3f} s, {sum(part.calls.values())} calls that change something")
+  return part.counts
 
 
 # --- Streaming -------------------------------------------------------------------------------

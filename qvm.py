@@ -1895,16 +1895,23 @@ def fetch_rest(transfer: Transfer) -> None:
   """One attempt: ask for the bytes that are missing, gap by gap."""
   span = transfer.claim()
   while span and fetch_span(transfer, span):
-    span = transfer.claim()
-    while not span and transfer.spans:  # others still fetch
-      span = transfer.take_over() or transfer.claim()
-      if transfer.net.cancelled.is_set():
-        raise Cancelled()
+    span = next_span(transfer)
   if transfer.total is None:  # a chunked body, which tells its own end
     transfer.total = transfer.done
   if transfer.done != transfer.total:
     done, total = megabytes(transfer.done), megabytes(transfer.total)
     raise Transient(f"{short(transfer.url)}: the connection ended after {done} of {total}")
+
+
+def next_span(transfer: Transfer) -> Optional[Span]:
+  """What is left to fetch, if need be once the others are done; None when there is nothing."""
+  while True:
+    busy = bool(transfer.spans)  # asked first: what they do not fetch after all is claimed then
+    span = transfer.claim() or (transfer.take_over() if busy else None)
+    if span or not busy:
+      return span
+    if transfer.net.cancelled.is_set():
+      raise Cancelled()
 
 
 def fetch_span(transfer: Transfer, span: Span, helper: bool = False) -> bool:

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import linux_guest
+import real_qemu
 import ssh_guest
 from conftest import ROOT, Qvm, fill, free_port, tar_of, works
 from guests import boot_sector, to_qcow2
@@ -78,7 +80,7 @@ def turns(calls, count):
 
 def middle(values):
   """The median and the quartiles."""
-  low, median, high = statistics.quantiles(values, n=4)
+  low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
   return median, low, high
 
 
@@ -330,8 +332,6 @@ def turns_from_nothing(calls, count, folder):
 
 def bench_warm(bench, count):
   """A finished `-- true`, cold and from a checkpoint, of a Linux on the real QEMU."""
-  import linux_guest
-  import real_qemu
 
   folder = bench.folder / "warm"
   folder.mkdir()
@@ -358,11 +358,132 @@ def bench_warm(bench, count):
       show(f"run --rm -- true on {arch}, -m 6G", turns(calls, count), "warm", "s")
 
 
+# --- Streaming -------------------------------------------------------------------------------
+
+LINUX = ("--rm", "--accel", "tcg", "-m", "512M", "--cpus", "1", "netbsd", "1", "--", "true")
+FILLER = 80 * MB  # what a guest never reads, as most of an image
+
+
+def bench_stream(bench, count):
+  """Until a command has run in a Linux whose image still comes, and once it has all come."""
+  folder = bench.folder / "stream"
+  folder.mkdir()
+  linux_guest.disk(str(ROOT / ".venv" / "linux"), "x86-64", "bios", "open", str(folder / "small"))
+  run(["qemu-img", "convert", "-O", "raw", str(folder / "small"), str(folder / "raw")])
+  with open(folder / "raw", "ab") as file:
+    for _ in range(FILLER // MB):
+      file.write(os.urandom(MB))
+  image = folder / "netbsd-1-x86-64.qcow2"
+  run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", str(folder / "raw"), str(image)])
+  qemu = folder / "qemu.tar"
+  real_qemu.pack_qemu("x86_64", qemu)
+  with ReleaseServer() as server:
+    names = {"qemu-system-x86_64-linux.tar": qemu, "resources-linux.tar": bench.tools}
+    server.add_release("resources", "v2.0.0", names)
+    server.add_release("netbsd-builder", "v1.0.0", {image.name: image})
+    qvm = fresh(bench, server)
+    run(qvm.command("pull", "netbsd", "1"), env=qvm.env)
+    bench_lines(qvm, server, image, count)
+    bench_streamed_cpu(qvm, server, image, count)
+  bench_reads(folder, image, count)
+
+
+def without_image(qvm, image):
+  """Take the image, and what has come of it, out of the cache."""
+  for path in [*qvm.cache.glob("base/*"), *qvm.cache.glob(f"downloads/{image.name}*")]:
+    path.unlink()
+
+
+def bench_lines(qvm, server, image, count):
+  """Lines of 20, 50 and 200 Mbit/s."""
+  for rate in (20, 50, 200):
+    server.line, fetched = rate * 1e6 / 8, []
+
+    def one(*options):
+      without_image(qvm, image)
+      server.clear_log()
+      run(qvm.command("run", *options, *LINUX), env=qvm.env)
+      server.wait_idle()
+      fetched.append(sum(each.sent for each in server.requests(image.name, "cdn")))  # noqa: B023
+
+    found = {"download, then boot": [], "run --stream": []}
+    for _ in range(count):
+      found["download, then boot"].append(timed(one))
+      found["run --stream"].append(timed(lambda: one("--stream")))  # noqa: B023
+    show(f"a command in a guest, {image.stat().st_size / 1e6:.0f} MB at {rate} Mbit/s",
+         found, "download, then boot", "s")  # fmt: skip
+    print(f"  fetched until it had ended: {statistics.median(fetched[1::2]) / 1e6:.0f} MB")
+  server.line = None
+
+
+def bench_streamed_cpu(qvm, server, image, count):
+  """The CPU time of fetching all of an image, streamed or not, with a QEMU that only waits."""
+  program = qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  saved = program.with_name("saved")
+  program.rename(saved)
+  base = qvm.cache / "base" / image.name
+  script = f"#!/bin/sh\nwhile [ ! -e '{base}' ]; do sleep 0.1; done\n"
+  program.write_text(script)
+  program.chmod(0o755)
+
+  def stream():
+    without_image(qvm, image)
+    run(qvm.command("run", "--stream", "--rm", "netbsd", "1"), env=qvm.env)
+
+  def download():
+    without_image(qvm, image)
+    run(qvm.command("run", "--rm", "netbsd", "1"), env=qvm.env)
+
+  server.line = 25e6
+  calls = {"run --rm": download, "run --rm --stream": stream}
+  show("all of the image at 200 Mbit/s, no guest", turns(calls, count), "run --rm", "s")
+  server.line = None
+  program.unlink()
+  saved.rename(program)
+
+
+def bench_reads(folder, image, count):
+  """Reading the whole disk, of a local image and through a server that has all of it."""
+  script = folder / "whole.py"
+  script.write_text(
+    "import os, socket, sys, threading\n"
+    f"sys.path.insert(0, {str(ROOT)!r})\nimport qvm\n"
+    "server = object.__new__(qvm.Server)\n"
+    "server.whole, server.fd = True, os.open(sys.argv[1], os.O_RDONLY)\n"
+    "server.size = os.fstat(server.fd).st_size\n"
+    "print(server.listen(), flush=True)\nsys.stdin.read()\nserver.close()\n"
+  )
+  pipe = subprocess.PIPE
+  command = [sys.executable, str(script), str(image)]
+  with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+    url = f"nbd+unix:///?socket={process.stdout.readline().strip()}"
+    for name, backing in (("local", str(image)), ("served", url)):
+      run(["qemu-img", "create", "-f", "qcow2", "-F", "qcow2", "-b", backing, str(folder / name)])
+    calls = {
+      name: lambda name=name: run(
+        [
+          "qemu-img",
+          "convert",
+          "-O",
+          "raw",
+          "-t",
+          "unsafe",
+          str(folder / name),
+          str(folder / "out"),
+        ]
+      )
+      for name in ("local", "served")
+    }
+    show("reading all of the image's disk", turns(calls, count), "local", "s")
+    process.stdin.close()
+
+
 PARTS = {
   "start": (bench_start, 25),
   "first": (bench_first, 3),
   "pull": (bench_pull, 5),
   "ranges": (bench_ranges, 3),
+  "stream": (bench_stream, 3),
   "growth": (bench_growth, 15),
   "sync": (bench_sync, 5),
   "warm": (bench_warm, 5),

@@ -593,6 +593,7 @@ class Handler(BaseHTTPRequestHandler):
     rate = self.server.owner.rate
     step = CHUNK if rate is None else max(1, min(CHUNK, int(rate / 20)))
     for chunk in answer.blob.chunks(start, stop, step):
+      self.sleep(self.server.owner.turn(len(chunk)))
       if rate is not None:
         self.sleep(began + (self.sent + len(chunk)) / rate - time.monotonic())
       if self.fault.chunked:
@@ -819,6 +820,7 @@ class ReleaseServer:
 
   def __init__(self, tls: ssl.SSLContext | None = None) -> None:
     self.rate: float | None = None  # bytes a second and connection
+    self.line: float | None = None  # bytes a second of all connections together
     self.latency: float = 0  # seconds before each answer
     self.api_quota: int | None = None  # requests left without an Authorization header
     self.signed_uses: int | None = None  # requests that one signed address serves
@@ -831,6 +833,7 @@ class ReleaseServer:
     self.connections: dict[threading.Thread, socket.socket] = {}
     self._active = 0
     self._added = 0
+    self._line_free = 0.0  # when the line has sent what it has been given
     self._faults: list[Fault] = []
     self._signatures: dict[str, Signature] = {}
     self._origins = [Origin(self, name, tls) for name in ROUTES]
@@ -952,6 +955,14 @@ class ReleaseServer:
         return False
       known.uses += 1
       return self.signed_uses is None or known.uses <= self.signed_uses
+
+  def turn(self, count: int) -> float:
+    """Take the line for that many bytes; returns the seconds until they are through."""
+    if self.line is None:
+      return 0
+    with self.lock:
+      self._line_free = max(self._line_free, time.monotonic()) + count / self.line
+      return self._line_free - time.monotonic()
 
   def expire_signatures(self) -> None:
     """End all signed addresses given out so far."""

@@ -26,7 +26,7 @@ def big(image):
 
 @pytest.fixture
 def eager(full, server, big, tmp_path):
-  """A qvm that soon thinks a connection slow, without an image; 4 MB/s each."""
+  """A qvm that soon thinks a connection slow, without an image; 8 MB/s each."""
   text = (ROOT / "qvm.py").read_text()
   for old, new in EAGER.items():
     assert text.count(old) == 1
@@ -34,7 +34,7 @@ def eager(full, server, big, tmp_path):
   (tmp_path / "qvm.py").write_text(text)
   shutil.rmtree(str(full.cache / "base"))
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, big)
-  server.rate = 4e6
+  server.rate = 8e6
   return Qvm(full.home, tmp_path / "qvm.py", server)
 
 
@@ -156,7 +156,7 @@ def test_kill_9_marks_nothing_that_is_missing(eager, server, big):
   for count in (20, 40):
     there = killed_midway(eager, server, big, count)
     assert there != list(range(len(there)))
-  server.rate = 4e6
+  server.rate = 8e6
   result = eager(*PULL)
   check_works(eager, result, big)
   assert "going on at" in result.stderr
@@ -167,7 +167,7 @@ def test_kill_9_marks_nothing_that_is_missing(eager, server, big):
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "odd", "gone", "part cut", "part gone"])
-def test_a_map_that_does_not_fit(eager, server, big, damage):
+def test_a_map_that_does_not_fit(eager, full, server, big, damage):
   killed_midway(eager, server, big)
   part, _, marks = paths(eager)
   data = marks.read_bytes()
@@ -180,7 +180,7 @@ def test_a_map_that_does_not_fit(eager, server, big, damage):
   else:
     marks.write_bytes({"short": data[:-1], "long": data + b"\1", "odd": data[:40] + b"\3"}[damage])
   server.rate = None
-  check_works(eager, eager(*PULL), big)
+  check_works(full, full(*PULL), big)
   assert ranges(server) == [None]
 
 
@@ -210,7 +210,7 @@ def test_a_map_without_a_note_of_it_counts_for_nothing(eager, full, server, big)
   server.rate = None
   server.wait_idle()
   server.clear_log()
-  check_works(eager, eager(*PULL), big)
+  check_works(full, full(*PULL), big)
   assert asked(server) == [size]
 
 

@@ -5711,6 +5711,7 @@ class Server:
     record = asset_record(transfer, self.tag, digest)
     record.update(sha256=digest, bytes=transfer.done)
     with gate(instances(plan.cache)):
+      drop_checkpoints(plan, digest)
       place(transfer.part, plan.base, record, 0o444)
       put_kernel("", kernel_path(plan.base))
     say(f"{transfer.name} is there, and has the digest {digest[:16]}…" if wanted else

@@ -652,7 +652,8 @@ OPTIONS = (
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
   Option(("--rm",), "rm", "", bool, "throw away what the guest wrote when it ends"),
   Option(("--warm",), "warm", "", bool,
-         "with --rm: start from a checkpoint of a booted guest,\nwhich the first such run makes"),
+         "start what is thrown away from a checkpoint of a booted guest,\n"
+         "which the first such run makes"),
   Option(("--dry-run",), "dry_run", "", bool,
          "only print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import obey_modes
+from conftest import fails, obey_modes
 
 import qvm as source
 
@@ -483,7 +483,7 @@ def test_dry_run_in_a_home_that_is_read_only(qvm, server):
   assert argv == tcg(filled(GUESTS[0], qvm.cache))
   assert server.started == 0
   run = qvm("pull", *guest_words(GUESTS[0]), preexec_fn=obey_modes)
-  assert (run.returncode, run.stderr) == (1, f"qvm: {qvm.home}/.cache: Permission denied\n")
+  fails(run, f"{qvm.home}/.cache cannot be made: Permission denied", "QVM_CACHE_DIR")
   assert server.started == 0
 
 

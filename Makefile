@@ -6,7 +6,7 @@ qvm.pyz: qvm.py build_zipapp.py
 
 # Install what the tests need and run all of them.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 # What qvm costs; BENCH="start sync" measures some of it.
 bench: .venv/installed

@@ -2882,6 +2882,15 @@ def is_streamed(disk: str) -> bool:
   return backing_file(disk).startswith(STREAMED)
 
 
+def drop_socket(disk: str) -> None:
+  """Remove the socket at which an overlay's base image was served, if a killed server left it."""
+  match = re.search(r"socket=(.*/qvm-[a-z0-9_]{8})/nbd\Z", backing_file(disk))
+  if match:
+    with contextlib.suppress(OSError):
+      os.unlink(os.path.join(match.group(1), "nbd"))
+      os.rmdir(match.group(1))
+
+
 def base_of(disk: str) -> str:
   """The path of the base image of an overlay, relative to its folder."""
   backing = backing_file(disk)
@@ -3477,6 +3486,7 @@ def read_instance(files: Files) -> Instance:
 def remove_instance(files: Files) -> None:
   """Delete the files of an instance whose lock the caller holds; the --rm mark goes last."""
   with signals.hold():
+    drop_socket(files.disk)
     for suffix in (
       ".qcow2",
       ".qcow2.tmp",
@@ -4054,6 +4064,7 @@ def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
   """
   if os.path.lexists(plan.disk):
     if is_streamed(plan.disk):
+      drop_socket(plan.disk)
       rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
       run_program([*rebase, plan.disk], locks)
     return

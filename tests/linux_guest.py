@@ -507,6 +507,7 @@ exec busybox init
 _SUDO = """#!/bin/sh
 case "$1 $2 $3" in
   'date -u 20'*) exec date -u -s "$3" ;;
+  'sh -c cat >/dev/random') exec tee /tmp/seed >/dev/random ;;
 esac
 exec "$@"
 """

@@ -593,7 +593,7 @@ def test_what_came_before_a_stall_is_kept(warm, server, image):
   server.fault(IMAGE, stall=100_000)
   server.fault(IMAGE, status=503)
   check_works(warm, warm(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
-  first, second, third = ranges(server)
+  first, second, third = sorted(ranges(server), key=bool)  # a stalled one is noted when it ends
   assert first is None and second and second == third
 
 

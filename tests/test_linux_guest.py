@@ -139,7 +139,7 @@ def warm(os_name, arch, *command, options=()):
 
 def test_warm_starts(linux):
   """Each has its own copy of the world, and the time of the host."""
-  note = "ls /tmp/mine; echo mine >/tmp/mine; cat /proc/sys/kernel/random/uuid; date -u +%s"
+  note = "ls /tmp/mine; echo mine >/tmp/mine; md5sum </tmp/seed; date -u +%s"
   first = works(linux(*warm("freebsd", "x86-64", note), timeout=240))
   assert "boots to make the checkpoint" in first.stderr
   (row,) = json.loads(linux("list", "--json").stdout)
@@ -152,7 +152,7 @@ def test_warm_starts(linux):
     assert "clock" not in err
     texts.append(out)
   assert len({text.split()[0] for text in texts}) == 3
-  assert abs(int(texts[-1].split()[1]) - time.time()) < 30
+  assert abs(int(texts[-1].split()[-1]) - time.time()) < 30
   folder = linux.cache / "warm"
   state = folder / (row["name"] + ".state")
   data = state.read_bytes()

@@ -338,6 +338,9 @@ def test_kill_9(streamer, server, tmp_path, packed, who):
   process, pid = begun(
     streamer, server, tmp_path, *STREAM, steps=[["write", "-P", "7", "0", "64k"]]
   )
+  backing = source.backing_file(str(streamer.cache / "instances" / "vm.qcow2"))
+  socket = Path(backing.partition("socket=")[2])
+  assert socket.exists()
   [serving] = ours(streamer.home, source.SERVE)
   if "server" in who or who == "all":
     os.kill(serving, signal.SIGKILL)
@@ -355,6 +358,7 @@ def test_kill_9(streamer, server, tmp_path, packed, who):
   play(streamer, ["read", "-P", "7", "0", "64k"])
   works(streamer(*RUN))
   is_ordinary(streamer, packed)
+  assert not socket.parent.exists()
 
 
 def test_another_release_meanwhile(streamer, server, tmp_path, packed):

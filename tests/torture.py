@@ -1088,6 +1088,7 @@ class Syncing:
       publish(server, {name: make(rng) for name, make in MAKERS.items()})
       self.qvm = Qvm(self.folder / "home", forks.program, server)
       self.qvm.home.mkdir()
+      self.qvm.env["TMPDIR"] = str(self.qvm.home)  # where a killed qvm leaves the log of its ssh
       check_words(forks.run(self.qvm, *PULL), (0,))
     program = self.qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
     program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")

@@ -6333,6 +6333,8 @@ def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
         locks = (*locks, launch.stream.life)
       process = start(command, locks, **launch.streams)
       launch.stack.callback(end_process, process)
+      if warm:
+        warm.theirs.close()  # or else its end would not be seen
       if launch.stream:
         launch.stream.let_go()
       note_holder(locks[0], "QEMU", process.pid)

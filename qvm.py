@@ -3340,6 +3340,12 @@ def put_image(
 CHECKPOINT_PARTS = (".qcow2", ".memory", ".state")
 
 
+def checkpoint_paths(files: Files) -> List[str]:
+  """The files that there are of a checkpoint, its record first."""
+  paths = [files.record, *map(files.path, CHECKPOINT_PARTS)]
+  return [path for path in paths if os.path.exists(path)]
+
+
 def remove_checkpoint(files: Files) -> None:
   """Delete a checkpoint within the gate, its record first; machines that run from it go on."""
   for suffix in (".json", ".json.tmp", *CHECKPOINT_PARTS):
@@ -3483,6 +3489,14 @@ def read_instance(files: Files) -> Instance:
   return Instance(**texts)
 
 
+def known_instance(files: Files) -> Instance:
+  """The record of an instance or checkpoint, with question marks where it is damaged."""
+  try:
+    return read_instance(files)
+  except QvmError:
+    return Instance(files.name, "?", "?", "?")
+
+
 def remove_instance(files: Files) -> None:
   """Delete the files of an instance whose lock the caller holds; the --rm mark goes last."""
   with signals.hold():
@@ -3513,7 +3527,7 @@ def sweep(cache: str) -> None:
       if os.path.exists(files.mark):
         remove_instance(files)
       drop_lock(fd, files.lock)
-  if os.path.isdir(checkpoint_files(cache, "").folder):
+  if names_in(cache, "warm"):  # else there is nothing to take the gate for
     with gate(instances(cache)):
       for path in unfinished_checkpoints(cache):
         remove_file(path)
@@ -3628,10 +3642,7 @@ def list_instances(cache: str) -> List[Row]:
     for name in instance_names(cache, ".qcow2"):
       files = instance_files(cache, name)
       running = is_locked(files.lock)
-      try:
-        it = read_instance(files)
-      except QvmError:
-        it = Instance(files.name, "?", "?", "?")
+      it = known_instance(files)
       ssh = it.ssh if running and not holder(files).startswith("qvm") else ""
       state = "running" if running else "stopped"
       try:
@@ -3641,12 +3652,8 @@ def list_instances(cache: str) -> List[Row]:
       base = base_share(cache, files.disk)
       rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral, base))
     for files in checkpoints(cache):
-      try:
-        it = read_instance(files)
-      except QvmError:
-        it = Instance(files.name, "?", "?", "?")
-      parts = [files.record, *map(files.path, CHECKPOINT_PARTS)]
-      size = sum(tree_size(path) for path in parts if os.path.exists(path))
+      it = known_instance(files)
+      size = sum(map(tree_size, checkpoint_paths(files)))
       rows.append(Row(files.name, it.os, it.version, it.arch, "checkpoint", "", size, False, 100))
   return rows
 
@@ -6808,8 +6815,7 @@ def unneeded(cache: str, orphans: Sequence[str]) -> List[str]:
   found = []
   for files in checkpoints(cache):  # the record goes first
     if files.name + ".qcow2" not in used:
-      parts = [files.record, *map(files.path, CHECKPOINT_PARTS)]
-      found += [path for path in parts if os.path.exists(path)]
+      found += checkpoint_paths(files)
   for base in [path for path in paths_in(cache, "base") if path.endswith(".qcow2")]:
     if not set(dependants(cache, base)) - set(orphans):
       beside = (base, record_path(base), record_path(base) + ".new", kernel_path(base))

@@ -2483,7 +2483,7 @@ BAD_NAME_ERRORS = (
 )  # fmt: skip
 
 
-FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ports", "ssh", "code", "warm")
+FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ssh", "code", "warm")
 OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
 
 
@@ -4082,35 +4082,43 @@ def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
   os.replace(aside, plan.disk)
 
 
-def port_is_free(address: Address) -> bool:
-  """Whether QEMU could listen there now."""
+def bind(kind: int, address: Address) -> Any:
+  """A socket of this kind at an address, or None when another one is there."""
   import socket
 
-  with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU's user network does
-    try:
-      probe.bind((address.host, address.port))
-    except OSError as error:
-      if error.errno == errno.EADDRNOTAVAIL:
-        raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
-      if error.errno == errno.EACCES:
-        raise QvmError(f"port {address.port} needs root; choose one above 1023")
-      return False
-  return True
+  taken = socket.socket(socket.AF_INET, kind)
+  try:
+    if kind == socket.SOCK_STREAM:
+      taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU's user network does
+    taken.bind((address.host, address.port))
+  except OSError as error:
+    taken.close()
+    if error.errno == errno.EADDRNOTAVAIL:
+      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
+    if error.errno == errno.EACCES:
+      raise QvmError(f"port {address.port} needs root; choose one above 1023")
+    return None
+  return taken
 
 
-def reserve_port(cache: str, wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
-  """A free port, with the descriptor of a lock that keeps other qvms away from it."""
+def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
+  """A free port, with the descriptor of a lock that keeps every other qvm away from it.
+
+  The lock is the UDP port of the same number, which nothing is ever sent to: the system gives it
+  to one process, whatever cache and user that has, and takes it back when QEMU has ended.
+  """
+  import socket
+
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
     address = wanted._replace(port=port)
-    path = os.path.join(cache, "ports", f"{address.host}-{port}.lock")
-    fd = try_lock(path, lambda: False)
-    if fd is None:
-      continue
-    if port_is_free(address):
-      stack.callback(drop_lock, fd, path)
-      return address, fd
-    drop_lock(fd, path)
+    lock = bind(socket.SOCK_DGRAM, address)
+    probe = lock and bind(socket.SOCK_STREAM, address)
+    if probe:
+      probe.close()
+      stack.callback(lock.close)
+      return address, lock.fileno()
+    if lock:
+      lock.close()
   raise QvmError(
     f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
     "choose another, or leave --ssh-port out to get a free one",
@@ -6074,7 +6082,7 @@ def cmd_run(options: Options) -> int:
     if plan.ephemeral:
       stack.callback(remove_instance, files)
       open(files.mark, "w").close()
-    chosen = options.ssh.chosen and reserve_port(plan.cache, options.ssh, stack)
+    chosen = options.ssh.chosen and reserve_port(options.ssh, stack)
     log = open_log(options, files, stack)
     log_start = os.fstat(log.fileno()).st_size if log else 0
     warning = memory_warning(options.memory, available_memory("/proc/meminfo"))
@@ -6085,7 +6093,7 @@ def cmd_run(options: Options) -> int:
     process = warm = stream = None
     for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
       stream = prepare(plan, options, net, stream, lock, stack)
-      address, port_lock = chosen or reserve_port(plan.cache, options.ssh, stack)
+      address, port_lock = chosen or reserve_port(options.ssh, stack)
       launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
       warm = warm_start(launch, log) if options.warm else None
       process = warm or boot(launch)
@@ -6781,8 +6789,7 @@ def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
       continue
     if match.group(1) in orphans or path.endswith((".tmp", ".lock")):
       found.append(path)
-  ports = [path for path in paths_in(cache, "ports") if path.endswith(".lock")]
-  return found + [path for path in ports if os.path.exists(path) and not is_locked(path)]
+  return found
 
 
 INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|keys|ephemeral)(\.tmp|\.old)?\Z"

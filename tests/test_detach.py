@@ -381,7 +381,7 @@ def test_what_qemu_holds(machines, tmp_path):
   assert {fds.pop("1"), fds.pop("2")} == {str(folder / "vm.console.log")}
   links = sorted(link for link in fds.values() if not link.startswith("/proc"))
   assert links[0] == str(folder / "vm.lock")
-  assert re.fullmatch(rf"{machines.qvm.cache}/ports/\S*{port}\.lock", links[1])
+  assert re.fullmatch(r"socket:\[\d+\]", links[1])
   assert len(links) == 2
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import select
 import shutil
@@ -82,8 +83,7 @@ def test_qemu_inherits_the_locks_and_nothing_else(used, tmp_path):
   assert {fds.pop("1")[:5], fds.pop("2")[:5]} == {"pipe:"}
   instance, port_lock = sorted(fds.values())
   assert instance == f"{used.cache}/instances/{FREEBSD}.lock"
-  assert re.fullmatch(rf"{used.cache}/ports/\S*{port}\.lock", port_lock)
-  assert os.listdir(used.cache / "ports") == []
+  assert re.fullmatch(r"socket:\[\d+\]", port_lock)
 
 
 def test_both_locks_are_held_by_qemu_alone(used, background):
@@ -91,12 +91,10 @@ def test_both_locks_are_held_by_qemu_alone(used, background):
   process, record = background(used, *RUN, "--ssh-port", port)
   process.kill()
   process.wait()
-  (port_lock,) = (used.cache / "ports").iterdir()
-  for path in (used.cache / f"instances/{FREEBSD}.lock", port_lock):
-    with open(path) as file, pytest.raises(BlockingIOError):
+  with open(used.cache / f"instances/{FREEBSD}.lock") as file:
+    with pytest.raises(BlockingIOError):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  fails(used(*RUN, "--rm", "--ssh-port", port), f"port {port}")
-  with open(port_lock) as file:
+    fails(used(*RUN, "--rm", "--ssh-port", port), f"port {port}")
     os.kill(record["pid"], signal.SIGKILL)
     fcntl.flock(file, fcntl.LOCK_EX)
   assert used(*RUN, "--ssh-port", port).returncode == 0
@@ -327,26 +325,34 @@ def forwarded(record):
   return re.search(r"hostfwd=tcp:([^,]*)-:22", " ".join(record["argv"])).group(1)
 
 
-@pytest.mark.xdist_group("port2847")
-def test_the_welcome_line(used, tmp_path):
+@pytest.fixture
+def first_port(used, tmp_path):
+  """Where qvm begins to look for a port, which is no one else's; other tests have the real one."""
+  port = random.SystemRandom().randrange(10000, 30000, 10)
+  text = used.program.read_text()
+  used.program = tmp_path / "qvm.py"
+  used.program.write_text(text.replace("SSH_PORT = 2847\n", f"SSH_PORT = {port}\n"))
+  return port
+
+
+def test_the_welcome_line(used, first_port, tmp_path):
   used.play(record=str(tmp_path / "record"))
   run = used(*RUN)
-  assert (run.returncode, run.stderr) == (0, "qvm: ssh -p 2847 runner@127.0.0.1\n")
-  assert forwarded(used.record(tmp_path / "record")) == "127.0.0.1:2847"
+  assert (run.returncode, run.stderr) == (0, f"qvm: ssh -p {first_port} runner@127.0.0.1\n")
+  assert forwarded(used.record(tmp_path / "record")) == f"127.0.0.1:{first_port}"
 
 
-@pytest.mark.xdist_group("port2847")
 @pytest.mark.parametrize("taken", [1, 3])
-def test_the_next_free_port_is_used_and_told(used, tmp_path, taken):
+def test_the_next_free_port_is_used_and_told(used, first_port, tmp_path, taken):
   used.play(record=str(tmp_path / "record"))
   with contextlib.ExitStack() as stack:
-    for port in range(2847, 2847 + taken):
+    for port in range(first_port, first_port + taken):
       stack.enter_context(listening(port))
     run = used(*RUN)
-  port = 2847 + taken
+  port = first_port + taken
   assert run.returncode == 0
   assert run.stderr.splitlines() == [
-    f"qvm: port 2847 is taken; this machine gets {port}",
+    f"qvm: port {first_port} is taken; this machine gets {port}",
     f"qvm: ssh -p {port} runner@127.0.0.1",
   ]
   assert forwarded(used.record(tmp_path / "record")) == f"127.0.0.1:{port}"
@@ -360,7 +366,7 @@ def test_a_chosen_port_that_is_taken(qvm, server, tmp_path, host, wanted):
     fails(qvm(*RUN, "--ssh-port", wanted.format(port)), f"port {port}", "--ssh-port")
   assert server.started == 0
   assert not (tmp_path / "record").exists()
-  assert instance_names(qvm) == os.listdir(qvm.cache / "ports") == []
+  assert instance_names(qvm) == []
 
 
 def test_a_chosen_port_of_another_qvm(used, background, tmp_path):
@@ -368,6 +374,18 @@ def test_a_chosen_port_of_another_qvm(used, background, tmp_path):
   port = free_port()
   background(used, *RUN, "--ssh-port", str(port))
   fails(used(*RUN, "--rm", "--ssh-port", str(port)), f"port {port}", "taken")
+
+
+def test_two_caches_share_no_port(used, first_port, background, tmp_path):
+  """The other QEMU may not listen yet, and its cache is none of ours."""
+  _, record = background(used, *RUN)
+  assert forwarded(record) == f"127.0.0.1:{first_port}"
+  shutil.copytree(used.cache, tmp_path / "other", symlinks=True)
+  used.env["QVM_CACHE_DIR"] = str(tmp_path / "other")
+  used.play(record=str(tmp_path / "second"))
+  run = used(*RUN, "--rm")
+  assert run.returncode == 0, run.stderr
+  assert forwarded(used.record(tmp_path / "second")) == f"127.0.0.1:{first_port + 1}"
 
 
 def test_a_port_of_another_address_is_free(used):
@@ -459,7 +477,6 @@ def test_a_qemu_that_cannot_be_executed(qvm, server, content, fragments, rm):
   program = f"{qvm.cache}/qemu/x86_64/bin/qemu-system-x86_64"
   explained(run, program, fragments)
   assert instance_names(qvm) == ([] if rm else [f"{FREEBSD}.json", f"{FREEBSD}.qcow2"])
-  assert os.listdir(qvm.cache / "ports") == []
 
 
 def explained(run, program, fragments):

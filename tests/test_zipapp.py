@@ -205,7 +205,7 @@ def test_the_whole_flow_with_each_python(tmp_path, pyz, server, python):
   assert (run.returncode, run.stdout.count("\n"), run.stderr) == (0, 2, "")
   run = qvm("rm", FREEBSD, python=python)
   assert (run.returncode, run.stdout, run.stderr) == (0, f"{FREEBSD}\n", "")
-  assert not [path for path in qvm.files() if path.startswith(("instances/", "ports/"))]
+  assert not [path for path in qvm.files() if path.startswith("instances/")]
 
 
 @every_python

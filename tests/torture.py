@@ -740,7 +740,7 @@ class Network:
     parts = [name for name in there if name.endswith(".part")]
     bare = [name for name in parts if name[: -len(".part")] + ".json" not in there]
     demand(not bare, f"parts without notes: {bare}")
-    odd = [name for name in there if name.startswith(("instances/", "ports/"))]
+    odd = [name for name in there if name.startswith("instances/")]
     demand(not odd, f"left: {odd}")
 
 
@@ -1148,7 +1148,7 @@ class Syncing:
     check_words(self.forks.run(self.qvm, "list"), (0,))
     left = [name for name in self.qvm.files() if re.match(r"instances/.*(qcow2|ephemeral)$", name)]
     demand(not left, f"left: {left}")
-    demand(not [name for name in check_locks(self.qvm) if "ports" not in name], "locks are left")
+    demand(not check_locks(self.qvm), "locks are left")
     for guest in self.folder.glob("guest*"):
       shutil.rmtree(guest, ignore_errors=True)
 

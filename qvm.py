@@ -114,6 +114,7 @@ class Reporter:
   def __init__(self) -> None:
     self.progress = False
     self.newline = "\n"  # on a raw terminal a carriage return goes with it
+    self.log = -1  # the descriptor of a file for the lines once nobody reads stderr any more
     self.lock = threading.Lock()
     self.drawn = False
 
@@ -134,8 +135,12 @@ class Reporter:
 
   def _write(self, text: str) -> None:
     clear = "\r\033[K" if self.drawn else ""
-    with contextlib.suppress(OSError):
-      os.write(2, (clear + text).encode("utf-8", "replace"))
+    data = (clear + text).encode("utf-8", "replace")
+    try:
+      os.write(2, data)
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.write(self.log, data)
 
 
 def terminal_width() -> int:
@@ -2882,9 +2887,9 @@ def is_streamed(disk: str) -> bool:
   return backing_file(disk).startswith(STREAMED)
 
 
-def drop_socket(disk: str) -> None:
-  """Remove the socket at which an overlay's base image was served, if a killed server left it."""
-  match = re.search(r"socket=(.*/qvm-[a-z0-9_]{8})/nbd\Z", backing_file(disk))
+def drop_socket(backing: str) -> None:
+  """Remove the socket at which a base image was served, if a killed server left it."""
+  match = re.search(r"socket=(.*/qvm-[a-z0-9_]{8})/nbd\Z", backing)
   if match:
     with contextlib.suppress(OSError):
       os.unlink(os.path.join(match.group(1), "nbd"))
@@ -3497,10 +3502,13 @@ def known_instance(files: Files) -> Instance:
     return Instance(files.name, "?", "?", "?")
 
 
-def remove_instance(files: Files) -> None:
-  """Delete the files of an instance whose lock the caller holds; the --rm mark goes last."""
+def remove_instance(files: Files, keep_log: bool = False) -> None:
+  """Delete the files of an instance whose lock the caller holds; the --rm mark goes last.
+
+  A console log is kept where it is all that tells why the rest is gone.
+  """
   with signals.hold():
-    drop_socket(files.disk)
+    drop_socket(backing_file(files.disk))
     for suffix in (
       ".qcow2",
       ".qcow2.tmp",
@@ -3512,7 +3520,8 @@ def remove_instance(files: Files) -> None:
       ".keys",
       ".ephemeral",
     ):
-      remove_file(files.path(suffix))
+      if suffix != ".console.log" or not keep_log:
+        remove_file(files.path(suffix))
 
 
 def sweep(cache: str) -> None:
@@ -4071,7 +4080,7 @@ def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
   """
   if os.path.lexists(plan.disk):
     if is_streamed(plan.disk):
-      drop_socket(plan.disk)
+      drop_socket(backing_file(plan.disk))
       rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
       run_program([*rebase, plan.disk], locks)
     return
@@ -5373,8 +5382,9 @@ class Order(NamedTuple):
   rm: bool
   qemu: str
   progress: bool
-  lock: int  # descriptors: of the instance's lock, and of the pipe that tells that all have ended
+  lock: int  # descriptors: of the instance's lock, of the pipe that tells that all have ended,
   life: int
+  log: int  # and of the console log, which gets its lines once qvm has left, or -1
 
 
 class NoStream(Exception):
@@ -5404,6 +5414,7 @@ class Stream:
     self.process, self.life = process, life
     self.source = Source("", "", "", "")
     self.answers: Any = queue.Queue()
+    self.told = False  # whether a failure of its has been raised
     self.reader = threading.Thread(target=self.listen, daemon=True)
     self.reader.start()
 
@@ -5428,6 +5439,7 @@ class Stream:
         answer: Dict[str, Any] = self.answers.get(timeout=ALERT)
         problem = answer.get("error") or answer.get("end")
         if problem:
+          self.told = True
           raise QvmError(problem, answer.get("hint", ""))
         return answer
 
@@ -5454,12 +5466,13 @@ class Stream:
     failed = any("error" in answer for answer in list(self.answers.queue))
     if failed and (error is None or isinstance(error, QvmError)):
       self.answer()
-    if self.process.returncode and not failed:
+    if self.process.returncode and not failed and not self.told:
       say(f"the server of the image was ended from outside ({ending(self.process.returncode)})")
+      drop_socket(served_at(self.source))
 
 
 def start_stream(
-  plan: Plan, options: Options, lock: int, stack: contextlib.ExitStack
+  plan: Plan, options: Options, lock: int, log: int, stack: contextlib.ExitStack
 ) -> Optional[Stream]:
   """Start to serve the image that is missing; None when it cannot be, or is there now."""
   import json
@@ -5467,15 +5480,15 @@ def start_stream(
 
   ours, life = os.pipe()
   operands, platform = (plan.guest.os, plan.version), plan.guest.arch
-  order = Order(
-    operands, platform, plan.name, plan.ephemeral, options.qemu, options.progress, lock, ours
-  )
+  names = (operands, platform, plan.name, plan.ephemeral, options.qemu, options.progress)
+  order = Order(*names, lock, ours, log)
   program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
   command = [sys.executable, program, SERVE, json.dumps(order._asdict())]
   pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
   with signals.hold():
     try:
-      process = start(command, (lock, ours), start_new_session=True, **pipe)
+      fds = (lock, ours, log) if log >= 0 else (lock, ours)
+      process = start(command, fds, start_new_session=True, **pipe)
     finally:
       os.close(ours)
     stream = Stream(process, life)
@@ -5496,7 +5509,7 @@ def serve(text: str) -> int:
 
   Transfer.abandoned = True  # its threads end with it
   order = Order(**json.loads(text))
-  report.progress = order.progress
+  report.progress, report.log = order.progress, order.log
   options = Options("run", tuple(order.operands), order.platform, order.rm, name=order.name)
   options = options._replace(qemu=order.qemu)
   server = None
@@ -5508,7 +5521,7 @@ def serve(text: str) -> int:
   except NoStream as reason:
     answer({"reason": str(reason)})
   except (QvmError, OSError, Cancelled) as error:
-    answer({"error": describe(error), "hint": getattr(error, "hint", "")})
+    fail_with(error, getattr(error, "hint", ""))
     return EXIT_FAILED
   finally:
     if server:
@@ -5517,11 +5530,18 @@ def serve(text: str) -> int:
 
 
 def answer(value: Dict[str, Any]) -> None:
-  """Hand an answer to qvm, if that still lives."""
+  """Hand an answer to qvm."""
   import json
 
-  with contextlib.suppress(OSError):
-    write_all(1, json.dumps(value).encode() + b"\n")
+  write_all(1, json.dumps(value).encode() + b"\n")
+
+
+def fail_with(error: BaseException, hint: str) -> None:
+  """Tell qvm of a failure; once that has left, the console log."""
+  try:
+    answer({"error": describe(error), "hint": hint})
+  except OSError:
+    say(describe(error))
 
 
 class Server:
@@ -5559,7 +5579,6 @@ class Server:
       if os.path.isfile(self.plan.base):
         return answer({})
       self.transfer = self.find()
-      Transfer.running.append(self.transfer)
       self.digest = Later(lambda: self.releases.digest(*self.asset()))
       filler = threading.Thread(target=self.fill, daemon=True)
       filler.start()
@@ -5605,6 +5624,7 @@ class Server:
         continue
       self.tag = tag
       transfer = Transfer(net, url, name, downloads(plan))
+      Transfer.running[:] = [transfer]
       with contextlib.suppress(NotFound):
         if not transfer.complete():
           with_retries(net, url, lambda it=transfer: self.begin(it), lambda: 0)  # type: ignore[misc]
@@ -5754,7 +5774,7 @@ class Server:
     """End the machine, and discard what was made in this run of an image that is no good."""
     error = self.error or Cancelled()
     hint = getattr(error, "hint", "") or "what its guest wrote in this run is gone" * self.fresh
-    answer({"error": describe(error), "hint": hint})
+    fail_with(error, hint)
     number: int = signal.SIGTERM
     while not self.gone.wait(ALERT):
       if holder(self.files).startswith("QEMU"):
@@ -5762,7 +5782,7 @@ class Server:
           os.kill(holder_pid(self.files), number)
         number = 0 if self.gone.wait(PATIENCE) else signal.SIGKILL
     if self.fresh:
-      remove_instance(self.files)
+      remove_instance(self.files, report.log >= 0)
 
   def settle(self) -> None:
     """QEMU has ended: put a persistent overlay on the base image, if that is there."""
@@ -6092,7 +6112,8 @@ def cmd_run(options: Options) -> int:
     streams = qemu_streams(options, log)
     process = warm = stream = None
     for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
-      stream = prepare(plan, options, net, stream, lock, stack)
+      stream_log = log.fileno() if log and options.detach else -1
+      stream = prepare(plan, options, net, stream, (lock, stream_log), stack)
       address, port_lock = chosen or reserve_port(options.ssh, stack)
       launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
       warm = warm_start(launch, log) if options.warm else None
@@ -6128,7 +6149,7 @@ def prepare(
   options: Options,
   net: Net,
   stream: Optional[Stream],
-  lock: int,
+  fds: Tuple[int, int],
   stack: contextlib.ExitStack,
 ) -> Optional[Stream]:
   """Download what is missing, with --stream all but the image if that can come meanwhile."""
@@ -6136,7 +6157,7 @@ def prepare(
     fetch_missing(plan, net)
     return None
   fetch_missing(plan, net, image=False)
-  stream = stream or start_stream(plan, options, lock, stack)
+  stream = stream or start_stream(plan, options, *fds, stack)
   if not stream:
     fetch_missing(plan, net)
   return stream
@@ -6660,7 +6681,9 @@ def existing(cache: str, names: Sequence[str], what: str) -> List[Files]:
   chosen = [instance_files(cache, name) for name in dict.fromkeys(names)]
   for files in chosen:
     if not os.path.lexists(files.disk):
-      raise QvmError(f"there is no instance {files.name}; nothing is {what}", "see qvm list")
+      words = [line for line in last_lines(files.console) if line.startswith("qvm: ")]
+      hint = f"the end of {files.console}: {words[-1]}" if words else "see qvm list"
+      raise QvmError(f"there is no instance {files.name}; nothing is {what}", hint)
   return chosen
 
 
@@ -6781,13 +6804,14 @@ def orphan_names(cache: str) -> List[str]:
 
 
 def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
-  """The files of orphans, half-made disks, and locks that nobody holds."""
+  """The files of orphans, half-made disks, logs without one, and locks that nobody holds."""
   found = []
   for path in paths_in(cache, "instances"):
     match = re.match(INSTANCE_FILE, os.path.basename(path))
     if not match or is_locked(instance_files(cache, match.group(1)).lock):
       continue
-    if match.group(1) in orphans or path.endswith((".tmp", ".lock")):
+    stray = path.endswith(".console.log") and not os.path.lexists(path[:-12] + ".qcow2")
+    if match.group(1) in orphans or path.endswith((".tmp", ".lock")) or stray:
       found.append(path)
   return found
 

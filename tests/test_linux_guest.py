@@ -203,12 +203,16 @@ def test_a_guest_that_boots_while_its_image_comes(tmp_path, server, home):
   server.clear_log()
   server.rate = 3e6
   try:
-    words = run("netbsd", "x86-64", "echo kept >/mnt/kept; exit 3", options=("--stream",))
+    sync = ("--stream", "--sync", str(tmp_path / "work"))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "in").write_text("carried\n")
+    words = run("netbsd", "x86-64", "cat in >out; echo kept >/mnt/kept; exit 3", options=sync)
     first = linux(*words, timeout=240)
   finally:
     server.rate = None
   assert first.returncode == 3, first.stderr
   assert "the guest runs while its image comes" in first.stderr
+  assert (tmp_path / "work" / "out").read_text() == "carried\n"
   second = linux(*run("netbsd", "x86-64", "cat", "/mnt/kept"), timeout=240)
   assert (second.returncode, second.stdout) == (0, "kept\n"), second.stderr
   asset = server.find("netbsd-builder", "v1.0.0").assets[name + ".qcow2"].blob.content

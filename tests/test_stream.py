@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from conftest import FREEBSD, ROOT, Qvm, fill, heard, sha256, tar_of, works
 from release_server import ReleaseServer
+from test_failures import MB, SmallDisk, refused
 from test_fetch import PULL, finished, hangs, wait_for
+from test_processes import read_until
 
 import qvm as source
 
@@ -80,7 +82,7 @@ def server(packed, tools_tar):
 def streamer(tmp_path, server):
   """qvm with QEMU and qemu-img in its cache, but no image; whatever is left over is ended."""
   home = tmp_path / "home"
-  home.mkdir()
+  home.mkdir(exist_ok=True)
   qvm = Qvm(home, ROOT / "qvm.py", server)
   qvm.env["PLAY"] = json.dumps({})
   works(qvm("pull", "--platform", "x86-64", "freebsd", "15.1"))
@@ -209,6 +211,23 @@ def test_the_command_line_is_the_same(streamer, server):
   plain = works(streamer("run", "--dry-run", *GUEST)).stdout
   assert works(streamer("run", "--dry-run", "--stream", *GUEST)).stdout == plain
   assert server.started == 0
+
+
+def test_a_qemu_of_ones_own(streamer, server, tmp_path, disk, packed):
+  own = tmp_path / "qemu-system-x86_64"
+  own.write_text(READER)
+  own.chmod(0o755)
+  shutil.rmtree(str(streamer.cache / "qemu" / "x86_64" / "bin"))
+  server.rate = 4e6
+  play(streamer, ["convert", str(tmp_path / "seen")], exit=5)
+  result = streamer(*STREAM, "--qemu", str(own))
+  assert result.returncode == 5, result.stderr
+  assert "runs while its image comes" in result.stderr
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+  settled(streamer)
+  play(streamer)
+  works(streamer(*RUN, "--qemu", str(own)))
+  is_ordinary(streamer, packed)
 
 
 def test_from_nothing(tmp_path, server, disk, packed):
@@ -439,6 +458,58 @@ def test_detached_and_stopped(streamer, server, tmp_path, packed):
   is_ordinary(streamer, packed)
 
 
+def detached(qvm, server, *options, **fault):
+  """A machine left running, whose image stops coming until the event is set that is returned."""
+  go = threading.Event()
+  server.fault(IMAGE, pause=go, pause_at=1_000_000, **fault)
+  result = works(qvm(*STREAM, "-d", "--boot-timeout", "0", *options))
+  assert "runs while its image comes" in result.stderr
+  return go
+
+
+@pytest.mark.parametrize("options", [(), ("--rm",), ("--console-log", "LOG")], ids=" ".join)
+def test_a_wrong_digest_once_qvm_has_left(streamer, server, tmp_path, options):
+  """The machine is ended and discarded; its console log tells why, and so does whoever looks."""
+  own = "--console-log" in options
+  options = [str(tmp_path / "LOG") if word == "LOG" else word for word in options]
+  play(streamer, ["wait", make_fifo(tmp_path)])
+  go = detached(streamer, server, *options, times=None, flip=3_000_000)
+  pids = ours(streamer.home)
+  go.set()
+  settled(streamer)
+  assert len(pids) == 2
+  left = [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/vm."))]
+  left.remove("instances/vm.lock")  # nobody was there to remove it
+  assert left == ([] if own else ["instances/vm.console.log"])
+  log = tmp_path / "LOG" if own else streamer.cache / "instances" / "vm.console.log"
+  words = "has not the digest that the release names"
+  assert re.search(f"^qvm: .*{words}.*the machine is ended$", log.read_text(), re.MULTILINE)
+  if not own:
+    for command in ("ssh", "stop", "rm"):
+      result = streamer(command, "vm")
+      assert "no instance vm" in result.stderr and words in result.stderr, command
+    assert "instances/vm.console.log\n" in works(streamer("clean")).stdout
+    assert "see qvm list" in streamer("ssh", "vm").stderr
+
+
+def test_a_line_that_is_down_once_qvm_has_left(streamer, server, tmp_path, packed):
+  play(streamer, ["wait", make_fifo(tmp_path)], ["read", "5M", "64k"], exit=3)
+  go = detached(streamer, server, cut=1_500_000)
+  server.fault(IMAGE, times=None, cut="connect")
+  server.fault(IMAGE, origin="github", times=None, cut="connect")
+  go.set()
+  with open(tmp_path / "go", "w") as gate:
+    gate.write("go")
+  settled(streamer)
+  text = (streamer.cache / "instances" / "vm.console.log").read_text()
+  assert text.count("the guest gets an I/O error") == 1
+  assert re.search(r"qvm: \d+% of the image of vm are there; the next run fetches the rest", text)
+  server.clear_faults()
+  play(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
 # --- Faults ----------------------------------------------------------------------------------
 
 FAULTS = {
@@ -492,6 +563,60 @@ def test_a_line_that_is_down(streamer, server, tmp_path, packed):
   server.clear_faults()
   settled(streamer)
   assert streamer(*RUN).returncode == 3
+  is_ordinary(streamer, packed)
+
+
+@pytest.fixture
+def small(tmp_path, server):
+  """The cache on a disk of its own."""
+  folder = tmp_path / "home" / ".cache" / "qvm"
+  folder.mkdir(parents=True, mode=0o700)
+  disk = SmallDisk(folder)
+  disk.mount(40 * MB)
+  yield disk
+  disk.unmount()
+
+
+def test_an_image_that_has_no_room_is_refused_before(small, streamer, server, packed):
+  small.fill(leave=4 * MB)
+  result = streamer(*STREAM)
+  assert refused(result) and len(result.stderr.splitlines()) == 2, result.stderr
+  left = [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/"))]
+  assert left == [f"downloads/{FREEBSD}.qcow2.json"]
+  assert ours(streamer.home) == []
+  small.empty()
+  works(streamer(*STREAM))
+  settled(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
+@pytest.mark.parametrize("freed", ["meanwhile", "afterwards"])
+def test_a_disk_that_gets_full_meanwhile(small, streamer, server, tmp_path, packed, freed):
+  """The guest gets an I/O error, which is said once; with room again the image goes on coming."""
+  go = threading.Event()
+  server.fault(IMAGE, pause=go, pause_at=1_000_000)
+  play(streamer, ["wait", make_fifo(tmp_path)], ["read", "5M", "64k"])
+  process = streamer.start(*STREAM)
+  with open(tmp_path / "go", "w") as gate:
+    small.fill()
+    go.set()
+    text = read_until(process.stderr, "the guest gets an I/O error")
+    if freed == "meanwhile":
+      small.empty()
+      wait_for(lambda: (streamer.cache / "base" / IMAGE).exists())
+    gate.write("go")
+  result = finished(process)
+  text += result.stderr
+  assert text.count("the guest gets an I/O error") == text.count("disk is full") == 1, text
+  if freed == "meanwhile":
+    assert result.returncode == 0
+  else:
+    assert result.returncode == 77
+    small.empty()
+    play(streamer)
+    works(streamer(*RUN))
+  settled(streamer)
   is_ordinary(streamer, packed)
 
 

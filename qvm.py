@@ -1663,6 +1663,7 @@ class Transfer:
     self.file = self.map_file = -1
     self.helpers: List[threading.Thread] = []
     self.address = ""  # where the last answer came from: the signed address, good for a while
+    self.kept: List[Tuple[Any, float]] = []  # connections to there that are idle, and since when
     self.load()
 
   def load(self) -> None:
@@ -1713,6 +1714,8 @@ class Transfer:
         if fd >= 0:
           os.close(fd)
       self.file = self.map_file = -1
+      while self.kept:
+        self.kept.pop()[0].close()
 
   def save_note(self) -> None:
     """Note what a resume needs."""
@@ -1939,6 +1942,8 @@ def fetch_span(transfer: Transfer, span: Span, helper: bool = False) -> bool:
         copy_body(transfer, answer, span, helper)
       except OSError as error:
         raise write_failure(transfer.part, transfer.total or transfer.done, error)
+      finally:
+        keep(transfer, answer, span.position)
     return span.position == span.end
   finally:
     transfer.release(span)
@@ -1951,16 +1956,79 @@ def open_span(transfer: Transfer, span: Span, helper: bool) -> Any:
     last = "" if span.end in (UNKNOWN, transfer.total) else span.end - 1
     headers = {"Range": f"bytes={span.position}-{last}", "If-Range": transfer.validator}
   if helper and transfer.address:
-    try:
-      return open_url(transfer.net, transfer.address, headers)
-    except QvmError:
-      transfer.address = ""  # it has expired
+    with contextlib.suppress(QvmError):
+      if proxy_used(transfer.address):
+        return open_url(transfer.net, transfer.address, headers)
+      answer = open_kept(transfer, span, headers)
+      if answer:
+        return answer
+    transfer.address = ""  # it has expired
   try:
     return open_url(transfer.net, transfer.url, headers)
   except Transient as error:
     if error.code == 416 and not helper:
       transfer.reset()
     raise
+
+
+def open_kept(transfer: Transfer, span: Span, headers: Dict[str, str]) -> Any:
+  """Ask for a span where the last answer came from; None unless just that is what comes.
+
+  It saves the redirects, and where an earlier connection is idle the round trips of a new one.
+  """
+  import http.client
+  import urllib.parse
+
+  parts = urllib.parse.urlsplit(transfer.address)
+  if parts.scheme not in ("http", "https") or "@" in parts.netloc:
+    return None
+  path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+  https, end = parts.scheme == "https", span.end
+  while True:
+    link = take_idle(transfer)
+    new = not link
+    if new:
+      kind = http.client.HTTPSConnection if https else http.client.HTTPConnection
+      link = kind(parts.netloc, timeout=transfer.net.timeout)
+    try:
+      link.request("GET", path, headers={**headers, "User-Agent": "qvm/" + __version__})
+      answer = link.getresponse()
+    except Exception as error:
+      link.close()
+      if new:
+        raise connection_failure(transfer.address, error)
+      continue  # the server has closed it meanwhile
+    length, coding = map(answer.getheader, ("Content-Length", "Content-Encoding"))
+    if answer.status == 206 and length == str(end - span.position) and not coding:
+      answer.url, answer.link, answer.end = transfer.address, link, end
+      return answer
+    link.close()
+    return None
+
+
+IDLE = 10.0  # seconds after which a connection is not used again: it may be dead by then
+
+
+def take_idle(transfer: Transfer) -> Any:
+  """A connection that is idle; None when there is none."""
+  with transfer.lock:
+    while transfer.kept:
+      link, since = transfer.kept.pop()
+      if time.monotonic() < since + IDLE:
+        return link
+      link.close()
+  return None
+
+
+def keep(transfer: Transfer, answer: Any, position: int) -> None:
+  """Keep the connection of an answer that has been read to its end; close any other."""
+  link = getattr(answer, "link", None)
+  answer.close()
+  with transfer.lock:
+    if link and position == answer.end and link.sock and transfer.file >= 0:
+      transfer.kept.append((link, time.monotonic()))
+    elif link:
+      link.close()
 
 
 def widen(transfer: Transfer) -> None:

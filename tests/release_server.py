@@ -199,6 +199,7 @@ class Fault:
   no_length: bool = False  # the end of the connection ends the body
   chunked: bool = False
   gzip: bool = False
+  surplus: bytes = b""  # behind the body
 
   # Another object, or a host that cannot resume (cdn only).
   flip: int | None = None
@@ -473,6 +474,14 @@ class Handler(BaseHTTPRequestHandler):
   def log_message(self, format: str, *args: Any) -> None:
     """Keep quiet: the log is ReleaseServer.log."""
 
+  def handle(self) -> None:
+    """Answer the requests of a connection."""
+    owner = self.server.owner
+    with owner.lock:
+      owner.accepted += 1
+    self.sleep(owner.setup)
+    super().handle()
+
   def do_GET(self) -> None:
     """Answer one request, and log it however it ends."""
     self.target, _, self.query = self.path.partition("?")
@@ -482,6 +491,7 @@ class Handler(BaseHTTPRequestHandler):
       self.respond()
     finally:
       self.record()
+      self.close_connection |= self.server.owner.hang_up
 
   do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
@@ -587,6 +597,7 @@ class Handler(BaseHTTPRequestHandler):
     if fault.chunked:
       self.record()
       self.wfile.write(b"0\r\n\r\n")
+    self.wfile.write(fault.surplus)
 
   def send_span(self, answer: Answer, start: int, stop: int, began: float) -> None:
     """Send a part of the body at the server's rate; the log knows of its last byte beforehand."""
@@ -822,6 +833,9 @@ class ReleaseServer:
     self.rate: float | None = None  # bytes a second and connection
     self.line: float | None = None  # bytes a second of all connections together
     self.latency: float = 0  # seconds before each answer
+    self.setup: float = 0  # seconds before the first answer of a connection, as TCP and TLS take
+    self.hang_up = False  # whether a connection ends after one answer, without a word of it
+    self.accepted = 0  # connections
     self.api_quota: int | None = None  # requests left without an Authorization header
     self.signed_uses: int | None = None  # requests that one signed address serves
     self.signed_seconds: float = 300  # how long a signed address is good from its making

@@ -18,11 +18,12 @@ import pytest
 from conftest import FREEBSD, ROOT, Qvm, fill, heard, sha256, tar_of, works
 from release_server import ReleaseServer
 from test_failures import MB, SmallDisk, refused
-from test_fetch import PULL, finished, hangs, wait_for
+from test_fetch import PULL, certificate, finished, hangs, proxy, wait_for
 from test_processes import read_until
 
 import qvm as source
 
+__all__ = ["proxy"]  # a fixture
 IMAGE = FREEBSD + ".qcow2"
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 STREAM = ("run", "--stream", "--name", "vm", *GUEST)
@@ -535,6 +536,71 @@ def test_faults_of_the_line(streamer, server, tmp_path, disk, packed, faults):
   play(streamer)
   works(streamer(*RUN))
   is_ordinary(streamer, packed)
+
+
+def test_https(streamer, packed, tools_tar, tmp_path, disk):
+  tls, cert = certificate(tmp_path, "DNS:localhost,IP:127.0.0.1")
+  with ReleaseServer(tls) as server:
+    fill(server, packed, tools_tar)
+    streamer.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url, SSL_CERT_FILE=cert)
+    requests, connections = scattered(streamer, server)
+    assert requests > 5 and connections < requests
+    play(streamer, ["convert", str(tmp_path / "seen")])
+    works(streamer(*STREAM))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+
+
+def test_a_proxy(streamer, server, tmp_path, disk, proxy):  # noqa: F811
+  """All of it goes through the proxy."""
+  server.fault(IMAGE, times=1, cut=1_000_000)
+  streamer.env["http_proxy"] = f"http://127.0.0.1:{proxy.port}"
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+  paths = [f"{path.partition('://')[2].partition('/')[2]}" for path, _ in proxy.seen]
+  assert sorted(paths) == sorted(each.target.lstrip("/") + "?" * bool(each.query) + each.query
+                                 for each in server.log)  # fmt: skip
+
+
+SCATTERED = [["read", f"{place}k", "4k"] for place in (5000, 3000, 4000, 2200, 5400, 3500, 4600)]
+
+
+def scattered(qvm, server, **fault):
+  """Read here and there while the first connection hangs; returns the counts of what that took."""
+  server.fault(IMAGE, times=1, pause=threading.Event(), pause_at=200_000)
+  server.fault(IMAGE, times=None, **fault)
+  play(qvm, *SCATTERED)
+  before = server.accepted
+  result = works(qvm(*STREAM, env={"QVM_TIMEOUT": "60"}))
+  assert "trying again" not in result.stderr
+  return len(server.requests(IMAGE, "cdn")), server.accepted - before
+
+
+def test_connections_are_used_again(streamer, server):
+  requests, connections = scattered(streamer, server)
+  assert requests > 5
+  assert connections < requests
+
+
+@pytest.mark.parametrize("how", ["silently", "with a word"])
+def test_a_server_that_serves_one_range_a_connection(streamer, server, tmp_path, disk, how):
+  """An idle connection that has been closed is no failure."""
+  server.hang_up = how == "silently"
+  fault = {"headers": {"Connection": "close"}} if how == "with a word" else {}
+  requests, connections = scattered(streamer, server, **fault)
+  assert connections >= requests > 5
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
+
+
+@pytest.mark.parametrize("more", [{"surplus": b"HTTP/1.1 206 Partial Content\r\n\r\n"}], ids=str)
+def test_bytes_behind_an_answer_are_no_other_answer(streamer, server, tmp_path, disk, more):
+  server.rate = 4e6
+  server.fault(IMAGE, times=None, **more)
+  play(streamer, ["convert", str(tmp_path / "seen")])
+  works(streamer(*STREAM))
+  assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
 
 
 def test_each_signed_address_serves_once(streamer, server, tmp_path, disk):

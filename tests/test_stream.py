@@ -296,6 +296,19 @@ def end(process, pid):
   return finished(process)
 
 
+def test_a_pull_that_waits_goes_on_when_the_run_ends(streamer, server, tmp_path, packed):
+  process, pid = begun(streamer, server, tmp_path, *STREAM)
+  pull = streamer.start(*PULL)
+  read_until(pull.stderr, f"waiting for another qvm that downloads {IMAGE}")
+  end(process, pid)
+  assert finished(pull).returncode == 0
+  base_is(streamer, packed)
+  assert sent(server) < len(packed) + 16 * BLOCK
+  play(streamer)
+  works(streamer(*RUN))
+  is_ordinary(streamer, packed)
+
+
 def test_an_early_end_keeps_what_has_come(streamer, server, tmp_path, disk, packed):
   write = ["write", "-P", "7", "3M", "256k"]
   process, pid = begun(streamer, server, tmp_path, *STREAM, steps=[write])
@@ -375,6 +388,7 @@ def test_kill_9(streamer, server, tmp_path, packed, who):
     os.kill(pid, signal.SIGKILL if who == "all" else signal.SIGTERM)
   finished(process)
   settled(streamer)
+  assert socket.exists() == (who in ("qvm and server", "all")), "nobody was left to remove it"
   play(streamer, ["read", "-P", "7", "0", "64k"])
   works(streamer(*RUN))
   is_ordinary(streamer, packed)

@@ -1951,16 +1951,17 @@ def fetch_span(transfer: Transfer, span: Span, helper: bool = False) -> bool:
 
 def open_span(transfer: Transfer, span: Span, helper: bool) -> Any:
   """Ask for the bytes of a span, if nothing is there for the whole file."""
-  headers = {}
+  headers, end = {}, span.end
   if transfer.done and transfer.validator:
-    last = "" if span.end in (UNKNOWN, transfer.total) else span.end - 1
+    last = "" if end in (UNKNOWN, transfer.total) else end - 1
     headers = {"Range": f"bytes={span.position}-{last}", "If-Range": transfer.validator}
   if helper and transfer.address:
     with contextlib.suppress(QvmError):
       if proxy_used(transfer.address):
         return open_url(transfer.net, transfer.address, headers)
-      answer = open_kept(transfer, span, headers)
+      answer = open_kept(transfer, headers, end - span.position)
       if answer:
+        answer.end = end
         return answer
     transfer.address = ""  # it has expired
   try:
@@ -1971,8 +1972,8 @@ def open_span(transfer: Transfer, span: Span, helper: bool) -> Any:
     raise
 
 
-def open_kept(transfer: Transfer, span: Span, headers: Dict[str, str]) -> Any:
-  """Ask for a span where the last answer came from; None unless just that is what comes.
+def open_kept(transfer: Transfer, headers: Dict[str, str], count: int) -> Any:
+  """Ask for a range where the last answer came from; None unless so many bytes are what comes.
 
   It saves the redirects, and where an earlier connection is idle the round trips of a new one.
   """
@@ -1983,7 +1984,7 @@ def open_kept(transfer: Transfer, span: Span, headers: Dict[str, str]) -> Any:
   if parts.scheme not in ("http", "https") or "@" in parts.netloc:
     return None
   path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-  https, end = parts.scheme == "https", span.end
+  https = parts.scheme == "https"
   while True:
     link = take_idle(transfer)
     new = not link
@@ -1999,8 +2000,8 @@ def open_kept(transfer: Transfer, span: Span, headers: Dict[str, str]) -> Any:
         raise connection_failure(transfer.address, error)
       continue  # the server has closed it meanwhile
     length, coding = map(answer.getheader, ("Content-Length", "Content-Encoding"))
-    if answer.status == 206 and length == str(end - span.position) and not coding:
-      answer.url, answer.link, answer.end = transfer.address, link, end
+    if answer.status == 206 and length == str(count) and not coding:
+      answer.url, answer.link = transfer.address, link
       return answer
     link.close()
     return None

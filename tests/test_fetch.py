@@ -1124,7 +1124,10 @@ def test_host_that_does_not_answer(warm):
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no namespaces of mounts")
 def test_ipv6_that_hangs_where_ipv4_works(warm, server, image, tmp_path):
-  """A name with both addresses; connections to the first one are neither taken nor refused."""
+  """A name with both addresses; connections to the first one are neither taken nor refused.
+
+  No time-out has to pass before the other one gets its turn.
+  """
   url = urllib.parse.urlsplit(server.url)
   (tmp_path / "hosts").write_text("::1 both.test\n127.0.0.1 both.test localhost\n")
   before = ["unshare", "-m" if os.geteuid() == 0 else "-rm", "sh", "-ec"]
@@ -1141,11 +1144,37 @@ def test_ipv6_that_hangs_where_ipv4_works(warm, server, image, tmp_path):
       other.setblocking(False)
       other.connect_ex(full.getsockname())
     address = f"http://both.test:{url.port}"
-    env = {**warm.env, "QVM_RELEASES_URL": address + url.path, "QVM_TIMEOUT": "0.3"}
+    env = {**warm.env, "QVM_RELEASES_URL": address + url.path, "QVM_TIMEOUT": "600"}
     command = [*before, *warm.command(*PULL)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
   check_works(warm, result, image)
   assert "trying again" not in result.stderr
+
+
+NOWHERE = {
+  "no route": (socket.AF_INET6, ("2001:db8::1", 9, 0, 0)),
+  "no such family": (socket.AF_APPLETALK, ("127.0.0.1", 9)),
+  "refused": (socket.AF_INET, ("127.0.0.2", 9)),
+}
+
+
+@pytest.mark.parametrize("kinds", [["no route"], ["no such family"], ["refused"], list(NOWHERE)])
+@pytest.mark.parametrize("works", [True, False])
+def test_addresses_that_fail_at_once(monkeypatch, kinds, works):
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1)
+    places = [NOWHERE[kind] for kind in kinds]
+    places += [(socket.AF_INET, listener.getsockname())] * works
+    found = [(family, socket.SOCK_STREAM, 0, "", place) for family, place in places]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    if works:
+      with source.connect(("name", 9), 600) as link:
+        assert link.getpeername() == listener.getsockname() and link.gettimeout() == 600
+    else:
+      with pytest.raises(OSError) as caught:
+        source.connect(("name", 9), 600)
+      assert caught.value.errno and not isinstance(caught.value, socket.timeout)
 
 
 def test_host_that_speaks_something_else(warm):

@@ -20,6 +20,7 @@ from release_server import ReleaseServer
 from test_failures import MB, SmallDisk, refused
 from test_fetch import PULL, certificate, finished, hangs, proxy, wait_for
 from test_processes import read_until
+from test_zipapp import MODERN
 
 import qvm as source
 
@@ -579,21 +580,28 @@ def test_a_proxy(streamer, server, tmp_path, disk, proxy):  # noqa: F811
 SCATTERED = [["read", f"{place}k", "4k"] for place in (5000, 3000, 4000, 2200, 5400, 3500, 4600)]
 
 
-def scattered(qvm, server, **fault):
+def scattered(qvm, server, python=sys.executable, **fault):
   """Read here and there while the first connection hangs; returns the counts of what that took."""
   server.fault(IMAGE, times=1, pause=threading.Event(), pause_at=200_000)
   server.fault(IMAGE, times=None, **fault)
   play(qvm, *SCATTERED)
   before = server.accepted
-  result = works(qvm(*STREAM, env={"QVM_TIMEOUT": "60"}))
+  result = works(qvm(*STREAM, env={"QVM_TIMEOUT": "60"}, python=python))
   assert "trying again" not in result.stderr
   return len(server.requests(IMAGE, "cdn")), server.accepted - before
 
 
-def test_connections_are_used_again(streamer, server):
-  requests, connections = scattered(streamer, server)
+PYTHONS = sorted(MODERN, key=lambda version: int(version[2:]))
+
+
+@pytest.mark.parametrize("version", [PYTHONS[0], PYTHONS[-1]])
+def test_connections_are_used_again(streamer, server, packed, version):
+  requests, connections = scattered(streamer, server, MODERN[version])
   assert requests > 5
   assert connections < requests
+  play(streamer)
+  works(streamer(*RUN, python=MODERN[version]))
+  is_ordinary(streamer, packed)
 
 
 @pytest.mark.parametrize("how", ["silently", "with a word"])

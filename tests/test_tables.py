@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import fails, obey_modes
+from conftest import fails, free_port, obey_modes
 
 import qvm as source
 
@@ -175,7 +175,8 @@ def test_dry_run_prints_the_table(qvm, server, guest):
 
 @pytest.mark.parametrize("guest", GUESTS, ids="-".join)
 def test_qemu_gets_what_dry_run_prints(qvm, tmp_path, guest):
-  words = (*guest_words(guest), "--ssh-port", "0.0.0.0:62847", "--qemu-arg", "a b", "-m", "64M")
+  port = ("--ssh-port", f"0.0.0.0:{free_port()}")
+  words = (*guest_words(guest), *port, "--qemu-arg", "a b", "-m", "64M")
   before = dry(qvm, *words)
   qvm.play(record=str(tmp_path / "record"))
   run = qvm("run", "--accel", "tcg", *words)

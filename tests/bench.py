@@ -86,15 +86,16 @@ def middle(values):
 
 def show(title, results, base, unit="ms"):
   """Print the medians with their spread, and the ratio to the base."""
-  factor = {"ms": 1000, "s": 1}[unit]
+  factor, digits = {"ms": (1000, 1), "s": (1, 2)}[unit]
   print(f"\n{title}")
   reference = middle([wall for wall, _ in results[base]])[0]
   for name, runs in results.items():
     median, low, high = middle([wall for wall, _ in runs])
     cpu = middle([cpu for _, cpu in runs])[0]
     ratio = f"{median / reference:6.2f}" if name != base else "  1   "
-    walls = f"{median * factor:9.1f} ({low * factor:.1f} to {high * factor:.1f}) {unit}"
-    print(f"  {name:<34}{walls:<34} cpu {cpu * factor:8.1f} {unit}  ratio {ratio}")
+    spread = f"({low * factor:.{digits}f} to {high * factor:.{digits}f})"
+    walls = f"{median * factor:9.{digits}f} {spread} {unit}"
+    print(f"  {name:<34}{walls:<34} cpu {cpu * factor:8.{digits}f} {unit}  ratio {ratio}")
   sys.stdout.flush()
 
 
@@ -429,7 +430,7 @@ def bench_streamed_cpu(qvm, server, image, count):
   saved = program.with_name("saved")
   program.rename(saved)
   base = qvm.cache / "base" / image.name
-  script = f"#!/bin/sh\nwhile [ ! -e '{base}' ]; do sleep 0.1; done\n"
+  script = f"#!/bin/sh\nwhile [ ! -e '{base}' ]; do sleep 1; done\n"
   program.write_text(script)
   program.chmod(0o755)
 

@@ -3045,6 +3045,22 @@ def drop_socket(backing: str) -> None:
       os.rmdir(match.group(1))
 
 
+def drop_dead_sockets(folder: str) -> None:
+  """Remove what servers that were killed before there was an overlay left among temporary files."""
+  import socket
+  import stat
+
+  for path in paths_in(folder, ""):
+    with contextlib.suppress(OSError):
+      info = os.lstat(os.path.join(path, "nbd"))
+      mine = stat.S_ISSOCK(info.st_mode) and info.st_uid == os.getuid()
+      if mine and time.time() > info.st_mtime + 60:  # a younger one may not listen yet
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+          probe.settimeout(1)
+          if probe.connect_ex(os.path.join(path, "nbd")) == errno.ECONNREFUSED:
+            drop_socket(f"socket={path}/nbd")
+
+
 def base_of(disk: str) -> str:
   """The path of the base image of an overlay, relative to its folder."""
   backing = backing_file(disk)
@@ -5960,8 +5976,9 @@ class Server:
     import tempfile
 
     folder = tempfile.gettempdir()
-    plain = re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder)
-    self.folder = tempfile.mkdtemp(prefix="qvm-", dir=folder if plain else "/tmp")
+    folder = folder if re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder) else "/tmp"
+    drop_dead_sockets(folder)
+    self.folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
     path = os.path.join(self.folder, "nbd")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -394,6 +395,32 @@ def test_kill_9(streamer, server, tmp_path, packed, who):
   works(streamer(*RUN))
   is_ordinary(streamer, packed)
   assert not socket.parent.exists()
+
+
+def test_sockets_that_nobody_serves_any_more(streamer, tmp_path):
+  """Those of servers that were killed early go; any that is in use, or another's, stays."""
+  folder = Path(tempfile.mkdtemp(prefix="qvm-test-"))
+  names = ("qvm-dead0000", "qvm-young000", "qvm-alive000", "qvm-other", "qvm-nosocket")
+  try:
+    with contextlib.ExitStack() as stack:
+      for name in names:
+        (folder / name).mkdir()
+        if name == "qvm-nosocket":
+          (folder / name / "nbd").write_text("")
+          continue
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(folder / name / "nbd"))
+        if name == "qvm-alive000":
+          listener.listen(9)
+        else:
+          listener.close()
+        if name != "qvm-young000":
+          os.utime(str(folder / name / "nbd"), (1, 1))
+      works(streamer(*STREAM, env={"TMPDIR": str(folder)}))
+      settled(streamer)
+      assert sorted(os.listdir(folder)) == sorted(names[1:])
+  finally:
+    shutil.rmtree(str(folder))
 
 
 def test_another_release_meanwhile(streamer, server, tmp_path, packed):

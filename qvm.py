@@ -140,7 +140,7 @@ class Reporter:
       os.write(2, data)
     except OSError:
       with contextlib.suppress(OSError):
-        os.write(self.log, data)
+        os.write(self.log, b"\n" + data)  # the guest may be in the middle of a line
 
 
 def terminal_width() -> int:

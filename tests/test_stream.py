@@ -45,6 +45,8 @@ for step in play.get("steps", []):
       code = json.dump({{"pid": os.getpid(), "argv": sys.argv}}, file)
   elif step[0] == "convert":
     code = subprocess.call(["qemu-img", "convert", "-O", "raw", disk, step[1]])
+  elif step[0] == "print":
+    code = print(step[1], end="", flush=True)
   elif step[0] == "wait":
     code = not open(step[1]).read()
   else:
@@ -515,7 +517,7 @@ def test_a_wrong_digest_once_qvm_has_left(streamer, server, tmp_path, options):
   """The machine is ended and discarded; its console log tells why, and so does whoever looks."""
   own = "--console-log" in options
   options = [str(tmp_path / "LOG") if word == "LOG" else word for word in options]
-  play(streamer, ["wait", make_fifo(tmp_path)])
+  play(streamer, ["print", "guest# "], ["wait", make_fifo(tmp_path)])
   go = detached(streamer, server, *options, times=None, flip=3_000_000)
   pids = ours(streamer.home)
   go.set()

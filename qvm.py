@@ -1719,7 +1719,7 @@ class Transfer:
   so, they are what NAME.map marks instead, block by block, each after it has been written.
   """
 
-  running: "List[Transfer]" = []  # those that --progress shows
+  running: List[Any] = []  # those that --progress shows, also those of others that are awaited
   abandoned = False  # whether threads may still be at work although their result is not wanted
 
   def __init__(self, net: Net, url: str, name: str, folder: str) -> None:
@@ -1949,6 +1949,27 @@ class Transfer:
 
   def complete(self) -> bool:
     return self.total is not None and self.done == self.total
+
+
+class Awaited:
+  """A download of another qvm, as far as its files tell; it may begin, end or go meanwhile."""
+
+  def __init__(self, name: str, folder: str) -> None:
+    self.name, self.part = name, os.path.join(folder, name + ".part")
+    self.note, self.map = (os.path.join(folder, name + end) for end in (".json", ".map"))
+
+  @property
+  def total(self) -> Optional[int]:
+    total = read_json(self.note).get("total")
+    return total if isinstance(total, int) else None
+
+  @property
+  def done(self) -> int:
+    with contextlib.suppress(OSError), open(self.map, "rb") as file:
+      return min(file.read().count(1) * BLOCK, self.total or 0)
+    with contextlib.suppress(OSError):
+      return os.path.getsize(self.part)
+    return 0
 
 
 def write_at(fd: int, data: Any, position: int) -> None:
@@ -2304,8 +2325,9 @@ def draw_progress() -> None:
   """One line with how far each running download is."""
   texts = []
   for transfer in list(Transfer.running):
-    share = f" {100 * transfer.done // transfer.total}%" if transfer.total else ""
-    texts.append(f"{transfer.name}{share} {megabytes(transfer.done)}")
+    done, total = transfer.done, transfer.total
+    share = f" {100 * done // total}%" if total else ""
+    texts.append(f"{transfer.name}{share} {megabytes(done)}")
   if texts:
     report.draw(" | ".join(texts))
 
@@ -2755,10 +2777,11 @@ def artefact_lock(folder: str, name: str) -> Iterator[None]:
   """
   import fcntl
 
-  path = os.path.join(folder, name + ".lock")
+  path, other = os.path.join(folder, name + ".lock"), Awaited(name, folder)
 
   def wait() -> bool:
     say(f"waiting for another qvm that downloads {name}")
+    Transfer.running.append(other)
     return True
 
   shared = os.open(folder, os.O_RDONLY)
@@ -2768,7 +2791,11 @@ def artefact_lock(folder: str, name: str) -> Iterator[None]:
     except BlockingIOError:
       say("waiting for another qvm that cleans up")
       lock_file(shared, folder, fcntl.LOCK_SH)
-    fd = try_lock(path, wait)
+    try:
+      fd = try_lock(path, wait)
+    finally:
+      while other in Transfer.running:
+        Transfer.running.remove(other)
     assert fd is not None  # wait says yes
     try:
       yield
@@ -3837,11 +3864,9 @@ def base_share(cache: str, disk: str) -> int:
   name = os.path.basename(base_of(disk))
   if not is_streamed(disk) or os.path.isfile(os.path.join(cache, "base", name)):
     return 100
-  with contextlib.suppress(OSError):
-    with open(os.path.join(cache, "downloads", name + ".map"), "rb") as file:
-      blocks = file.read()
-    return 100 * blocks.count(1) // max(len(blocks), 1)
-  return 0
+  other = Awaited(name, os.path.join(cache, "downloads"))
+  done, total = other.done, other.total
+  return min(100, 100 * done // total) if total else 0
 
 
 # ---- QEMU command -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import pytest
 from conftest import FREEBSD, ROOT, Qvm, fill, heard, sha256, tar_of, works
 from release_server import ReleaseServer
 from test_failures import MB, SmallDisk, refused
-from test_fetch import PULL, certificate, finished, hangs, proxy, wait_for
+from test_fetch import PULL, Terminal, certificate, finished, hangs, proxy, wait_for
 from test_processes import read_until
 from test_zipapp import MODERN
 
@@ -311,6 +311,21 @@ def test_a_pull_that_waits_goes_on_when_the_run_ends(streamer, server, tmp_path,
   play(streamer)
   works(streamer(*RUN))
   is_ordinary(streamer, packed)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_pull_that_waits_shows_how_far_the_other_is(streamer, server, tmp_path, packed, stream):
+  go = threading.Event()
+  fault = server.fault(IMAGE, pause=go, pause_at=3_200_000)
+  first = streamer.start(*(STREAM if stream else PULL))
+  hangs(first, fault)
+  terminal = Terminal(streamer, (*PULL, "--progress"), 80)
+  terminal.read(f"waiting for another qvm that downloads {IMAGE}")
+  terminal.read(rf"\r\S*{IMAGE} (4|5)\d% 3\.\d MB")
+  go.set()
+  assert terminal.read() == 0
+  assert finished(first).returncode == 0
+  base_is(streamer, packed)
 
 
 def test_an_early_end_keeps_what_has_come(streamer, server, tmp_path, disk, packed):

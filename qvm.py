@@ -1546,7 +1546,7 @@ def connection_handlers() -> List[Any]:
 
 
 def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = "") -> Any:
-  """Ask for a URL and return the open answer; the only function that opens one.
+  """Ask for a URL and return the open answer; all but later ranges of a file goes this way.
 
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
   With stop, a redirect to an address that contains it is returned instead of followed.
@@ -1711,6 +1711,12 @@ class Span:
     self.moved = time.monotonic()
 
 
+def part_files(name: str, folder: str) -> Tuple[str, str, str]:
+  """The paths of an unfinished file: its bytes, its note, and its map."""
+  path = os.path.join(folder, name)
+  return path + ".part", path + ".json", path + ".map"
+
+
 class Transfer:
   """One file on its way to downloads/, where it and what a resume needs survive a kill -9.
 
@@ -1724,9 +1730,7 @@ class Transfer:
 
   def __init__(self, net: Net, url: str, name: str, folder: str) -> None:
     self.net, self.url, self.name = net, url, name
-    self.part = os.path.join(folder, name + ".part")
-    self.note = os.path.join(folder, name + ".json")
-    self.map = os.path.join(folder, name + ".map")
+    self.part, self.note, self.map = part_files(name, folder)
     self.validator = ""
     self.total: Optional[int] = None
     self.done = 0  # bytes that are there
@@ -1955,8 +1959,8 @@ class Awaited:
   """A download of another qvm, as far as its files tell; it may begin, end or go meanwhile."""
 
   def __init__(self, name: str, folder: str) -> None:
-    self.name, self.part = name, os.path.join(folder, name + ".part")
-    self.note, self.map = (os.path.join(folder, name + end) for end in (".json", ".map"))
+    self.name = name
+    self.part, self.note, self.map = part_files(name, folder)
 
   @property
   def total(self) -> Optional[int]:
@@ -3063,13 +3067,17 @@ def is_streamed(disk: str) -> bool:
   return backing_file(disk).startswith(STREAMED)
 
 
-def drop_socket(backing: str) -> None:
-  """Remove the socket at which a base image was served, if a killed server left it."""
-  match = re.search(r"socket=(.*/qvm-[a-z0-9_]{8})/nbd\Z", backing)
-  if match:
+def socket_of(disk: str) -> str:
+  """The path of the socket at which an overlay's base image was served; empty if it was not."""
+  return backing_file(disk).partition("socket=")[2] if is_streamed(disk) else ""
+
+
+def drop_socket(path: str) -> None:
+  """Remove the socket of a server, and its folder, if that was killed and left them."""
+  if re.search(r"/qvm-[a-z0-9_]{8}/nbd\Z", path):
     with contextlib.suppress(OSError):
-      os.unlink(os.path.join(match.group(1), "nbd"))
-      os.rmdir(match.group(1))
+      os.unlink(path)
+      os.rmdir(os.path.dirname(path))
 
 
 def drop_dead_sockets(folder: str) -> None:
@@ -3077,15 +3085,15 @@ def drop_dead_sockets(folder: str) -> None:
   import socket
   import stat
 
-  for path in paths_in(folder, ""):
+  for path in [os.path.join(path, "nbd") for path in paths_in(folder, "")]:
     with contextlib.suppress(OSError):
-      info = os.lstat(os.path.join(path, "nbd"))
+      info = os.lstat(path)
       mine = stat.S_ISSOCK(info.st_mode) and info.st_uid == os.getuid()
       if mine and time.time() > info.st_mtime + 60:  # a younger one may not listen yet
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
           probe.settimeout(1)
-          if probe.connect_ex(os.path.join(path, "nbd")) == errno.ECONNREFUSED:
-            drop_socket(f"socket={path}/nbd")
+          if probe.connect_ex(path) == errno.ECONNREFUSED:
+            drop_socket(path)
 
 
 def base_of(disk: str) -> str:
@@ -3700,7 +3708,7 @@ def remove_instance(files: Files, keep_log: bool = False) -> None:
   A console log is kept where it is all that tells why the rest is gone.
   """
   with signals.hold():
-    drop_socket(backing_file(files.disk))
+    drop_socket(socket_of(files.disk))
     for suffix in (
       ".qcow2",
       ".qcow2.tmp",
@@ -4270,7 +4278,7 @@ def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
   """
   if os.path.lexists(plan.disk):
     if is_streamed(plan.disk):
-      drop_socket(backing_file(plan.disk))
+      drop_socket(socket_of(plan.disk))
       rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
       run_program([*rebase, plan.disk], locks)
     return
@@ -5658,7 +5666,7 @@ class Stream:
       self.answer()
     if self.process.returncode and not failed and not self.told:
       say(f"the server of the image was ended from outside ({ending(self.process.returncode)})")
-      drop_socket(served_at(self.source))
+      drop_socket(self.source.socket)
 
 
 def start_stream(
@@ -6301,10 +6309,10 @@ def cmd_run(options: Options) -> int:
       say(warning)
     stack.enter_context(terminal_kept())
     streams = qemu_streams(options, log)
+    fds = (lock, log.fileno() if log and options.detach else -1)
     process = warm = stream = None
     for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
-      stream_log = log.fileno() if log and options.detach else -1
-      stream = prepare(plan, options, net, stream, (lock, stream_log), stack)
+      stream = prepare(plan, options, net, stream, fds, stack)
       address, port_lock = chosen or reserve_port(options.ssh, stack)
       launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
       warm = warm_start(launch, log) if options.warm else None

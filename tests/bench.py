@@ -6,6 +6,7 @@ what they are compared with, so that a busy machine is busy for both.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -150,24 +151,28 @@ def fresh(bench, server, name="fresh"):
   return Qvm(home, bench.pyz, server)
 
 
+@contextlib.contextmanager
+def slow_server(bench, image, latency):
+  """A server that gives 20 MB/s to each connection; and what curl fetches of it: the image."""
+  with bench.server() as server:
+    server.replace_asset("freebsd-builder", "v0.16.0", "freebsd-15.1-x86-64.qcow2", image)
+    server.rate, server.latency = 20e6, latency
+    url = f"{server.url}/freebsd-builder/releases/download/v0.16.0/freebsd-15.1-x86-64.qcow2"
+    yield server, lambda: run(["curl", "-sLo", str(bench.folder / "got"), url])
+
+
 def bench_first(bench, count):
   """A first run on a line of 20 MB/s for each connection, 50 ms away."""
   big = bench.folder / "big.qcow2"
   shutil.copy(bench.folder / "image.qcow2", big)
   os.truncate(big, 100 * MB)
-  with bench.server() as server:
-    server.replace_asset("freebsd-builder", "v0.16.0", "freebsd-15.1-x86-64.qcow2", big)
-    server.rate, server.latency = 20e6, 0.05
-    url = f"{server.url}/freebsd-builder/releases/download/v0.16.0/freebsd-15.1-x86-64.qcow2"
+  with slow_server(bench, big, 0.05) as (server, curl):
 
     def first_run():
       qvm = fresh(bench, server)
       run(qvm.command("run", "--rm", "freebsd", "15.1"), env=qvm.env)
 
-    calls = {
-      "curl of the image alone": lambda: run(["curl", "-sLo", str(bench.folder / "got"), url]),
-      "qvm.pyz run --rm, empty cache": first_run,
-    }
+    calls = {"curl of the image alone": curl, "qvm.pyz run --rm, empty cache": first_run}
     show("first run, 100 MB at 20 MB/s", turns(calls, count), "curl of the image alone", "s")
 
 
@@ -206,19 +211,13 @@ def bench_ranges(bench, count):
   with open(big, "ab") as file:
     for _ in range(256):
       file.write(os.urandom(MB))
-  with bench.server() as server:
-    server.replace_asset("freebsd-builder", "v0.16.0", "freebsd-15.1-x86-64.qcow2", big)
-    server.rate, server.latency = 20e6, 0.02
-    url = f"{server.url}/freebsd-builder/releases/download/v0.16.0/freebsd-15.1-x86-64.qcow2"
+  with slow_server(bench, big, 0.02) as (server, curl):
 
     def pull():
       qvm = fresh(bench, server)
       run(qvm.command("pull", "freebsd", "15.1"), env=qvm.env)
 
-    calls = {
-      "curl, one connection": lambda: run(["curl", "-sLo", str(bench.folder / "got"), url]),
-      "qvm.pyz pull": pull,
-    }
+    calls = {"curl, one connection": curl, "qvm.pyz pull": pull}
     show("256 MB at 20 MB/s a connection", turns(calls, count), "curl, one connection", "s")
 
 

@@ -394,15 +394,24 @@ class SmallDisk:
     subprocess.run([*self.root, "umount", "-l", str(self.folder)], check=True)
 
 
+@contextlib.contextmanager
+def small_cache(home, size):
+  """The cache folder of a home, on a disk of its own."""
+  folder = home / ".cache" / "qvm"
+  folder.mkdir(parents=True, mode=0o700)
+  disk = SmallDisk(folder)
+  disk.mount(size)
+  try:
+    yield disk
+  finally:
+    disk.unmount()
+
+
 @pytest.fixture
 def disk(tmp_path):
   """The cache folder of the fixtures below, on a disk of 8 MB."""
-  folder = tmp_path / "home" / ".cache" / "qvm"
-  folder.mkdir(parents=True, mode=0o700)
-  disk = SmallDisk(folder)
-  disk.mount(8 * MB)
-  yield disk
-  disk.unmount()
+  with small_cache(tmp_path / "home", 8 * MB) as disk:
+    yield disk
 
 
 @pytest.fixture

@@ -614,15 +614,20 @@ def test_headway_makes_more_than_five_attempts(warm, server, big):
   assert len(ranges(server)) == 10
 
 
-def test_changed_between_two_attempts(warm, server, image):
-  other = altered(image)
+def changed_meanwhile(qvm, server, other, place):
+  """Pull an image that becomes another one when the connection ends at some place in it."""
   go = threading.Event()
-  fault = server.fault(IMAGE, pause=go, pause_at=1000, cut=1000)
-  process = warm.start(*PULL)
+  fault = server.fault(IMAGE, pause=go, pause_at=place, cut=place)
+  process = qvm.start(*PULL)
   hangs(process, fault)
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
   go.set()
-  result = finished(process)
+  return finished(process)
+
+
+def test_changed_between_two_attempts(warm, server, image):
+  other = altered(image)
+  result = changed_meanwhile(warm, server, other, 1000)
   check_works(warm, result, other)
   assert ranges(server)[:2] == [None, "bytes=1000-"]
   assert f"{IMAGE} has changed" in result.stderr

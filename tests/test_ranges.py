@@ -9,7 +9,16 @@ import pytest
 from conftest import ROOT, Qvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fetch import HOST, IMAGE, PULL, check_works, finished, hangs, ranges, wait_for
+from test_fetch import (
+  HOST,
+  IMAGE,
+  PULL,
+  changed_meanwhile,
+  check_works,
+  hangs,
+  ranges,
+  wait_for,
+)
 
 import qvm as source
 
@@ -120,13 +129,7 @@ def test_one_that_stalls_holds_nobody_up(eager, server, big):
 def test_an_object_that_changes_meanwhile(eager, server, big):
   """Neither file nor digest is ever made of two objects."""
   other = big[:512] + big[:511:-1]
-  go = threading.Event()
-  fault = server.fault(IMAGE, pause=go, pause_at=500_000, cut=500_000)
-  process = eager.start(*PULL)
-  hangs(process, fault)
-  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
-  go.set()
-  result = finished(process)
+  result = changed_meanwhile(eager, server, other, 500_000)
   check_works(eager, result, other)
 
 

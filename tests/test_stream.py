@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import FREEBSD, ROOT, Qvm, fill, heard, sha256, tar_of, works
 from release_server import ReleaseServer
-from test_failures import MB, SmallDisk, refused
+from test_failures import MB, refused, small_cache
 from test_fetch import PULL, Terminal, certificate, finished, hangs, proxy, wait_for
 from test_processes import read_until
 from test_zipapp import MODERN
@@ -701,12 +701,8 @@ def test_a_line_that_is_down(streamer, server, tmp_path, packed):
 @pytest.fixture
 def small(tmp_path, server):
   """The cache on a disk of its own."""
-  folder = tmp_path / "home" / ".cache" / "qvm"
-  folder.mkdir(parents=True, mode=0o700)
-  disk = SmallDisk(folder)
-  disk.mount(40 * MB)
-  yield disk
-  disk.unmount()
+  with small_cache(tmp_path / "home", 40 * MB) as disk:
+    yield disk
 
 
 def test_an_image_that_has_no_room_is_refused_before(small, streamer, server, packed):

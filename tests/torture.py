@@ -839,17 +839,20 @@ def show(schedule):
   return "\n".join(lines)
 
 
+def played(part, seed, numbers, what):
+  """Play the rounds of a part; returns what was counted."""
+  for number in numbers:
+    part.one(f"{seed}:{number}")
+    part.counts[what] += 1
+    progress(number)
+  return part.counts
+
+
 def network(folder, forks, seed, numbers, fresh=False):
   """Play schedules; returns what was counted."""
   part = Network(folder, forks, fresh)
-  try:
-    for number in numbers:
-      part.one(f"{seed}:{number}")
-      part.counts["schedules"] += 1
-      progress(number)
-  finally:
-    part.close()
-  return part.counts
+  with contextlib.closing(part):
+    return played(part, seed, numbers, "schedules")
 
 
 # --- Killing ---------------------------------------------------------------------------------
@@ -1342,14 +1345,8 @@ class Streaming:
 def streaming(folder, forks, seed, numbers):
   """Kill at many points while an image is streamed; returns what was counted."""
   part = Streaming(folder, forks, seed)
-  try:
-    for number in numbers:
-      part.one(f"{seed}:{number}")
-      part.counts["points"] += 1
-      progress(number)
-  finally:
-    part.server.close()
-  return part.counts
+  with contextlib.closing(part.server):
+    return played(part, seed, numbers, "points")
 
 
 # --- Crowd -----------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ import signal
 import sys
 import threading
 import time
-from operator import itemgetter
-from stat import S_ISDIR, S_ISLNK, S_ISREG
+from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK
 from typing import (
   IO,
   TYPE_CHECKING,
@@ -26,6 +25,7 @@ from typing import (
   Iterator,
   List,
   Mapping,
+  NamedTuple,
   Optional,
   Sequence,
   Set,
@@ -36,36 +36,59 @@ from typing import (
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-  from typing import NamedTuple
+  import array
+  import difflib
+  import email.utils
+  import fcntl
+  import fnmatch
+  import glob
+  import hashlib
+  import http.client
+  import json
+  import lzma
+  import marshal
+  import queue
+  import random
+  import select
+  import shlex
+  import shutil
+  import socket
+  import ssl
+  import struct
+  import subprocess
+  import tarfile
+  import tempfile
+  import termios
+  import tty
+  import urllib.error
+  import urllib.parse
+  import urllib.request
+  import zlib
 else:
 
-  class NamedTuple(tuple):
-    """typing.NamedTuple as far as qvm uses it; to make its classes takes a tenth of the time."""
+  class Lazy:
+    """Modules that are imported when they are first used: a cached start needs few of them."""
 
-    def __init_subclass__(cls):
-      cls._fields = tuple(cls.__annotations__)
-      cls._defaults = {name: vars(cls)[name] for name in cls._fields if name in vars(cls)}
-      for place, name in enumerate(cls._fields):
-        setattr(cls, name, property(itemgetter(place)))
+    def __init__(self, *names):
+      self.__dict__["_names"] = names
 
-    def __new__(cls, *values, **named):
-      left = {**cls._defaults, **named}
-      values += tuple(left[name] for name in cls._fields[len(values) :])
-      if len(values) != len(cls._fields) or not left.keys() <= set(cls._fields):
-        raise TypeError(f"{cls.__name__} has the fields {', '.join(cls._fields)}")
-      return super().__new__(cls, values)
+    def __getattr__(self, attribute):
+      for name in self._names:
+        module = __import__(name)  # a.b gives a, which has b from then on
+      globals()[module.__name__] = module
+      return getattr(module, attribute)
 
-    def __repr__(self):
-      return f"{type(self).__name__}{tuple(self)}"
-
-    def _asdict(self):
-      return dict(zip(self._fields, self))
-
-    def _replace(self, **changes):
-      return type(self)(**{**self._asdict(), **changes})
+  for _name in (
+    *("array", "difflib", "fcntl", "fnmatch", "glob", "hashlib", "json", "lzma", "marshal"),
+    *("queue", "random", "select", "shlex", "shutil", "socket", "ssl", "struct", "subprocess"),
+    *("tarfile", "tempfile", "termios", "tty", "zlib"),
+  ):
+    globals()[_name] = Lazy(_name)
+  email, http = Lazy("email.utils"), Lazy("http.client")
+  urllib = Lazy("urllib.error", "urllib.parse", "urllib.request")
 
 
-# ---- Errors, messages and signals ---------------------------------------------------------------
+# ---- Errors and output --------------------------------------------------------------------------
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -101,6 +124,32 @@ class Interrupted(BaseException):
   def __init__(self, signum: int) -> None:
     super().__init__(signum)
     self.signum = signum
+
+
+def describe(error: BaseException) -> str:
+  """An exception in words: what the system says, else its text without passwords, else its kind."""
+  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+  if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    text = f"the disk is full: {text}"
+  return re.sub(r"\S*@", "", str(text))
+
+
+def redacted(url: str) -> str:
+  """A URL fit for a message: no user, no password, no signed query."""
+  return re.sub(r"(//)[^/@]*@", r"\1", url.split("?")[0].split("#")[0])
+
+
+def ending(code: int) -> str:
+  """How a process ended, in words."""
+  return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def megabytes(count: float) -> str:
+  """A number of bytes for people, in units of 1000."""
+  for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    if count >= size:
+      return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
+  return f"{count:.0f} B"
 
 
 def printable(text: str) -> str:
@@ -166,15 +215,18 @@ def emit(text: str) -> None:
 
 def emit_json(value: Any) -> None:
   """Write one JSON value to stdout."""
-  import json
-
   emit(json.dumps(value, indent=2))
+
+
+def show_table(table: Sequence[Sequence[str]]) -> None:
+  """Print rows with their columns aligned."""
+  widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+  for line in table:
+    emit(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()))
 
 
 def write_all(fd: int, data: bytes) -> None:
   """Write all bytes, also to a descriptor that somebody has made non-blocking."""
-  import select
-
   view = memoryview(data)
   while view:
     try:
@@ -260,7 +312,6 @@ qemu-system-x86_64
 -device virtio-blk-pci,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 FREEBSD_ARM64 = """
 qemu-system-aarch64
 -nographic
@@ -277,7 +328,6 @@ qemu-system-aarch64
 -device virtio-blk-pci,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 OPENBSD_X86_64 = """
 qemu-system-x86_64
 -nographic
@@ -295,7 +345,6 @@ qemu-system-x86_64
 -device scsi-hd,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 OPENBSD_ARM64 = """
 qemu-system-aarch64
 -nographic
@@ -313,7 +362,6 @@ qemu-system-aarch64
 -device scsi-hd,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 NETBSD_X86_64 = """
 qemu-system-x86_64
 -nographic
@@ -331,7 +379,6 @@ qemu-system-x86_64
 -device scsi-hd,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 NETBSD_ARM64 = """
 qemu-system-aarch64
 -nographic
@@ -349,7 +396,6 @@ qemu-system-aarch64
 -device scsi-hd,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 HAIKU_X86_64 = """
 qemu-system-x86_64
 -nographic
@@ -367,7 +413,6 @@ qemu-system-x86_64
 -device scsi-hd,drive=drive0,bootindex=0
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
 OMNIOS_X86_64 = """
 qemu-system-x86_64
 -nographic
@@ -384,14 +429,11 @@ qemu-system-x86_64
 -device virtio-blk,drive=drive0,bootindex=0,addr=0x02
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-
-
 # The second drive of the user's first command lines, in the same bus as drive0. KEYS is the disk.
 KEYS_VIRTIO = """
 -device virtio-blk-pci,drive=drive1,bootindex=1
 -drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
 """
-
 KEYS_SCSI = """
 -device scsi-hd,drive=drive1,bootindex=1
 -drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
@@ -424,7 +466,6 @@ class Guest(NamedTuple):
 FREEBSD_KEYS = KeyDisk(KEYS_VIRTIO, 1 << 20, "v0.14.0")
 OPENBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "")
 NETBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "v1.0.0")
-
 HALT = "sudo shutdown -p now"
 HALT_OMNIOS = "sudo shutdown -i5 -g0 -y"
 DATE = "sudo date -u %Y%m%d%H%M.%S"  # date(1) of the BSDs
@@ -471,8 +512,8 @@ def find_guest(os_name: str, arch: str) -> Guest:
 ACCELERATORS = ("hvf", "kvm", "tcg")
 DIRECTIONS = ("both", "in", "out")
 SSH_PORT = 2847
-NAME = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z"
-VERSION = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
+NAME_RE = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z"
+VERSION_RE = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
 
 
 class Address(NamedTuple):
@@ -531,7 +572,7 @@ def parse_arch(text: str) -> str:
 
 def parse_name(text: str) -> str:
   """An instance's name, which is also the name of its files."""
-  if not re.match(NAME, text):
+  if not re.match(NAME_RE, text):
     raise UsageError(
       f"bad instance name '{text}'; allowed are up to 100 letters, digits and . _ + ~ -, "
       "a letter or digit first"
@@ -541,7 +582,7 @@ def parse_name(text: str) -> str:
 
 def parse_version(text: str) -> str:
   """A version, which becomes part of file names and URLs."""
-  if not re.match(VERSION, text):
+  if not re.match(VERSION_RE, text):
     raise UsageError(
       f"bad version '{text}'; allowed are up to 50 letters, digits and . _ + ~ -, such as 15.1"
     )
@@ -591,8 +632,6 @@ def parse_accel(text: str) -> str:
 
 def find_program(name: str, folder: Optional[str] = None) -> str:
   """The absolute path of a program on PATH or in a folder; empty when there is none."""
-  import shutil
-
   path = shutil.which(name, path=folder)
   return os.path.abspath(path) if path else ""
 
@@ -881,8 +920,6 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
 
 def unknown_option(flag: str, command: str) -> UsageError:
   """The error for an option that the command does not know, with those that it knows."""
-  import difflib
-
   flags = [f for option in known_options(command) for f in option.flags]
   near = difflib.get_close_matches(flag, flags, 1)
   return UsageError(
@@ -1026,18 +1063,7 @@ def check_own_qemu(guest: Guest, own_qemu: str) -> None:
     raise UsageError(f"--qemu {own_qemu}: {guest.arch} guests want a qemu-system-{cpu}")
 
 
-def own_qemu_img(own_qemu: str) -> str:
-  """The qemu-img beside the user's own QEMU, else the one on PATH."""
-  found = find_program("qemu-img", os.path.dirname(own_qemu)) or find_program("qemu-img")
-  if not found:
-    raise QvmError(
-      f"there is no qemu-img beside {own_qemu} or on PATH",
-      "install it (Debian: apt-get install qemu-utils) or leave --qemu out",
-    )
-  return found
-
-
-def builder(os_name: str) -> str:
+def image_repo(os_name: str) -> str:
   """The repository whose releases hold the images of an OS."""
   return os_name + "-builder"
 
@@ -1076,103 +1102,6 @@ def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
     own_qemu=bool(options.qemu),
     refresh=options.refresh,
   )
-
-
-def cache_folder(environ: Mapping[str, str]) -> str:
-  """The folder qvm keeps everything in; a relative XDG_CACHE_HOME is ignored, as its spec says."""
-  if environ.get("QVM_CACHE_DIR"):
-    return os.path.abspath(environ["QVM_CACHE_DIR"])
-  xdg = environ.get("XDG_CACHE_HOME", "")
-  home = os.path.expanduser("~")
-  if not os.path.isabs(xdg) and home == "~":
-    raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
-  return os.path.abspath(os.path.join(xdg if os.path.isabs(xdg) else home + "/.cache", "qvm"))
-
-
-# ---- Files and programs -------------------------------------------------------------------------
-
-CHUNK = 1 << 18  # bytes that are read or written at a time
-PATIENCE = 10.0  # seconds that QEMU has to end after SIGTERM
-ALERT = 0.5  # seconds a thread waits at a time: a signal just before does not wake it
-
-
-def read_json(path: str) -> Dict[str, Any]:
-  """The object in a JSON file; empty when there is none, or no sound one."""
-  import json
-
-  try:
-    with open(path, "rb") as file:
-      value = json.loads(file.read(1 << 20).decode("utf-8"))
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
-def write_text(path: str, text: str, mode: int = 0o644) -> None:
-  """Write a file so that it is there whole or not at all."""
-  remove_file(path + ".tmp")
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.chmod(path + ".tmp", mode)
-  os.replace(path + ".tmp", path)
-
-
-def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
-  """Write a JSON file."""
-  import json
-
-  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
-
-
-def file_sha256(path: str) -> str:
-  """The SHA-256 of a file, in hexadecimal."""
-  digest = new_sha256()
-  with open(path, "rb") as file:
-    for chunk in iter(lambda: file.read(CHUNK), b""):
-      digest.update(chunk)
-  return str(digest.hexdigest())
-
-
-def tree_sha256(root: str) -> str:
-  """One SHA-256 for all files below a folder and their names, but for its release.json."""
-  digest = new_sha256()
-  for folder, folders, names in os.walk(root):
-    folders.sort()
-    for path in sorted(os.path.join(folder, name) for name in names if name != "release.json"):
-      digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
-      digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
-  return str(digest.hexdigest())
-
-
-def new_sha256() -> Any:
-  """A fresh SHA-256."""
-  import hashlib
-
-  return hashlib.sha256()
-
-
-def names_in(cache: str, folder: str) -> List[str]:
-  """The names in one of the cache's folders, sorted; none when it is not there."""
-  try:
-    return sorted(os.listdir(os.path.join(cache, folder)))
-  except (FileNotFoundError, NotADirectoryError):
-    return []
-
-
-def paths_in(cache: str, folder: str) -> List[str]:
-  """The paths in one of the cache's folders."""
-  return [os.path.join(cache, folder, name) for name in names_in(cache, folder)]
-
-
-def instances(cache: str) -> str:
-  """The folder of the instances."""
-  return os.path.join(cache, "instances")
-
-
-def instance_names(cache: str, suffix: str) -> List[str]:
-  """The names of the instances that have a file with this suffix, in the order of the files."""
-  names = [name for name in names_in(cache, "instances") if name.endswith(suffix)]
-  return [name[: -len(suffix)] for name in names]
 
 
 class Files(NamedTuple):
@@ -1226,14 +1155,133 @@ class Files(NamedTuple):
     return self.path(".state")
 
 
+def instances_dir(cache: str) -> str:
+  """The folder of the instances."""
+  return os.path.join(cache, "instances")
+
+
 def instance_files(cache: str, name: str) -> Files:
   """The files of the instance of that name."""
-  return Files(instances(cache), name)
+  return Files(instances_dir(cache), name)
 
 
 def checkpoint_files(cache: str, name: str) -> Files:
   """The files of the checkpoint of that name."""
   return Files(os.path.join(cache, "warm"), name)
+
+
+def downloads_dir(plan: Plan) -> str:
+  """Where unfinished files lie."""
+  return os.path.join(plan.cache, "downloads")
+
+
+def tree_program(plan: Plan) -> str:
+  """The downloaded QEMU's program, whether or not it is the one that runs."""
+  return qemu_program(plan.cache, QEMU_CPUS[plan.guest.arch])
+
+
+def key_path(cache: str) -> str:
+  """The private key with which qvm logs in where one is wanted; .pub beside it is the public."""
+  return os.path.join(cache, "ssh", "id_ed25519")
+
+
+def kernel_path(base: str) -> str:
+  """Where the kernel of a bundle is kept."""
+  return base[: -len(".qcow2")] + ".kernel"
+
+
+# ---- Files, locks, programs ---------------------------------------------------------------------
+
+CHUNK_BYTES = 1 << 18  # bytes that are read or written at a time
+TERM_GRACE_SECONDS = 10.0  # seconds that QEMU has to end after SIGTERM
+POLL_SECONDS = 0.5  # seconds a thread waits at a time: a signal just before does not wake it
+OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
+
+
+def cache_folder(environ: Mapping[str, str]) -> str:
+  """The folder qvm keeps everything in; a relative XDG_CACHE_HOME is ignored, as its spec says."""
+  if environ.get("QVM_CACHE_DIR"):
+    return os.path.abspath(environ["QVM_CACHE_DIR"])
+  xdg = environ.get("XDG_CACHE_HOME", "")
+  home = os.path.expanduser("~")
+  if not os.path.isabs(xdg) and home == "~":
+    raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
+  return os.path.abspath(os.path.join(xdg if os.path.isabs(xdg) else home + "/.cache", "qvm"))
+
+
+def read_json(path: str) -> Dict[str, Any]:
+  """The object in a JSON file; empty when there is none, or no sound one."""
+  try:
+    with open(path, "rb") as file:
+      value = json.loads(file.read(1 << 20).decode("utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def write_text(path: str, text: str, mode: int = 0o644) -> None:
+  """Write a file so that it is there whole or not at all."""
+  remove_file(path + ".tmp")
+  with open(path + ".tmp", "w", encoding="utf-8") as file:
+    file.write(text)
+  os.chmod(path + ".tmp", mode)
+  os.replace(path + ".tmp", path)
+
+
+def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
+  """Write a JSON file."""
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
+
+
+def new_sha256() -> Any:
+  """A fresh SHA-256."""
+  return hashlib.sha256()
+
+
+def file_sha256(path: str) -> str:
+  """The SHA-256 of a file, in hexadecimal."""
+  digest = new_sha256()
+  with open(path, "rb") as file:
+    for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+      digest.update(chunk)
+  return str(digest.hexdigest())
+
+
+def tree_sha256(root: str) -> str:
+  """One SHA-256 for all files below a folder and their names, but for its release.json."""
+  digest = new_sha256()
+  for folder, folders, names in os.walk(root):
+    folders.sort()
+    for path in sorted(os.path.join(folder, name) for name in names if name != "release.json"):
+      digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+      digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
+  return str(digest.hexdigest())
+
+
+def hashed(name: str) -> str:
+  """A short name that stands for one of any length."""
+  digest = new_sha256()
+  digest.update(os.fsencode(name))
+  return str(digest.hexdigest()[:16])
+
+
+def names_in(cache: str, folder: str) -> List[str]:
+  """The names in one of the cache's folders, sorted; none when it is not there."""
+  try:
+    return sorted(os.listdir(os.path.join(cache, folder)))
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+
+
+def paths_in(cache: str, folder: str) -> List[str]:
+  """The paths in one of the cache's folders."""
+  return [os.path.join(cache, folder, name) for name in names_in(cache, folder)]
+
+
+def instance_names(cache: str, suffix: str) -> List[str]:
+  """The names of the instances that have a file with this suffix, in the order of the files."""
+  names = [name for name in names_in(cache, "instances") if name.endswith(suffix)]
+  return [name[: -len(suffix)] for name in names]
 
 
 def checkpoints(cache: str) -> List[Files]:
@@ -1244,9 +1292,39 @@ def checkpoints(cache: str) -> List[Files]:
 
 def tree_size(path: str) -> int:
   """The bytes that a file, or a folder with all in it, takes on the disk."""
-  walk = [] if os.path.islink(path) else os.walk(path)
-  inside = [os.path.join(folder, name) for folder, _, names in walk for name in names]
+  folders = [] if os.path.islink(path) else os.walk(path)
+  inside = [os.path.join(folder, name) for folder, _, names in folders for name in names]
   return sum(os.lstat(p).st_blocks * 512 for p in [path, *inside])
+
+
+def free_space(folder: str) -> int:
+  """The bytes that may still be written to a folder's file system."""
+  stat = os.statvfs(folder)
+  return stat.f_bavail * stat.f_frsize
+
+
+def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
+  """The error for a file or folder that was to take `wanted` bytes and cannot be written."""
+  if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    return QvmError(f"{path}: {describe(error)}")
+  there = tree_size(path) if os.path.lexists(path) else 0
+  return disk_full(path, wanted - there - free_space(os.path.dirname(path)))
+
+
+def disk_full(path: str, missing: int) -> QvmError:
+  """The error for a disk without room, with the bytes that are missing."""
+  return QvmError(
+    f"the disk is full: {path} takes {megabytes(max(missing, 1))} more than there is",
+    "free some space (qvm clean --all --dry-run shows what can go) and try again: "
+    "what is there is kept",
+  )
+
+
+def disk_is_full(path: str) -> bool:
+  """Whether a write there fails; QEMU then stops the guest without a word (werror=enospc)."""
+  with contextlib.suppress(OSError):
+    return free_space(path) < 128 << 10  # less than two of qcow2's clusters
+  return False
 
 
 def remove_file(path: str) -> None:
@@ -1257,8 +1335,6 @@ def remove_file(path: str) -> None:
 
 def remove_tree(path: str) -> None:
   """Remove a folder if it is there, read-only parts included."""
-  import shutil
-
   if os.path.islink(path) or os.path.isfile(path):
     return remove_file(path)
   if os.path.isdir(path):
@@ -1268,10 +1344,171 @@ def remove_tree(path: str) -> None:
       raise OSError(error.errno, error.strerror, path)
 
 
+def move_into_place(source: str, target: str, mode: int) -> None:
+  """Give a complete and checked file its place, on the disk before its name is."""
+  with open(source, "rb") as file:
+    os.fsync(file.fileno())
+  os.chmod(source, mode)
+  os.replace(source, target)
+
+
+FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ssh", "code", "warm")
+
+
+def make_folders(cache: str) -> None:
+  """Make the cache and its folders, for this user only."""
+  path = os.path.dirname(cache)
+  try:
+    os.makedirs(path, exist_ok=True)
+    for name in FOLDERS:
+      path = os.path.join(cache, name) if name else cache
+      with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+      if not os.path.isdir(path):
+        raise QvmError(f"{path} is in the way: it is not a folder")
+      if path == cache or os.stat(cache).st_mode & 0o011:  # else nobody gets in there
+        check_owner(path, cache)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise QvmError(f"{error.filename or path} cannot be made: {describe(error)}", OTHER_CACHE)
+  keep_code()
+
+
+def check_owner(path: str, cache: str) -> None:
+  """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
+
+  Root need not be feared: it can change everything anyway. In a cache of one's own, folders that
+  belong to another come from a copy that root has made of it.
+  """
+  stat = os.stat(path)
+  if path == cache and stat.st_uid not in (0, os.getuid()):
+    raise QvmError(
+      f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
+      f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
+    )
+  if stat.st_mode & 0o022:
+    raise QvmError(
+      f"{path} can be written by other users, and what is in it gets executed",
+      f"chmod go-w {path}; or {OTHER_CACHE}",
+    )
+
+
+packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: where to keep its compiled code, and it
+
+
+def keep_code() -> None:
+  """Keep the compiled code of qvm.pyz, so that the next start need not compile it again."""
+  path, code = packed_code
+  if path and not os.path.exists(path):
+    with contextlib.suppress(OSError):  # it goes without
+      with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(marshal.dumps(code))
+      os.replace(file.name, path)
+
+
+def lock_file(fd: int, path: str, how: int) -> None:
+  """Take a lock on an open file or folder; BlockingIOError with LOCK_NB when another has it."""
+  try:
+    fcntl.flock(fd, how)
+  except BlockingIOError:
+    raise
+  except OSError as error:
+    raise QvmError(
+      f"{path} cannot be locked: {describe(error)}",
+      f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
+    )
+
+
+def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
+  """A descriptor that holds the lock on a file, or None when another process holds it.
+
+  The lock lasts until the last process that inherited the descriptor has ended. wait is asked
+  when the lock is held elsewhere: whether to wait for it. A lock file may be unlinked by its
+  holder, so what was locked must still be what the path names.
+  """
+  while True:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+      try:
+        lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        if not wait():
+          os.close(fd)
+          return None
+        lock_file(fd, path, fcntl.LOCK_EX)
+      here, there = os.fstat(fd), os.stat(path)
+      if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+        return fd
+    except FileNotFoundError:
+      pass
+    except BaseException:
+      os.close(fd)
+      raise
+    os.close(fd)
+
+
+def drop_lock(fd: int, path: str) -> None:
+  """Remove the lock file while the lock is still held, then let go of it."""
+  remove_file(path)
+  os.close(fd)
+
+
+def is_locked(path: str) -> bool:
+  """Whether a process holds the lock on a file; for an instance's lock within the gate only."""
+  try:
+    fd = os.open(path, os.O_RDONLY)
+  except FileNotFoundError:
+    return False
+  try:
+    lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return False
+  except BlockingIOError:
+    return True
+  finally:
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def instances_lock(folder: str) -> Iterator[None]:
+  """Let one process at a time look at or take the locks of instances.
+
+  Whether an instance runs is told by trying its lock; without the gate, two that try at once
+  would each believe that the other is a running QEMU. The lock is on the folder itself.
+  """
+  fd = os.open(folder, os.O_RDONLY)
+  try:
+    lock_file(fd, folder, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(fd)
+
+
+def downloads_idle(folder: str, stack: contextlib.ExitStack) -> bool:
+  """Whether no qvm downloads into a folder; if so, those that want to wait for the stack."""
+  fd = os.open(folder, os.O_RDONLY)
+  stack.callback(os.close, fd)
+  try:
+    lock_file(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
+
+
+def own_qemu_img(own_qemu: str) -> str:
+  """The qemu-img beside the user's own QEMU, else the one on PATH."""
+  found = find_program("qemu-img", os.path.dirname(own_qemu)) or find_program("qemu-img")
+  if not found:
+    raise QvmError(
+      f"there is no qemu-img beside {own_qemu} or on PATH",
+      "install it (Debian: apt-get install qemu-utils) or leave --qemu out",
+    )
+  return found
+
+
 def start(command: Sequence[str], keep: Sequence[int] = (), **streams: Any) -> Any:
   """Start a program; the only function that does. QvmError explains why it cannot run."""
-  import subprocess
-
   try:
     return subprocess.Popen(list(command), pass_fds=tuple(keep), **streams)
   except OSError as error:
@@ -1304,8 +1541,6 @@ def cannot_run(program: str, error: OSError) -> QvmError:
 
 def run_program(command: Sequence[str], keep: Sequence[int] = ()) -> None:
   """Run a helper such as qemu-img to its end; QvmError with its words when it fails."""
-  import subprocess
-
   with signals.hold():
     process = start(
       command, keep, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -1317,19 +1552,12 @@ def run_program(command: Sequence[str], keep: Sequence[int] = ()) -> None:
     )
 
 
-def ending(code: int) -> str:
-  """How a process ended, in words."""
-  return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
 def end_process(process: Any) -> None:
   """Make sure that a process has ended."""
-  import subprocess
-
   if process.poll() is None:
     process.terminate()
     try:
-      process.wait(PATIENCE)
+      process.wait(TERM_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
@@ -1337,8 +1565,6 @@ def end_process(process: Any) -> None:
 
 def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
   """The exit code and the words of a program that answers a question within 10 seconds."""
-  import subprocess
-
   try:
     pipe = subprocess.PIPE
     process = start(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
@@ -1353,12 +1579,57 @@ def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
   return int(process.returncode), " ".join(words.split()) or ending(process.returncode)
 
 
-# ---- Fetch --------------------------------------------------------------------------------------
+def this_host() -> Host:
+  """The host qvm runs on."""
+  uname = os.uname()
+  return host_of(uname.sysname, uname.machine)
+
+
+def available_memory(meminfo: str) -> Optional[int]:
+  """The bytes of memory that programs can still get; all there is where nobody tells."""
+  with contextlib.suppress(OSError, ValueError, IndexError):
+    with open(meminfo) as file:
+      line = next((line for line in file if line.startswith("MemAvailable:")), "")
+    return int(line.split()[1]) << 10
+  with contextlib.suppress(OSError, ValueError):
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return None
+
+
+class Future:
+  """A call that goes on in a thread of its own; result() waits for it and raises its error."""
+
+  def __init__(self, function: Callable[[], Any]) -> None:
+    self.function = function
+    self.value: Any = None
+    self.error: Optional[BaseException] = None
+    self.thread = threading.Thread(target=self.work, daemon=True)
+    self.thread.start()
+
+  def work(self) -> None:
+    try:
+      self.value = self.function()
+    except BaseException as error:  # raised by result(), in the thread that wants it
+      self.error = error
+
+  def result(self) -> Any:
+    while self.thread.is_alive():
+      self.thread.join(POLL_SECONDS)
+    if self.error:
+      raise self.error
+    return self.value
+
+
+# ---- HTTP ---------------------------------------------------------------------------------------
 
 ATTEMPTS = 5
-LONGEST_WAIT = 60.0  # seconds that a Retry-After may ask for
-HEADWAY = 1 << 20  # bytes after which an attempt counts as progress and the attempts start anew
-URL = r"(https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?|file://(/[!-~]*)?)\Z"
+MAX_RETRY_AFTER_SECONDS = 60.0  # seconds that a Retry-After may ask for
+PROGRESS_BYTES = (
+  1 << 20
+)  # bytes after which an attempt counts as progress and the attempts start anew
+URL_RE = (
+  r"(https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?|file://(/[!-~]*)?)\Z"
+)
 QUOTA_HINT = "GITHUB_TOKEN raises it from 60 to 5,000 requests an hour"
 RETRY_CODES = (408, 425, 429, 500, 502, 503, 504)
 T = TypeVar("T")
@@ -1389,14 +1660,18 @@ class Cancelled(Exception):
   """Another download failed, so this one has stopped."""
 
 
+class NotFound(QvmError):
+  """The server says that there is no such thing."""
+
+
 def net_from(environ: Mapping[str, str]) -> Net:
   """Read the addresses and times from the environment; UsageError for bad ones."""
   releases = (environ.get("QVM_RELEASES_URL") or RELEASES_URL).rstrip("/")
   api = environ.get("QVM_API_URL") or (API_URL if releases == RELEASES_URL else "")
   for name, url in (("QVM_RELEASES_URL", releases), ("QVM_API_URL", api)):
-    if url and not re.match(URL, url):
+    if url and not re.match(URL_RE, url):
       raise UsageError(
-        f"{name}: '{short(url)}' is no http://HOST, https://HOST or file:/// address"
+        f"{name}: '{redacted(url)}' is no http://HOST, https://HOST or file:/// address"
       )
   token = (environ.get("GITHUB_TOKEN") or environ.get("GH_TOKEN") or "").strip()
   if not re.match(r"[!-~]*\Z", token):
@@ -1420,21 +1695,14 @@ def seconds_from(environ: Mapping[str, str], name: str, default: float, least: f
   return float(text)
 
 
-def quick(net: Net) -> Net:
+def impatient(net: Net) -> Net:
   """For requests that there is an answer without: a short time, few attempts."""
   return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
-
-
-def short(url: str) -> str:
-  """A URL fit for a message: no user, no password, no signed query."""
-  return re.sub(r"(//)[^/@]*@", r"\1", url.split("?")[0].split("#")[0])
 
 
 def redirect_handler(stop: str) -> Any:
   """urllib's redirect handler made careful: it never leaves https, drops what is not to be handed
   on, and does not fetch an address that contains stop, but returns the redirect itself."""
-  import urllib.parse
-  import urllib.request
 
   class Redirects(urllib.request.HTTPRedirectHandler):
     max_redirections = 10
@@ -1447,7 +1715,7 @@ def redirect_handler(stop: str) -> Any:
       old, new = (urllib.parse.urlsplit(url).scheme.lower() for url in (req.full_url, newurl))
       if new != old and new != "https":
         raise QvmError(
-          f"{short(req.full_url)} redirects from {old} to {short(newurl)}, which is not safe"
+          f"{redacted(req.full_url)} redirects from {old} to {redacted(newurl)}, which is not safe"
         )
       if stop and stop in newurl:
         return None
@@ -1465,19 +1733,18 @@ def redirect_handler(stop: str) -> Any:
   return Redirects()
 
 
-HEAD_START = 0.3  # seconds that an address of a host has before the next one is tried beside it
+HEAD_START_SECONDS = (
+  0.3  # seconds that an address of a host has before the next one is tried beside it
+)
 
 
-def connect(place: Tuple[str, int], timeout: float, source: Any = None) -> Any:
+def connect(host_port: Tuple[str, int], timeout: float, source: Any = None) -> Any:
   """A connection to whichever of a host's addresses answers first, as in RFC 8305.
 
   socket.create_connection gives each the whole time, so that an IPv6 that leads nowhere takes
   all patience before IPv4 gets its turn.
   """
-  import select
-  import socket
-
-  found = socket.getaddrinfo(*place, 0, socket.SOCK_STREAM)
+  found = socket.getaddrinfo(*host_port, 0, socket.SOCK_STREAM)
   other = [info for info in found if info[0] != found[0][0]]
   left = found[:1] + other[:1] + [info for info in found[1:] if info not in other[:1]]
   error: OSError = socket.timeout("timed out")
@@ -1491,7 +1758,9 @@ def connect(place: Tuple[str, int], timeout: float, source: Any = None) -> Any:
         except OSError as failure:  # such as no route to any IPv6
           error = failure
           continue
-      pause = min(HEAD_START, until - time.monotonic()) if left else until - time.monotonic()
+      pause = (
+        min(HEAD_START_SECONDS, until - time.monotonic()) if left else until - time.monotonic()
+      )
       for link in select.select([], tried, [], max(0.0, pause))[1]:
         number = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         tried.remove(link)
@@ -1508,8 +1777,6 @@ def connect(place: Tuple[str, int], timeout: float, source: Any = None) -> Any:
 
 def begin_connection(family: Any, kind: Any, protocol: int, _: str, address: Any) -> Any:
   """A socket that is being connected; OSError where that fails at once."""
-  import socket
-
   link = socket.socket(family, kind, protocol)
   link.setblocking(False)
   number = link.connect_ex(address)
@@ -1532,7 +1799,6 @@ def with_connect(kind: Any) -> Any:
 
 def connection_handlers() -> List[Any]:
   """What lets urllib connect so."""
-  import urllib.request
 
   class Plain(urllib.request.HTTPHandler):
     def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
@@ -1551,9 +1817,6 @@ def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop:
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
   With stop, a redirect to an address that contains it is returned instead of followed.
   """
-  import urllib.error
-  import urllib.request
-
   request = urllib.request.Request(url, headers=dict(headers or {}))
   request.add_header("User-Agent", "qvm/" + __version__)
   request.add_header("Accept-Encoding", "identity")
@@ -1574,7 +1837,7 @@ def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop:
   encoding = answer.headers.get("Content-Encoding") or "identity"
   if encoding.lower() != "identity":
     answer.close()
-    raise QvmError(f"{short(url)}: the answer comes as {encoding}, which was not asked for")
+    raise QvmError(f"{redacted(url)}: the answer comes as {encoding}, which was not asked for")
   return answer
 
 
@@ -1583,19 +1846,15 @@ def http_failure(url: str, error: Any) -> Exception:
   code, final = error.code, error.geturl() or url
   if 300 <= code < 400:
     if "location" not in error.headers:  # the connection may have ended before it came
-      return Transient(f"{short(url)}: a redirect that leads nowhere")
-    return QvmError(f"{short(url)}: bad redirect: {error.msg}")
-  message = f"{short(final)} answers {code} {error.msg}"
+      return Transient(f"{redacted(url)}: a redirect that leads nowhere")
+    return QvmError(f"{redacted(url)}: bad redirect: {error.msg}")
+  message = f"{redacted(final)} answers {code} {error.msg}"
   if error.headers.get("x-ratelimit-remaining") == "0":
     return QvmError(f"{message}: the quota of GitHub's API is used up", QUOTA_HINT)
-  expired = code == 403 and short(final) != short(url)  # a signed address: ask for a new one
+  expired = code == 403 and redacted(final) != redacted(url)  # a signed address: ask for a new one
   if code in RETRY_CODES or expired or code == 416:
     return Transient(message, retry_after(error.headers.get("Retry-After")), code)
   return NotFound(message) if code in (404, 410) else QvmError(message, proxy_used(url))
-
-
-class NotFound(QvmError):
-  """The server says that there is no such thing."""
 
 
 def retry_after(text: Optional[str]) -> Optional[float]:
@@ -1603,52 +1862,35 @@ def retry_after(text: Optional[str]) -> Optional[float]:
   if not text:
     return None
   if re.match(r"[0-9]{1,9}\Z", text.strip()):
-    return min(float(text), LONGEST_WAIT)
-  import email.utils
-
+    return min(float(text), MAX_RETRY_AFTER_SECONDS)
   try:
     wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
   except (TypeError, ValueError, OverflowError, IndexError):
     return None
-  return max(0.0, min(wait, LONGEST_WAIT))
+  return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
 
 
 def connection_failure(url: str, error: Exception) -> Exception:
   """What an exception from urllib means, with the fix where one is known."""
-  import http.client
-  import socket
-  import ssl
-
   reason = getattr(error, "reason", None)
   cause = reason if isinstance(reason, Exception) else error
   if isinstance(cause, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
     return QvmError(
-      f"{short(url)}: its certificate cannot be verified: {cause}",
+      f"{redacted(url)}: its certificate cannot be verified: {cause}",
       "python.org's Python on macOS: run 'Install Certificates.command' once; behind a company's "
       "proxy: set SSL_CERT_FILE to the file with its certificates",
     )
   if url.startswith("file:") and isinstance(cause, OSError):
-    return NotFound(f"{short(url)}: {describe(cause)}")
+    return NotFound(f"{redacted(url)}: {describe(cause)}")
   if isinstance(cause, socket.timeout):
-    return Transient(f"{short(url)}: no answer in time")
+    return Transient(f"{redacted(url)}: no answer in time")
   if isinstance(cause, (OSError, http.client.HTTPException)):
-    return Transient(f"{short(url)}: {describe(cause)}")
-  return QvmError(f"{short(url)}: {describe(cause)}")
-
-
-def describe(error: BaseException) -> str:
-  """An exception in words: what the system says, else its text without passwords, else its kind."""
-  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-  if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-    text = f"the disk is full: {text}"
-  return re.sub(r"\S*@", "", str(text))
+    return Transient(f"{redacted(url)}: {describe(cause)}")
+  return QvmError(f"{redacted(url)}: {describe(cause)}")
 
 
 def proxy_used(url: str) -> str:
   """Names the proxy that a request goes through; empty when there is none."""
-  import urllib.parse
-  import urllib.request
-
   parts = urllib.parse.urlsplit(url)
   proxy = urllib.request.getproxies().get(parts.scheme)
   if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
@@ -1673,7 +1915,7 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callabl
     try:
       return attempt()
     except Transient as error:
-      if progress() >= reached + HEADWAY:
+      if progress() >= reached + PROGRESS_BYTES:
         left, reached = net.attempts, progress()
       left -= 1
       if not left:
@@ -1681,8 +1923,6 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callabl
           f"{error} ({net.attempts} attempts)" if net.attempts > 1 else str(error),
           proxy_used(url) or "is the network up? what has been downloaded is kept, try again",
         )
-      import random
-
       pause = error.wait
       if pause is None:
         pause = net.retry_delay * 2 ** (net.attempts - 1 - left) * random.uniform(0.75, 1.25)
@@ -1691,14 +1931,58 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callabl
         raise Cancelled()
 
 
-BLOCK = 1 << 16  # bytes for which the map of an unfinished file has one byte
+MAX_RELEASE_DATA_BYTES = (
+  8 << 20
+)  # bytes of release data: 100 releases of the largest repository are 2 MB
+
+
+def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
+  """One attempt at a small answer: its body, and its Location where a redirect was asked for."""
+  with open_url(net, url, stop=stop) as answer:
+    location = answer.headers.get("Location") or ""
+    if stop and stop in location:
+      return b"", location
+    try:
+      body = answer.read(MAX_RELEASE_DATA_BYTES + 1)
+    except Exception as error:
+      raise connection_failure(url, error)
+  if len(body) > MAX_RELEASE_DATA_BYTES:
+    raise QvmError(f"{redacted(url)}: the answer is larger than any release data")
+  return body, ""
+
+
+def get_page(net: Net, url: str) -> str:
+  """The text of a page, with retries."""
+  return with_retries(net, url, lambda: fetch_bytes(net, url)[0], lambda: 0).decode(
+    "utf-8", "replace"
+  )
+
+
+def asset_exists(net: Net, url: str) -> bool:
+  """Whether a URL can be fetched, asked by fetching its first byte."""
+  try:
+    with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close(), lambda: 0)
+  except NotFound:
+    return False
+  return True
+
+
+def looks_like_html(head: bytes) -> bool:
+  """Whether the first bytes of a file are those of a web page."""
+  start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+  return start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--"))
+
+
+# ---- Download -----------------------------------------------------------------------------------
+
+BLOCK_BYTES = 1 << 16  # bytes for which the map of an unfinished file has one byte
 UNKNOWN = 1 << 62  # the end of a file whose length is not known
 CONNECTIONS = 4  # that fetch one file at the same time, where one is slow
-SLOW = 50e6  # bytes a second, below which others join a connection after SLOW_AFTER seconds
-SLOW_AFTER = 1.0
-LARGE = 32 << 20  # bytes that must be missing for it
-SILENCE = 5.0  # seconds after which an idle connection takes over what another fetches
-CATCH_UP = 8 << 20  # bytes that are hashed at a time while others wait for their data
+SLOW_RATE = 50e6  # bytes a second, below which others join a connection after SLOW_AFTER seconds
+SLOW_AFTER_SECONDS = 1.0
+PARALLEL_MIN_BYTES = 32 << 20  # bytes that must be missing for it
+STALL_SECONDS = 5.0  # seconds after which an idle connection takes over what another fetches
+HASH_STEP_BYTES = 8 << 20  # bytes that are hashed at a time while others wait for their data
 
 
 class Span:
@@ -1761,7 +2045,7 @@ class Transfer:
       return self.reset()
     self.validator, self.total, self.done = validator, total, size
     self.file = os.open(self.part, os.O_RDWR)
-    if note.get("blocks") == BLOCK and not self.load_map():
+    if note.get("blocks") == BLOCK_BYTES and not self.load_map():
       return self.reset()
     self.resumed = self.done
 
@@ -1773,10 +2057,10 @@ class Transfer:
       return False
     data, total = os.pread(self.map_file, 1 << 30, 0), self.total or 0
     self.blocks = bytearray(data)
-    short = -total % BLOCK if data.endswith(b"\1") else 0
-    self.done = data.count(1) * BLOCK - short
-    end = min((data.rfind(1) + 1) * BLOCK, total)
-    fits = len(data) == -(-total // BLOCK) and end <= os.fstat(self.file).st_size
+    missing = -total % BLOCK_BYTES if data.endswith(b"\1") else 0
+    self.done = data.count(1) * BLOCK_BYTES - missing
+    end = min((data.rfind(1) + 1) * BLOCK_BYTES, total)
+    fits = len(data) == -(-total // BLOCK_BYTES) and end <= os.fstat(self.file).st_size
     return fits and not data.strip(b"\0\1")
 
   def reset(self) -> None:
@@ -1804,7 +2088,7 @@ class Transfer:
   def save_note(self) -> None:
     """Note what a resume needs."""
     note = {"url": self.url, "validator": self.validator, "total": self.total}
-    write_json(self.note, {**note, "blocks": BLOCK} if self.blocks else note)
+    write_json(self.note, {**note, "blocks": BLOCK_BYTES} if self.blocks else note)
 
   def use_map(self) -> None:
     """From now on the blocks may come in any order."""
@@ -1814,9 +2098,11 @@ class Transfer:
     with self.lock:
       self.open_part()
       if not self.spans:
-        self.done = max(self.done // BLOCK * BLOCK, self.hashed) if self.done < total else total
-      there = self.done // BLOCK if self.done < total else -(-total // BLOCK)
-      self.blocks = bytearray(b"\1" * there).ljust(-(-total // BLOCK), b"\0")
+        self.done = (
+          max(self.done // BLOCK_BYTES * BLOCK_BYTES, self.hashed) if self.done < total else total
+        )
+      there = self.done // BLOCK_BYTES if self.done < total else -(-total // BLOCK_BYTES)
+      self.blocks = bytearray(b"\1" * there).ljust(-(-total // BLOCK_BYTES), b"\0")
       self.map_file = os.open(self.map, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
       write_at(self.map_file, self.blocks, 0)
       if self.spans:
@@ -1850,22 +2136,22 @@ class Transfer:
     ends = [self.blocks.find(state, first) for state in (1, 2)]
     last = min([end for end in ends if end >= 0] + [len(self.blocks), first + most])
     self.blocks[first:last] = b"\2" * (last - first)
-    return Span(max(first * BLOCK, self.hashed), min(last * BLOCK, self.total or 0))
+    return Span(max(first * BLOCK_BYTES, self.hashed), min(last * BLOCK_BYTES, self.total or 0))
 
   def half(self) -> Optional[Span]:
     """The second half of the largest span, which is cut."""
     largest = max(self.spans, key=lambda span: span.end - span.position, default=None)
-    if not largest or largest.end - largest.position < 8 * BLOCK:
+    if not largest or largest.end - largest.position < 8 * BLOCK_BYTES:
       return None
-    middle = (largest.position + largest.end) // 2 // BLOCK * BLOCK
+    middle = (largest.position + largest.end) // 2 // BLOCK_BYTES * BLOCK_BYTES
     span, largest.end = Span(middle, largest.end), middle
     return span
 
-  def take_over(self) -> Optional[Span]:
+  def steal_stalled(self) -> Optional[Span]:
     """What a connection was to fetch of which nothing has been heard for a while."""
     with self.lock:
       for old in self.spans:
-        if time.monotonic() > old.moved + SILENCE:
+        if time.monotonic() > old.moved + STALL_SECONDS:
           old.void = True
           span = Span(old.position, old.end)
           self.spans[self.spans.index(old)] = span
@@ -1881,20 +2167,20 @@ class Transfer:
       span.void = True
       self.spans.remove(span)
       if self.blocks and span.position < span.end:
-        first, last = span.position // BLOCK, -(-span.end // BLOCK)
+        first, last = span.position // BLOCK_BYTES, -(-span.end // BLOCK_BYTES)
         self.blocks[first:last] = bytes(last - first)
-        self.done -= span.position - max(first * BLOCK, min(self.hashed, span.position))
+        self.done -= span.position - max(first * BLOCK_BYTES, min(self.hashed, span.position))
       self.lock.notify_all()
 
-  def give_way(self, span: Span) -> None:
+  def yield_to_urgent(self, span: Span) -> None:
     """Let spans that somebody waits for come first; not for long, or the server hangs up."""
-    until = time.monotonic() + SILENCE
+    until = time.monotonic() + STALL_SECONDS
     with self.lock:
       while span.position >= span.wanted and time.monotonic() < until:
         now = time.monotonic()
         if not any(it.position < it.wanted and now < it.moved + 1 for it in self.spans):
           return
-        self.lock.wait(ALERT)
+        self.lock.wait(POLL_SECONDS)
 
   def write(self, span: Span, chunk: bytes) -> None:
     """Take in the next bytes of a span."""
@@ -1907,7 +2193,7 @@ class Transfer:
       span.position, span.moved = before + len(chunk), time.monotonic()
       self.done += len(chunk)
       if self.blocks:
-        first, last = before // BLOCK, span.position // BLOCK
+        first, last = before // BLOCK_BYTES, span.position // BLOCK_BYTES
         last = len(self.blocks) if span.position == self.total else last
         self.blocks[first:last] = b"\1" * (last - first)
         write_at(self.map_file, self.blocks[first:last], first)
@@ -1917,7 +2203,7 @@ class Transfer:
         if self.hashed == before and not span.void:
           self.take(chunk)
         elif not span.void:
-          self.catch_up(CATCH_UP)
+          self.catch_up(HASH_STEP_BYTES)
       finally:
         self.hashing.release()
 
@@ -1932,11 +2218,11 @@ class Transfer:
     """Hash what has come before its turn, read back from the file."""
     end = self.done
     if self.blocks:
-      ends = [self.blocks.find(state, self.hashed // BLOCK) for state in (0, 2)]
-      end = min([at * BLOCK for at in ends if at >= 0] + [self.total or 0])
+      ends = [self.blocks.find(state, self.hashed // BLOCK_BYTES) for state in (0, 2)]
+      end = min([at * BLOCK_BYTES for at in ends if at >= 0] + [self.total or 0])
     end = min(end, self.hashed + most)
     while self.hashed < end:
-      chunk = os.pread(self.file, min(CHUNK, end - self.hashed), self.hashed)
+      chunk = os.pread(self.file, min(CHUNK_BYTES, end - self.hashed), self.hashed)
       if not chunk:
         raise QvmError(f"{self.part} became shorter while it was read")
       self.take(chunk)
@@ -1949,13 +2235,13 @@ class Transfer:
         raise Cancelled()
       before = self.hashed
       with self.hashing:
-        self.catch_up(CATCH_UP)
+        self.catch_up(HASH_STEP_BYTES)
 
   def complete(self) -> bool:
     return self.total is not None and self.done == self.total
 
 
-class Awaited:
+class OtherDownload:
   """A download of another qvm, as far as its files tell; it may begin, end or go meanwhile."""
 
   def __init__(self, name: str, folder: str) -> None:
@@ -1970,7 +2256,7 @@ class Awaited:
   @property
   def done(self) -> int:
     with contextlib.suppress(OSError), open(self.map, "rb") as file:
-      return min(file.read().count(1) * BLOCK, self.total or 0)
+      return min(file.read().count(1) * BLOCK_BYTES, self.total or 0)
     with contextlib.suppress(OSError):
       return os.path.getsize(self.part)
     return 0
@@ -2014,14 +2300,14 @@ def fetch_rest(transfer: Transfer) -> None:
     transfer.total = transfer.done
   if transfer.done != transfer.total:
     done, total = megabytes(transfer.done), megabytes(transfer.total)
-    raise Transient(f"{short(transfer.url)}: the connection ended after {done} of {total}")
+    raise Transient(f"{redacted(transfer.url)}: the connection ended after {done} of {total}")
 
 
 def next_span(transfer: Transfer) -> Optional[Span]:
   """What is left to fetch, if need be once the others are done; None when there is nothing."""
   while True:
     busy = bool(transfer.spans)  # asked first: what they do not fetch after all is claimed then
-    span = transfer.claim() or (transfer.take_over() if busy else None)
+    span = transfer.claim() or (transfer.steal_stalled() if busy else None)
     if span or not busy:
       return span
     if transfer.net.cancelled.is_set():
@@ -2082,9 +2368,6 @@ def open_kept(transfer: Transfer, headers: Dict[str, str], count: int) -> Any:
 
   It saves the redirects, and where an earlier connection is idle the round trips of a new one.
   """
-  import http.client
-  import urllib.parse
-
   parts = urllib.parse.urlsplit(transfer.address)
   if parts.scheme not in ("http", "https") or "@" in parts.netloc:
     return None
@@ -2112,7 +2395,7 @@ def open_kept(transfer: Transfer, headers: Dict[str, str], count: int) -> Any:
     return None
 
 
-IDLE = 10.0  # seconds after which a connection is not used again: it may be dead by then
+IDLE_SECONDS = 10.0  # seconds after which a connection is not used again: it may be dead by then
 
 
 def take_idle(transfer: Transfer) -> Any:
@@ -2120,7 +2403,7 @@ def take_idle(transfer: Transfer) -> Any:
   with transfer.lock:
     while transfer.kept:
       link, since = transfer.kept.pop()
-      if time.monotonic() < since + IDLE:
+      if time.monotonic() < since + IDLE_SECONDS:
         return link
       link.close()
   return None
@@ -2137,16 +2420,16 @@ def keep(transfer: Transfer, answer: Any, position: int) -> None:
       link.close()
 
 
-def widen(transfer: Transfer) -> None:
+def add_connections(transfer: Transfer) -> None:
   """Let more connections fetch the rest."""
   transfer.use_map()
   for _ in range(CONNECTIONS - 1):
-    helper = threading.Thread(target=help_out, args=(transfer,), daemon=True)
+    helper = threading.Thread(target=helper_loop, args=(transfer,), daemon=True)
     transfer.helpers.append(helper)
     helper.start()
 
 
-def help_out(transfer: Transfer) -> None:
+def helper_loop(transfer: Transfer) -> None:
   """Fetch gaps beside the first connection until there are none, or the server wants no more."""
   with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
     span = transfer.claim(helper=True)
@@ -2163,11 +2446,11 @@ def help_out(transfer: Transfer) -> None:
 def is_slow(transfer: Transfer, headers: Any, seconds: float, count: int) -> bool:
   """Whether several connections may bring a file sooner than the one that has brought so much."""
   return (
-    seconds >= SLOW_AFTER
-    and count < SLOW * seconds
+    seconds >= SLOW_AFTER_SECONDS
+    and count < SLOW_RATE * seconds
     and not transfer.helpers
     and transfer.total is not None
-    and transfer.total - transfer.done >= LARGE
+    and transfer.total - transfer.done >= PARALLEL_MIN_BYTES
     and gives_ranges(transfer, headers)
   )
 
@@ -2175,7 +2458,7 @@ def is_slow(transfer: Transfer, headers: Any, seconds: float, count: int) -> boo
 def gives_ranges(transfer: Transfer, headers: Any) -> bool:
   """Whether the server lets parts of just this object be fetched."""
   ranges = (headers.get("Accept-Ranges") or "").lower() == "bytes" or headers.get("Content-Range")
-  return bool(ranges) and bool(re.match(STRONG, transfer.validator))
+  return bool(ranges) and bool(re.match(STRONG_ETAG_RE, transfer.validator))
 
 
 def check_space(transfer: Transfer) -> None:
@@ -2187,29 +2470,6 @@ def check_space(transfer: Transfer) -> None:
     raise disk_full(transfer.part, wanted - free)
 
 
-def free_space(folder: str) -> int:
-  """The bytes that may still be written to a folder's file system."""
-  stat = os.statvfs(folder)
-  return stat.f_bavail * stat.f_frsize
-
-
-def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
-  """The error for a file or folder that was to take `wanted` bytes and cannot be written."""
-  if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-    return QvmError(f"{path}: {describe(error)}")
-  there = tree_size(path) if os.path.lexists(path) else 0
-  return disk_full(path, wanted - there - free_space(os.path.dirname(path)))
-
-
-def disk_full(path: str, missing: int) -> QvmError:
-  """The error for a disk without room, with the bytes that are missing."""
-  return QvmError(
-    f"the disk is full: {path} takes {megabytes(max(missing, 1))} more than there is",
-    "free some space (qvm clean --all --dry-run shows what can go) and try again: "
-    "what is there is kept",
-  )
-
-
 def announce(transfer: Transfer) -> None:
   """Say once that a download starts or goes on."""
   if transfer.announced:
@@ -2218,7 +2478,7 @@ def announce(transfer: Transfer) -> None:
   size = megabytes(transfer.total) if transfer.total is not None else "unknown size"
   if transfer.done:
     size = f"going on at {megabytes(transfer.done)} of {size}"
-  say(f"downloading {transfer.name} ({size}) from {short(transfer.url)}")
+  say(f"downloading {transfer.name} ({size}) from {redacted(transfer.url)}")
 
 
 def check_range(transfer: Transfer, span: Span, headers: Any, helper: bool) -> None:
@@ -2245,11 +2505,11 @@ def no_range(transfer: Transfer, headers: Any) -> Transient:
   etag = headers.get("ETag")
   code = CHANGED if etag and etag != transfer.validator else 0
   return Transient(
-    f"{short(transfer.url)}: the server sends another part than asked for", code=code
+    f"{redacted(transfer.url)}: the server sends another part than asked for", code=code
   )
 
 
-STRONG = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
+STRONG_ETAG_RE = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
 
 
 def start_over(transfer: Transfer, headers: Any) -> None:
@@ -2262,37 +2522,36 @@ def start_over(transfer: Transfer, headers: Any) -> None:
   if re.match(r"[0-9]{1,15}\Z", length) and not chunked:
     transfer.total = int(length)
   elif not chunked:  # the connection may have ended before it did
-    raise Transient(f"{short(transfer.url)}: the server does not say how long the file is")
+    raise Transient(f"{redacted(transfer.url)}: the server does not say how long the file is")
   etag = headers.get("ETag") or ""
-  transfer.validator = etag if re.match(STRONG, etag) else (headers.get("Last-Modified") or "")
+  transfer.validator = (
+    etag if re.match(STRONG_ETAG_RE, etag) else (headers.get("Last-Modified") or "")
+  )
   transfer.save_note()
 
 
 def copy_body(transfer: Transfer, answer: Any, span: Span, helper: bool) -> None:
   """Write the body to the part file, looking at its first bytes on the way."""
-  import http.client
-  import socket
-
   looked = len(transfer.head) >= 512
   began, start = time.monotonic(), span.position
   while not transfer.net.cancelled.is_set():
-    wanted = min(CHUNK, span.end - span.position)
+    wanted = min(CHUNK_BYTES, span.end - span.position)
     try:
       chunk = answer.read1(wanted) if wanted else b""  # what is there: a time-out loses none of it
     except socket.timeout:
-      raise Transient(f"{short(transfer.url)}: no more data for {transfer.net.timeout:g} s")
+      raise Transient(f"{redacted(transfer.url)}: no more data for {transfer.net.timeout:g} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
-      raise Transient(f"{short(transfer.url)}: the connection broke: {describe(error)}")
+      raise Transient(f"{redacted(transfer.url)}: the connection broke: {describe(error)}")
     if not chunk:
       return
-    transfer.give_way(span)
+    transfer.yield_to_urgent(span)
     transfer.write(span, chunk)
     if not looked and len(transfer.head) >= 512:
       looked = True
       check_kind(transfer)
     seconds, count = time.monotonic() - began, span.position - start
     if not helper and is_slow(transfer, answer.headers, seconds, count):
-      widen(transfer)
+      add_connections(transfer)
   raise Cancelled()
 
 
@@ -2306,23 +2565,9 @@ def check_kind(transfer: Transfer) -> None:
   if problem:
     transfer.reset()
     raise QvmError(
-      f"{short(transfer.url)} {problem}",
+      f"{redacted(transfer.url)} {problem}",
       "does a proxy or a login page of this network stand in between?",
     )
-
-
-def looks_like_html(head: bytes) -> bool:
-  """Whether the first bytes of a file are those of a web page."""
-  start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-  return start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--"))
-
-
-def megabytes(count: float) -> str:
-  """A number of bytes for people, in units of 1000."""
-  for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-    if count >= size:
-      return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
-  return f"{count:.0f} B"
 
 
 def draw_progress() -> None:
@@ -2342,8 +2587,6 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   The threads are daemons, and the main thread only waits: a signal ends qvm at once, and what
   has been downloaded stays for the next run.
   """
-  import queue
-
   results: queue.Queue[Optional[BaseException]] = queue.Queue()
 
   def work(job: Callable[[], None]) -> None:
@@ -2375,24 +2618,65 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
 
 def next_result(results: Any, pause: float) -> Optional[BaseException]:
   """Wait for a job to end, showing the progress meanwhile if that was asked for."""
-  import queue
-
   shown = time.monotonic()
   while True:
     try:
-      return results.get(timeout=min(pause, ALERT))  # type: ignore[no-any-return]
+      return results.get(timeout=min(pause, POLL_SECONDS))  # type: ignore[no-any-return]
     except queue.Empty:
       if report.progress and time.monotonic() >= shown + pause:
         shown = time.monotonic()
         draw_progress()
 
 
+@contextlib.contextmanager
+def download_lock(folder: str, name: str) -> Iterator[None]:
+  """Hold the right to fetch one artefact into a folder, waiting for a qvm that fetches it.
+
+  Beside it goes a shared lock on the folder: `clean` takes that alone.
+  """
+  path, other = os.path.join(folder, name + ".lock"), OtherDownload(name, folder)
+
+  def wait() -> bool:
+    say(f"waiting for another qvm that downloads {name}")
+    Transfer.running.append(other)
+    return True
+
+  shared = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      lock_file(shared, folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      say("waiting for another qvm that cleans up")
+      lock_file(shared, folder, fcntl.LOCK_SH)
+    try:
+      fd = try_lock(path, wait)
+    finally:
+      while other in Transfer.running:
+        Transfer.running.remove(other)
+    assert fd is not None  # wait says yes
+    try:
+      yield
+    finally:
+      drop_lock(fd, path)
+  finally:
+    os.close(shared)
+
+
+@contextlib.contextmanager
+def reset_if_refused(transfer: Transfer) -> Iterator[None]:
+  """Forget a download that turns out to be damaged or hostile."""
+  try:
+    yield
+  except RefusedError:
+    transfer.reset()
+    raise
+
+
 # ---- Releases -----------------------------------------------------------------------------------
 
-MOST_DATA = 8 << 20  # bytes of release data: 100 releases of the largest repository are 2 MB
-MOST_PAGES = 10
-TAG = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
-DIGEST = r"sha256:[0-9a-f]{64}\Z"
+MAX_PAGES = 10
+TAG_RE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
+DIGEST_RE = r"sha256:[0-9a-f]{64}\Z"
 
 
 class Release(NamedTuple):
@@ -2404,55 +2688,7 @@ class Release(NamedTuple):
 
 def unquoted(text: str) -> str:
   """Text from a URL, without its percent signs."""
-  from urllib.parse import unquote
-
-  return unquote(text)
-
-
-class Later:
-  """A call that goes on in a thread of its own; result() waits for it and raises its error."""
-
-  def __init__(self, function: Callable[[], Any]) -> None:
-    self.function = function
-    self.value: Any = None
-    self.error: Optional[BaseException] = None
-    self.thread = threading.Thread(target=self.work, daemon=True)
-    self.thread.start()
-
-  def work(self) -> None:
-    try:
-      self.value = self.function()
-    except BaseException as error:  # raised by result(), in the thread that wants it
-      self.error = error
-
-  def result(self) -> Any:
-    while self.thread.is_alive():
-      self.thread.join(ALERT)
-    if self.error:
-      raise self.error
-    return self.value
-
-
-def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
-  """One attempt at a small answer: its body, and its Location where a redirect was asked for."""
-  with open_url(net, url, stop=stop) as answer:
-    location = answer.headers.get("Location") or ""
-    if stop and stop in location:
-      return b"", location
-    try:
-      body = answer.read(MOST_DATA + 1)
-    except Exception as error:
-      raise connection_failure(url, error)
-  if len(body) > MOST_DATA:
-    raise QvmError(f"{short(url)}: the answer is larger than any release data")
-  return body, ""
-
-
-def get(net: Net, url: str) -> str:
-  """The text of a page, with retries."""
-  return with_retries(net, url, lambda: fetch_bytes(net, url)[0], lambda: 0).decode(
-    "utf-8", "replace"
-  )
+  return urllib.parse.unquote(text)
 
 
 def newest_tag(net: Net, repo: str) -> str:
@@ -2467,10 +2703,10 @@ def newest_tag(net: Net, repo: str) -> str:
     tag = unquoted(location.split("?")[0].split("#")[0].rpartition(mark)[2])
   else:
     tag = body[:200].decode("ascii", "replace").strip()
-  if not re.match(TAG, tag):
+  if not re.match(TAG_RE, tag):
     page = " but is an HTML page" if looks_like_html(body) else ""
     raise QvmError(
-      f"{short(url)} names no newest release{page}",
+      f"{redacted(url)} names no newest release{page}",
       f"does {repo} hold releases, or does a login page of this network stand in between?",
     )
   return tag
@@ -2478,9 +2714,9 @@ def newest_tag(net: Net, repo: str) -> str:
 
 def asset_url(net: Net, repo: str, tag: str, name: str) -> str:
   """The address of a release's asset."""
-  from urllib.parse import quote
-
-  return f"{net.releases}/{repo}/releases/download/{quote(tag)}/{quote(name)}"
+  return (
+    f"{net.releases}/{repo}/releases/download/{urllib.parse.quote(tag)}/{urllib.parse.quote(name)}"
+  )
 
 
 def api_release(data: Any) -> Optional[Release]:
@@ -2488,26 +2724,24 @@ def api_release(data: Any) -> Optional[Release]:
   if not isinstance(data, dict) or data.get("draft") or data.get("prerelease"):
     return None
   tag, assets = data.get("tag_name"), data.get("assets")
-  if not isinstance(tag, str) or not re.match(TAG, tag) or not isinstance(assets, list):
+  if not isinstance(tag, str) or not re.match(TAG_RE, tag) or not isinstance(assets, list):
     return None
   found = {}
   for asset in assets:
     if isinstance(asset, dict) and isinstance(asset.get("name"), str):
       digest = asset.get("digest")
-      sound = isinstance(digest, str) and re.match(DIGEST, digest)
+      sound = isinstance(digest, str) and re.match(DIGEST_RE, digest)
       found[asset["name"]] = str(digest)[7:] if sound else ""
   return Release(tag, found)
 
 
 def api_data(net: Net, path: str) -> Any:
   """One attempt at the API; QvmError says why there is no answer."""
-  import json
-
   url = f"{net.api}/{path}"
   try:
     return json.loads(fetch_bytes(net, url)[0].decode("utf-8"))
   except (ValueError, RecursionError, MemoryError):
-    raise QvmError(f"{short(url)}: the answer is no JSON")
+    raise QvmError(f"{redacted(url)}: the answer is no JSON")
   except Transient as error:
     raise QvmError(str(error))
 
@@ -2515,10 +2749,10 @@ def api_data(net: Net, path: str) -> Any:
 def api_releases(net: Net, repo: str) -> List[Release]:
   """All releases of a repository from the API, the newest first."""
   releases: List[Release] = []
-  for page in range(1, MOST_PAGES + 1):
+  for page in range(1, MAX_PAGES + 1):
     data = api_data(net, f"{repo}/releases?per_page=100&page={page}")
     if not isinstance(data, list):
-      raise QvmError(f"{short(net.api)}/{repo}/releases: the answer is no list of releases")
+      raise QvmError(f"{redacted(net.api)}/{repo}/releases: the answer is no list of releases")
     releases += [release for release in map(api_release, data) if release]
     if len(data) < 100:
       break
@@ -2527,9 +2761,7 @@ def api_releases(net: Net, repo: str) -> List[Release]:
 
 def page_release(net: Net, repo: str, tag: str) -> Release:
   """A release from its page fragment, which shows the assets as links and often their digests."""
-  from urllib.parse import quote
-
-  text = get(net, f"{net.releases}/{repo}/releases/expanded_assets/{quote(tag)}")
+  text = get_page(net, f"{net.releases}/{repo}/releases/expanded_assets/{urllib.parse.quote(tag)}")
   assets: Dict[str, str] = {}
   pieces = re.split(r'href="[^"]*/releases/download/[^"/]+/([^"/]+)"', text)
   for name, after in zip(pieces[1::2], pieces[2::2]):
@@ -2547,9 +2779,9 @@ def page_releases(net: Net, repo: str) -> List[Release]:
   newest = newest_tag(net, repo)
   tags = [newest]
   with contextlib.suppress(NotFound):
-    feed = get(net, f"{net.releases}/{repo}/releases.atom")
+    feed = get_page(net, f"{net.releases}/{repo}/releases.atom")
     listed = [unquoted(tag) for tag in re.findall(r'/releases/tag/([^"<>/\s]+)"', feed)]
-    listed = [tag for tag in dict.fromkeys(listed) if re.match(TAG, tag)]
+    listed = [tag for tag in dict.fromkeys(listed) if re.match(TAG_RE, tag)]
     tags = listed[listed.index(newest) :] if newest in listed else [newest, *listed]
   releases = []
   for tag in tags:
@@ -2566,13 +2798,13 @@ class Releases:
   def __init__(self, net: Net) -> None:
     self.net = net
     self.lock = threading.Lock()
-    self.asked: Dict[Tuple[str, ...], Later] = {}
+    self.asked: Dict[Tuple[str, ...], Future] = {}
 
   def once(self, key: Tuple[str, ...], function: Callable[[], T]) -> T:
     """The result of the first call with that key."""
     with self.lock:
       if key not in self.asked:
-        self.asked[key] = Later(function)
+        self.asked[key] = Future(function)
       later = self.asked[key]
     return later.result()  # type: ignore[no-any-return]
 
@@ -2591,7 +2823,7 @@ class Releases:
 
   def one(self, repo: str, tag: str) -> Release:
     """A release's data from the API, else from its page, else empty: no download waits long."""
-    net = quick(self.net)
+    net = impatient(self.net)
     if net.api:
       with contextlib.suppress(QvmError):
         release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
@@ -2633,7 +2865,7 @@ def images_in(os_name: str, releases: Sequence[Release]) -> List[Image]:
   for release in releases:
     for name in sorted(release.assets):  # the qcow2 before the tar.zst
       match = pattern.match(name)
-      if match and re.match(VERSION, match.group(1)):
+      if match and re.match(VERSION_RE, match.group(1)):
         version, arch = match.group(1), match.group(2)
         found.setdefault((version, arch), Image(version, arch, release.tag, name))
   return sorted(found.values(), key=lambda image: version_key(image.version), reverse=True)
@@ -2653,168 +2885,15 @@ def is_candidate(version: str) -> bool:
   return bool(re.search(r"(^|[^a-z])rc[0-9]*($|[^a-z])", version.lower()))
 
 
-# ---- Cache --------------------------------------------------------------------------------------
+# ---- Unpack -------------------------------------------------------------------------------------
 
-MOST_MEMBERS = 20000  # of a QEMU archive, which has some hundred
-MOST_BYTES = 1 << 30
+MAX_MEMBERS = 20000  # of a QEMU archive, which has some hundred
+MAX_QEMU_BYTES = 1 << 30
+MAX_DISK_BYTES = 1 << 40  # bytes of a bundle's disk, holes included
 BAD_NAME_ERRORS = (
   errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
   errno.ENOTDIR,
 )  # fmt: skip
-
-
-FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ssh", "code", "warm")
-OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
-
-
-def make_folders(cache: str) -> None:
-  """Make the cache and its folders, for this user only."""
-  path = os.path.dirname(cache)
-  try:
-    os.makedirs(path, exist_ok=True)
-    for name in FOLDERS:
-      path = os.path.join(cache, name) if name else cache
-      with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-      if not os.path.isdir(path):
-        raise QvmError(f"{path} is in the way: it is not a folder")
-      if path == cache or os.stat(cache).st_mode & 0o011:  # else nobody gets in there
-        check_owner(path, cache)
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    raise QvmError(f"{error.filename or path} cannot be made: {describe(error)}", OTHER_CACHE)
-  keep_code()
-
-
-def check_owner(path: str, cache: str) -> None:
-  """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
-
-  Root need not be feared: it can change everything anyway. In a cache of one's own, folders that
-  belong to another come from a copy that root has made of it.
-  """
-  stat = os.stat(path)
-  if path == cache and stat.st_uid not in (0, os.getuid()):
-    raise QvmError(
-      f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
-      f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
-    )
-  if stat.st_mode & 0o022:
-    raise QvmError(
-      f"{path} can be written by other users, and what is in it gets executed",
-      f"chmod go-w {path}; or {OTHER_CACHE}",
-    )
-
-
-packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: where to keep its compiled code, and it
-
-
-def keep_code() -> None:
-  """Keep the compiled code of qvm.pyz, so that the next start need not compile it again."""
-  import marshal
-
-  path, code = packed_code
-  if path and not os.path.exists(path):
-    with contextlib.suppress(OSError):  # it goes without
-      with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(marshal.dumps(code))
-      os.replace(file.name, path)
-
-
-def lock_file(fd: int, path: str, how: int) -> None:
-  """Take a lock on an open file or folder; BlockingIOError with LOCK_NB when another has it."""
-  import fcntl
-
-  try:
-    fcntl.flock(fd, how)
-  except BlockingIOError:
-    raise
-  except OSError as error:
-    raise QvmError(
-      f"{path} cannot be locked: {describe(error)}",
-      f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
-    )
-
-
-def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
-  """A descriptor that holds the lock on a file, or None when another process holds it.
-
-  The lock lasts until the last process that inherited the descriptor has ended. wait is asked
-  when the lock is held elsewhere: whether to wait for it. A lock file may be unlinked by its
-  holder, so what was locked must still be what the path names.
-  """
-  import fcntl
-
-  while True:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-      try:
-        lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        if not wait():
-          os.close(fd)
-          return None
-        lock_file(fd, path, fcntl.LOCK_EX)
-      here, there = os.fstat(fd), os.stat(path)
-      if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
-        return fd
-    except FileNotFoundError:
-      pass
-    except BaseException:
-      os.close(fd)
-      raise
-    os.close(fd)
-
-
-def drop_lock(fd: int, path: str) -> None:
-  """Remove the lock file while the lock is still held, then let go of it."""
-  remove_file(path)
-  os.close(fd)
-
-
-@contextlib.contextmanager
-def artefact_lock(folder: str, name: str) -> Iterator[None]:
-  """Hold the right to fetch one artefact into a folder, waiting for a qvm that fetches it.
-
-  Beside it goes a shared lock on the folder: `clean` takes that alone.
-  """
-  import fcntl
-
-  path, other = os.path.join(folder, name + ".lock"), Awaited(name, folder)
-
-  def wait() -> bool:
-    say(f"waiting for another qvm that downloads {name}")
-    Transfer.running.append(other)
-    return True
-
-  shared = os.open(folder, os.O_RDONLY)
-  try:
-    try:
-      lock_file(shared, folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-      say("waiting for another qvm that cleans up")
-      lock_file(shared, folder, fcntl.LOCK_SH)
-    try:
-      fd = try_lock(path, wait)
-    finally:
-      while other in Transfer.running:
-        Transfer.running.remove(other)
-    assert fd is not None  # wait says yes
-    try:
-      yield
-    finally:
-      drop_lock(fd, path)
-  finally:
-    os.close(shared)
-
-
-def publish(source: str, target: str, mode: int) -> None:
-  """Give a complete and checked file its place, on the disk before its name is."""
-  with open(source, "rb") as file:
-    os.fsync(file.fileno())
-  os.chmod(source, mode)
-  os.replace(source, target)
 
 
 def safe_name(name: str) -> List[str]:
@@ -2869,7 +2948,7 @@ def check_members(archive: Any) -> List[Tuple[Any, List[str]]]:
     size += member.size
     if member.size < 0:
       raise ValueError("it is damaged")
-    if len(members) >= MOST_MEMBERS or size > MOST_BYTES:
+    if len(members) >= MAX_MEMBERS or size > MAX_QEMU_BYTES:
       raise ValueError("it holds more than any QEMU")
     try:
       parts = check_member(member, plain)
@@ -2896,9 +2975,6 @@ def unpack(path: str, folder: str) -> None:
   Everything is written by hand, so that owners, times and modes in the archive do not matter,
   whatever the version of tarfile. Links come last: nothing is ever written through one.
   """
-  import shutil
-  import tarfile
-
   with tarfile.open(path, "r:*") as archive:
     members = check_members(archive)
     os.mkdir(folder, 0o755)
@@ -2910,7 +2986,7 @@ def unpack(path: str, folder: str) -> None:
       if not member.isdir():
         source = archive.extractfile(member)
         with open(target, "wb") as file:
-          shutil.copyfileobj(source, file, CHUNK)  # type: ignore[arg-type]
+          shutil.copyfileobj(source, file, CHUNK_BYTES)  # type: ignore[arg-type]
         os.chmod(target, 0o755 if member.mode & 0o100 else 0o644)
     for member, parts in members:
       if member.issym():
@@ -2925,10 +3001,6 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
   It may lie in that folder or, in an archive with one top folder, in that one. RefusedError
   when the archive is damaged, hostile or without that file; then nothing is left of it.
   """
-  import lzma
-  import tarfile
-  import zlib
-
   remove_tree(folder)
   try:
     unpack(path, folder)
@@ -2968,31 +3040,149 @@ def check_links(root: str) -> None:
         raise ValueError(f"its member '{os.path.relpath(path, root)}' is a link out of the archive")
 
 
-@contextlib.contextmanager
-def reset_if_refused(transfer: Transfer) -> Iterator[None]:
-  """Forget a download that turns out to be damaged or hostile."""
+UNZSTD = (("zstd", "-dcq"), ("unzstd", "-cq"), ("zstdcat", "-q"),
+          ("bsdtar", "-cf", "-", "--format=pax", "--ignore-zeros", "@-"))  # fmt: skip
+ZSTD_HINT = "install zstd (Debian: apt-get install zstd, macOS: brew install zstd)"
+
+
+def unzstd_command() -> List[str]:
+  """A program that unpacks zstd from stdin to stdout; empty where there is none."""
+  for name, *words in UNZSTD:
+    path = find_program(name)
+    if path:
+      return [path, *words]
+  return []
+
+
+def can_unzstd() -> bool:
+  """Whether bundles can be unpacked here: Python has zstd from 3.14 on."""
+  return bool(python_zstd() or unzstd_command())
+
+
+def python_zstd() -> Any:
+  """Python's own module for zstd, None where it has none."""
   try:
-    yield
-  except RefusedError:
-    transfer.reset()
-    raise
+    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+  except ImportError:
+    return None
+  return zstd
 
 
 @contextlib.contextmanager
-def gate(folder: str) -> Iterator[None]:
-  """Let one process at a time look at or take the locks of instances.
-
-  Whether an instance runs is told by trying its lock; without the gate, two that try at once
-  would each believe that the other is a running QEMU. The lock is on the folder itself.
-  """
-  import fcntl
-
-  fd = os.open(folder, os.O_RDONLY)
+def unzstd(path: str) -> Iterator[Any]:
+  """The unpacked bytes of a zstd file, as a stream; ValueError when the file is damaged."""
+  zstd = python_zstd()
+  if zstd:
+    try:
+      with zstd.open(path) as stream:
+        yield stream
+        while stream.read(CHUNK_BYTES):  # the end is looked at too
+          pass
+    except zstd.ZstdError as error:
+      raise ValueError(str(error))
+    return
+  with open(path, "rb") as packed:
+    process = start(
+      unzstd_command(), stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
   try:
-    lock_file(fd, folder, fcntl.LOCK_EX)
-    yield
+    yield process.stdout
+    while process.stdout.read(CHUNK_BYTES):  # so that the program sees and checks the end
+      pass
+    if process.wait():
+      raise ValueError(f"it is damaged, says {unzstd_command()[0]}")
   finally:
-    os.close(fd)
+    process.stdout.close()
+    end_process(process)
+
+
+def unpack_bundle(stream: Any, folder: str) -> None:
+  """Unpack disk.img and kernel, and nothing else, from a tar stream into a new folder."""
+  os.mkdir(folder)
+  with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES) as archive:
+    for member in archive:
+      name = "/".join(safe_name(member.name))
+      if not name and member.isdir():
+        continue
+      path = os.path.join(folder, name)
+      if name not in ("disk.img", "kernel") or not member.isreg() or os.path.lexists(path):
+        raise ValueError(f"its member '{member.name[:100]}' is not expected")
+      if not 0 <= member.size <= MAX_DISK_BYTES:
+        raise ValueError("its disk is larger than any")
+      write_sparse(archive, member, path)
+  if not os.path.isfile(os.path.join(folder, "disk.img")):
+    raise ValueError("it holds no disk.img")
+
+
+def write_sparse(archive: Any, member: Any, path: str) -> None:
+  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
+
+  A sparse member's pieces lie one behind the other in the stream, which is at the first.
+  """
+  zeros, end = bytes(CHUNK_BYTES), 0
+  pieces = member.sparse if member.issparse() else [(0, member.size)]
+  pieces = [(offset, size) for offset, size in pieces if size]  # tarfile fills up with (0, 0)
+  for offset, size in pieces:
+    if size < 0 or offset < end or offset + size > member.size:
+      raise ValueError("its disk has pieces out of place")
+    end = offset + size
+  try:
+    with open(path, "wb") as file:
+      for offset, size in pieces:
+        while size > 0:
+          chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
+          if not chunk:
+            raise ValueError("it is cut short")
+          if chunk != zeros[: len(chunk)]:
+            file.seek(offset)
+            file.write(chunk)
+          offset, size = offset + len(chunk), size - len(chunk)
+      file.truncate(member.size)
+  except OSError as error:
+    raise write_failure(path, sum(size for _, size in pieces), error)
+
+
+# ---- Store --------------------------------------------------------------------------------------
+
+
+def is_qemu_program(path: str) -> bool:
+  """Whether a cached file stands for the whole tree of a QEMU."""
+  return os.path.basename(path).startswith("qemu-system-")
+
+
+def record_path(path: str) -> str:
+  """Where release, URL, size and digests of a cached file or QEMU's program are noted."""
+  if is_qemu_program(path):
+    return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
+  return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
+
+
+def publish_with_record(source: str, target: str, record: Dict[str, Any], mode: int) -> None:
+  """Publish a file with its record, so that a kill at any moment leaves them matching.
+
+  Until the file has its place, its record waits beside the old one and tells by the inode
+  which of the two files it is meant for; record_of takes the one that fits.
+  """
+  waiting = record_path(target) + ".new"
+  write_json(waiting, {**record, "inode": os.stat(source).st_ino}, 0o444)
+  move_into_place(source, target, mode)
+  os.replace(waiting, record_path(target))
+
+
+def record_of(path: str) -> Dict[str, Any]:
+  """The record of a cached file; empty when there is none."""
+  waiting = record_path(path) + ".new"
+  new = read_json(waiting)
+  if new and os.path.exists(path) and new.get("inode") == os.stat(path).st_ino:
+    with contextlib.suppress(OSError):
+      os.replace(waiting, record_path(path))  # what the killed qvm was about to do
+    return new
+  return read_json(record_path(path))
+
+
+def cached_images(cache: str, os_name: str) -> List[Image]:
+  """The base images of an OS that are cached, the newest version first."""
+  return images_in(os_name, [Release("", dict.fromkeys(names_in(cache, "base"), ""))])
 
 
 def tables_fit(number: Callable[[int, int], int], size: int) -> bool:
@@ -3082,13 +3272,10 @@ def drop_socket(path: str) -> None:
 
 def drop_dead_sockets(folder: str) -> None:
   """Remove what servers that were killed before there was an overlay left among temporary files."""
-  import socket
-  import stat
-
   for path in [os.path.join(path, "nbd") for path in paths_in(folder, "")]:
     with contextlib.suppress(OSError):
       info = os.lstat(path)
-      mine = stat.S_ISSOCK(info.st_mode) and info.st_uid == os.getuid()
+      mine = S_ISSOCK(info.st_mode) and info.st_uid == os.getuid()
       if mine and time.time() > info.st_mtime + 60:  # a younger one may not listen yet
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
           probe.settimeout(1)
@@ -3107,7 +3294,7 @@ def base_of(disk: str) -> str:
 
 def base_files(cache: str) -> Dict[str, str]:
   """The paths on which the overlays of the instances lie, by the instances' names."""
-  folder = instances(cache)
+  folder = instances_dir(cache)
   disks = {name: os.path.join(folder, name + ".qcow2") for name in instance_names(cache, ".qcow2")}
   return {name: os.path.join(folder, base_of(disk)) for name, disk in disks.items()}
 
@@ -3130,11 +3317,11 @@ def pinned_release(plan: Plan) -> str:
   if os.path.isfile(plan.base):
     return ""
   records = [
-    read_json(os.path.join(instances(plan.cache), name + ".json"))
+    read_json(os.path.join(instances_dir(plan.cache), name + ".json"))
     for name in dependants(plan.cache, plan.base)
   ]
   tags = [str(record.get("release")) for record in records if record.get("release")]
-  return tags[0] if tags and re.match(TAG, tags[0]) else ""
+  return tags[0] if tags and re.match(TAG_RE, tags[0]) else ""
 
 
 def check_unused(plan: Plan) -> None:
@@ -3145,401 +3332,6 @@ def check_unused(plan: Plan) -> None:
       f"{plan.base} cannot be refreshed: these instances depend on it: {', '.join(names)}",
       "qvm rm deletes them, with all that their guests wrote",
     )
-
-
-def fetch_asset(
-  releases: Releases, repo: str, tag: str, name: str, folder: str
-) -> Tuple[Transfer, Dict[str, Any]]:
-  """Download an asset and check its digest where the release data name one.
-
-  Returns it with its record. One that differs is fetched once more from the start.
-  """
-  url = asset_url(releases.net, repo, tag, name)
-  for last in (False, True):
-    expected = Later(lambda: releases.digest(repo, tag, name))
-    transfer = download(releases.net, url, name, folder)
-    digest, wanted = transfer.hash.hexdigest(), expected.result()
-    if not wanted:
-      say(f"no digest is known for {name}: only its length could be checked")
-    if not wanted or digest == wanted:
-      break
-    transfer.reset()
-    problem = f"{short(url)}: what arrives has not the digest that the release names"
-    if last:
-      raise QvmError(f"{problem} (sha256 {wanted}, not {digest})", "it has been deleted")
-    say(f"{problem}; fetching it once more")
-    releases.forget(repo, tag)
-  return transfer, asset_record(transfer, tag, digest)
-
-
-def asset_record(transfer: Transfer, tag: str, digest: str) -> Dict[str, Any]:
-  """The record of an asset that has come whole."""
-  return {
-    "release": tag,
-    "url": transfer.url,
-    "validator": transfer.validator,
-    "size": transfer.done,
-    "asset_sha256": digest,
-    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-  }
-
-
-def is_qemu_program(path: str) -> bool:
-  """Whether a cached file stands for the whole tree of a QEMU."""
-  return os.path.basename(path).startswith("qemu-system-")
-
-
-def record_path(path: str) -> str:
-  """Where release, URL, size and digests of a cached file or QEMU's program are noted."""
-  if is_qemu_program(path):
-    return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
-  return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
-
-
-def place(source: str, target: str, record: Dict[str, Any], mode: int) -> None:
-  """Publish a file with its record, so that a kill at any moment leaves them matching.
-
-  Until the file has its place, its record waits beside the old one and tells by the inode
-  which of the two files it is meant for; record_of takes the one that fits.
-  """
-  waiting = record_path(target) + ".new"
-  write_json(waiting, {**record, "inode": os.stat(source).st_ino}, 0o444)
-  publish(source, target, mode)
-  os.replace(waiting, record_path(target))
-
-
-def record_of(path: str) -> Dict[str, Any]:
-  """The record of a cached file; empty when there is none."""
-  waiting = record_path(path) + ".new"
-  new = read_json(waiting)
-  if new and os.path.exists(path) and new.get("inode") == os.stat(path).st_ino:
-    with contextlib.suppress(OSError):
-      os.replace(waiting, record_path(path))  # what the killed qvm was about to do
-    return new
-  return read_json(record_path(path))
-
-
-def downloads(plan: Plan) -> str:
-  """Where unfinished files lie."""
-  return os.path.join(plan.cache, "downloads")
-
-
-def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
-  """Whether a part of resources is cached, with --refresh also whether it is the newest."""
-  if not os.path.isfile(path) or not plan.refresh:
-    return os.path.isfile(path)
-  url = asset_url(releases.net, "resources", releases.tag("resources"), name)
-  newest = record_of(path).get("url") == url
-  if newest:
-    say(f"{name} is the newest")
-  return newest
-
-
-def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer, Dict[str, Any]]:
-  """Download an asset of the newest release of QEMU."""
-  return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
-
-
-def tree_program(plan: Plan) -> str:
-  """The downloaded QEMU's program, whether or not it is the one that runs."""
-  return qemu_program(plan.cache, QEMU_CPUS[plan.guest.arch])
-
-
-def fetch_qemu(plan: Plan, releases: Releases) -> None:
-  """Download QEMU for the guest's CPU and put its tree in place."""
-  with artefact_lock(downloads(plan), plan.qemu_asset):
-    if is_there(plan, releases, tree_program(plan), plan.qemu_asset):
-      return
-    transfer, record = fetch_resource(releases, plan.qemu_asset, downloads(plan))
-    aside = plan.tree + ".tmp"
-    with reset_if_refused(transfer):
-      program = unpack_aside(transfer.part, aside, ("bin/qemu",))
-      root = os.path.dirname(os.path.dirname(program))
-      named = os.path.join(root, "bin", os.path.basename(tree_program(plan)))
-      taken = [os.path.join(root, "release.json" + end) for end in ("", ".tmp")]
-      fit = os.path.isdir(os.path.join(root, "share", "qemu"))
-      if not os.path.isfile(named):  # some archives may have it under both names
-        taken.append(named)
-      if not fit or any(os.path.lexists(path) for path in taken):
-        remove_tree(aside)
-        raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
-    if not os.path.isfile(named):
-      os.rename(program, named)
-    os.chmod(named, 0o755)
-    record["sha256"] = tree_sha256(root)
-    write_json(os.path.join(root, "release.json"), record)
-    with gate(instances(plan.cache)):
-      put_tree(root, plan.tree)
-    remove_tree(aside)
-    transfer.reset()
-
-
-def put_tree(root: str, link: str) -> None:
-  """Make link, a symbolic link, lead to a new tree, so that it is replaced in one step.
-
-  The tree before stays until the next one comes, for a QEMU that is just starting from it.
-  """
-  folder, name = os.path.split(link)
-  before = os.readlink(link) if os.path.islink(link) else ""
-  now = f".{name}-{os.urandom(4).hex()}"
-  os.rename(root, os.path.join(folder, now))
-  remove_file(link + ".new")
-  try:
-    os.symlink(now, link + ".new")
-  except OSError as error:
-    remove_tree(os.path.join(folder, now))
-    raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
-  if not os.path.islink(link):
-    remove_tree(link)  # from a copy of the cache that followed links
-  os.replace(link + ".new", link)
-  for entry in os.listdir(folder):
-    if entry.startswith(f".{name}-") and entry not in (now, before):
-      remove_tree(os.path.join(folder, entry))
-
-
-def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
-  """Download qemu-img."""
-  with artefact_lock(downloads(plan), plan.tools_asset):
-    if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
-      return
-    transfer, record = fetch_resource(releases, plan.tools_asset, downloads(plan))
-    aside = os.path.join(plan.cache, "bin", "resources.tmp")
-    with reset_if_refused(transfer):
-      program = os.path.realpath(unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img")))
-    record["sha256"] = file_sha256(program)
-    with gate(instances(plan.cache)):
-      place(program, plan.qemu_img, record, 0o755)
-    remove_tree(aside)
-    transfer.reset()
-
-
-# -- Images, as qcow2 or as bundles --
-
-
-UNZSTD = (("zstd", "-dcq"), ("unzstd", "-cq"), ("zstdcat", "-q"),
-          ("bsdtar", "-cf", "-", "--format=pax", "--ignore-zeros", "@-"))  # fmt: skip
-MOST_DISK = 1 << 40  # bytes of a bundle's disk, holes included
-ZSTD_HINT = "install zstd (Debian: apt-get install zstd, macOS: brew install zstd)"
-
-
-def cached_images(cache: str, os_name: str) -> List[Image]:
-  """The base images of an OS that are cached, the newest version first."""
-  return images_in(os_name, [Release("", dict.fromkeys(names_in(cache, "base"), ""))])
-
-
-def unzstd_command() -> List[str]:
-  """A program that unpacks zstd from stdin to stdout; empty where there is none."""
-  for name, *words in UNZSTD:
-    path = find_program(name)
-    if path:
-      return [path, *words]
-  return []
-
-
-def can_unzstd() -> bool:
-  """Whether bundles can be unpacked here: Python has zstd from 3.14 on."""
-  return bool(python_zstd() or unzstd_command())
-
-
-def python_zstd() -> Any:
-  """Python's own module for zstd, None where it has none."""
-  try:
-    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
-  except ImportError:
-    return None
-  return zstd
-
-
-@contextlib.contextmanager
-def unzstd(path: str) -> Iterator[Any]:
-  """The unpacked bytes of a zstd file, as a stream; ValueError when the file is damaged."""
-  zstd = python_zstd()
-  if zstd:
-    try:
-      with zstd.open(path) as stream:
-        yield stream
-        while stream.read(CHUNK):  # the end is looked at too
-          pass
-    except zstd.ZstdError as error:
-      raise ValueError(str(error))
-    return
-  import subprocess
-
-  with open(path, "rb") as packed:
-    process = start(
-      unzstd_command(), stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-  try:
-    yield process.stdout
-    while process.stdout.read(CHUNK):  # so that the program sees and checks the end
-      pass
-    if process.wait():
-      raise ValueError(f"it is damaged, says {unzstd_command()[0]}")
-  finally:
-    process.stdout.close()
-    end_process(process)
-
-
-def unpack_bundle(stream: Any, folder: str) -> None:
-  """Unpack disk.img and kernel, and nothing else, from a tar stream into a new folder."""
-  import tarfile
-
-  os.mkdir(folder)
-  with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as archive:
-    for member in archive:
-      name = "/".join(safe_name(member.name))
-      if not name and member.isdir():
-        continue
-      path = os.path.join(folder, name)
-      if name not in ("disk.img", "kernel") or not member.isreg() or os.path.lexists(path):
-        raise ValueError(f"its member '{member.name[:100]}' is not expected")
-      if not 0 <= member.size <= MOST_DISK:
-        raise ValueError("its disk is larger than any")
-      write_sparse(archive, member, path)
-  if not os.path.isfile(os.path.join(folder, "disk.img")):
-    raise ValueError("it holds no disk.img")
-
-
-def write_sparse(archive: Any, member: Any, path: str) -> None:
-  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
-
-  A sparse member's pieces lie one behind the other in the stream, which is at the first.
-  """
-  zeros, end = bytes(CHUNK), 0
-  pieces = member.sparse if member.issparse() else [(0, member.size)]
-  pieces = [(offset, size) for offset, size in pieces if size]  # tarfile fills up with (0, 0)
-  for offset, size in pieces:
-    if size < 0 or offset < end or offset + size > member.size:
-      raise ValueError("its disk has pieces out of place")
-    end = offset + size
-  try:
-    with open(path, "wb") as file:
-      for offset, size in pieces:
-        while size > 0:
-          chunk = archive.fileobj.read(min(size, CHUNK))
-          if not chunk:
-            raise ValueError("it is cut short")
-          if chunk != zeros[: len(chunk)]:
-            file.seek(offset)
-            file.write(chunk)
-          offset, size = offset + len(chunk), size - len(chunk)
-      file.truncate(member.size)
-  except OSError as error:
-    raise write_failure(path, sum(size for _, size in pieces), error)
-
-
-def convert_bundle(plan: Plan, part: str, aside: str) -> str:
-  """Unpack a downloaded bundle and make a qcow2 of its disk; returns the qcow2's path."""
-  import tarfile
-
-  name = os.path.basename(part)[: -len(".part")]
-  remove_tree(aside)
-  say(f"unpacking {name}")
-  try:
-    with unzstd(part) as stream:
-      unpack_bundle(stream, aside)
-  except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-    raise RefusedError(f"{name} is refused: {error}")
-  except OSError as error:
-    raise write_failure(aside, os.path.getsize(part), error)
-  disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
-  run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
-  os.unlink(disk)
-  return result
-
-
-def kernel_path(base: str) -> str:
-  """Where the kernel of a bundle is kept."""
-  return base[: -len(".qcow2")] + ".kernel"
-
-
-def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
-  """Releases and assets that may be the image, the best first, found out only as needed."""
-  repo, qcow2 = builder(plan.guest.os), plan.image_asset
-  bundle, unpackable = plan.bundle_asset, can_unzstd()
-  newest = releases.tag(repo)
-  yield newest, qcow2
-  if unpackable:
-    yield newest, bundle
-  for release in releases.all(repo):
-    if qcow2 in release.assets:  # the newest too: its first 404 may have been a passing one
-      yield release.tag, qcow2
-    elif bundle in release.assets and not unpackable:
-      say(f"{release.tag} has {bundle}, which takes zstd to unpack; looking for an older qcow2")
-    elif bundle in release.assets and release.tag != newest:
-      yield release.tag, bundle
-
-
-def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
-  """Make the base image from the newest release that has it; tools waits for qemu-img."""
-  repo = builder(plan.guest.os)
-  with artefact_lock(downloads(plan), plan.image_asset):
-    there = os.path.isfile(plan.base)
-    if there and not plan.refresh:
-      return
-    pinned = pinned_release(plan)
-    for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, releases):
-      url = asset_url(releases.net, repo, tag, name)
-      if there and record_of(plan.base).get("url") == url:
-        say(f"{name} of {tag} is the newest")
-        return
-      if there:
-        if not asset_exists(releases.net, url):
-          continue
-        check_unused(plan)  # before the download; put_image looks again
-      try:
-        transfer, record = fetch_asset(releases, repo, tag, name, downloads(plan))
-      except NotFound:
-        continue
-      if tag != (pinned or releases.tag(repo)):
-        say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
-      put_image(plan, transfer, record, tools)
-      return
-    raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
-
-
-def gone_image(plan: Plan, tag: str) -> QvmError:
-  """The error for overlays that were begun on an image that the server has no more."""
-  names = ", ".join(dependants(plan.cache, plan.base))
-  return QvmError(
-    f"{plan.image_asset} of {tag}, which these instances were begun on, cannot be had any more: "
-    f"{names}",
-    "qvm rm gives them up, with all that their guests wrote",
-  )
-
-
-def asset_exists(net: Net, url: str) -> bool:
-  """Whether a URL can be fetched, asked by fetching its first byte."""
-  try:
-    with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close(), lambda: 0)
-  except NotFound:
-    return False
-  return True
-
-
-def put_image(
-  plan: Plan, transfer: Transfer, record: Dict[str, Any], tools: Callable[[], None]
-) -> None:
-  """Check a downloaded image, converted if it is a bundle, and make it the base image."""
-  source, aside = transfer.part, os.path.join(downloads(plan), plan.image_asset + ".tmp")
-  record["sha256"] = record["asset_sha256"]
-  try:
-    with reset_if_refused(transfer):
-      if transfer.name == plan.bundle_asset:
-        tools()
-        source = convert_bundle(plan, transfer.part, aside)
-        record["sha256"] = file_sha256(source)
-      check_image(source)
-    record["bytes"] = os.path.getsize(source)
-    with gate(instances(plan.cache)):
-      if os.path.exists(plan.base):
-        check_unused(plan)
-      drop_checkpoints(plan, str(record["sha256"]))
-      place(source, plan.base, record, 0o444)
-      put_kernel(os.path.join(aside, "kernel"), kernel_path(plan.base))
-  finally:
-    remove_tree(aside)
-  transfer.reset()
 
 
 CHECKPOINT_PARTS = (".qcow2", ".memory", ".state")
@@ -3565,25 +3357,242 @@ def drop_checkpoints(plan: Plan, digest: str) -> None:
       remove_checkpoint(files)
 
 
+def fetch_asset(
+  releases: Releases, repo: str, tag: str, name: str, folder: str
+) -> Tuple[Transfer, Dict[str, Any]]:
+  """Download an asset and check its digest where the release data name one.
+
+  Returns it with its record. One that differs is fetched once more from the start.
+  """
+  url = asset_url(releases.net, repo, tag, name)
+  for last in (False, True):
+    expected = Future(lambda: releases.digest(repo, tag, name))
+    transfer = download(releases.net, url, name, folder)
+    digest, wanted = transfer.hash.hexdigest(), expected.result()
+    if not wanted:
+      say(f"no digest is known for {name}: only its length could be checked")
+    if not wanted or digest == wanted:
+      break
+    transfer.reset()
+    problem = f"{redacted(url)}: what arrives has not the digest that the release names"
+    if last:
+      raise QvmError(f"{problem} (sha256 {wanted}, not {digest})", "it has been deleted")
+    say(f"{problem}; fetching it once more")
+    releases.forget(repo, tag)
+  return transfer, asset_record(transfer, tag, digest)
+
+
+def asset_record(transfer: Transfer, tag: str, digest: str) -> Dict[str, Any]:
+  """The record of an asset that has come whole."""
+  return {
+    "release": tag,
+    "url": transfer.url,
+    "validator": transfer.validator,
+    "size": transfer.done,
+    "asset_sha256": digest,
+    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+  }
+
+
+def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
+  """Whether a part of resources is cached, with --refresh also whether it is the newest."""
+  if not os.path.isfile(path) or not plan.refresh:
+    return os.path.isfile(path)
+  url = asset_url(releases.net, "resources", releases.tag("resources"), name)
+  newest = record_of(path).get("url") == url
+  if newest:
+    say(f"{name} is the newest")
+  return newest
+
+
+def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer, Dict[str, Any]]:
+  """Download an asset of the newest release of QEMU."""
+  return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
+
+
+def fetch_qemu(plan: Plan, releases: Releases) -> None:
+  """Download QEMU for the guest's CPU and put its tree in place."""
+  with download_lock(downloads_dir(plan), plan.qemu_asset):
+    if is_there(plan, releases, tree_program(plan), plan.qemu_asset):
+      return
+    transfer, record = fetch_resource(releases, plan.qemu_asset, downloads_dir(plan))
+    aside = plan.tree + ".tmp"
+    with reset_if_refused(transfer):
+      program = unpack_aside(transfer.part, aside, ("bin/qemu",))
+      root = os.path.dirname(os.path.dirname(program))
+      named = os.path.join(root, "bin", os.path.basename(tree_program(plan)))
+      taken = [os.path.join(root, "release.json" + end) for end in ("", ".tmp")]
+      fit = os.path.isdir(os.path.join(root, "share", "qemu"))
+      if not os.path.isfile(named):  # some archives may have it under both names
+        taken.append(named)
+      if not fit or any(os.path.lexists(path) for path in taken):
+        remove_tree(aside)
+        raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
+    if not os.path.isfile(named):
+      os.rename(program, named)
+    os.chmod(named, 0o755)
+    record["sha256"] = tree_sha256(root)
+    write_json(os.path.join(root, "release.json"), record)
+    with instances_lock(instances_dir(plan.cache)):
+      swap_tree(root, plan.tree)
+    remove_tree(aside)
+    transfer.reset()
+
+
+def swap_tree(root: str, link: str) -> None:
+  """Make link, a symbolic link, lead to a new tree, so that it is replaced in one step.
+
+  The tree before stays until the next one comes, for a QEMU that is just starting from it.
+  """
+  folder, name = os.path.split(link)
+  before = os.readlink(link) if os.path.islink(link) else ""
+  now = f".{name}-{os.urandom(4).hex()}"
+  os.rename(root, os.path.join(folder, now))
+  remove_file(link + ".new")
+  try:
+    os.symlink(now, link + ".new")
+  except OSError as error:
+    remove_tree(os.path.join(folder, now))
+    raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
+  if not os.path.islink(link):
+    remove_tree(link)  # from a copy of the cache that followed links
+  os.replace(link + ".new", link)
+  for entry in os.listdir(folder):
+    if entry.startswith(f".{name}-") and entry not in (now, before):
+      remove_tree(os.path.join(folder, entry))
+
+
+def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
+  """Download qemu-img."""
+  with download_lock(downloads_dir(plan), plan.tools_asset):
+    if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
+      return
+    transfer, record = fetch_resource(releases, plan.tools_asset, downloads_dir(plan))
+    aside = os.path.join(plan.cache, "bin", "resources.tmp")
+    with reset_if_refused(transfer):
+      program = os.path.realpath(unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img")))
+    record["sha256"] = file_sha256(program)
+    with instances_lock(instances_dir(plan.cache)):
+      publish_with_record(program, plan.qemu_img, record, 0o755)
+    remove_tree(aside)
+    transfer.reset()
+
+
+def convert_bundle(plan: Plan, part: str, aside: str) -> str:
+  """Unpack a downloaded bundle and make a qcow2 of its disk; returns the qcow2's path."""
+  name = os.path.basename(part)[: -len(".part")]
+  remove_tree(aside)
+  say(f"unpacking {name}")
+  try:
+    with unzstd(part) as stream:
+      unpack_bundle(stream, aside)
+  except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+    raise RefusedError(f"{name} is refused: {error}")
+  except OSError as error:
+    raise write_failure(aside, os.path.getsize(part), error)
+  disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
+  run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
+  os.unlink(disk)
+  return result
+
+
+def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
+  """Releases and assets that may be the image, the best first, found out only as needed."""
+  repo, qcow2 = image_repo(plan.guest.os), plan.image_asset
+  bundle, unpackable = plan.bundle_asset, can_unzstd()
+  newest = releases.tag(repo)
+  yield newest, qcow2
+  if unpackable:
+    yield newest, bundle
+  for release in releases.all(repo):
+    if qcow2 in release.assets:  # the newest too: its first 404 may have been a passing one
+      yield release.tag, qcow2
+    elif bundle in release.assets and not unpackable:
+      say(f"{release.tag} has {bundle}, which takes zstd to unpack; looking for an older qcow2")
+    elif bundle in release.assets and release.tag != newest:
+      yield release.tag, bundle
+
+
+def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
+  """Make the base image from the newest release that has it; tools waits for qemu-img."""
+  repo = image_repo(plan.guest.os)
+  with download_lock(downloads_dir(plan), plan.image_asset):
+    there = os.path.isfile(plan.base)
+    if there and not plan.refresh:
+      return
+    pinned = pinned_release(plan)
+    for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, releases):
+      url = asset_url(releases.net, repo, tag, name)
+      if there and record_of(plan.base).get("url") == url:
+        say(f"{name} of {tag} is the newest")
+        return
+      if there:
+        if not asset_exists(releases.net, url):
+          continue
+        check_unused(plan)  # before the download; put_image looks again
+      try:
+        transfer, record = fetch_asset(releases, repo, tag, name, downloads_dir(plan))
+      except NotFound:
+        continue
+      if tag != (pinned or releases.tag(repo)):
+        say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
+      install_image(plan, transfer, record, tools)
+      return
+    raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
+
+
+def gone_image(plan: Plan, tag: str) -> QvmError:
+  """The error for overlays that were begun on an image that the server has no more."""
+  names = ", ".join(dependants(plan.cache, plan.base))
+  return QvmError(
+    f"{plan.image_asset} of {tag}, which these instances were begun on, cannot be had any more: "
+    f"{names}",
+    "qvm rm gives them up, with all that their guests wrote",
+  )
+
+
+def install_image(
+  plan: Plan, transfer: Transfer, record: Dict[str, Any], tools: Callable[[], None]
+) -> None:
+  """Check a downloaded image, converted if it is a bundle, and make it the base image."""
+  source, aside = transfer.part, os.path.join(downloads_dir(plan), plan.image_asset + ".tmp")
+  record["sha256"] = record["asset_sha256"]
+  try:
+    with reset_if_refused(transfer):
+      if transfer.name == plan.bundle_asset:
+        tools()
+        source = convert_bundle(plan, transfer.part, aside)
+        record["sha256"] = file_sha256(source)
+      check_image(source)
+    record["bytes"] = os.path.getsize(source)
+    with instances_lock(instances_dir(plan.cache)):
+      if os.path.exists(plan.base):
+        check_unused(plan)
+      drop_checkpoints(plan, str(record["sha256"]))
+      publish_with_record(source, plan.base, record, 0o444)
+      put_kernel(os.path.join(aside, "kernel"), kernel_path(plan.base))
+  finally:
+    remove_tree(aside)
+  transfer.reset()
+
+
 def put_kernel(source: str, target: str) -> None:
   """Keep a bundle's kernel beside the base image, unused for now; without one there is none."""
   if os.path.exists(source):
-    publish(source, target, 0o444)
+    move_into_place(source, target, 0o444)
   else:
     remove_file(target)
 
 
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   """The error for a version that no release has, with what there is instead."""
-  import difflib
-
   guest = plan.guest
-  images = images_in(guest.os, releases.all(builder(guest.os)))
+  images = images_in(guest.os, releases.all(image_repo(guest.os)))
   versions = [image.version for image in images if image.arch == guest.arch]
   if plan.version in versions and can_unzstd():
     return QvmError(
       f"a release names {guest.title} {plan.version} for {guest.arch}, but the server has it not",
-      f"see {releases.net.releases}/{builder(guest.os)}/releases",
+      f"see {releases.net.releases}/{image_repo(guest.os)}/releases",
     )
   if plan.version in versions:
     return QvmError(
@@ -3616,6 +3625,17 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
     in_parallel(net, jobs)
 
 
+def check_base(plan: Plan) -> None:
+  """Refuse a base image that is unsafe, or not as long as it was when it came."""
+  check_image(plan.base)
+  noted, size = record_of(plan.base).get("bytes"), os.path.getsize(plan.base)
+  if isinstance(noted, int) and noted != size:
+    raise QvmError(
+      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}",
+      "put the right file back, or delete it and pull it again",
+    )
+
+
 # ---- Instances ----------------------------------------------------------------------------------
 
 
@@ -3635,19 +3655,6 @@ class Instance(NamedTuple):
   validator: str = ""
 
 
-def take_instance(files: Files) -> int:
-  """Take an instance's lock; QvmError names the process that has it."""
-  with gate(files.folder):
-    fd = try_lock(files.lock, lambda: False)
-    if fd is None:
-      raise RunningError(
-        f"the instance {files.name} is running already ({holder(files)})",
-        "use another --name, or --rm, for a second machine",
-      )
-    note_holder(fd, "qvm", os.getpid())
-    return fd
-
-
 def note_holder(fd: int, program: str, pid: int) -> None:
   """Write into a lock file who holds it, for people; the lock itself decides."""
   with contextlib.suppress(OSError):  # a full disk must not keep `rm` from freeing some
@@ -3664,21 +3671,35 @@ def holder(files: Files) -> str:
     return "unknown process"
 
 
-def is_locked(path: str) -> bool:
-  """Whether a process holds the lock on a file; for an instance's lock within the gate only."""
-  import fcntl
+def holder_pid(files: Files) -> int:
+  """The process that holds an instance's lock, as noted in it; 0 when that cannot be read."""
+  match = re.search(r"process ([0-9]+)", holder(files))
+  return int(match.group(1)) if match else 0
 
-  try:
-    fd = os.open(path, os.O_RDONLY)
-  except FileNotFoundError:
-    return False
-  try:
-    lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return False
-  except BlockingIOError:
-    return True
-  finally:
-    os.close(fd)
+
+def take_instance(files: Files) -> int:
+  """Take an instance's lock; QvmError names the process that has it."""
+  with instances_lock(files.folder):
+    fd = try_lock(files.lock, lambda: False)
+    if fd is None:
+      raise RunningError(
+        f"the instance {files.name} is running already ({holder(files)})",
+        "use another --name, or --rm, for a second machine",
+      )
+    note_holder(fd, "qvm", os.getpid())
+    return fd
+
+
+def wait_released(files: Files, seconds: float) -> bool:
+  """Wait until nobody holds the instance's lock any more."""
+  deadline = time.monotonic() + seconds
+  while True:
+    with instances_lock(files.folder):
+      if not is_locked(files.lock):
+        return True
+    if time.monotonic() >= deadline:
+      return False
+    time.sleep(0.1)
 
 
 def read_instance(files: Files) -> Instance:
@@ -3724,24 +3745,6 @@ def remove_instance(files: Files, keep_log: bool = False) -> None:
         remove_file(files.path(suffix))
 
 
-def sweep(cache: str) -> None:
-  """Delete the --rm overlays whose qvm and QEMU were killed."""
-  if not os.access(instances(cache), os.W_OK):
-    return
-  for name in instance_names(cache, ".ephemeral"):
-    files = instance_files(cache, name)
-    with gate(files.folder):
-      fd = try_lock(files.lock, lambda: False)
-    if fd is not None:
-      if os.path.exists(files.mark):
-        remove_instance(files)
-      drop_lock(fd, files.lock)
-  if names_in(cache, "warm"):  # else there is nothing to take the gate for
-    with gate(instances(cache)):
-      for path in unfinished_checkpoints(cache):
-        remove_file(path)
-
-
 def unfinished_checkpoints(cache: str) -> List[str]:
   """The parts of checkpoints whose qvm was killed while it made them; to be asked in the gate."""
   found = []
@@ -3751,6 +3754,24 @@ def unfinished_checkpoints(cache: str) -> List[str]:
     if loose and suffix in (*CHECKPOINT_PARTS, ".tmp", ".lock") and not is_locked(stem + ".lock"):
       found.append(path)
   return found
+
+
+def sweep(cache: str) -> None:
+  """Delete the --rm overlays whose qvm and QEMU were killed."""
+  if not os.access(instances_dir(cache), os.W_OK):
+    return
+  for name in instance_names(cache, ".ephemeral"):
+    files = instance_files(cache, name)
+    with instances_lock(files.folder):
+      fd = try_lock(files.lock, lambda: False)
+    if fd is not None:
+      if os.path.exists(files.mark):
+        remove_instance(files)
+      drop_lock(fd, files.lock)
+  if names_in(cache, "warm"):  # else there is nothing to take the gate for
+    with instances_lock(instances_dir(cache)):
+      for path in unfinished_checkpoints(cache):
+        remove_file(path)
 
 
 def check_instance(plan: Plan, files: Files) -> None:
@@ -3792,17 +3813,6 @@ def other_base(files: Files, base: str, old: str) -> QvmError:
   )
 
 
-def check_base(plan: Plan) -> None:
-  """Refuse a base image that is unsafe, or not as long as it was when it came."""
-  check_image(plan.base)
-  noted, size = record_of(plan.base).get("bytes"), os.path.getsize(plan.base)
-  if isinstance(noted, int) and noted != size:
-    raise QvmError(
-      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}",
-      "put the right file back, or delete it and pull it again",
-    )
-
-
 class Source(NamedTuple):
   """A base image that still comes: where it is served, and which it is; digest if that is known."""
 
@@ -3828,6 +3838,29 @@ def record_instance(plan: Plan, files: Files, ssh: str, source: Optional[Source]
   write_json(files.record, dict(instance._asdict()))
 
 
+def backing_name(plan: Plan, path: str) -> str:
+  """How an overlay names what it lies on: by a relative path, so that the cache may be moved."""
+  return os.path.relpath(path, os.path.dirname(plan.disk))
+
+
+def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
+  """Make the instance's disk, an overlay on what backing names, if there is none.
+
+  One that was begun while its base image came is put on what there is now; its data stay.
+  """
+  if os.path.lexists(plan.disk):
+    if is_streamed(plan.disk):
+      drop_socket(socket_of(plan.disk))
+      rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
+      run_program([*rebase, plan.disk], locks)
+    return
+  aside = plan.disk + ".tmp"
+  remove_file(aside)
+  create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
+  run_program(create, locks)  # an orphaned qemu-img still holds the instance
+  os.replace(aside, plan.disk)
+
+
 class Row(NamedTuple):
   """One line of `qvm list`."""
 
@@ -3844,10 +3877,10 @@ class Row(NamedTuple):
 
 def list_instances(cache: str) -> List[Row]:
   """All instances that have a disk, by name; then the checkpoints."""
-  if not os.path.isdir(instances(cache)):
+  if not os.path.isdir(instances_dir(cache)):
     return []
   rows = []
-  with gate(instances(cache)):
+  with instances_lock(instances_dir(cache)):
     for name in instance_names(cache, ".qcow2"):
       files = instance_files(cache, name)
       running = is_locked(files.lock)
@@ -3872,7 +3905,7 @@ def base_share(cache: str, disk: str) -> int:
   name = os.path.basename(base_of(disk))
   if not is_streamed(disk) or os.path.isfile(os.path.join(cache, "base", name)):
     return 100
-  other = Awaited(name, os.path.join(cache, "downloads"))
+  other = OtherDownload(name, os.path.join(cache, "downloads"))
   done, total = other.done, other.total
   return min(100, 100 * done // total) if total else 0
 
@@ -3882,7 +3915,7 @@ def base_share(cache: str, disk: str) -> int:
 CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"
 
 
-class Facts(NamedTuple):
+class HostFacts(NamedTuple):
   """What was found out before the start and decides on adjustments."""
 
   address: Address
@@ -3899,7 +3932,7 @@ class Adjustment(NamedTuple):
   new: str
 
 
-def adjustments(options: Options, guest: Guest, facts: Facts) -> List[Adjustment]:
+def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjustment]:
   """All the ways in which what runs differs from the table; README.md says why."""
   address = facts.address
   changes = [
@@ -3931,7 +3964,7 @@ def adjusted(rows: List[List[str]], changes: Iterable[Adjustment]) -> List[List[
   return result
 
 
-def qemu_command(plan: Plan, options: Options, facts: Facts) -> List[str]:
+def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
   """The command line that runs the guest.
 
   In QEMU's option strings a comma within a value is written twice; -bios takes a plain path.
@@ -3980,9 +4013,9 @@ def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
   return ("amx_tile" in flags or "la57" in flags) and os.access(kvm, os.R_OK | os.W_OK)
 
 
-# ---- Console and processes ----------------------------------------------------------------------
+# ---- Console ------------------------------------------------------------------------------------
 
-KEYS = (
+KEY_HELP = (
   "Ctrl-A x ends the machine at once, like pulling its plug",
   "Ctrl-A h shows these keys",
   "Ctrl-A Ctrl-A sends Ctrl-A; every other key goes to the guest",
@@ -3990,16 +4023,13 @@ KEYS = (
 # Private modes of terminals (xterm's ctlseqs) that guests change and people stumble over.
 MODES_ON = (7, 25)  # line wrap, cursor
 MODES_OFF = (1, 47, 1000, 1002, 1003, 1004, 1006, 1047, 1049, 2004)  # keys, screens, mouse, paste
-TAIL = 8192  # bytes of QEMU's last words that are kept
+TAIL_BYTES = 8192  # bytes of QEMU's last words that are kept
 DISK_FULL = "the disk is full: QEMU has stopped the guest; free some space and start it again"
 
 
 @contextlib.contextmanager
 def terminal_kept() -> Iterator[None]:
   """Give the terminal back as it was, also after a QEMU that was killed and left it raw."""
-  import fcntl
-  import termios
-
   before, flags = None, 0
   with contextlib.suppress(termios.error, OSError):
     if os.tcgetpgrp(0) == os.getpgrp():  # in the background it is not ours to change
@@ -4071,6 +4101,46 @@ class Modes:
     return on + b"\x1b[0m"
 
 
+KVM_DENIED = "/dev/kvm is there but may not be used"
+KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"
+TCG_FIX = "add --accel tcg, which is slower"
+# What QEMU says, what that means, and what to do about it.
+CAUSES = (
+  (r"kvm_\w+: Assertion", "KVM is there but broken underneath (a virtual machine in another?)",
+   TCG_FIX),
+  (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
+  (r"set up host forwarding rule", "the ssh port is taken by another program",
+   "choose another with --ssh-port"),
+  (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
+   "end that one first, or use another --name"),
+  (r"cannot set up guest memory|Cannot allocate memory", "there is not enough memory",
+   "give the guest less, such as -m 2G"),
+  (r"No space left on device|Disk quota exceeded", "the disk is full",
+   "free some space (qvm clean shows what can go), then run it again"),
+  (r"invalid accelerator|accelerator .* not found|failed to initialize", "no accelerator works",
+   "add --accel tcg, which works everywhere"),
+  (r"failed to find romfile|could not load PC BIOS|Could not open .*share/qemu",
+   "QEMU's firmware is incomplete", "qvm clean --all removes it; the next run fetches it again"),
+)  # fmt: skip
+FELL_BACK_RE = r"initialize kvm: Permission denied(.|\n)*falling back to tcg"
+
+
+def explain(words: str) -> List[str]:
+  """What is known about QEMU's words of failure: the cause and the fix."""
+  words = re.split(r"falling back to \w+", words)[-1]  # what came before is no reason to end
+  for pattern, cause, fix in CAUSES:
+    if re.search(pattern, words, re.IGNORECASE):
+      return [f"QEMU could not go on: {cause}", fix]
+  return []
+
+
+def fell_back(words: str) -> List[str]:
+  """What to say when QEMU runs, but without the KVM that there is."""
+  if not re.search(FELL_BACK_RE, words):
+    return []
+  return [f"{KVM_DENIED}: the guest is emulated, which is much slower", KVM_FIX]
+
+
 class Relay:
   """Passes the bytes between QEMU's pipes and our terminal and files until QEMU ends."""
 
@@ -4086,8 +4156,6 @@ class Relay:
 
   def run(self) -> None:
     """Relay until QEMU has ended and all that it wrote is passed on."""
-    import select
-
     out, err, keys = self.process.stdout, self.process.stderr, self.process.stdin
     sources = {stream.fileno(): stream for stream in (out, err) if stream}
     typed = {0} if self.interactive else set()
@@ -4103,7 +4171,7 @@ class Relay:
       if 0 in ready and not self.read_keys():
         typed.clear()
       for fd in [fd for fd in ready if fd in sources]:
-        chunk = os.read(fd, CHUNK)
+        chunk = os.read(fd, CHUNK_BYTES)
         if not chunk:
           del sources[fd]
         elif sources[fd] is err:
@@ -4119,7 +4187,7 @@ class Relay:
   def read_keys(self) -> bool:
     """Handle what was typed; False at the end of the input."""
     try:
-      data = os.read(0, CHUNK)
+      data = os.read(0, CHUNK_BYTES)
     except OSError:
       data = b""
     sent, commands = self.keyboard.feed(data)
@@ -4129,7 +4197,7 @@ class Relay:
         say("ending the machine")
         end_process(self.process)
       else:
-        for line in KEYS:
+        for line in KEY_HELP:
           say(line)
     return bool(data)
 
@@ -4162,7 +4230,7 @@ class Relay:
 
   def complain(self, chunk: bytes) -> None:
     """Pass on QEMU's own words, and keep the last of them."""
-    self.words = (self.words + chunk)[-TAIL:]
+    self.words = (self.words + chunk)[-TAIL_BYTES:]
     if not self.fell_back:
       self.fell_back = fell_back(self.words.decode("utf-8", "replace"))
       for line in self.fell_back:
@@ -4173,18 +4241,8 @@ class Relay:
 
 def go_raw() -> None:
   """Let every key pass through our terminal untouched, Ctrl-C, Ctrl-Z and Ctrl-S included."""
-  import termios
-  import tty
-
   tty.setraw(0, termios.TCSADRAIN)
   report.newline = "\r\n"
-
-
-def disk_is_full(path: str) -> bool:
-  """Whether a write there fails; QEMU then stops the guest without a word (werror=enospc)."""
-  with contextlib.suppress(OSError):
-    return free_space(path) < 128 << 10  # less than two of qcow2's clusters
-  return False
 
 
 def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
@@ -4199,143 +4257,16 @@ def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
   return [printable(line) for line in text.split("\n") if line.strip()][-count:]
 
 
-KVM_DENIED = "/dev/kvm is there but may not be used"
-KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"
-TCG_FIX = "add --accel tcg, which is slower"
-# What QEMU says, what that means, and what to do about it.
-CAUSES = (
-  (r"kvm_\w+: Assertion", "KVM is there but broken underneath (a virtual machine in another?)",
-   TCG_FIX),
-  (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
-  (r"set up host forwarding rule", "the ssh port is taken by another program",
-   "choose another with --ssh-port"),
-  (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
-   "end that one first, or use another --name"),
-  (r"cannot set up guest memory|Cannot allocate memory", "there is not enough memory",
-   "give the guest less, such as -m 2G"),
-  (r"No space left on device|Disk quota exceeded", "the disk is full",
-   "free some space (qvm clean shows what can go), then run it again"),
-  (r"invalid accelerator|accelerator .* not found|failed to initialize", "no accelerator works",
-   "add --accel tcg, which works everywhere"),
-  (r"failed to find romfile|could not load PC BIOS|Could not open .*share/qemu",
-   "QEMU's firmware is incomplete", "qvm clean --all removes it; the next run fetches it again"),
-)  # fmt: skip
-FELL_BACK = r"initialize kvm: Permission denied(.|\n)*falling back to tcg"
+def show_console(lines: Iterable[str]) -> None:
+  """Show the last that a guest wrote to its console."""
+  for line in lines:
+    say("| " + line)
 
 
-def explain(words: str) -> List[str]:
-  """What is known about QEMU's words of failure: the cause and the fix."""
-  words = re.split(r"falling back to \w+", words)[-1]  # what came before is no reason to end
-  for pattern, cause, fix in CAUSES:
-    if re.search(pattern, words, re.IGNORECASE):
-      return [f"QEMU could not go on: {cause}", fix]
-  return []
+# ---- Ssh ----------------------------------------------------------------------------------------
 
-
-def fell_back(words: str) -> List[str]:
-  """What to say when QEMU runs, but without the KVM that there is."""
-  if not re.search(FELL_BACK, words):
-    return []
-  return [f"{KVM_DENIED}: the guest is emulated, which is much slower", KVM_FIX]
-
-
-def memory_bytes(memory: str) -> int:
-  """A guest's memory as -m has it, in bytes; a number alone is megabytes."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-
-
-def memory_warning(memory: str, available: Optional[int]) -> str:
-  """A warning when a guest's memory is more than the host has to spare, both in bytes."""
-  wanted = memory_bytes(memory)
-  if available is None or wanted <= available:
-    return ""
-  return (
-    f"the guest gets {megabytes(wanted)} of memory, but only {megabytes(available)} are free: "
-    "if it is killed or slow, give it less with -m"
-  )
-
-
-def available_memory(meminfo: str) -> Optional[int]:
-  """The bytes of memory that programs can still get; all there is where nobody tells."""
-  with contextlib.suppress(OSError, ValueError, IndexError):
-    with open(meminfo) as file:
-      line = next((line for line in file if line.startswith("MemAvailable:")), "")
-    return int(line.split()[1]) << 10
-  with contextlib.suppress(OSError, ValueError):
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return None
-
-
-def backing_name(plan: Plan, path: str) -> str:
-  """How an overlay names what it lies on: by a relative path, so that the cache may be moved."""
-  return os.path.relpath(path, os.path.dirname(plan.disk))
-
-
-def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
-  """Make the instance's disk, an overlay on what backing names, if there is none.
-
-  One that was begun while its base image came is put on what there is now; its data stay.
-  """
-  if os.path.lexists(plan.disk):
-    if is_streamed(plan.disk):
-      drop_socket(socket_of(plan.disk))
-      rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
-      run_program([*rebase, plan.disk], locks)
-    return
-  aside = plan.disk + ".tmp"
-  remove_file(aside)
-  create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
-  run_program(create, locks)  # an orphaned qemu-img still holds the instance
-  os.replace(aside, plan.disk)
-
-
-def bind(kind: int, address: Address) -> Any:
-  """A socket of this kind at an address, or None when another one is there."""
-  import socket
-
-  taken = socket.socket(socket.AF_INET, kind)
-  try:
-    if kind == socket.SOCK_STREAM:
-      taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU's user network does
-    taken.bind((address.host, address.port))
-  except OSError as error:
-    taken.close()
-    if error.errno == errno.EADDRNOTAVAIL:
-      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
-    if error.errno == errno.EACCES:
-      raise QvmError(f"port {address.port} needs root; choose one above 1023")
-    return None
-  return taken
-
-
-def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
-  """A free port, with the descriptor of a lock that keeps every other qvm away from it.
-
-  The lock is the UDP port of the same number, which nothing is ever sent to: the system gives it
-  to one process, whatever cache and user that has, and takes it back when QEMU has ended.
-  """
-  import socket
-
-  for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
-    address = wanted._replace(port=port)
-    lock = bind(socket.SOCK_DGRAM, address)
-    probe = lock and bind(socket.SOCK_STREAM, address)
-    if probe:
-      probe.close()
-      stack.callback(lock.close)
-      return address, lock.fileno()
-    if lock:
-      lock.close()
-  raise QvmError(
-    f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
-    "choose another, or leave --ssh-port out to get a free one",
-  )
-
-
-# ---- Guest access -------------------------------------------------------------------------------
-
-STOP_PATIENCE = 120.0  # seconds that a guest has to power itself off
-LOGIN_PATIENCE = 60.0  # seconds that a guest has, once ssh answers, to take over the key
+POWER_OFF_SECONDS = 120.0  # seconds that a guest has to power itself off
+KEY_LOGIN_SECONDS = 60.0  # seconds that a guest has, once ssh answers, to take over the key
 
 
 class Login(NamedTuple):
@@ -4355,10 +4286,13 @@ def reachable(address: Address) -> str:
   return "127.0.0.1" if address.host == "0.0.0.0" else address.host
 
 
+def ssh_line(guest: Guest, address: Address) -> str:
+  """The command with which a person gets in."""
+  return f"ssh -p {address.port} {guest.user}@{reachable(address)}"
+
+
 def has_banner(address: Address, timeout: float) -> bool:
   """Whether an ssh server answers; QEMU's forward accepts long before the guest listens."""
-  import socket
-
   try:
     with socket.create_connection((reachable(address), address.port), timeout) as link:
       link.settimeout(timeout)
@@ -4391,11 +4325,6 @@ def program_for_ssh(name: str) -> str:
       "install OpenSSH's client (Debian: apt-get install openssh-client)",
     )
   return program
-
-
-def key_path(cache: str) -> str:
-  """The private key with which qvm logs in where one is wanted; .pub beside it is the public."""
-  return os.path.join(cache, "ssh", "id_ed25519")
 
 
 def make_key(cache: str) -> None:
@@ -4434,8 +4363,6 @@ def key_disk(public: bytes, start: int) -> bytes:
 
   With start, in bytes, that is the first partition of an MBR; else it fills the bare disk.
   """
-  import struct
-
   hidden = start // SECTOR
   layout = (*FAT_LAYOUT, hidden, 0, 0x80, 0, 0x29, 0x71766D, b"NO NAME    ", b"FAT12   ")
   boot = b"\xeb\x3c\x90qvm     " + struct.pack(*layout)
@@ -4471,8 +4398,6 @@ def ssh_command(login: Login, log: str) -> List[str]:
   Its own words go to the file log, as does a line once it has logged in (see ssh_config(5)). It is
   to be started in the folder of the instances: no path need be quoted for it, as versions differ.
   """
-  import shlex
-
   options = {
     "BatchMode": "yes",  # nobody is asked for a password
     "ConnectTimeout": "30",
@@ -4530,8 +4455,6 @@ def ssh_once(
   login: Login, line: str, use: Callable[[Any], None], terminal: bool, streams: Dict[str, Any]
 ) -> Tuple[int, bool, str]:
   """Run ssh to its end; returns its exit code, whether it logged in, and its own words."""
-  import tempfile
-
   with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
     command = ssh_command(login, log.name)
     command[1:1] = ["-t" if terminal else "-T"]
@@ -4543,7 +4466,7 @@ def ssh_once(
         stack.callback(end_process, process)
       use(process)
       process.wait()
-    words = log.read(TAIL).decode("utf-8", "replace").split()
+    words = log.read(TAIL_BYTES).decode("utf-8", "replace").split()
   logged_in = LOGGED_IN in words or 0 <= process.returncode < 255  # no space for its line
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
@@ -4595,8 +4518,6 @@ def command_script(
   the command. pid_file, if named, holds its process group meanwhile. first is a script to run
   before.
   """
-  import shlex
-
   words = " ".join(map(shlex.quote, command))
   lines = ["trap : INT QUIT", *filter(None, [first])]
   if folder:
@@ -4627,43 +4548,6 @@ def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[
   return variables
 
 
-def holder_pid(files: Files) -> int:
-  """The process that holds an instance's lock, as noted in it; 0 when that cannot be read."""
-  match = re.search(r"process ([0-9]+)", holder(files))
-  return int(match.group(1)) if match else 0
-
-
-def wait_released(files: Files, seconds: float) -> bool:
-  """Wait until nobody holds the instance's lock any more."""
-  deadline = time.monotonic() + seconds
-  while True:
-    with gate(files.folder):
-      if not is_locked(files.lock):
-        return True
-    if time.monotonic() >= deadline:
-      return False
-    time.sleep(0.1)
-
-
-def stop_instance(files: Files, force: bool) -> None:
-  """End a running machine: its own power-off, then SIGTERM, then SIGKILL, each said."""
-  if not force and power_off(files):
-    if wait_released(files, STOP_PATIENCE):
-      return say(f"{files.name} has powered off")
-    say(f"{files.name} has not powered off in {STOP_PATIENCE:g} s")
-  for number, patience in ((signal.SIGTERM, PATIENCE + 2), (signal.SIGKILL, PATIENCE)):
-    pid = holder_pid(files)
-    if not pid or wait_released(files, 0):
-      break
-    say(f"{files.name}: sending {number.name} to {holder(files)}")
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, number)
-    if wait_released(files, patience):
-      return
-  if not wait_released(files, 0):
-    raise QvmError(f"the instance {files.name} cannot be ended ({holder(files)})")
-
-
 def noted_address(instance: Instance, files: Files) -> Address:
   """Where a running instance listens; QvmError when it does not, or its record is damaged."""
   if holder(files).startswith("qvm"):
@@ -4686,7 +4570,6 @@ def login_of(files: Files) -> Login:
 
 def power_off(files: Files) -> bool:
   """Ask the guest over ssh to power itself off; whether it took the order."""
-  import subprocess
 
   def wait(process: Any) -> None:
     process.wait(60)
@@ -4707,272 +4590,26 @@ def power_off(files: Files) -> bool:
   return code in (0, 255)
 
 
-# ---- Warm starts --------------------------------------------------------------------------------
-# A checkpoint is what a guest's memory, devices and disk were when it had just booted. QEMU calls
-# it VM templating: the memory is a file, shared while the guest boots, private to each machine
-# that starts from it afterwards. Nothing is copied; siblings share what none of them has changed.
-
-WARM_PATIENCE = 15.0  # seconds that a machine from a checkpoint has to answer
-MOST_WORDS = 1 << 20  # bytes of one answer of QEMU
-
-
-class Warm(NamedTuple):
-  """How a machine is started around a checkpoint, and the control socket's two ends."""
-
-  files: Files  # of the checkpoint
-  saving: bool  # it boots to become the checkpoint; else it starts from it
-  ours: Any
-  theirs: Any
-
-
-@contextlib.contextmanager
-def warm_of(files: Files, saving: bool) -> Iterator[Warm]:
-  """A Warm with a fresh control socket, a pair that nobody else can connect to."""
-  import socket
-
-  ours, theirs = socket.socketpair()
-  with ours, theirs:
-    ours.settimeout(WARM_PATIENCE)
-    yield Warm(files, saving, ours, theirs)
-
-
-def warm_command(command: Sequence[str], warm: Warm) -> List[str]:
-  """QEMU's command line with what saving or restoring takes: the memory's file, and control.
-
-  See docs/system/vm-templating.rst of QEMU; -incoming defer waits for the order to load.
-  """
-  words = list(command)
-  words[words.index("-machine") + 1] += ",memory-backend=qvm-memory"
-  size, path = words[words.index("-m") + 1], warm.files.memory.replace(",", ",,")
-  share = "on" if warm.saving else "off"
-  words += [
-    "-object",
-    f"memory-backend-file,id=qvm-memory,size={size},mem-path={path},share={share}",
-  ]
-  words += ["-chardev", f"socket,id=qvm-control,fd={warm.theirs.fileno()}"]
-  words += ["-mon", "chardev=qvm-control,mode=control"]
-  return words if warm.saving else [*words, "-incoming", "defer"]
-
-
-class Control:
-  """QEMU's control socket (QMP); every failure is a QvmError."""
-
-  def __init__(self, link: Any) -> None:
-    self.link, self.rest = link, b""
-    self.read()  # the greeting
-    self("qmp_capabilities")
-    ignore = {"capability": "x-ignore-shared", "state": True}  # the memory is in its file already
-    self("migrate-set-capabilities", capabilities=[ignore])
-
-  def __call__(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> Any:
-    """Give an order and return its result; fds go along."""
-    import array
-    import json
-    import socket
-
-    text = json.dumps({"execute": order, "arguments": arguments}).encode()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    try:
-      self.link.sendmsg([text], rights)
-      answer = self.read()
-      while "return" not in answer and "error" not in answer:
-        answer = self.read()  # events
-    except OSError as error:
-      raise QvmError(f"QEMU does not answer: {describe(error)}")
-    if "error" in answer:
-      raise QvmError(f"QEMU: {order}: {answer['error'].get('desc')}")
-    return answer["return"]
-
-  def read(self) -> Dict[str, Any]:
-    """The next thing that QEMU says, one line of JSON."""
-    import json
-
-    while b"\n" not in self.rest:
-      try:
-        chunk = self.link.recv(CHUNK)
-      except OSError as error:
-        raise QvmError(f"QEMU does not answer: {describe(error)}")
-      self.rest += chunk
-      if not chunk or len(self.rest) > MOST_WORDS:
-        raise QvmError("QEMU has ended" if not chunk else "QEMU says more than can be")
-    line, _, self.rest = self.rest.partition(b"\n")
-    return dict(json.loads(line.decode("utf-8", "replace")))
-
-  def accelerator(self) -> str:
-    """The accelerator that is in use."""
-    if self("query-kvm")["enabled"]:
-      return "kvm"
-    try:
-      self("x-query-jit")
-    except QvmError:
-      return "hvf"
-    return "tcg"
-
-  @contextlib.contextmanager
-  def stream(self, order: str) -> Iterator[Any]:
-    """Our end of a socket over which QEMU is ordered to send, or to take, the devices' state."""
-    import socket
-
-    ours, theirs = socket.socketpair()
-    with ours:
-      with theirs:
-        self("getfd", [theirs.fileno()], fdname="qvm-state")
-      ours.settimeout(WARM_PATIENCE)
-      self(order, uri="fd:qvm-state")
-      yield ours
-
-  def save(self, path: str) -> None:
-    """Stop the guest and write the state of its devices to a file."""
-    self("stop")
-    try:
-      with self.stream("migrate") as link, open(path, "wb") as file:
-        for chunk in iter(lambda: link.recv(CHUNK), b""):
-          file.write(chunk)
-    except OSError as error:
-      raise write_failure(path, 0, error)
-    self.settle("query-migrate", ("setup", "active", "device", "pre-switchover"), "completed")
-
-  def load(self, path: str) -> None:
-    """Take the state of the devices from a file and let the guest go on."""
-    with open(path, "rb") as file:
-      content = file.read()
-    try:
-      with self.stream("migrate-incoming") as link:
-        link.sendall(content)
-    except OSError as error:
-      raise QvmError(f"QEMU does not take the state: {describe(error)}")
-    self.settle("query-status", ("inmigrate",), "paused")
-    self("cont")
-
-  def settle(self, question: str, passing: Sequence[str], good: str) -> None:
-    """Ask until the status is none of the passing ones; QvmError unless it is the good one."""
-    deadline = time.monotonic() + WARM_PATIENCE
-    answer = self(question)
-    while answer.get("status") in passing and time.monotonic() < deadline:
-      time.sleep(0.005)
-      answer = self(question)
-    if answer.get("status") != good:
-      why = answer.get("error-desc") or f"its status is {answer.get('status')}"
-      raise QvmError(f"QEMU: {question}: {why}")
-
-
-def checkpoint_key(plan: Plan, options: Options, facts: Facts) -> str:
-  """What a checkpoint is good for, as a digest: a base image, a command line, a QEMU, this host.
-
-  Paths, address and port may differ. Which accelerator is in use shows only once QEMU runs.
-  """
-  named = plan._replace(qemu="QEMU", share="SHARE", disk="DISK")
-  facts = facts._replace(address=Address(), keys="KEYS" if facts.keys else "")
-  tree = record_of(tree_program(plan)).get("sha256")
-  own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
-  public = b""
-  if facts.keys:
-    with open(key_path(plan.cache) + ".pub", "rb") as file:
-      public = file.read(4096)
-  digest = new_sha256()
-  for text in (
-    *qemu_command(named, options, facts),
-    *(str(record_of(plan.base).get("sha256")), str(tree), own, os.fsdecode(public)),
-    *host_cpu("/proc/cpuinfo"),
+def stop_instance(files: Files, force: bool) -> None:
+  """End a running machine: its own power-off, then SIGTERM, then SIGKILL, each said."""
+  if not force and power_off(files):
+    if wait_released(files, POWER_OFF_SECONDS):
+      return say(f"{files.name} has powered off")
+    say(f"{files.name} has not powered off in {POWER_OFF_SECONDS:g} s")
+  for number, patience in (
+    (signal.SIGTERM, TERM_GRACE_SECONDS + 2),
+    (signal.SIGKILL, TERM_GRACE_SECONDS),
   ):
-    digest.update(os.fsencode(text) + b"\0")
-  return str(digest.hexdigest())
-
-
-def host_cpu(cpuinfo: str) -> List[str]:
-  """What tells this host's CPU and kernel from others."""
-  uname = os.uname()
-  words = [uname.sysname, uname.release, uname.machine]
-  try:
-    with open(cpuinfo, errors="replace") as file:
-      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
-  except OSError:
-    return [*words, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
-  return words + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
-
-
-def checkpoint_parts(files: Files) -> Dict[str, Any]:
-  """Size and time of each part of a checkpoint; one that is not so any more has been changed."""
-  stats = {suffix: os.stat(files.path(suffix)) for suffix in CHECKPOINT_PARTS}
-  return {suffix: [stat.st_size, int(stat.st_mtime)] for suffix, stat in stats.items()}
-
-
-def checkpoint_problem(files: Files, key: str) -> str:
-  """Why there is no checkpoint to start from; empty when there is a sound one."""
-  record = read_json(files.record)
-  if record.get("key") != key:
-    return "there is none yet"
-  if record.get("problem"):
-    return str(record["problem"])
-  try:
-    sound = record.get("parts") == checkpoint_parts(files)
-  except OSError as error:
-    return f"{error.filename}: {describe(error)}"
-  return "" if sound else "its files have been changed"
-
-
-def record_checkpoint(plan: Plan, files: Files, key: str, **more: Any) -> None:
-  """Write a checkpoint's record, with which it is complete."""
-  guest, digest = plan.guest, str(record_of(plan.base).get("sha256") or "")
-  made = Instance(files.name, guest.os, plan.version, guest.arch, digest)
-  write_json(files.record, {**made._asdict(), "key": key, **more}, 0o600)
-
-
-def keep_checkpoint(plan: Plan, warm: Warm, key: str, process: Any) -> None:
-  """Make the checkpoint of a guest that has just booted; its QEMU ends, its disk is frozen."""
-  control, files = Control(warm.ours), warm.files
-  accelerator = control.accelerator()
-  control.save(files.state)
-  with contextlib.suppress(QvmError):  # it may be gone before it answers
-    control("quit")
-  end_process(process)
-  with gate(instances(plan.cache)):
-    os.rename(plan.disk, files.disk)
-    for suffix in CHECKPOINT_PARTS:
-      with open(files.path(suffix), "rb") as file:
-        os.fsync(file.fileno())
-      os.chmod(files.path(suffix), 0o600)
-    parts = checkpoint_parts(files)
-    record_checkpoint(plan, files, key, accelerator=accelerator, parts=parts)
-
-
-def resume(warm: Warm, address: Address, process: Any, seconds: float) -> None:
-  """Let a machine go on from its checkpoint; QvmError when ssh does not answer in time."""
-  control, made = Control(warm.ours), read_json(warm.files.record).get("accelerator")
-  if control.accelerator() != made:
-    raise QvmError(f"it was made with {made}, and QEMU now uses {control.accelerator()}")
-  control.load(warm.files.state)
-
-  def ended(seconds: float) -> bool:
-    time.sleep(min(seconds, 0.02))
-    return process.poll() is not None
-
-  if not wait_for_ssh(address, seconds, ended):
-    raise QvmError(f"ssh does not answer in {seconds:g} s")
-
-
-def refresh_script(guest: Guest) -> str:
-  """What a guest from a checkpoint must be told: the time, and something random of its own."""
-  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
-  root = "sudo " if guest.set_clock.startswith("sudo ") else ""
-  clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
-  problem = "qvm: the clock of the guest cannot be set"
-  lines = [
-    f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
-    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
-  ]
-  return "\n".join(lines)
-
-
-def refresh_guest(login: Login) -> None:
-  """Tell a guest from a checkpoint the time; that it cannot be told is said, and no more."""
-  try:
-    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for, **NO_STREAMS)
-    problem = ending(code) if code else ""
-  except QvmError as error:
-    problem = str(error)
-  if problem:
-    say(f"the clock of {login.files.name} stands where its checkpoint was made: {problem}")
+    pid = holder_pid(files)
+    if not pid or wait_released(files, 0):
+      break
+    say(f"{files.name}: sending {number.name} to {holder(files)}")
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, number)
+    if wait_released(files, patience):
+      return
+  if not wait_released(files, 0):
+    raise QvmError(f"the instance {files.name} cannot be ended ({holder(files)})")
 
 
 # ---- Sync ---------------------------------------------------------------------------------------
@@ -4980,11 +4617,11 @@ def refresh_guest(login: Login) -> None:
 # another. The guest is not trusted: nothing is written outside of the folder, whatever it sends.
 
 ALWAYS_OUT = (".git", ".qvm-" + "[0-9a-f]" * 12)  # the latter: half files that a killed qvm left
-MOST_NAMES = 64 << 20  # bytes of the list of names that a guest may send
+MAX_NAMES_BYTES = 64 << 20  # bytes of the list of names that a guest may send
 READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
 
 
-class Sent(NamedTuple):
+class FileStamp(NamedTuple):
   """How a file was when it was sent; one that is not so any more has been changed here."""
 
   mode: int
@@ -4993,24 +4630,20 @@ class Sent(NamedTuple):
   inode: int
 
 
-def sent_from(stat: os.stat_result) -> Sent:
+def stamp_of(stat: os.stat_result) -> FileStamp:
   """What lstat(2) says of a file, as far as it shows changes."""
   folder = S_ISDIR(stat.st_mode)
-  return Sent(stat.st_mode, 0 if folder else stat.st_size, 0 if folder else stat.st_mtime_ns,
+  return FileStamp(stat.st_mode, 0 if folder else stat.st_size, 0 if folder else stat.st_mtime_ns,
               stat.st_ino)  # fmt: skip
 
 
 def guest_folder(folder: str) -> str:
   """Where a folder lies in the guest, quoted for sh."""
-  import shlex
-
   return '"$HOME"/work/' + shlex.quote(os.path.basename(folder))
 
 
 def is_left_out(path: str, patterns: Sequence[str]) -> bool:
   """Whether a path in the folder stays where it is: patterns name it, or a folder above it."""
-  import fnmatch
-
   parts = path.split("/")
   for pattern in patterns:
     text = pattern.rstrip("/")
@@ -5024,7 +4657,7 @@ def is_left_out(path: str, patterns: Sequence[str]) -> bool:
   return False
 
 
-def walk(folder: str, patterns: Sequence[str], above: str = "") -> Iterator[Tuple[str, Any]]:
+def walk_folder(folder: str, patterns: Sequence[str], above: str = "") -> Iterator[Tuple[str, Any]]:
   """The paths below a folder, relative to it, each with what lstat(2) says; folders first."""
   with os.scandir(os.path.join(folder, above)) as entries:
     inside = sorted(entries, key=lambda entry: entry.name)
@@ -5034,7 +4667,7 @@ def walk(folder: str, patterns: Sequence[str], above: str = "") -> Iterator[Tupl
       continue
     yield path, entry.stat(follow_symlinks=False)
     if entry.is_dir(follow_symlinks=False):
-      yield from walk(folder, patterns, path + "/")
+      yield from walk_folder(folder, patterns, path + "/")
 
 
 def in_utf8(name: str) -> str:
@@ -5052,8 +4685,6 @@ def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
 
   ustar, which every tar reads, and GNU's form only for names and sizes that do not fit.
   """
-  import tarfile
-
   member = tarfile.TarInfo(in_utf8(path))
   member.mode, member.mtime = stat.st_mode & 0o777, max(0, int(stat.st_mtime))
   if S_ISREG(stat.st_mode):
@@ -5071,15 +4702,15 @@ def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
     return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
-def write_tree(folder: str, patterns: Sequence[str], out: IO[bytes]) -> Dict[str, Sent]:
+def write_tree(folder: str, patterns: Sequence[str], out: IO[bytes]) -> Dict[str, FileStamp]:
   """Write a folder as a tar stream; returns what was sent. BrokenPipeError when nobody reads."""
   sent = {}
-  for path, stat in walk(folder, patterns):
+  for path, stat in walk_folder(folder, patterns):
     header = tar_header(path, folder, stat)
     if header is None:
       say(f"{os.path.join(folder, path)} is no file, folder or link: it stays here")
       continue
-    sent[path] = sent_from(stat)
+    sent[path] = stamp_of(stat)
     out.write(header)
     if S_ISREG(stat.st_mode):
       write_content(os.path.join(folder, path), stat.st_size, out)
@@ -5094,7 +4725,7 @@ def write_content(path: str, size: int, out: IO[bytes]) -> None:
   fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
   with os.fdopen(fd, "rb", 0) as file:
     while left:
-      chunk = file.read(min(left, CHUNK))
+      chunk = file.read(min(left, CHUNK_BYTES))
       if not chunk:
         raise QvmError(f"{path} became shorter while it was read")
       out.write(chunk)
@@ -5153,8 +4784,6 @@ def sync_script(template: str, options: Options) -> str:
 
   Only names go to the guest's find of which it says what we say; the rest is left out on landing.
   """
-  import shlex
-
   names = [pattern.rstrip("/") for pattern in left_out(options)]
   names = [name for name in names if not re.search(r"[/\[\\]", name)]
   prune = " -o ".join("-name " + shlex.quote(name) for name in names)
@@ -5166,17 +4795,8 @@ def sync_script(template: str, options: Options) -> str:
   )
 
 
-def hashed(name: str) -> str:
-  """A short name that stands for one of any length."""
-  digest = new_sha256()
-  digest.update(os.fsencode(name))
-  return str(digest.hexdigest()[:16])
-
-
 def left_out(options: Options) -> Tuple[str, ...]:
   """The patterns of what is not synchronised: those given, .git, and the cache if it is there."""
-  import glob
-
   cache = os.path.relpath(
     os.path.realpath(cache_folder(os.environ)), os.path.realpath(options.sync)
   )
@@ -5184,12 +4804,9 @@ def left_out(options: Options) -> Tuple[str, ...]:
   return ALWAYS_OUT + own + options.sync_exclude
 
 
-def sync_in(login: Login, options: Options, patience: float) -> Dict[str, Sent]:
+def sync_in(login: Login, options: Options, patience: float) -> Dict[str, FileStamp]:
   """Copy the folder into the guest; returns what was sent."""
-  import subprocess
-  import tempfile
-
-  sent: Dict[str, Sent] = {}
+  sent: Dict[str, FileStamp] = {}
   begun = False
 
   def feed(process: Any) -> None:
@@ -5222,18 +4839,17 @@ def is_ready(stream: IO[bytes]) -> bool:
 def sync_failed(problem: str, words: IO[bytes], code: int) -> QvmError:
   """The error for a copy that the guest did not make, with what it says."""
   words.seek(0)
-  text = " ".join(words.read(TAIL).decode("utf-8", "replace").split())
+  text = " ".join(words.read(TAIL_BYTES).decode("utf-8", "replace").split())
   return QvmError(f"{problem} ({ending(code)}): {text}")
 
 
-def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) -> None:
+def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]]) -> None:
   """Bring what has changed in the guest's copy of the folder."""
-  import subprocess
-  import tempfile
-
   problem = f"what changed in {login.files.name} cannot be brought to {options.sync}"
   pipe = subprocess.PIPE
-  with Landing(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile() as words:
+  with Unpacker(
+    options.sync, left_out(options), sent
+  ) as landing, tempfile.TemporaryFile() as words:
     begun = False
 
     def take(process: Any) -> None:
@@ -5252,8 +4868,8 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) ->
 
       def read(process: Any) -> None:
         if is_ready(process.stdout):
-          names.extend(process.stdout.read(MOST_NAMES + 1))
-        if len(names) > MOST_NAMES:
+          names.extend(process.stdout.read(MAX_NAMES_BYTES + 1))
+        if len(names) > MAX_NAMES_BYTES:
           raise RefusedError(f"{problem}: the list of names is longer than any")
 
       line = shell_line(sync_script(SYNC_NAMES, options))
@@ -5263,21 +4879,23 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, Sent]]) ->
       landing.delete_missing(bytes(names))
 
 
-class Landing:
+class Unpacker:
   """A folder into which an untrusted tar stream is unpacked, and never out of it.
 
   Every step down goes through a descriptor of the folder above and follows no link. A file that
   was changed here since it was sent stays as it is; sent=None takes all that comes.
   """
 
-  def __init__(self, folder: str, patterns: Sequence[str], sent: Optional[Dict[str, Sent]]) -> None:
+  def __init__(
+    self, folder: str, patterns: Sequence[str], sent: Optional[Dict[str, FileStamp]]
+  ) -> None:
     self.folder, self.patterns, self.sent = folder, patterns, sent
     self.root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     self.inner, self.inner_path = os.dup(self.root), ""
     self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
     self.aside = ".qvm-" + os.urandom(6).hex()
 
-  def __enter__(self) -> "Landing":
+  def __enter__(self) -> "Unpacker":
     return self
 
   def __exit__(self, *error: Any) -> None:
@@ -5286,7 +4904,6 @@ class Landing:
 
   def take(self, stream: IO[bytes]) -> None:
     """Unpack all that comes; RefusedError for a stream that no honest tar makes."""
-    import tarfile
 
     class Member(tarfile.TarInfo):
       @classmethod
@@ -5296,7 +4913,7 @@ class Landing:
         except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
           raise RefusedError(f"the guest sends what is no tar stream: {error}")
         extended = not member.isreg() and not member.isdev() and not member.isdir()
-        if member.size < 0 or member.size > MOST_DISK or extended and member.size > 1 << 20:
+        if member.size < 0 or member.size > MAX_DISK_BYTES or extended and member.size > 1 << 20:
           raise RefusedError(f"the guest sends a tar header of {member.size} bytes")
         return member
 
@@ -5304,7 +4921,7 @@ class Landing:
       try:
         archive = stack.enter_context(
           tarfile.open(
-            fileobj=stream, mode="r|", bufsize=CHUNK, ignore_zeros=True, tarinfo=Member,
+            fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, ignore_zeros=True, tarinfo=Member,
             encoding="utf-8", errors="surrogateescape",
           )
         )  # fmt: skip
@@ -5386,7 +5003,7 @@ class Landing:
     except FileNotFoundError:
       return True
     folder = S_ISDIR(there.st_mode)
-    if self.sent is not None and self.sent.get(path) != sent_from(there):
+    if self.sent is not None and self.sent.get(path) != stamp_of(there):
       say(f"{os.path.join(self.folder, path)} has changed here and in the guest: it stays as it is")
       return False
     try:
@@ -5445,7 +5062,7 @@ class Landing:
     fd = os.open(aside, flags, 0o600, dir_fd=self.inner)
     try:
       with contextlib.closing(content), os.fdopen(fd, "w+b") as file:
-        for chunk in iter(lambda: content.read(CHUNK), b""):
+        for chunk in iter(lambda: content.read(CHUNK_BYTES), b""):
           file.write(chunk)
         file.flush()
         if not member.islnk() and file.tell() != member.size:
@@ -5476,7 +5093,9 @@ class Landing:
       ):
         return False
       new.seek(0)
-      return all(chunk == new.read(len(chunk)) for chunk in iter(lambda: os.read(fd, CHUNK), b""))
+      return all(
+        chunk == new.read(len(chunk)) for chunk in iter(lambda: os.read(fd, CHUNK_BYTES), b"")
+      )
     finally:
       os.close(fd)
 
@@ -5501,7 +5120,7 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
   The folder of --sync goes there before and comes back afterwards, however the command ends. The
   script first, if any, runs before all.
   """
-  sent: Optional[Dict[str, Sent]] = None
+  sent: Optional[Dict[str, FileStamp]] = None
   if options.sync and options.sync_direction != "out":
     if first:  # the time must be right before files are compared by it
       in_guest(login, shell_line(first), wait_for, patience, **NO_STREAMS)
@@ -5520,8 +5139,6 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
 
   At a terminal Ctrl-C gets there by itself, as any other key does.
   """
-  import subprocess
-
   terminal = is_interactive()
   folder = guest_folder(options.sync) if options.sync else ""
   env = guest_environment(options.env, os.environ)
@@ -5556,19 +5173,21 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
 INTERRUPT = "read leader <{0} && rm -f {0} && kill -s INT -- -$leader"
 
 
-# ---- Streaming ----------------------------------------------------------------------------------
+# ---- Image server -------------------------------------------------------------------------------
 # With --stream QEMU's overlay lies on a server of qvm's own, which hands out the base image while
 # it comes. It is a process of its own, `qvm --serve ORDER`, so that it lives as long as QEMU does,
 # whatever becomes of qvm: it ends when nobody holds the other end of its pipe any more. What it
 # says goes to qvm as lines, its answers among them as JSON.
 
 SERVE = "--serve"
-NEAR = 8  # blocks ahead of a connection for which a reader waits rather than opening another
-AHEAD = 4  # blocks that a reader's first request brings; each next in a row twice as many
-MOST_AHEAD = 64
+JOIN_BLOCKS = 8  # blocks ahead of a connection for which a reader waits rather than opening another
+READAHEAD_BLOCKS = (
+  4  # blocks that a reader's first request brings; each next in a row twice as many
+)
+MAX_READAHEAD_BLOCKS = 64
 READERS = 3  # connections for what is waited for, beside the one that fills up
-AGAIN = 10.0  # seconds after which a line that was given up is tried again
-MOST_READ = 32 << 20  # bytes of one read, as NBD has it
+RETRY_LATER_SECONDS = 10.0  # seconds after which a line that was given up is tried again
+MAX_READ_BYTES = 32 << 20  # bytes of one read, as NBD has it
 
 
 class Order(NamedTuple):
@@ -5607,8 +5226,6 @@ class Stream:
   """A running server of an image, as qvm sees it."""
 
   def __init__(self, process: Any, life: int) -> None:
-    import queue
-
     self.process, self.life = process, life
     self.source = Source("", "", "", "")
     self.answers: Any = queue.Queue()
@@ -5618,8 +5235,6 @@ class Stream:
 
   def listen(self) -> None:
     """Pass on what the server says, and keep its answers."""
-    import json
-
     for line in self.process.stdout:
       text = line.decode("utf-8", "replace").rstrip("\n")
       if text.startswith("{"):
@@ -5630,11 +5245,9 @@ class Stream:
 
   def answer(self) -> Dict[str, Any]:
     """The next answer; QvmError if it is an error."""
-    import queue
-
     while True:
       with contextlib.suppress(queue.Empty):
-        answer: Dict[str, Any] = self.answers.get(timeout=ALERT)
+        answer: Dict[str, Any] = self.answers.get(timeout=POLL_SECONDS)
         problem = answer.get("error") or answer.get("end")
         if problem:
           self.told = True
@@ -5649,13 +5262,11 @@ class Stream:
 
   def finish(self) -> None:
     """Wait for the server to end, which it does once QEMU has."""
-    import subprocess
-
     self.let_go()
     with contextlib.suppress(subprocess.TimeoutExpired):
-      self.process.wait(STOP_PATIENCE)  # it may be checking a whole image
+      self.process.wait(POWER_OFF_SECONDS)  # it may be checking a whole image
     end_process(self.process)
-    self.reader.join(PATIENCE)
+    self.reader.join(TERM_GRACE_SECONDS)
     self.process.stdout.close()
 
   def judge(self, kind: Any, error: Any, trace: Any) -> None:
@@ -5673,9 +5284,6 @@ def start_stream(
   plan: Plan, options: Options, lock: int, log: int, stack: contextlib.ExitStack
 ) -> Optional[Stream]:
   """Start to serve the image that is missing; None when it cannot be, or is there now."""
-  import json
-  import subprocess
-
   ours, life = os.pipe()
   operands, platform = (plan.guest.os, plan.version), plan.guest.arch
   names = (operands, platform, plan.name, plan.ephemeral, options.qemu, options.progress)
@@ -5703,8 +5311,6 @@ def start_stream(
 
 def serve(text: str) -> int:
   """The whole life of an image's server; everything that goes wrong is an answer."""
-  import json
-
   Transfer.abandoned = True  # its threads end with it
   order = Order(**json.loads(text))
   report.progress, report.log = order.progress, order.log
@@ -5729,8 +5335,6 @@ def serve(text: str) -> int:
 
 def answer(value: Dict[str, Any]) -> None:
   """Hand an answer to qvm."""
-  import json
-
   write_all(1, json.dumps(value).encode() + b"\n")
 
 
@@ -5773,11 +5377,11 @@ class Server:
   def run(self) -> None:
     """Serve until QEMU has ended, then see to its overlay."""
     with contextlib.ExitStack() as stack:
-      stack.enter_context(artefact_lock(downloads(self.plan), self.plan.image_asset))
+      stack.enter_context(download_lock(downloads_dir(self.plan), self.plan.image_asset))
       if os.path.isfile(self.plan.base):
         return answer({})
       self.transfer = self.find()
-      self.digest = Later(lambda: self.releases.digest(*self.asset()))
+      self.digest = Future(lambda: self.releases.digest(*self.asset()))
       filler = threading.Thread(target=self.fill, daemon=True)
       filler.start()
       self.prove()
@@ -5786,7 +5390,7 @@ class Server:
       self.ready = True
       answer({"source": source})
       while filler.is_alive() and not self.gone.is_set() and not self.error:
-        filler.join(ALERT)
+        filler.join(POLL_SECONDS)
         self.progress()
       if self.transfer.complete():
         filler.join()
@@ -5803,7 +5407,7 @@ class Server:
 
   def asset(self) -> Tuple[str, str, str]:
     """The repository, the release and the name of the image."""
-    return builder(self.plan.guest.os), self.tag, self.plan.image_asset
+    return image_repo(self.plan.guest.os), self.tag, self.plan.image_asset
 
   def known_digest(self) -> str:
     """The digest that the release names, if it has told it by now."""
@@ -5813,7 +5417,7 @@ class Server:
   def find(self) -> Transfer:
     """Begin to fetch the image from the release that has it; NoStream if it cannot be streamed."""
     plan, net = self.plan, self.net
-    repo, pinned = builder(plan.guest.os), pinned_release(plan)
+    repo, pinned = image_repo(plan.guest.os), pinned_release(plan)
     for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, self.releases):
       url = asset_url(net, repo, tag, name)
       if name != plan.image_asset:
@@ -5821,7 +5425,7 @@ class Server:
           raise NoStream(f"{name} of {tag} is a bundle")
         continue
       self.tag = tag
-      transfer = Transfer(net, url, name, downloads(plan))
+      transfer = Transfer(net, url, name, downloads_dir(plan))
       Transfer.running[:] = [transfer]
       with contextlib.suppress(NotFound):
         if not transfer.complete():
@@ -5834,7 +5438,7 @@ class Server:
 
   def begin(self, transfer: Transfer) -> None:
     """One attempt: ask for what is missing first, and see whether ranges can be had."""
-    if transfer.done and not re.match(STRONG, transfer.validator):
+    if transfer.done and not re.match(STRONG_ETAG_RE, transfer.validator):
       raise NoStream(f"the server's {transfer.name} has no strong validator")
     if transfer.done:
       transfer.use_map()
@@ -5865,7 +5469,7 @@ class Server:
     transfer = self.transfer
     with transfer.lock:
       while transfer.blocks[:1] != b"\1" and not self.error:
-        transfer.lock.wait(ALERT)
+        transfer.lock.wait(POLL_SECONDS)
     if self.error:
       raise self.error
     transfer.head = os.pread(self.fd, 512, 0)
@@ -5887,9 +5491,9 @@ class Server:
           if not self.ready:
             raise
           self.fail(error)
-          self.gone.wait(AGAIN)
+          self.gone.wait(RETRY_LATER_SECONDS)
       if self.transfer.complete():
-        self.publish()
+        self.move_into_place()
     except BaseException as error:  # raised by run()
       with self.transfer.lock:
         self.error = error
@@ -5913,7 +5517,7 @@ class Server:
         if gap:
           transfer.spans.append(gap)
         else:
-          transfer.lock.wait(ALERT)
+          transfer.lock.wait(POLL_SECONDS)
       if gap:
         self.fetch(gap)
       transfer.hash_all()
@@ -5924,7 +5528,7 @@ class Server:
       whole = fetch_span(self.transfer, span, helper=True)
     except Transient as error:
       if error.code == CHANGED:
-        url = short(self.transfer.url)
+        url = redacted(self.transfer.url)
         raise RefusedError(f"{url}: the image has changed while it was streamed")
       raise
     except Cancelled:
@@ -5932,7 +5536,7 @@ class Server:
         raise
       return  # another has taken it over
     if not whole:
-      raise Transient(f"{short(self.transfer.url)}: the connection ended too soon")
+      raise Transient(f"{redacted(self.transfer.url)}: the connection ended too soon")
 
   def fail(self, error: QvmError) -> None:
     """Let those who wait have an I/O error; said once, until something comes again."""
@@ -5942,22 +5546,22 @@ class Server:
       self.failures += 1
       self.transfer.lock.notify_all()
 
-  def publish(self) -> None:
+  def move_into_place(self) -> None:
     """Check the image that is whole, and make it the base image; its file stays open."""
     transfer, plan = self.transfer, self.plan
     transfer.hash_all()
     digest, wanted = transfer.hash.hexdigest(), self.digest.result()
     if wanted and digest != wanted:
-      problem = f"{short(transfer.url)}: what came has not the digest that the release names"
+      problem = f"{redacted(transfer.url)}: what came has not the digest that the release names"
       transfer.reset()
       raise RefusedError(f"{problem} (sha256 {wanted}, not {digest}): the machine is ended")
     if not wanted:
       say(f"no digest is known for {transfer.name}: only its length could be checked")
     record = asset_record(transfer, self.tag, digest)
     record.update(sha256=digest, bytes=transfer.done)
-    with gate(instances(plan.cache)):
+    with instances_lock(instances_dir(plan.cache)):
       drop_checkpoints(plan, digest)
-      place(transfer.part, plan.base, record, 0o444)
+      publish_with_record(transfer.part, plan.base, record, 0o444)
       put_kernel("", kernel_path(plan.base))
     say(f"{transfer.name} is there, and has the digest {digest[:16]}…" if wanted else
         f"{transfer.name} is there")  # fmt: skip
@@ -5974,11 +5578,11 @@ class Server:
     hint = getattr(error, "hint", "") or "what its guest wrote in this run is gone" * self.fresh
     fail_with(error, hint)
     number: int = signal.SIGTERM
-    while not self.gone.wait(ALERT):
+    while not self.gone.wait(POLL_SECONDS):
       if holder(self.files).startswith("QEMU"):
         with contextlib.suppress(ProcessLookupError):
           os.kill(holder_pid(self.files), number)
-        number = 0 if self.gone.wait(PATIENCE) else signal.SIGKILL
+        number = 0 if self.gone.wait(TERM_GRACE_SECONDS) else signal.SIGKILL
     if self.fresh:
       remove_instance(self.files, report.log >= 0)
 
@@ -5991,7 +5595,7 @@ class Server:
       say(f"{share}% of the image of {self.files.name} are there; the next run fetches the rest")
       return
     ssh = read_instance(self.files).ssh
-    with gate(self.files.folder):
+    with instances_lock(self.files.folder):
       check_instance(self.plan, self.files)
       make_overlay(self.plan, backing_name(self.plan, self.plan.base), (self.order.lock,))
       record_instance(self.plan, self.files, ssh)
@@ -6005,9 +5609,6 @@ class Server:
 
   def listen(self) -> str:
     """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
-    import socket
-    import tempfile
-
     folder = tempfile.gettempdir()
     folder = folder if re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder) else "/tmp"
     drop_dead_sockets(folder)
@@ -6035,7 +5636,7 @@ class Server:
 
   def read(self, start: int, count: int) -> Optional[bytes]:
     """Bytes of the image, once they have come; None when they do not."""
-    first, last = start // BLOCK, max(start, start + count - 1) // BLOCK
+    first, last = start // BLOCK_BYTES, max(start, start + count - 1) // BLOCK_BYTES
     if not self.whole:
       with self.transfer.lock:
         failures = self.failures
@@ -6044,7 +5645,7 @@ class Server:
           if self.error or self.failures > failures:
             return None
           self.demand(missing, last)
-          self.transfer.lock.wait(ALERT)
+          self.transfer.lock.wait(POLL_SECONDS)
           missing = self.there(first, last)
     data = os.pread(self.fd, count, start)
     return data if len(data) == count else None
@@ -6054,7 +5655,7 @@ class Server:
     if self.whole:
       return True
     with self.transfer.lock:
-      return self.there(start // BLOCK, max(start, start + count - 1) // BLOCK) < 0
+      return self.there(start // BLOCK_BYTES, max(start, start + count - 1) // BLOCK_BYTES) < 0
 
   def demand(self, block: int, last: int) -> None:
     """See to it that missing blocks come soon; within the transfer's lock."""
@@ -6063,17 +5664,19 @@ class Server:
     if busy or any(low <= block < high for low, high in self.orders):
       return
     for span in transfer.spans:
-      if span.position // BLOCK <= block and block * BLOCK < span.end:
-        if time.monotonic() > span.moved + SILENCE:
+      if span.position // BLOCK_BYTES <= block and block * BLOCK_BYTES < span.end:
+        if time.monotonic() > span.moved + STALL_SECONDS:
           transfer.release(span)
           break
-        if block * BLOCK < span.position + NEAR * BLOCK:
-          span.wanted = max(span.wanted, min((block + 1) * BLOCK, span.end))
+        if block * BLOCK_BYTES < span.position + JOIN_BLOCKS * BLOCK_BYTES:
+          span.wanted = max(span.wanted, min((block + 1) * BLOCK_BYTES, span.end))
           return
-        transfer.blocks[block : -(-span.end // BLOCK)] = bytes(-(-span.end // BLOCK) - block)
-        span.end = block * BLOCK
-    count = max(self.ahead.pop(block, AHEAD // 2) * 2, last - block + 1)
-    order = (block, block + min(count, MOST_AHEAD))
+        transfer.blocks[block : -(-span.end // BLOCK_BYTES)] = bytes(
+          -(-span.end // BLOCK_BYTES) - block
+        )
+        span.end = block * BLOCK_BYTES
+    count = max(self.ahead.pop(block, READAHEAD_BLOCKS // 2) * 2, last - block + 1)
+    order = (block, block + min(count, MAX_READAHEAD_BLOCKS))
     self.orders.append(order)
     threading.Thread(target=self.bring, args=(order, last), daemon=True).start()
 
@@ -6087,7 +5690,7 @@ class Server:
         span = transfer.first_gap(block, end - block) if free else None
         if not span:
           return
-        span.wanted = min((last + 1) * BLOCK, span.end)
+        span.wanted = min((last + 1) * BLOCK_BYTES, span.end)
         transfer.spans.append(span)
       self.fetch(span)
       self.failures = 0
@@ -6136,8 +5739,6 @@ class Export:
 
   def take(self, layout: str) -> Tuple[Any, ...]:
     """Read numbers."""
-    import struct
-
     return struct.unpack(">" + layout, self.take_bytes(struct.calcsize(">" + layout)))
 
   def take_bytes(self, count: int) -> bytes:
@@ -6149,8 +5750,6 @@ class Export:
 
   def agree(self) -> bool:
     """The handshake; whether the client goes on to read."""
-    import struct
-
     self.link.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
     (client,) = self.take("I")
     while True:
@@ -6167,8 +5766,6 @@ class Export:
 
   def option(self, option: int, data: bytes) -> bool:
     """Answer one option; whether others may follow."""
-    import struct
-
     if option == NBD_OPTIONS["abort"]:
       self.reply(option, NBD_ACK)
       return False
@@ -6180,7 +5777,7 @@ class Export:
         self.reply(option, NBD_INVALID)
         return True
       self.reply(option, NBD_INFO, struct.pack(">HQH", 0, self.server.size, NBD_FLAGS))
-      self.reply(option, NBD_INFO, struct.pack(">HIII", 3, 1, BLOCK, MOST_READ))
+      self.reply(option, NBD_INFO, struct.pack(">HIII", 3, 1, BLOCK_BYTES, MAX_READ_BYTES))
       self.reply(option, NBD_ACK)
       return bool(option == NBD_OPTIONS["info"])
     else:
@@ -6189,8 +5786,6 @@ class Export:
 
   def reply(self, option: int, kind: int, data: bytes = b"") -> None:
     """Send the answer to an option."""
-    import struct
-
     self.link.sendall(struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data)) + data)
 
   def request(self) -> bool:
@@ -6198,7 +5793,7 @@ class Export:
     magic, _, kind, handle, start, count = self.take("IHH8sQI")
     if magic != 0x25609513 or kind == NBD_END:
       return False
-    if kind == NBD_READ and start + count <= self.server.size and count <= MOST_READ:
+    if kind == NBD_READ and start + count <= self.server.size and count <= MAX_READ_BYTES:
       if self.server.at_once(start, count):
         self.read(handle, start, count)
       else:
@@ -6218,20 +5813,270 @@ class Export:
 
   def send(self, handle: bytes, error: int, data: bytes = b"") -> None:
     """Send the answer to a request."""
-    import struct
-
     head = struct.pack(">II8s", 0x67446698, error, handle)
     with self.sending, contextlib.suppress(OSError):
       self.link.sendall(head + data)
 
 
-# ---- Commands -----------------------------------------------------------------------------------
+# ---- Layers -------------------------------------------------------------------------------------
+# A checkpoint is what a guest's memory, devices and disk were when it had just booted. QEMU calls
+# it VM templating: the memory is a file, shared while the guest boots, private to each machine
+# that starts from it afterwards. Nothing is copied; siblings share what none of them has changed.
+
+RESUME_SECONDS = 15.0  # seconds that a machine from a checkpoint has to answer
+MAX_ANSWER_BYTES = 1 << 20  # bytes of one answer of QEMU
 
 
-def this_host() -> Host:
-  """The host qvm runs on."""
+class Warm(NamedTuple):
+  """How a machine is started around a checkpoint, and the control socket's two ends."""
+
+  files: Files  # of the checkpoint
+  saving: bool  # it boots to become the checkpoint; else it starts from it
+  ours: Any
+  theirs: Any
+
+
+@contextlib.contextmanager
+def warm_of(files: Files, saving: bool) -> Iterator[Warm]:
+  """A Warm with a fresh control socket, a pair that nobody else can connect to."""
+  ours, theirs = socket.socketpair()
+  with ours, theirs:
+    ours.settimeout(RESUME_SECONDS)
+    yield Warm(files, saving, ours, theirs)
+
+
+def warm_command(command: Sequence[str], warm: Warm) -> List[str]:
+  """QEMU's command line with what saving or restoring takes: the memory's file, and control.
+
+  See docs/system/vm-templating.rst of QEMU; -incoming defer waits for the order to load.
+  """
+  words = list(command)
+  words[words.index("-machine") + 1] += ",memory-backend=qvm-memory"
+  size, path = words[words.index("-m") + 1], warm.files.memory.replace(",", ",,")
+  share = "on" if warm.saving else "off"
+  words += [
+    "-object",
+    f"memory-backend-file,id=qvm-memory,size={size},mem-path={path},share={share}",
+  ]
+  words += ["-chardev", f"socket,id=qvm-control,fd={warm.theirs.fileno()}"]
+  words += ["-mon", "chardev=qvm-control,mode=control"]
+  return words if warm.saving else [*words, "-incoming", "defer"]
+
+
+class Control:
+  """QEMU's control socket (QMP); every failure is a QvmError."""
+
+  def __init__(self, link: Any) -> None:
+    self.link, self.rest = link, b""
+    self.read()  # the greeting
+    self("qmp_capabilities")
+    ignore = {"capability": "x-ignore-shared", "state": True}  # the memory is in its file already
+    self("migrate-set-capabilities", capabilities=[ignore])
+
+  def __call__(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> Any:
+    """Give an order and return its result; fds go along."""
+    text = json.dumps({"execute": order, "arguments": arguments}).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    try:
+      self.link.sendmsg([text], rights)
+      answer = self.read()
+      while "return" not in answer and "error" not in answer:
+        answer = self.read()  # events
+    except OSError as error:
+      raise QvmError(f"QEMU does not answer: {describe(error)}")
+    if "error" in answer:
+      raise QvmError(f"QEMU: {order}: {answer['error'].get('desc')}")
+    return answer["return"]
+
+  def read(self) -> Dict[str, Any]:
+    """The next thing that QEMU says, one line of JSON."""
+    while b"\n" not in self.rest:
+      try:
+        chunk = self.link.recv(CHUNK_BYTES)
+      except OSError as error:
+        raise QvmError(f"QEMU does not answer: {describe(error)}")
+      self.rest += chunk
+      if not chunk or len(self.rest) > MAX_ANSWER_BYTES:
+        raise QvmError("QEMU has ended" if not chunk else "QEMU says more than can be")
+    line, _, self.rest = self.rest.partition(b"\n")
+    return dict(json.loads(line.decode("utf-8", "replace")))
+
+  def accelerator(self) -> str:
+    """The accelerator that is in use."""
+    if self("query-kvm")["enabled"]:
+      return "kvm"
+    try:
+      self("x-query-jit")
+    except QvmError:
+      return "hvf"
+    return "tcg"
+
+  @contextlib.contextmanager
+  def stream(self, order: str) -> Iterator[Any]:
+    """Our end of a socket over which QEMU is ordered to send, or to take, the devices' state."""
+    ours, theirs = socket.socketpair()
+    with ours:
+      with theirs:
+        self("getfd", [theirs.fileno()], fdname="qvm-state")
+      ours.settimeout(RESUME_SECONDS)
+      self(order, uri="fd:qvm-state")
+      yield ours
+
+  def save(self, path: str) -> None:
+    """Stop the guest and write the state of its devices to a file."""
+    self("stop")
+    try:
+      with self.stream("migrate") as link, open(path, "wb") as file:
+        for chunk in iter(lambda: link.recv(CHUNK_BYTES), b""):
+          file.write(chunk)
+    except OSError as error:
+      raise write_failure(path, 0, error)
+    self.settle("query-migrate", ("setup", "active", "device", "pre-switchover"), "completed")
+
+  def load(self, path: str) -> None:
+    """Take the state of the devices from a file and let the guest go on."""
+    with open(path, "rb") as file:
+      content = file.read()
+    try:
+      with self.stream("migrate-incoming") as link:
+        link.sendall(content)
+    except OSError as error:
+      raise QvmError(f"QEMU does not take the state: {describe(error)}")
+    self.settle("query-status", ("inmigrate",), "paused")
+    self("cont")
+
+  def settle(self, question: str, passing: Sequence[str], good: str) -> None:
+    """Ask until the status is none of the passing ones; QvmError unless it is the good one."""
+    deadline = time.monotonic() + RESUME_SECONDS
+    answer = self(question)
+    while answer.get("status") in passing and time.monotonic() < deadline:
+      time.sleep(0.005)
+      answer = self(question)
+    if answer.get("status") != good:
+      why = answer.get("error-desc") or f"its status is {answer.get('status')}"
+      raise QvmError(f"QEMU: {question}: {why}")
+
+
+def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
+  """What a checkpoint is good for, as a digest: a base image, a command line, a QEMU, this host.
+
+  Paths, address and port may differ. Which accelerator is in use shows only once QEMU runs.
+  """
+  named = plan._replace(qemu="QEMU", share="SHARE", disk="DISK")
+  facts = facts._replace(address=Address(), keys="KEYS" if facts.keys else "")
+  tree = record_of(tree_program(plan)).get("sha256")
+  own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
+  public = b""
+  if facts.keys:
+    with open(key_path(plan.cache) + ".pub", "rb") as file:
+      public = file.read(4096)
+  digest = new_sha256()
+  for text in (
+    *qemu_command(named, options, facts),
+    *(str(record_of(plan.base).get("sha256")), str(tree), own, os.fsdecode(public)),
+    *host_cpu("/proc/cpuinfo"),
+  ):
+    digest.update(os.fsencode(text) + b"\0")
+  return str(digest.hexdigest())
+
+
+def host_cpu(cpuinfo: str) -> List[str]:
+  """What tells this host's CPU and kernel from others."""
   uname = os.uname()
-  return host_of(uname.sysname, uname.machine)
+  words = [uname.sysname, uname.release, uname.machine]
+  try:
+    with open(cpuinfo, errors="replace") as file:
+      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
+  except OSError:
+    return [*words, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
+  return words + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
+
+
+def checkpoint_parts(files: Files) -> Dict[str, Any]:
+  """Size and time of each part of a checkpoint; one that is not so any more has been changed."""
+  stats = {suffix: os.stat(files.path(suffix)) for suffix in CHECKPOINT_PARTS}
+  return {suffix: [stat.st_size, int(stat.st_mtime)] for suffix, stat in stats.items()}
+
+
+def checkpoint_problem(files: Files, key: str) -> str:
+  """Why there is no checkpoint to start from; empty when there is a sound one."""
+  record = read_json(files.record)
+  if record.get("key") != key:
+    return "there is none yet"
+  if record.get("problem"):
+    return str(record["problem"])
+  try:
+    sound = record.get("parts") == checkpoint_parts(files)
+  except OSError as error:
+    return f"{error.filename}: {describe(error)}"
+  return "" if sound else "its files have been changed"
+
+
+def record_checkpoint(plan: Plan, files: Files, key: str, **more: Any) -> None:
+  """Write a checkpoint's record, with which it is complete."""
+  guest, digest = plan.guest, str(record_of(plan.base).get("sha256") or "")
+  made = Instance(files.name, guest.os, plan.version, guest.arch, digest)
+  write_json(files.record, {**made._asdict(), "key": key, **more}, 0o600)
+
+
+def keep_checkpoint(plan: Plan, warm: Warm, key: str, process: Any) -> None:
+  """Make the checkpoint of a guest that has just booted; its QEMU ends, its disk is frozen."""
+  control, files = Control(warm.ours), warm.files
+  accelerator = control.accelerator()
+  control.save(files.state)
+  with contextlib.suppress(QvmError):  # it may be gone before it answers
+    control("quit")
+  end_process(process)
+  with instances_lock(instances_dir(plan.cache)):
+    os.rename(plan.disk, files.disk)
+    for suffix in CHECKPOINT_PARTS:
+      with open(files.path(suffix), "rb") as file:
+        os.fsync(file.fileno())
+      os.chmod(files.path(suffix), 0o600)
+    parts = checkpoint_parts(files)
+    record_checkpoint(plan, files, key, accelerator=accelerator, parts=parts)
+
+
+def resume(warm: Warm, address: Address, process: Any, seconds: float) -> None:
+  """Let a machine go on from its checkpoint; QvmError when ssh does not answer in time."""
+  control, made = Control(warm.ours), read_json(warm.files.record).get("accelerator")
+  if control.accelerator() != made:
+    raise QvmError(f"it was made with {made}, and QEMU now uses {control.accelerator()}")
+  control.load(warm.files.state)
+
+  def ended(seconds: float) -> bool:
+    time.sleep(min(seconds, 0.02))
+    return process.poll() is not None
+
+  if not wait_for_ssh(address, seconds, ended):
+    raise QvmError(f"ssh does not answer in {seconds:g} s")
+
+
+def refresh_script(guest: Guest) -> str:
+  """What a guest from a checkpoint must be told: the time, and something random of its own."""
+  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
+  root = "sudo " if guest.set_clock.startswith("sudo ") else ""
+  clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
+  problem = "qvm: the clock of the guest cannot be set"
+  lines = [
+    f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
+    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
+  ]
+  return "\n".join(lines)
+
+
+def refresh_guest(login: Login) -> None:
+  """Tell a guest from a checkpoint the time; that it cannot be told is said, and no more."""
+  try:
+    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for, **NO_STREAMS)
+    problem = ending(code) if code else ""
+  except QvmError as error:
+    problem = str(error)
+  if problem:
+    say(f"the clock of {login.files.name} stands where its checkpoint was made: {problem}")
+
+
+# ---- Machine ------------------------------------------------------------------------------------
 
 
 def plan_from(options: Options, net: Net) -> Plan:
@@ -6255,7 +6100,7 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
     return cached[0]
   fallback = cached if options.command == "run" else []
   try:
-    releases = Releases(quick(net) if fallback else net).all(builder(guest.os))
+    releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
   except QvmError as error:
     if not fallback:
       raise
@@ -6269,66 +6114,69 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
   return versions[0]
 
 
-def facts_for(plan: Plan, options: Options, address: Address, release: str = "") -> Facts:
+def memory_bytes(memory: str) -> int:
+  """A guest's memory as -m has it, in bytes; a number alone is megabytes."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
+def memory_warning(memory: str, available: Optional[int]) -> str:
+  """A warning when a guest's memory is more than the host has to spare, both in bytes."""
+  wanted = memory_bytes(memory)
+  if available is None or wanted <= available:
+    return ""
+  return (
+    f"the guest gets {megabytes(wanted)} of memory, but only {megabytes(available)} are free: "
+    "if it is killed or slow, give it less with -m"
+  )
+
+
+def bind(kind: int, address: Address) -> Any:
+  """A socket of this kind at an address, or None when another one is there."""
+  taken = socket.socket(socket.AF_INET, kind)
+  try:
+    if kind == socket.SOCK_STREAM:
+      taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU's user network does
+    taken.bind((address.host, address.port))
+  except OSError as error:
+    taken.close()
+    if error.errno == errno.EADDRNOTAVAIL:
+      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
+    if error.errno == errno.EACCES:
+      raise QvmError(f"port {address.port} needs root; choose one above 1023")
+    return None
+  return taken
+
+
+def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
+  """A free port, with the descriptor of a lock that keeps every other qvm away from it.
+
+  The lock is the UDP port of the same number, which nothing is ever sent to: the system gives it
+  to one process, whatever cache and user that has, and takes it back when QEMU has ended.
+  """
+  for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
+    address = wanted._replace(port=port)
+    lock = bind(socket.SOCK_DGRAM, address)
+    probe = lock and bind(socket.SOCK_STREAM, address)
+    if probe:
+      probe.close()
+      stack.callback(lock.close)
+      return address, lock.fileno()
+    if lock:
+      lock.close()
+  raise QvmError(
+    f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
+    "choose another, or leave --ssh-port out to get a free one",
+  )
+
+
+def host_facts(plan: Plan, options: Options, address: Address, release: str = "") -> HostFacts:
   """Look at what decides on adjustments; release is that of an image that still comes."""
   mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
   log_in = options.detach or options.guest_command or options.warm
   release = release or str(record_of(plan.base).get("release") or "")
   keyed = log_in and wants_key(plan.guest, release)
   keys = instance_files(plan.cache, plan.name).keys if keyed else ""
-  return Facts(address, has_linaro(plan.share), mask, keys)
-
-
-def cmd_run(options: Options) -> int:
-  """Boot a guest in this terminal."""
-  net = net_from(os.environ)
-  plan = plan_from(options, net)
-  if options.guest_command:
-    program_for_ssh("ssh")  # before anything is downloaded
-  if options.dry_run:
-    import shlex
-
-    command = qemu_command(plan, options, facts_for(plan, options, options.ssh))
-    emit(" ".join(shlex.quote(word) for word in command))
-    return 0
-  make_folders(plan.cache)
-  sweep(plan.cache)
-  files = instance_files(plan.cache, plan.name)
-  with contextlib.ExitStack() as stack:
-    lock = take_instance(files)
-    stack.callback(drop_lock, lock, files.lock)
-    check_instance(plan, files)
-    if plan.ephemeral:
-      stack.callback(remove_instance, files)
-      open(files.mark, "w").close()
-    chosen = options.ssh.chosen and reserve_port(options.ssh, stack)
-    log = open_log(options, files, stack)
-    log_start = os.fstat(log.fileno()).st_size if log else 0
-    warning = memory_warning(options.memory, available_memory("/proc/meminfo"))
-    if warning:
-      say(warning)
-    stack.enter_context(terminal_kept())
-    streams = qemu_streams(options, log)
-    fds = (lock, log.fileno() if log and options.detach else -1)
-    process = warm = stream = None
-    for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
-      stream = prepare(plan, options, net, stream, fds, stack)
-      address, port_lock = chosen or reserve_port(options.ssh, stack)
-      launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
-      warm = warm_start(launch, log) if options.warm else None
-      process = warm or boot(launch)
-      if process:
-        break
-    if not process:
-      raise QvmError(f"{plan.cache} loses files as soon as they are there")
-    if options.guest_command:
-      return run_and_end(launch, process, log_start, bool(warm))
-    if warm and find_program("ssh"):
-      refresh_guest(Login(files, plan.guest, address))
-    if options.detach:
-      return leave_running(launch, process, log_start, bool(warm))
-    welcome(plan, address)
-    return attend(plan, process, log, bool(warm))
+  return HostFacts(address, has_linaro(plan.share), mask, keys)
 
 
 class Launch(NamedTuple):
@@ -6381,8 +6229,6 @@ def remove_stray_log(files: Files) -> None:
 
 def qemu_streams(options: Options, log: Optional[IO[bytes]]) -> Dict[str, Any]:
   """What QEMU's stdin, stdout and stderr are: pipes to us only where we have something to do."""
-  import subprocess
-
   if options.detach or options.guest_command:
     return background_streams(log)
   streams = {"stderr": subprocess.PIPE, "bufsize": 0}
@@ -6393,13 +6239,11 @@ def qemu_streams(options: Options, log: Optional[IO[bytes]]) -> Dict[str, Any]:
 
 def background_streams(log: Optional[IO[bytes]]) -> Dict[str, Any]:
   """The streams of a QEMU that nobody looks at."""
-  import subprocess
-
   streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
   return {**streams, "start_new_session": True}
 
 
-def attend(plan: Plan, process: Any, log: Optional[IO[bytes]], nudge: bool) -> int:
+def relay_console(plan: Plan, process: Any, log: Optional[IO[bytes]], nudge: bool) -> int:
   """Relay the console until QEMU ends; returns its exit code, 128+N after signal N.
 
   nudge types a newline first, so that a prompt shows that is there already.
@@ -6446,8 +6290,6 @@ def console_of(plan: Plan, options: Options) -> str:
 
 def await_ssh(launch: Launch, process: Any, log_start: int) -> bool:
   """Wait until ssh answers; False when it does not in time, QvmError when the machine ends."""
-  import subprocess
-
   plan, options = launch.plan, launch.options
 
   def ended(seconds: float) -> bool:
@@ -6466,19 +6308,11 @@ def await_ssh(launch: Launch, process: Any, log_start: int) -> bool:
   return answers
 
 
-def show_console(lines: Iterable[str]) -> None:
-  """Show the last that a guest wrote to its console."""
-  for line in lines:
-    say("| " + line)
-
-
 def run_and_end(launch: Launch, process: Any, log_start: int, warm: bool) -> int:
   """Run a command in a machine that has just been started; returns its exit code.
 
   A persistent instance is powered off then; whatever is left of the machine ends with the stack.
   """
-  import subprocess
-
   plan, options, address = launch.plan, launch.options, launch.address
   files = instance_files(plan.cache, plan.name)
   log, start = console_of(plan, options), time.monotonic()
@@ -6492,7 +6326,7 @@ def run_and_end(launch: Launch, process: Any, log_start: int, warm: bool) -> int
         "--boot-timeout gives it longer",
       )
     left = max(0.0, start + options.boot_timeout - time.monotonic())
-    patience = min(left, LOGIN_PATIENCE) if os.path.exists(files.keys) else 0.0
+    patience = min(left, KEY_LOGIN_SECONDS) if os.path.exists(files.keys) else 0.0
     first = refresh_script(plan.guest) if warm else ""
     code = run_command(Login(files, plan.guest, address), options, patience, first)
   except QvmError as error:
@@ -6508,35 +6342,10 @@ def run_and_end(launch: Launch, process: Any, log_start: int, warm: bool) -> int
     raise QvmError(problem, ": ".join(explain("\n".join(lines))))
   if not plan.ephemeral and process.poll() is None and power_off(files):
     try:
-      process.wait(STOP_PATIENCE)
+      process.wait(POWER_OFF_SECONDS)
     except subprocess.TimeoutExpired:
-      say(f"{plan.name} has not powered off in {STOP_PATIENCE:g} s and is ended")
+      say(f"{plan.name} has not powered off in {POWER_OFF_SECONDS:g} s and is ended")
   return code
-
-
-def cmd_ssh(options: Options) -> int:
-  """Run a command in a running instance, or a shell."""
-  cache = cache_folder(os.environ)
-  [files] = existing(cache, options.operands, "run")
-  if wait_released(files, 0):
-    raise QvmError(
-      f"the instance {files.name} does not run",
-      "qvm run --detach starts one in the background, see qvm list",
-    )
-  login = login_of(files)
-  if not wait_for_ssh(
-    login.address, options.boot_timeout, lambda pause: wait_released(files, pause)
-  ):
-    raise QvmError(
-      f"the instance {files.name} does not answer at {ssh_line(login.guest, login.address)}"
-    )
-  with terminal_kept():
-    return run_command(login, options, LOGIN_PATIENCE if os.path.exists(files.keys) else 0.0)
-
-
-def ssh_line(guest: Guest, address: Address) -> str:
-  """The command with which a person gets in."""
-  return f"ssh -p {address.port} {guest.user}@{reachable(address)}"
 
 
 def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
@@ -6544,7 +6353,7 @@ def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
   plan, options, locks = launch.plan, launch.options, launch.locks
   files, below = instance_files(plan.cache, plan.name), plan.base
   source = launch.stream.source if launch.stream else None
-  with gate(files.folder):
+  with instances_lock(files.folder):
     needed = [*([] if source else [plan.base]), plan.qemu, plan.qemu_img]
     if warm and not warm.saving:
       below = warm.files.disk
@@ -6557,7 +6366,7 @@ def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
     check_source(files, source)
     record_instance(plan, files, f"{launch.address.host}:{launch.address.port}", source)
     make_overlay(plan, served_at(source) or backing_name(plan, below), locks[:1])
-    facts = facts_for(plan, options, launch.address, source.release if source else "")
+    facts = host_facts(plan, options, launch.address, source.release if source else "")
     if facts.keys and plan.guest.keys:
       write_key_disk(plan.cache, files, plan.guest.keys)
     with signals.hold():
@@ -6576,6 +6385,10 @@ def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
   return process
 
 
+class BootTimeout(QvmError):
+  """A guest that does not answer: to boot it once more would not help."""
+
+
 def warm_start(launch: Launch, log: Optional[IO[bytes]]) -> Any:
   """A machine that goes on from a checkpoint, which is made first if there is none.
 
@@ -6585,9 +6398,9 @@ def warm_start(launch: Launch, log: Optional[IO[bytes]]) -> Any:
   if launch.stream:
     say("there are no warm starts while the image comes; the next run makes the checkpoint")
     return None
-  facts = facts_for(plan, launch.options, launch.address)
+  facts = host_facts(plan, launch.options, launch.address)
   if facts.keys:
-    with gate(instances(plan.cache)):
+    with instances_lock(instances_dir(plan.cache)):
       make_key(plan.cache)
   key = checkpoint_key(plan, launch.options, facts)
   name = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}-warm-{key[:10]}"
@@ -6613,7 +6426,7 @@ def make_checkpoint(launch: Launch, files: Files, key: str, log: Optional[IO[byt
         f"memory, {megabytes(wanted)} (-m)")  # fmt: skip
     return False
   with contextlib.ExitStack() as stack:
-    with gate(instances(plan.cache)):
+    with instances_lock(instances_dir(plan.cache)):
       lock = try_lock(files.lock, lambda: False)
       if lock is None:
         say(f"another qvm makes the checkpoint {files.name} just now; this run does without")
@@ -6643,10 +6456,6 @@ def make_checkpoint(launch: Launch, files: Files, key: str, log: Optional[IO[byt
   return True
 
 
-class BootTimeout(QvmError):
-  """A guest that does not answer: to boot it once more would not help."""
-
-
 def settle(launch: Launch, process: Any, log_start: int) -> None:
   """Wait until a guest has booted so far that it lets us in."""
   options, guest = launch.options, launch.plan.guest
@@ -6657,7 +6466,7 @@ def settle(launch: Launch, process: Any, log_start: int) -> None:
     )
   files = instance_files(launch.plan.cache, launch.plan.name)
   if find_program("ssh"):
-    patience = LOGIN_PATIENCE if os.path.exists(files.keys) else 0.0
+    patience = KEY_LOGIN_SECONDS if os.path.exists(files.keys) else 0.0
     in_guest(Login(files, guest, launch.address), "true", wait_for, patience, **NO_STREAMS)
 
 
@@ -6679,17 +6488,17 @@ def from_checkpoint(launch: Launch, files: Files, key: str, fresh: bool) -> Any:
     if not process:
       return None
     try:
-      patience = min(WARM_PATIENCE, launch.options.boot_timeout)
+      patience = min(RESUME_SECONDS, launch.options.boot_timeout)
       resume(warm, launch.address, process, patience)
     except QvmError as error:
       end_process(process)
       words = last_lines(console, 3, start)
       if process.stderr:
-        words = [process.stderr.read(TAIL).decode("utf-8", "replace")]
+        words = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
       problem = " ".join(" ".join([str(error), *words]).split())
       say(f"the checkpoint {files.name} cannot be used: {problem}")
       remove_file(plan.disk)
-      with gate(instances(plan.cache)):
+      with instances_lock(instances_dir(plan.cache)):
         remove_checkpoint(files)
         if fresh:
           record_checkpoint(plan, files, key, problem=problem)
@@ -6708,6 +6517,79 @@ def welcome(plan: Plan, address: Address) -> None:
     say(f"{plan.guest.title} writes nothing to this terminal; once it is up, ssh gets in")
 
 
+# ---- Commands -----------------------------------------------------------------------------------
+
+
+def cmd_run(options: Options) -> int:
+  """Boot a guest in this terminal."""
+  net = net_from(os.environ)
+  plan = plan_from(options, net)
+  if options.guest_command:
+    program_for_ssh("ssh")  # before anything is downloaded
+  if options.dry_run:
+    command = qemu_command(plan, options, host_facts(plan, options, options.ssh))
+    emit(" ".join(shlex.quote(word) for word in command))
+    return 0
+  make_folders(plan.cache)
+  sweep(plan.cache)
+  files = instance_files(plan.cache, plan.name)
+  with contextlib.ExitStack() as stack:
+    lock = take_instance(files)
+    stack.callback(drop_lock, lock, files.lock)
+    check_instance(plan, files)
+    if plan.ephemeral:
+      stack.callback(remove_instance, files)
+      open(files.mark, "w").close()
+    chosen = options.ssh.chosen and reserve_port(options.ssh, stack)
+    log = open_log(options, files, stack)
+    log_start = os.fstat(log.fileno()).st_size if log else 0
+    warning = memory_warning(options.memory, available_memory("/proc/meminfo"))
+    if warning:
+      say(warning)
+    stack.enter_context(terminal_kept())
+    streams = qemu_streams(options, log)
+    fds = (lock, log.fileno() if log and options.detach else -1)
+    process = warm = stream = None
+    for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
+      stream = prepare(plan, options, net, stream, fds, stack)
+      address, port_lock = chosen or reserve_port(options.ssh, stack)
+      launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
+      warm = warm_start(launch, log) if options.warm else None
+      process = warm or boot(launch)
+      if process:
+        break
+    if not process:
+      raise QvmError(f"{plan.cache} loses files as soon as they are there")
+    if options.guest_command:
+      return run_and_end(launch, process, log_start, bool(warm))
+    if warm and find_program("ssh"):
+      refresh_guest(Login(files, plan.guest, address))
+    if options.detach:
+      return leave_running(launch, process, log_start, bool(warm))
+    welcome(plan, address)
+    return relay_console(plan, process, log, bool(warm))
+
+
+def cmd_ssh(options: Options) -> int:
+  """Run a command in a running instance, or a shell."""
+  cache = cache_folder(os.environ)
+  [files] = existing(cache, options.operands, "run")
+  if wait_released(files, 0):
+    raise QvmError(
+      f"the instance {files.name} does not run",
+      "qvm run --detach starts one in the background, see qvm list",
+    )
+  login = login_of(files)
+  if not wait_for_ssh(
+    login.address, options.boot_timeout, lambda pause: wait_released(files, pause)
+  ):
+    raise QvmError(
+      f"the instance {files.name} does not answer at {ssh_line(login.guest, login.address)}"
+    )
+  with terminal_kept():
+    return run_command(login, options, KEY_LOGIN_SECONDS if os.path.exists(files.keys) else 0.0)
+
+
 def cmd_pull(options: Options) -> int:
   """Download everything that `run` needs, or fill a mirror, or verify what is there."""
   net = net_from(os.environ)
@@ -6720,12 +6602,12 @@ def cmd_pull(options: Options) -> int:
   fetch_missing(plan, net)
   check_image(plan.base)
   say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
-  return verify(plan, Releases(quick(net))) if options.verify else 0
+  return verify(plan, Releases(impatient(net))) if options.verify else 0
 
 
 def verify(plan: Plan, releases: Releases) -> int:
   """Compare what is cached with its record and its release; prints a line for each, 1 if bad."""
-  things = [(plan.base, builder(plan.guest.os)), (tree_program(plan), "resources")]
+  things = [(plan.base, image_repo(plan.guest.os)), (tree_program(plan), "resources")]
   if not plan.own_qemu:
     things.append((plan.qemu_img, "resources"))
   verdicts = []
@@ -6751,7 +6633,7 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   asset = record.get("asset_sha256")
   if name.endswith(".qcow2") and asset != digest:
     return "DAMAGED: its record contradicts itself"
-  named = releases.digest(repo, tag, name) if re.match(TAG, tag) else ""
+  named = releases.digest(repo, tag, name) if re.match(TAG_RE, tag) else ""
   if named and named != asset:
     return f"DAMAGED: {tag} names another digest"
   return f"ok, as {tag} says" if named else "ok, as noted when it came; the release cannot be asked"
@@ -6761,7 +6643,7 @@ def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
     mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
-  repo = builder(plan.guest.os)
+  repo = image_repo(plan.guest.os)
   for tag, name in candidates(plan, releases):
     with contextlib.suppress(NotFound):
       return mirror_asset(releases, folder, repo, tag, name)
@@ -6775,15 +6657,15 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
   page = os.path.join(top, "expanded_assets", tag)
   for path in (target, page):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-  with artefact_lock(os.path.dirname(target), name):
+  with download_lock(os.path.dirname(target), name):
     if not os.path.isfile(target):
       transfer, record = fetch_asset(releases, repo, tag, name, os.path.dirname(target))
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
       with open(page, "a") as file:
         file.write(f"{line} sha256:{record['asset_sha256']}\n")
-      publish(transfer.part, target, 0o644)
+      move_into_place(transfer.part, target, 0o644)
       transfer.reset()
-  with artefact_lock(folder, repo):
+  with download_lock(folder, repo):
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
     for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
@@ -6793,10 +6675,10 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
 
 def cmd_search(options: Options) -> int:
   """Show the versions that can be had, or without a network those that are cached."""
-  cache, net = cache_folder(os.environ), quick(net_from(os.environ))
+  cache, net = cache_folder(os.environ), impatient(net_from(os.environ))
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
-  asked = {name: Later(images_of(releases, name)) for name in names}  # all at the same time
+  asked = {name: Future(images_of(releases, name)) for name in names}  # all at the same time
   rows: List[Dict[str, Any]] = []
   errors: Dict[str, QvmError] = {}
   for name in names:
@@ -6816,7 +6698,7 @@ def cmd_search(options: Options) -> int:
 
 def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
   """A call that asks for the images of an OS."""
-  return lambda: images_in(name, releases.all(builder(name)))
+  return lambda: images_in(name, releases.all(image_repo(name)))
 
 
 def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[Dict[str, Any]]:
@@ -6848,13 +6730,6 @@ def show_search(rows: List[Dict[str, Any]]) -> None:
   for (name, version), arches in cells.items():
     table.append((name, version, arches.get("x86-64", "-"), arches.get("arm64", "-")))
   show_table(table)
-
-
-def show_table(table: Sequence[Sequence[str]]) -> None:
-  """Print rows with their columns aligned."""
-  widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-  for line in table:
-    emit(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()))
 
 
 def cmd_list(options: Options) -> int:
@@ -6922,7 +6797,7 @@ def cmd_rm(options: Options) -> int:
       remove_instance(files)
       emit(files.name)
   for files in dropped:
-    with gate(instances(cache)):
+    with instances_lock(instances_dir(cache)):
       remove_checkpoint(files)  # machines that run from it have its files open
     emit(files.name)
   return 0
@@ -6931,7 +6806,7 @@ def cmd_rm(options: Options) -> int:
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
   cache = cache_folder(os.environ)
-  total = clean(cache, options) if os.path.isdir(instances(cache)) else 0
+  total = clean(cache, options) if os.path.isdir(instances_dir(cache)) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 
@@ -6940,8 +6815,8 @@ def clean(cache: str, options: Options) -> int:
   """Delete what `clean` may, or only name it; returns the bytes that it takes."""
   total = 0
   with contextlib.ExitStack() as stack:
-    alone = only_one(os.path.join(cache, "downloads"), stack)
-    stack.enter_context(gate(instances(cache)))
+    alone = downloads_idle(os.path.join(cache, "downloads"), stack)
+    stack.enter_context(instances_lock(instances_dir(cache)))
     orphans = orphan_names(cache)
     paths = unfinished(cache, alone) + instance_leftovers(cache, orphans)
     paths += unfinished_checkpoints(cache)
@@ -6959,19 +6834,6 @@ def clean(cache: str, options: Options) -> int:
       if not options.dry_run:
         remove_tree(path)
   return total
-
-
-def only_one(folder: str, stack: contextlib.ExitStack) -> bool:
-  """Whether no qvm downloads into a folder; if so, those that want to wait for the stack."""
-  import fcntl
-
-  fd = os.open(folder, os.O_RDONLY)
-  stack.callback(os.close, fd)
-  try:
-    lock_file(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True
 
 
 def unfinished(cache: str, alone: bool) -> List[str]:
@@ -7060,6 +6922,15 @@ def unneeded(cache: str, orphans: Sequence[str]) -> List[str]:
   return found + [path for path in programs if os.path.lexists(path)]
 
 
+def cmd_config(options: Options) -> int:
+  """Print the cache folder."""
+  emit(cache_folder(os.environ))
+  return 0
+
+
+# ---- Doctor -------------------------------------------------------------------------------------
+
+
 class Check(NamedTuple):
   """One line of `qvm doctor`: ok, warning or fault, what was looked at, and the fix."""
 
@@ -7069,18 +6940,19 @@ class Check(NamedTuple):
   fix: str = ""
 
 
-NEEDED = 2 << 30  # bytes that a first run takes: QEMU, an image, what the guest writes
+FIRST_RUN_BYTES = 2 << 30  # bytes that a first run takes: QEMU, an image, what the guest writes
+DOCTOR_SECONDS = 8.0  # seconds for all questions to the network together
 
 
 def cmd_doctor(options: Options) -> int:
   """Say what this host can and cannot do, and the fix for each fault; downloads nothing."""
   cache = cache_folder(os.environ)
-  network = None if options.offline else Later(lambda: check_network(net_from(os.environ)))
+  network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
   checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
   checks += [*check_qemu(cache), check_zstd()]
   checks += check_accelerators(sys.platform, "/dev/kvm", native_qemu(cache))
   checks.append(check_instances(cache))
-  checks += within(network, DOCTOR_PATIENCE) if network else [Check("ok", "network", "left out")]
+  checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "left out")]
   if options.json:
     emit_json([check._asdict() for check in checks])
   else:
@@ -7091,10 +6963,7 @@ def cmd_doctor(options: Options) -> int:
   return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
 
 
-DOCTOR_PATIENCE = 8.0  # seconds for all questions to the network together
-
-
-def within(later: Later, seconds: float) -> List[Check]:
+def within(later: Future, seconds: float) -> List[Check]:
   """The result of a check that may hang."""
   later.thread.join(seconds)
   if later.thread.is_alive():
@@ -7126,10 +6995,10 @@ def check_python() -> Check:
   """The Python that runs qvm, and its TLS."""
   version = sys.version.split()[0]
   try:
-    import ssl
+    tls = ssl.OPENSSL_VERSION
   except ImportError:
     return Check("fault", "Python", f"{version} without ssl", "use a Python that has TLS")
-  return Check("ok", "Python", f"{version}, {ssl.OPENSSL_VERSION}, {sys.executable}")
+  return Check("ok", "Python", f"{version}, {tls}, {sys.executable}")
 
 
 def check_ssh() -> Check:
@@ -7162,9 +7031,9 @@ def check_cache(cache: str) -> Check:
       return Check("fault", "cache", str(error), error.hint)
   free = free_space(there)
   text += f", {megabytes(tree_size(cache)) if there == cache else 'empty'}, {megabytes(free)} free"
-  if free < NEEDED:
+  if free < FIRST_RUN_BYTES:
     fix = "qvm clean --all --dry-run shows what can go"
-    return Check("warning", "cache", f"{text}; a first run takes {megabytes(NEEDED)}", fix)
+    return Check("warning", "cache", f"{text}; a first run takes {megabytes(FIRST_RUN_BYTES)}", fix)
   return Check("ok", "cache", text)
 
 
@@ -7217,8 +7086,6 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
     text = f"{kvm} may not be used ({describe(error)}): guests are emulated, much slower"
     return [Check("warning", "KVM", text, KVM_FIX)]
   try:
-    import fcntl
-
     version = fcntl.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION, 12 since Linux 2.6.22
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
@@ -7250,15 +7117,15 @@ def check_zstd() -> Check:
 
 def check_network(net: Net) -> List[Check]:
   """The way to the release server and the quota of the API."""
-  import urllib.request
-
   proxies = {
     name: proxy_name(url) for name, url in urllib.request.getproxies().items() if "://" in url
   }
   checks = [Check("ok", "proxy", ", ".join(f"{k}: {v}" for k, v in proxies.items()) or "none")]
-  one = quick(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_PATIENCE / 2))
+  one = impatient(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_SECONDS / 2))
   try:
-    checks.append(Check("ok", "releases", f"{short(net.releases)}: {newest_tag(one, 'resources')}"))
+    checks.append(
+      Check("ok", "releases", f"{redacted(net.releases)}: {newest_tag(one, 'resources')}")
+    )
   except QvmError as error:
     checks.append(Check("fault", "releases", str(error), error.hint))
   if net.api:
@@ -7276,7 +7143,7 @@ def check_quota(net: Net) -> Check:
     hint = getattr(error, "hint", "") or "nothing need be done; GITHUB_TOKEN raises the quota"
     return Check("warning", "API", f"{error}; the release pages are read instead", hint)
   return Check(
-    "ok", "API", f"{short(net.api)}" + (f", {left} requests left this hour" if left else "")
+    "ok", "API", f"{redacted(net.api)}" + (f", {left} requests left this hour" if left else "")
   )
 
 
@@ -7290,7 +7157,7 @@ def check_instances(cache: str) -> Check:
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 
 
-# -- Completion --
+# ---- Completion and main ------------------------------------------------------------------------
 
 COMPLETIONS = {
   "bash": """\
@@ -7331,8 +7198,6 @@ end
 
 def cmd_completion(options: Options) -> int:
   """Print a shell's completion script, or for it the words that may come next."""
-  import shlex
-
   shell = options.operands[0]
   if shell == "words":
     for word in next_words(options.operands[1:], cache_folder(os.environ)):
@@ -7373,18 +7238,12 @@ def next_words(before: Sequence[str], cache: str) -> List[str]:
   elif form.operands.startswith("NAME"):
     names = instance_names(cache, ".qcow2")
     names += [files.name for files in checkpoints(cache) if command == "rm"]
-    words += [name for name in names if name not in operands and re.match(NAME, name)]
+    words += [name for name in names if name not in operands and re.match(NAME_RE, name)]
   elif command == "config" and not operands:
     words += ["print-path"]
   elif command == "completion" and not operands:
     words += COMPLETIONS
   return words
-
-
-def cmd_config(options: Options) -> int:
-  """Print the cache folder."""
-  emit(cache_folder(os.environ))
-  return 0
 
 
 CALLS: Dict[str, Callable[[Options], int]] = {
@@ -7444,9 +7303,9 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   except BrokenPipeError:
     code = 128 + signal.SIGPIPE
   except OSError as error:
-    place = error.filename2 or error.filename
-    say(f"{place}: {describe(error)}" if place else describe(error))
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(place):
+    path = error.filename2 or error.filename
+    say(f"{path}: {describe(error)}" if path else describe(error))
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):
       say(f"is the cache yours, and can it be written? {OTHER_CACHE}")
   except Exception as error:
     if os.environ.get("QVM_DEBUG"):

@@ -140,7 +140,7 @@ class Machines:
   def patient(self, *words, stop=0.3, end=0.3, timeout=60):
     """Run qvm with little patience: the constants are set from outside."""
     code = (
-      f"import qvm, sys; qvm.STOP_PATIENCE = {stop}; qvm.PATIENCE = {end}; sys.exit(qvm.main())"
+      f"import qvm, sys; qvm.POWER_OFF_SECONDS = {stop}; qvm.TERM_GRACE_SECONDS = {end}; sys.exit(qvm.main())"
     )
     return subprocess.run(
       [sys.executable, "-c", code, *words],

@@ -222,7 +222,7 @@ def impatient(monkeypatch):
     return communicate(self, input, timeout and min(timeout, 0.5))
 
   monkeypatch.setattr(subprocess.Popen, "communicate", brief)
-  monkeypatch.setattr(program, "PATIENCE", 0.5)
+  monkeypatch.setattr(program, "TERM_GRACE_SECONDS", 0.5)
 
 
 @pytest.mark.parametrize("code", [0, 1])
@@ -443,7 +443,7 @@ def test_a_server_that_never_ends_its_answer(host, server):
   """Each time a byte comes the time-out starts anew; doctor's own patience ends."""
   host.env["QVM_TIMEOUT"] = "600"
   server.fault("", origin="github", times=None, stall="headers")
-  code = "import qvm, sys; qvm.DOCTOR_PATIENCE = 1.0; sys.exit(qvm.main())"
+  code = "import qvm, sys; qvm.DOCTOR_SECONDS = 1.0; sys.exit(qvm.main())"
   result = subprocess.run(
     [sys.executable, "-c", code, "doctor", "--json"],
     cwd=str(ROOT),

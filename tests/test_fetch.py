@@ -520,7 +520,7 @@ def test_pauses_are_as_long_as_the_server_says():
 
 
 def test_headway_gives_new_attempts():
-  assert len(pauses([None] * 30, headway=source.HEADWAY)) == 30
+  assert len(pauses([None] * 30, headway=source.PROGRESS_BYTES)) == 30
   assert len(pauses([None] * 30, headway=100)) == 4
 
 

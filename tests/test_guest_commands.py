@@ -492,7 +492,7 @@ def test_a_persistent_instance_is_powered_off(guests):
 
 def test_a_guest_that_does_not_power_off_is_ended(guests):
   guests.play(ignore_shutdown=True)
-  code = "import qvm, sys; qvm.STOP_PATIENCE = 0.3; sys.exit(qvm.main())"
+  code = "import qvm, sys; qvm.POWER_OFF_SECONDS = 0.3; sys.exit(qvm.main())"
   words = guests.words(command=["exit 5"], rm=False)
   result = subprocess.run([sys.executable, "-c", code, *words], cwd=str(ROOT), env=guests.qvm.env,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip

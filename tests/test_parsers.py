@@ -135,10 +135,10 @@ def test_any_release_page(latest, feed, fragment):
   finally:
     source.fetch_bytes = before
   for release in releases:
-    assert re.match(source.TAG, release.tag)
+    assert re.match(source.TAG_RE, release.tag)
     assert all(re.fullmatch("([0-9a-f]{64})?", digest) for digest in release.assets.values())
   for image in source.images_in("freebsd", releases):
-    assert "/" not in image.asset and re.match(source.VERSION, image.version)
+    assert "/" not in image.asset and re.match(source.VERSION_RE, image.version)
 
 
 LIMITED = """

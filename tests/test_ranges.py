@@ -22,7 +22,7 @@ from test_fetch import (
 
 import qvm as source
 
-BLOCK = source.BLOCK
+BLOCK = source.BLOCK_BYTES
 NET = source.Net("http://x", "", "", 1.0, 1.0, 1, threading.Event())
 EAGER = {"LARGE = 32 << 20": "LARGE = 1 << 20", "SLOW_AFTER = 1.0": "SLOW_AFTER = 0.0"}
 

@@ -228,7 +228,7 @@ def test_qemu_knows_the_words_of_the_cpu_mask(real, os_name):
   words = ("run", "--platform", "x86-64", os_name, "1", *LIGHT, "--rm")
   options = source.parse_command_line(words)
   plan = source.make_plan(options, source.Host("linux", "x86-64"), str(real.cache), "abcdef")
-  argv = source.qemu_command(plan, options, source.Facts(options.ssh, False, True))
+  argv = source.qemu_command(plan, options, source.HostFacts(options.ssh, False, True))
   cpu = argv[argv.index("-cpu") + 1]
   assert MASK in cpu
   program = str(real_qemu.find_qemu().x86_64)

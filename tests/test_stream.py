@@ -30,7 +30,7 @@ IMAGE = FREEBSD + ".qcow2"
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 STREAM = ("run", "--stream", "--name", "vm", *GUEST)
 RUN = ("run", "--name", "vm", *GUEST)
-BLOCK = source.BLOCK
+BLOCK = source.BLOCK_BYTES
 SIZE = 6_000_000  # of the disk
 
 # It does what $PLAY says: first it tells that it runs, then it reads, writes, waits and ends.

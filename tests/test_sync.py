@@ -377,7 +377,7 @@ def land(folder, data, sent=None, patterns=(".git",)):
   feeder = threading.Thread(target=feed)
   feeder.start()
   try:
-    with os.fdopen(reading, "rb") as file, source.Landing(str(folder), patterns, sent) as landing:
+    with os.fdopen(reading, "rb") as file, source.Unpacker(str(folder), patterns, sent) as landing:
       landing.take(file)
       landing.finish()
   finally:

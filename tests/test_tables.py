@@ -112,7 +112,7 @@ def argv_of(*words, linaro=True, mask=False, cache="/c"):
   """The command line that follows from a command line, made without a look at this host."""
   options = source.parse_command_line(("run", *words))
   plan = source.make_plan(options, source.Host("linux", "x86-64"), cache, "abcdef")
-  return source.qemu_command(plan, options, source.Facts(options.ssh, linaro, mask))
+  return source.qemu_command(plan, options, source.HostFacts(options.ssh, linaro, mask))
 
 
 def dry(qvm, *words, **more):

@@ -15,12 +15,14 @@ import sys
 import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK
+from types import FrameType, TracebackType
 from typing import (
   IO,
   TYPE_CHECKING,
   Any,
   Callable,
   Dict,
+  Generic,
   Iterable,
   Iterator,
   List,
@@ -30,7 +32,9 @@ from typing import (
   Sequence,
   Set,
   Tuple,
+  Type,
   TypeVar,
+  Union,
 )
 
 __version__ = "0.1.0"
@@ -64,6 +68,8 @@ if TYPE_CHECKING:
   import urllib.parse
   import urllib.request
   import zlib
+
+  Process = subprocess.Popen[bytes]
 else:
 
   class Lazy:
@@ -260,7 +266,7 @@ class Signals:
       if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, self.handle)
 
-  def handle(self, number: int, frame: Any) -> None:
+  def handle(self, number: int, frame: Optional[FrameType]) -> None:
     if not self.caught:
       self.caught = number
       if not self.held:
@@ -458,7 +464,7 @@ class Guest(NamedTuple):
   console: bool  # whether the guest writes to its serial port
   power_off: str  # the command that ends it cleanly, for that user
   set_clock: str  # the command that sets its clock, for that user; in UTC, as strftime(3) fills it
-  keys: Optional[KeyDisk]
+  key_disk: Optional[KeyDisk]
   table: str
 
 
@@ -630,20 +636,6 @@ def parse_accel(text: str) -> str:
   return ":".join(words)
 
 
-def find_program(name: str, folder: Optional[str] = None) -> str:
-  """The absolute path of a program on PATH or in a folder; empty when there is none."""
-  path = shutil.which(name, path=folder)
-  return os.path.abspath(path) if path else ""
-
-
-def parse_program(text: str) -> str:
-  """A program by its path or by its name on PATH, as an absolute path."""
-  path = find_program(text)
-  if not path:
-    raise UsageError(f"--qemu: there is no program '{text}' that can be executed")
-  return path
-
-
 def parse_seconds(text: str) -> float:
   """A time in seconds, at most a day."""
   if not re.match(r"[0-9]{1,5}(\.[0-9]{1,3})?\Z", text) or float(text) > 86400:
@@ -656,16 +648,6 @@ def parse_variable(text: str) -> str:
   if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
     raise UsageError(f"bad variable '{text}'; it is NAME or NAME=VALUE, a letter or _ first")
   return text
-
-
-def parse_folder(text: str) -> str:
-  """A folder that is there and has a name, as an absolute path."""
-  path = os.path.abspath(text)
-  if not os.path.isdir(path):
-    raise UsageError(f"--sync: there is no folder '{text}'")
-  if not os.path.basename(path):
-    raise UsageError("--sync: the root folder cannot be synchronised; name one below it")
-  return path
 
 
 def parse_direction(text: str) -> str:
@@ -708,7 +690,7 @@ OPTIONS = (
          "where the guest's ssh port appears (default: 127.0.0.1:2847\nor the next free port)"),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try in turn (default: hvf:kvm:tcg)"),
-  Option(("--qemu",), "qemu", "PATH", parse_program,
+  Option(("--qemu",), "qemu", "PATH", parse_text,
          "use this qemu-system-… and the qemu-img beside it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
          "one more argument for QEMU; may be given several times", True),
@@ -718,11 +700,11 @@ OPTIONS = (
          "boot while the image still comes: the guest runs before\nthe image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
          "how long to wait for ssh (default: 600)"),
-  Option(("--console-log",), "console_log", "FILE", os.path.abspath,
+  Option(("--console-log",), "console_log", "FILE", parse_text,
          "append what the guest writes to its console to FILE"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "hand a variable to the command, without VALUE as it is here;\nCI goes by itself", True),
-  Option(("--sync",), "sync", "DIR", parse_folder,
+  Option(("--sync",), "sync", "DIR", parse_text,
          "copy DIR to ~/work in the guest, run the command there,\nand bring back what it changed"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
          "both, in (only to the guest) or out (only from it)"),
@@ -738,7 +720,7 @@ OPTIONS = (
          "replace what is cached by the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
          "compare what is cached with the digests noted when it came,\nand with the release's"),
-  Option(("--mirror",), "mirror", "DIR", os.path.abspath,
+  Option(("--mirror",), "mirror", "DIR", parse_text,
          "put the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
   Option(("--all",), "all", "", bool, "also images that no instance needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
@@ -1010,26 +992,198 @@ class Host(NamedTuple):
   arch: str
 
 
+class InstancePaths(NamedTuple):
+  """The files of one instance, all in one folder and named after it."""
+
+  cache: "Cache"
+  name: str
+
+  def path(self, suffix: str) -> str:
+    return os.path.join(self.cache.instances, self.name + suffix)
+
+  @property
+  def disk(self) -> str:
+    return self.path(".qcow2")
+
+  @property
+  def record(self) -> str:
+    return self.path(".json")
+
+  @property
+  def lock(self) -> str:
+    return self.path(".lock")
+
+  @property
+  def console(self) -> str:
+    return self.path(".console.log")
+
+  @property
+  def known_hosts(self) -> str:
+    """The host keys of this guest, kept apart from the user's."""
+    return self.path(".known_hosts")
+
+  @property
+  def key_disk(self) -> str:
+    """The disk from which some guests take the key that may log in."""
+    return self.path(".keys")
+
+  @property
+  def mark(self) -> str:
+    """An empty file that says: delete this instance once it does not run."""
+    return self.path(".ephemeral")
+
+
+# All that an instance has; the mark goes last, so that a killed removal is repeated.
+INSTANCE_SUFFIXES = (
+  ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys", ".ephemeral",
+)  # fmt: skip
+
+
+class LayerPaths(NamedTuple):
+  """The files of one layer: a frozen disk, and for a checkpoint the guest's memory and devices."""
+
+  folder: str
+  name: str
+
+  def path(self, suffix: str) -> str:
+    return os.path.join(self.folder, self.name + suffix)
+
+  @property
+  def record(self) -> str:
+    return self.path(".json")
+
+  @property
+  def disk(self) -> str:
+    return self.path(".qcow2")
+
+  @property
+  def memory(self) -> str:
+    return self.path(".memory")
+
+  @property
+  def state(self) -> str:
+    return self.path(".state")
+
+
+class AssetRecord(NamedTuple):
+  """What NAME.json beside a cached file says of it; empty where unknown."""
+
+  release: str = ""  # the tag
+  url: str = ""
+  validator: str = ""  # ETag or Last-Modified of what was downloaded
+  size: int = 0  # bytes of the asset
+  asset_sha256: str = ""
+  sha256: str = ""  # of the file, or the tree, that was made of the asset
+  bytes: int = 0  # the file's length
+  time: str = ""  # when it came, in UTC
+  inode: int = 0  # of the file that the record is meant for
+
+
+class Instance(NamedTuple):
+  """What NAME.json says of an instance; ssh is where it listens while it runs.
+
+  While its base image is incomplete, release and validator say which one it is.
+  """
+
+  name: str = ""
+  os: str = ""
+  version: str = ""
+  arch: str = ""
+  base_sha256: str = ""
+  ssh: str = ""
+  release: str = ""
+  validator: str = ""
+
+
+class LayerRecord(NamedTuple):
+  """What NAME.json says of a layer. With a problem it is only a note that none can be made."""
+
+  name: str = ""
+  os: str = ""
+  version: str = ""
+  arch: str = ""
+  base_sha256: str = ""
+  key: str = ""  # what it is good for, as a digest
+  accelerator: str = ""  # the one that was in use when it was made
+  parts: str = ""  # size and time of each file
+  problem: str = ""
+
+
+class Cache(NamedTuple):
+  """The folder in which qvm keeps everything, and the paths in it."""
+
+  root: str
+
+  def path(self, *names: str) -> str:
+    return os.path.join(self.root, *names)
+
+  @property
+  def instances(self) -> str:
+    return self.path("instances")
+
+  @property
+  def downloads(self) -> str:
+    """The one place for everything unfinished; what lies there unlocked is a leftover."""
+    return self.path("downloads")
+
+  @property
+  def qemu_img(self) -> str:
+    return self.path("bin", "qemu-img")
+
+  @property
+  def ssh_key(self) -> str:
+    """The private key for images that want one; .pub beside it is the public key."""
+    return self.path("ssh", "id_ed25519")
+
+  def base(self, stem: str) -> str:
+    return self.path("base", stem + ".qcow2")
+
+  def qemu_tree(self, cpu: str) -> str:
+    """The downloaded QEMU for a guest CPU, in QEMU's spelling."""
+    return self.path("qemu", cpu)
+
+  def qemu_program(self, cpu: str) -> str:
+    return self.path("qemu", cpu, "bin", "qemu-system-" + cpu)
+
+  def instance(self, name: str) -> InstancePaths:
+    return InstancePaths(self, name)
+
+  def layer(self, name: str) -> LayerPaths:
+    return LayerPaths(self.path("layers"), name)
+
+
 class Plan(NamedTuple):
   """Everything a run or a pull uses, by name and path."""
 
   guest: Guest
   version: str
-  name: str
+  paths: InstancePaths
   ephemeral: bool
-  cache: str
+  cache: Cache
   qemu: str  # the program to run
-  tree: str  # the downloaded QEMU of this guest CPU
-  share: str  # its firmware
+  share: str  # the firmware of the downloaded QEMU
   qemu_img: str
   base: str
-  disk: str
   image_asset: str
   bundle_asset: str
   qemu_asset: str
   tools_asset: str
   own_qemu: bool  # --qemu: qemu-img is the user's too
   refresh: bool  # replace what is cached by what is newest
+
+  @property
+  def name(self) -> str:
+    return self.paths.name
+
+  @property
+  def tree(self) -> str:
+    """The downloaded QEMU of this guest CPU."""
+    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch])
+
+  @property
+  def tree_program(self) -> str:
+    """The downloaded QEMU's program, whether or not it is the one that runs."""
+    return self.cache.qemu_program(QEMU_CPUS[self.guest.arch])
 
 
 def host_of(system: str, machine: str) -> Host:
@@ -1068,12 +1222,7 @@ def image_repo(os_name: str) -> str:
   return os_name + "-builder"
 
 
-def qemu_program(cache: str, cpu: str) -> str:
-  """The downloaded QEMU's program for a guest CPU, in QEMU's spelling."""
-  return os.path.join(cache, "qemu", cpu, "bin", "qemu-system-" + cpu)
-
-
-def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
+def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm overlay its own."""
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
   version = parse_version(options.operands[1])
@@ -1082,19 +1231,16 @@ def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
   stem = f"{guest.os}-{version}-{guest.arch}"
   name = options.name or (stem + "-rm-" + suffix if options.rm else stem)
   cpu = QEMU_CPUS[guest.arch]
-  tree = os.path.join(cache, "qemu", cpu)
   return Plan(
     guest=guest,
     version=version,
-    name=name,
+    paths=cache.instance(name),
     ephemeral=options.rm,
     cache=cache,
-    qemu=options.qemu or qemu_program(cache, cpu),
-    tree=tree,
-    share=os.path.join(tree, "share", "qemu"),
-    qemu_img=own_qemu_img(options.qemu) if options.qemu else os.path.join(cache, "bin", "qemu-img"),
-    base=os.path.join(cache, "base", stem + ".qcow2"),
-    disk=os.path.join(cache, "instances", name + ".qcow2"),
+    qemu=options.qemu or cache.qemu_program(cpu),
+    share=os.path.join(cache.qemu_tree(cpu), "share", "qemu"),
+    qemu_img=cache.qemu_img,
+    base=cache.base(stem),
     image_asset=stem + ".qcow2",
     bundle_asset=stem + ".tar.zst",
     qemu_asset=f"qemu-system-{cpu}-{host.system}.tar",
@@ -1104,136 +1250,113 @@ def make_plan(options: Options, host: Host, cache: str, suffix: str) -> Plan:
   )
 
 
-class Files(NamedTuple):
-  """The files of one instance, all in one folder and named after it."""
-
-  folder: str
-  name: str
-
-  def path(self, suffix: str) -> str:
-    return os.path.join(self.folder, self.name + suffix)
-
-  @property
-  def disk(self) -> str:
-    return self.path(".qcow2")
-
-  @property
-  def record(self) -> str:
-    return self.path(".json")
-
-  @property
-  def lock(self) -> str:
-    return self.path(".lock")
-
-  @property
-  def console(self) -> str:
-    return self.path(".console.log")
-
-  @property
-  def known_hosts(self) -> str:
-    """The host keys of this guest, kept apart from the user's."""
-    return self.path(".known_hosts")
-
-  @property
-  def keys(self) -> str:
-    """The disk from which some guests take the key that may log in."""
-    return self.path(".keys")
-
-  @property
-  def mark(self) -> str:
-    """An empty file that says: throw the instance away once it does not run."""
-    return self.path(".ephemeral")
-
-  @property
-  def memory(self) -> str:
-    """Of a checkpoint: the guest's memory, as it was."""
-    return self.path(".memory")
-
-  @property
-  def state(self) -> str:
-    """Of a checkpoint: the state of the guest's devices, as QEMU wrote it."""
-    return self.path(".state")
-
-
-def instances_dir(cache: str) -> str:
-  """The folder of the instances."""
-  return os.path.join(cache, "instances")
-
-
-def instance_files(cache: str, name: str) -> Files:
-  """The files of the instance of that name."""
-  return Files(instances_dir(cache), name)
-
-
-def checkpoint_files(cache: str, name: str) -> Files:
-  """The files of the checkpoint of that name."""
-  return Files(os.path.join(cache, "warm"), name)
-
-
-def downloads_dir(plan: Plan) -> str:
-  """Where unfinished files lie."""
-  return os.path.join(plan.cache, "downloads")
-
-
-def tree_program(plan: Plan) -> str:
-  """The downloaded QEMU's program, whether or not it is the one that runs."""
-  return qemu_program(plan.cache, QEMU_CPUS[plan.guest.arch])
-
-
-def key_path(cache: str) -> str:
-  """The private key with which qvm logs in where one is wanted; .pub beside it is the public."""
-  return os.path.join(cache, "ssh", "id_ed25519")
-
-
-def kernel_path(base: str) -> str:
-  """Where the kernel of a bundle is kept."""
-  return base[: -len(".qcow2")] + ".kernel"
-
-
 # ---- Files, locks, programs ---------------------------------------------------------------------
 
 CHUNK_BYTES = 1 << 18  # bytes that are read or written at a time
 TERM_GRACE_SECONDS = 10.0  # seconds that QEMU has to end after SIGTERM
 POLL_SECONDS = 0.5  # seconds a thread waits at a time: a signal just before does not wake it
 OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
+FORMAT = 1  # of records; those of qvm 0.1 do not name it
+MAX_RECORD_BYTES = 1 << 20
+SCRATCH = "tmp-"  # how the names of folders for unfinished things begin in downloads/
+R = TypeVar("R", bound=NamedTuple)
+T = TypeVar("T")
+Handle = Union[int, IO[bytes], None]
 
 
-def cache_folder(environ: Mapping[str, str]) -> str:
-  """The folder qvm keeps everything in; a relative XDG_CACHE_HOME is ignored, as its spec says."""
+def cache_from(environ: Mapping[str, str]) -> Cache:
+  """The cache that the environment names; its spec says to ignore a relative XDG_CACHE_HOME."""
   if environ.get("QVM_CACHE_DIR"):
-    return os.path.abspath(environ["QVM_CACHE_DIR"])
+    return Cache(os.path.abspath(environ["QVM_CACHE_DIR"]))
   xdg = environ.get("XDG_CACHE_HOME", "")
   home = os.path.expanduser("~")
   if not os.path.isabs(xdg) and home == "~":
     raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
-  return os.path.abspath(os.path.join(xdg if os.path.isabs(xdg) else home + "/.cache", "qvm"))
+  folder = xdg if os.path.isabs(xdg) else home + "/.cache"
+  return Cache(os.path.abspath(os.path.join(folder, "qvm")))
 
 
-def read_json(path: str) -> Dict[str, Any]:
-  """The object in a JSON file; empty when there is none, or no sound one."""
+class RecordError(QvmError):
+  """A record that is damaged, or that a newer qvm has written."""
+
+
+class NewerRecordError(RecordError):
+  """A record in a format that only a newer qvm knows."""
+
+
+def read_record(empty: R, path: str) -> Optional[R]:
+  """The record in a JSON file, with the fields and types of an empty one; None without a file.
+
+  RecordError when it is damaged, a field has another type, or its format is newer than FORMAT:
+  that is never guessed at. A field that is missing is as in the empty one.
+  """
   try:
     with open(path, "rb") as file:
-      value = json.loads(file.read(1 << 20).decode("utf-8"))
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return value if isinstance(value, dict) else {}
+      value = json.loads(file.read(MAX_RECORD_BYTES).decode("utf-8"))
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (ValueError, RecursionError):
+    value = None
+  if not isinstance(value, dict):
+    raise RecordError(f"the record {path} is damaged")
+  number = value.get("format", FORMAT)
+  if not isinstance(number, int) or number > FORMAT:
+    raise NewerRecordError(
+      f"the record {path} has the format {number}, which this qvm does not know",
+      f"a newer qvm has written it: update this one, or {OTHER_CACHE}",
+    )
+  fields = empty._asdict()
+  for name, default in fields.items():
+    fields[name] = value.get(name, default)
+    if type(fields[name]) is not type(default):
+      raise RecordError(f"the record {path} is damaged: {name} is {str(fields[name])[:50]}")
+  return empty._replace(**fields)
 
 
-def write_text(path: str, text: str, mode: int = 0o644) -> None:
-  """Write a file so that it is there whole or not at all."""
-  remove_file(path + ".tmp")
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.chmod(path + ".tmp", mode)
-  os.replace(path + ".tmp", path)
+def sound_record(empty: R, path: str) -> R:
+  """The record in a file, the empty one where there is none or a damaged one."""
+  try:
+    return read_record(empty, path) or empty
+  except NewerRecordError:
+    raise
+  except RecordError:
+    return empty
 
 
-def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
-  """Write a JSON file."""
-  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
+def write_record(cache: Cache, path: str, record: NamedTuple, mode: int = 0o644) -> None:
+  """Write a record as JSON, with its format; the file is there complete or not at all."""
+  text = json.dumps({**record._asdict(), "format": FORMAT}, indent=2, sort_keys=True)
+  with unfinished(cache) as folder:
+    aside = os.path.join(folder, "record")
+    with open(aside, "w", encoding="utf-8") as file:
+      file.write(text + "\n")
+    os.chmod(aside, mode)
+    os.replace(aside, path)
 
 
-def new_sha256() -> Any:
+@contextlib.contextmanager
+def unfinished(cache: Cache) -> Iterator[str]:
+  """A new folder below downloads/ for what is not finished, removed at the end.
+
+  Its lock is held meanwhile: what lies in downloads/ unlocked is a leftover of a killed qvm.
+  """
+  with Lock(os.path.join(cache.downloads, SCRATCH + os.urandom(6).hex()), folder=True) as lock:
+    lock.hold()
+    try:
+      yield lock.path
+    finally:
+      remove_tree(lock.path)
+
+
+def remove_unlocked(path: str) -> bool:
+  """Remove a folder of downloads/ unless somebody has its lock; whether it is gone."""
+  with Lock(path, folder=True) as lock:
+    if lock.try_():
+      remove_tree(path)
+    return lock.fd >= 0
+
+
+def new_sha256() -> "hashlib._Hash":
   """A fresh SHA-256."""
   return hashlib.sha256()
 
@@ -1265,29 +1388,53 @@ def hashed(name: str) -> str:
   return str(digest.hexdigest()[:16])
 
 
-def names_in(cache: str, folder: str) -> List[str]:
-  """The names in one of the cache's folders, sorted; none when it is not there."""
+def write_text(path: str, text: str, mode: int = 0o644) -> None:
+  """Write a file so that it is there whole or not at all."""
+  remove_file(path + ".tmp")
+  with open(path + ".tmp", "w", encoding="utf-8") as file:
+    file.write(text)
+  os.chmod(path + ".tmp", mode)
+  os.replace(path + ".tmp", path)
+
+
+def read_json(path: str) -> Dict[str, Any]:
+  """The object in a JSON file; empty when there is none, or no sound one."""
   try:
-    return sorted(os.listdir(os.path.join(cache, folder)))
+    with open(path, "rb") as file:
+      value = json.loads(file.read(1 << 20).decode("utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
+  """Write a JSON file."""
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
+
+
+def names_in(folder: str) -> List[str]:
+  """The names in a folder, sorted; none when it is not there."""
+  try:
+    return sorted(os.listdir(folder))
   except (FileNotFoundError, NotADirectoryError):
     return []
 
 
-def paths_in(cache: str, folder: str) -> List[str]:
-  """The paths in one of the cache's folders."""
-  return [os.path.join(cache, folder, name) for name in names_in(cache, folder)]
+def paths_in(folder: str) -> List[str]:
+  """The paths in a folder, sorted; none when it is not there."""
+  return [os.path.join(folder, name) for name in names_in(folder)]
 
 
-def instance_names(cache: str, suffix: str) -> List[str]:
+def instance_names(cache: Cache, suffix: str) -> List[str]:
   """The names of the instances that have a file with this suffix, in the order of the files."""
-  names = [name for name in names_in(cache, "instances") if name.endswith(suffix)]
+  names = [name for name in names_in(cache.instances) if name.endswith(suffix)]
   return [name[: -len(suffix)] for name in names]
 
 
-def checkpoints(cache: str) -> List[Files]:
-  """The checkpoints there are; what has no record is none."""
-  names = [name for name in names_in(cache, "warm") if name.endswith(".json")]
-  return [checkpoint_files(cache, name[: -len(".json")]) for name in names]
+def layers(cache: Cache) -> List[LayerPaths]:
+  """The layers there are; what has no record is none."""
+  names = [name for name in names_in(cache.path("layers")) if name.endswith(".json")]
+  return [cache.layer(name[: -len(".json")]) for name in names]
 
 
 def tree_size(path: str) -> int:
@@ -1352,21 +1499,23 @@ def move_into_place(source: str, target: str, mode: int) -> None:
   os.replace(source, target)
 
 
-FOLDERS = ("", "base", "bin", "qemu", "instances", "downloads", "ssh", "code", "warm")
+FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code")
 
 
-def make_folders(cache: str) -> None:
+def make_folders(cache: Cache) -> None:
   """Make the cache and its folders, for this user only."""
-  path = os.path.dirname(cache)
+  path = os.path.dirname(cache.root)
   try:
     os.makedirs(path, exist_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or layers/ is in use already
+      os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
     for name in FOLDERS:
-      path = os.path.join(cache, name) if name else cache
+      path = cache.path(name) if name else cache.root
       with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
       if not os.path.isdir(path):
         raise QvmError(f"{path} is in the way: it is not a folder")
-      if path == cache or os.stat(cache).st_mode & 0o011:  # else nobody gets in there
+      if path == cache.root or os.stat(cache.root).st_mode & 0o011:  # else nobody gets in there
         check_owner(path, cache)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -1375,14 +1524,14 @@ def make_folders(cache: str) -> None:
   keep_code()
 
 
-def check_owner(path: str, cache: str) -> None:
+def check_owner(path: str, cache: Cache) -> None:
   """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
 
   Root need not be feared: it can change everything anyway. In a cache of one's own, folders that
   belong to another come from a copy that root has made of it.
   """
   stat = os.stat(path)
-  if path == cache and stat.st_uid not in (0, os.getuid()):
+  if path == cache.root and stat.st_uid not in (0, os.getuid()):
     raise QvmError(
       f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
       f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
@@ -1408,92 +1557,98 @@ def keep_code() -> None:
       os.replace(file.name, path)
 
 
-def lock_file(fd: int, path: str, how: int) -> None:
-  """Take a lock on an open file or folder; BlockingIOError with LOCK_NB when another has it."""
-  try:
-    fcntl.flock(fd, how)
-  except BlockingIOError:
-    raise
-  except OSError as error:
-    raise QvmError(
-      f"{path} cannot be locked: {describe(error)}",
-      f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
-    )
+class Lock:
+  """An flock on a file or folder. It lasts until the last process that has its descriptor ends.
 
-
-def try_lock(path: str, wait: Callable[[], bool]) -> Optional[int]:
-  """A descriptor that holds the lock on a file, or None when another process holds it.
-
-  The lock lasts until the last process that inherited the descriptor has ended. wait is asked
-  when the lock is held elsewhere: whether to wait for it. A lock file may be unlinked by its
-  holder, so what was locked must still be what the path names.
+  A holder may remove what it has locked, so what was locked must still be what the path names.
   """
-  while True:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+  def __init__(self, path: str, folder: bool = False) -> None:
+    self.path, self.folder = path, folder
+    self.fd = -1  # of the lock while it is held
+
+  def try_(self, shared: bool = False) -> bool:
+    """Take the lock unless another has it; whether it was taken."""
+    return self._take(shared, None)
+
+  def hold(self, shared: bool = False, waits: Optional[Callable[[], None]] = None) -> "Lock":
+    """Take the lock; calls waits once before it waits for another holder."""
+    self._take(shared, waits or (lambda: None))
+    return self
+
+  def is_held(self) -> bool:
+    """Whether another process has it; an instance's lock is looked at under instances_lock only."""
     try:
-      try:
-        lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        if not wait():
-          os.close(fd)
-          return None
-        lock_file(fd, path, fcntl.LOCK_EX)
-      here, there = os.fstat(fd), os.stat(path)
-      if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
-        return fd
+      fd = os.open(self.path, os.O_RDONLY)
     except FileNotFoundError:
-      pass
-    except BaseException:
+      return False
+    try:
+      return not self._flock(fd, fcntl.LOCK_EX)
+    finally:
       os.close(fd)
-      raise
-    os.close(fd)
 
+  def release(self) -> None:
+    """Let go of the lock, as far as this process has it."""
+    if self.fd >= 0:
+      os.close(self.fd)
+    self.fd = -1
 
-def drop_lock(fd: int, path: str) -> None:
-  """Remove the lock file while the lock is still held, then let go of it."""
-  remove_file(path)
-  os.close(fd)
+  def remove(self) -> None:
+    """Remove the lock's file while the lock is still held, then let go of it."""
+    remove_file(self.path)
+    self.release()
 
+  def __enter__(self) -> "Lock":
+    return self
 
-def is_locked(path: str) -> bool:
-  """Whether a process holds the lock on a file; for an instance's lock within the gate only."""
-  try:
-    fd = os.open(path, os.O_RDONLY)
-  except FileNotFoundError:
-    return False
-  try:
-    lock_file(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return False
-  except BlockingIOError:
+  def __exit__(self, *error: object) -> None:
+    self.release()
+
+  def _open(self) -> int:
+    if self.folder:
+      with contextlib.suppress(FileExistsError):
+        os.mkdir(self.path, 0o700)
+    return os.open(self.path, os.O_RDONLY if self.folder else os.O_RDWR | os.O_CREAT, 0o600)
+
+  def _flock(self, fd: int, how: int, wait: bool = False) -> bool:
+    try:
+      fcntl.flock(fd, how if wait else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+    except OSError as error:
+      raise QvmError(
+        f"{self.path} cannot be locked: {describe(error)}",
+        f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
+      )
     return True
-  finally:
-    os.close(fd)
+
+  def _take(self, shared: bool, waits: Optional[Callable[[], None]]) -> bool:
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+      fd = self._open()
+      try:
+        if not self._flock(fd, how):
+          if not waits:
+            return False
+          waits()
+          self._flock(fd, how, wait=True)
+        if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+          self.fd, fd = fd, -1
+          return True
+      except FileNotFoundError:
+        pass  # its holder has removed it
+      finally:
+        if fd >= 0:
+          os.close(fd)
 
 
-@contextlib.contextmanager
-def instances_lock(folder: str) -> Iterator[None]:
-  """Let one process at a time look at or take the locks of instances.
+def instances_lock(cache: Cache) -> Lock:
+  """Lets one process at a time look at or take the locks of instances.
 
-  Whether an instance runs is told by trying its lock; without the gate, two that try at once
-  would each believe that the other is a running QEMU. The lock is on the folder itself.
+  Whether an instance runs is told by trying its lock; two that try at once would each believe
+  that the other is a running QEMU. It also orders every change of what instances lie on.
   """
-  fd = os.open(folder, os.O_RDONLY)
-  try:
-    lock_file(fd, folder, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(fd)
-
-
-def downloads_idle(folder: str, stack: contextlib.ExitStack) -> bool:
-  """Whether no qvm downloads into a folder; if so, those that want to wait for the stack."""
-  fd = os.open(folder, os.O_RDONLY)
-  stack.callback(os.close, fd)
-  try:
-    lock_file(fd, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True
+  return Lock(cache.instances, folder=True).hold()
 
 
 def own_qemu_img(own_qemu: str) -> str:
@@ -1507,12 +1662,62 @@ def own_qemu_img(own_qemu: str) -> str:
   return found
 
 
-def start(command: Sequence[str], keep: Sequence[int] = (), **streams: Any) -> Any:
+def find_program(name: str, folder: Optional[str] = None) -> str:
+  """The absolute path of a program on PATH or in a folder; empty when there is none."""
+  path = shutil.which(name, path=folder)
+  return os.path.abspath(path) if path else ""
+
+
+def resolve(options: Options) -> Options:
+  """The options with absolute paths; UsageError for a program or a folder that is not there."""
+  paths = {
+    name: os.path.abspath(getattr(options, name))
+    for name in ("sync", "console_log", "mirror")
+    if getattr(options, name)
+  }
+  if options.sync and not os.path.isdir(paths["sync"]):
+    raise UsageError(f"--sync: there is no folder '{options.sync}'")
+  if options.sync and not os.path.basename(paths["sync"]):
+    raise UsageError("--sync: the root folder cannot be synchronised; name one below it")
+  if options.qemu:
+    paths["qemu"] = find_program(options.qemu)
+    if not paths["qemu"]:
+      raise UsageError(f"--qemu: there is no program '{options.qemu}' that can be executed")
+  return options._replace(**paths)
+
+
+class Spawn(NamedTuple):
+  """How a program is started. A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours."""
+
+  stdin: Handle = None
+  stdout: Handle = None
+  stderr: Handle = None
+  fds: Tuple[int, ...] = ()  # other descriptors that it gets
+  session: bool = False  # one of its own: no key or closed terminal reaches it
+  folder: Optional[str] = None
+  env: Optional[Mapping[str, str]] = None
+
+
+def start(command: Sequence[str], spawn: Spawn) -> "Process":
   """Start a program; the only function that does. QvmError explains why it cannot run."""
   try:
-    return subprocess.Popen(list(command), pass_fds=tuple(keep), **streams)
+    return subprocess.Popen(
+      list(command),
+      stdin=spawn.stdin,
+      stdout=spawn.stdout,
+      stderr=spawn.stderr,
+      pass_fds=spawn.fds,
+      start_new_session=spawn.session,
+      cwd=spawn.folder,
+      env=spawn.env,
+    )
   except OSError as error:
     raise cannot_run(command[0], error)
+
+
+def silent() -> Spawn:
+  """For a program that reads nothing and whose words nobody wants."""
+  return Spawn(subprocess.DEVNULL, subprocess.DEVNULL, subprocess.DEVNULL)
 
 
 def cannot_run(program: str, error: OSError) -> QvmError:
@@ -1539,12 +1744,11 @@ def cannot_run(program: str, error: OSError) -> QvmError:
   return QvmError(message)
 
 
-def run_program(command: Sequence[str], keep: Sequence[int] = ()) -> None:
+def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
   """Run a helper such as qemu-img to its end; QvmError with its words when it fails."""
   with signals.hold():
-    process = start(
-      command, keep, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    spawn = Spawn(subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT, fds)
+    process = start(command, spawn)
     output = process.communicate()[0].decode("utf-8", "replace").strip()
   if process.returncode:
     raise QvmError(
@@ -1552,7 +1756,7 @@ def run_program(command: Sequence[str], keep: Sequence[int] = ()) -> None:
     )
 
 
-def end_process(process: Any) -> None:
+def end_process(process: "Process") -> None:
   """Make sure that a process has ended."""
   if process.poll() is None:
     process.terminate()
@@ -1566,8 +1770,7 @@ def end_process(process: Any) -> None:
 def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
   """The exit code and the words of a program that answers a question within 10 seconds."""
   try:
-    pipe = subprocess.PIPE
-    process = start(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
+    process = start(command, Spawn(subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT))
   except QvmError as error:
     return 127, f"{error}; {error.hint}"
   try:
@@ -1576,7 +1779,7 @@ def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
     return 124, "no answer in 10 s"
   finally:
     end_process(process)
-  return int(process.returncode), " ".join(words.split()) or ending(process.returncode)
+  return process.returncode, " ".join(words.split()) or ending(process.returncode)
 
 
 def this_host() -> Host:
@@ -1596,12 +1799,12 @@ def available_memory(meminfo: str) -> Optional[int]:
   return None
 
 
-class Future:
+class Future(Generic[T]):
   """A call that goes on in a thread of its own; result() waits for it and raises its error."""
 
-  def __init__(self, function: Callable[[], Any]) -> None:
+  def __init__(self, function: Callable[[], T]) -> None:
     self.function = function
-    self.value: Any = None
+    self.value: Optional[T] = None
     self.error: Optional[BaseException] = None
     self.thread = threading.Thread(target=self.work, daemon=True)
     self.thread.start()
@@ -1612,12 +1815,12 @@ class Future:
     except BaseException as error:  # raised by result(), in the thread that wants it
       self.error = error
 
-  def result(self) -> Any:
+  def result(self) -> T:
     while self.thread.is_alive():
       self.thread.join(POLL_SECONDS)
     if self.error:
       raise self.error
-    return self.value
+    return self.value  # type: ignore[return-value] # T may itself be optional
 
 
 # ---- HTTP ---------------------------------------------------------------------------------------
@@ -1632,7 +1835,6 @@ URL_RE = (
 )
 QUOTA_HINT = "GITHUB_TOKEN raises it from 60 to 5,000 requests an hour"
 RETRY_CODES = (408, 425, 429, 500, 502, 503, 504)
-T = TypeVar("T")
 
 
 class Net(NamedTuple):
@@ -2634,32 +2836,23 @@ def download_lock(folder: str, name: str) -> Iterator[None]:
 
   Beside it goes a shared lock on the folder: `clean` takes that alone.
   """
-  path, other = os.path.join(folder, name + ".lock"), OtherDownload(name, folder)
+  other = OtherDownload(name, folder)
 
-  def wait() -> bool:
+  def waits() -> None:
     say(f"waiting for another qvm that downloads {name}")
     Transfer.running.append(other)
-    return True
 
-  shared = os.open(folder, os.O_RDONLY)
-  try:
+  with Lock(folder, folder=True) as shared, Lock(os.path.join(folder, name + ".lock")) as lock:
+    shared.hold(shared=True, waits=lambda: say("waiting for another qvm that cleans up"))
     try:
-      lock_file(shared, folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-      say("waiting for another qvm that cleans up")
-      lock_file(shared, folder, fcntl.LOCK_SH)
-    try:
-      fd = try_lock(path, wait)
+      lock.hold(waits=waits)
     finally:
       while other in Transfer.running:
         Transfer.running.remove(other)
-    assert fd is not None  # wait says yes
     try:
       yield
     finally:
-      drop_lock(fd, path)
-  finally:
-    os.close(shared)
+      lock.remove()
 
 
 @contextlib.contextmanager
@@ -2798,7 +2991,7 @@ class Releases:
   def __init__(self, net: Net) -> None:
     self.net = net
     self.lock = threading.Lock()
-    self.asked: Dict[Tuple[str, ...], Future] = {}
+    self.asked: Dict[Tuple[str, ...], Future[Any]] = {}
 
   def once(self, key: Tuple[str, ...], function: Callable[[], T]) -> T:
     """The result of the first call with that key."""
@@ -3082,9 +3275,8 @@ def unzstd(path: str) -> Iterator[Any]:
       raise ValueError(str(error))
     return
   with open(path, "rb") as packed:
-    process = start(
-      unzstd_command(), stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    process = start(unzstd_command(), Spawn(packed, subprocess.PIPE, subprocess.DEVNULL))
+  assert process.stdout
   try:
     yield process.stdout
     while process.stdout.read(CHUNK_BYTES):  # so that the program sees and checks the end
@@ -3145,44 +3337,46 @@ def write_sparse(archive: Any, member: Any, path: str) -> None:
 # ---- Store --------------------------------------------------------------------------------------
 
 
-def is_qemu_program(path: str) -> bool:
-  """Whether a cached file stands for the whole tree of a QEMU."""
-  return os.path.basename(path).startswith("qemu-system-")
-
-
 def record_path(path: str) -> str:
-  """Where release, URL, size and digests of a cached file or QEMU's program are noted."""
+  """Where the record of a cached file is; that of a QEMU's program stands for its whole tree."""
   if is_qemu_program(path):
     return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
   return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
 
 
-def publish_with_record(source: str, target: str, record: Dict[str, Any], mode: int) -> None:
+def is_qemu_program(path: str) -> bool:
+  """Whether a cached file stands for the whole tree of a QEMU."""
+  return os.path.basename(path).startswith("qemu-system-")
+
+
+def publish_with_record(
+  cache: Cache, source: str, target: str, record: AssetRecord, mode: int
+) -> None:
   """Publish a file with its record, so that a kill at any moment leaves them matching.
 
   Until the file has its place, its record waits beside the old one and tells by the inode
   which of the two files it is meant for; record_of takes the one that fits.
   """
   waiting = record_path(target) + ".new"
-  write_json(waiting, {**record, "inode": os.stat(source).st_ino}, 0o444)
+  write_record(cache, waiting, record._replace(inode=os.stat(source).st_ino), 0o444)
   move_into_place(source, target, mode)
   os.replace(waiting, record_path(target))
 
 
-def record_of(path: str) -> Dict[str, Any]:
-  """The record of a cached file; empty when there is none."""
+def record_of(path: str) -> AssetRecord:
+  """The record of a cached file; an empty one when there is none."""
   waiting = record_path(path) + ".new"
-  new = read_json(waiting)
-  if new and os.path.exists(path) and new.get("inode") == os.stat(path).st_ino:
+  new = sound_record(AssetRecord(), waiting)
+  if new.inode and os.path.exists(path) and new.inode == os.stat(path).st_ino:
     with contextlib.suppress(OSError):
       os.replace(waiting, record_path(path))  # what the killed qvm was about to do
     return new
-  return read_json(record_path(path))
+  return sound_record(AssetRecord(), record_path(path))
 
 
-def cached_images(cache: str, os_name: str) -> List[Image]:
+def cached_images(cache: Cache, os_name: str) -> List[Image]:
   """The base images of an OS that are cached, the newest version first."""
-  return images_in(os_name, [Release("", dict.fromkeys(names_in(cache, "base"), ""))])
+  return images_in(os_name, [Release("", dict.fromkeys(names_in(cache.path("base")), ""))])
 
 
 def tables_fit(number: Callable[[int, int], int], size: int) -> bool:
@@ -3252,9 +3446,14 @@ def backing_file(path: str) -> str:
 STREAMED = "nbd+unix:"  # the backing of an overlay that was begun while its base image came
 
 
+def is_served(backing: str) -> bool:
+  """Whether a backing is a base image that is incomplete, at the socket of its server."""
+  return backing.startswith(STREAMED)
+
+
 def is_streamed(disk: str) -> bool:
-  """Whether an overlay lies on a base image that had not all come when it was last used."""
-  return backing_file(disk).startswith(STREAMED)
+  """Whether an overlay lies on a base image that was incomplete when it was last used."""
+  return is_served(backing_file(disk))
 
 
 def socket_of(disk: str) -> str:
@@ -3272,7 +3471,7 @@ def drop_socket(path: str) -> None:
 
 def drop_dead_sockets(folder: str) -> None:
   """Remove what servers that were killed before there was an overlay left among temporary files."""
-  for path in [os.path.join(path, "nbd") for path in paths_in(folder, "")]:
+  for path in [os.path.join(path, "nbd") for path in paths_in(folder)]:
     with contextlib.suppress(OSError):
       info = os.lstat(path)
       mine = S_ISSOCK(info.st_mode) and info.st_uid == os.getuid()
@@ -3288,24 +3487,23 @@ def base_of(disk: str) -> str:
   backing = backing_file(disk)
   if not backing.startswith(STREAMED):
     return backing
-  record = read_json(disk[: -len("qcow2")] + "json")
-  return "../base/{}-{}-{}.qcow2".format(*(record.get(key) for key in ("os", "version", "arch")))
+  mine = sound_record(Instance(), disk[: -len("qcow2")] + "json")
+  return f"../base/{mine.os}-{mine.version}-{mine.arch}.qcow2"
 
 
-def base_files(cache: str) -> Dict[str, str]:
+def base_files(cache: Cache) -> Dict[str, str]:
   """The paths on which the overlays of the instances lie, by the instances' names."""
-  folder = instances_dir(cache)
-  disks = {name: os.path.join(folder, name + ".qcow2") for name in instance_names(cache, ".qcow2")}
-  return {name: os.path.join(folder, base_of(disk)) for name, disk in disks.items()}
+  disks = {name: cache.instance(name).disk for name in instance_names(cache, ".qcow2")}
+  return {name: os.path.join(cache.instances, base_of(disk)) for name, disk in disks.items()}
 
 
-def dependants(cache: str, base: str) -> List[str]:
-  """The names of the instances that need a base image: they lie on it, or on a checkpoint on it,
-  or will lie on it once it has come."""
+def dependants(cache: Cache, base: str) -> List[str]:
+  """The names of the instances that need a base image: they lie on it, or on a layer on it, or
+  will lie on it once it is complete."""
   needed = os.path.join("..", "base", os.path.basename(base))
   found = []
   for name, path in base_files(cache).items():
-    if os.path.basename(os.path.dirname(path)) == "warm":
+    if os.path.basename(os.path.dirname(path)) == "layers":
       path = backing_file(path)
     if path.endswith(needed):
       found.append(name)
@@ -3316,12 +3514,10 @@ def pinned_release(plan: Plan) -> str:
   """The release from which the rest of the base image must come, as overlays were begun on it."""
   if os.path.isfile(plan.base):
     return ""
-  records = [
-    read_json(os.path.join(instances_dir(plan.cache), name + ".json"))
-    for name in dependants(plan.cache, plan.base)
-  ]
-  tags = [str(record.get("release")) for record in records if record.get("release")]
-  return tags[0] if tags and re.match(TAG_RE, tags[0]) else ""
+  names = dependants(plan.cache, plan.base)
+  records = [sound_record(Instance(), plan.cache.instance(name).record) for name in names]
+  tags = [record.release for record in records if re.match(TAG_RE, record.release)]
+  return tags[0] if tags else ""
 
 
 def check_unused(plan: Plan) -> None:
@@ -3337,29 +3533,29 @@ def check_unused(plan: Plan) -> None:
 CHECKPOINT_PARTS = (".qcow2", ".memory", ".state")
 
 
-def checkpoint_paths(files: Files) -> List[str]:
-  """The files that there are of a checkpoint, its record first."""
-  paths = [files.record, *map(files.path, CHECKPOINT_PARTS)]
+def layer_files(layer: LayerPaths) -> List[str]:
+  """The files that there are of a layer, its record first."""
+  paths = [layer.record, *map(layer.path, CHECKPOINT_PARTS)]
   return [path for path in paths if os.path.exists(path)]
 
 
-def remove_checkpoint(files: Files) -> None:
-  """Delete a checkpoint within the gate, its record first; machines that run from it go on."""
-  for suffix in (".json", ".json.tmp", *CHECKPOINT_PARTS):
-    remove_file(files.path(suffix))
+def remove_layer(layer: LayerPaths) -> None:
+  """Delete a layer under instances_lock, its record first; machines that run from it go on."""
+  for path in layer_files(layer):
+    remove_file(path)
 
 
-def drop_checkpoints(plan: Plan, digest: str) -> None:
-  """Remove the checkpoints on another base image than the one that is about to take its place."""
-  for files in checkpoints(plan.cache):
-    mine = backing_file(files.disk).endswith("/" + os.path.basename(plan.base))
-    if mine and read_json(files.record).get("base_sha256") != digest:
-      remove_checkpoint(files)
+def drop_layers(plan: Plan, digest: str) -> None:
+  """Remove the layers on another base image than the one that is about to take its place."""
+  for layer in layers(plan.cache):
+    mine = backing_file(layer.disk).endswith("/" + os.path.basename(plan.base))
+    if mine and sound_record(LayerRecord(), layer.record).base_sha256 != digest:
+      remove_layer(layer)
 
 
 def fetch_asset(
   releases: Releases, repo: str, tag: str, name: str, folder: str
-) -> Tuple[Transfer, Dict[str, Any]]:
+) -> Tuple[Transfer, AssetRecord]:
   """Download an asset and check its digest where the release data name one.
 
   Returns it with its record. One that differs is fetched once more from the start.
@@ -3382,16 +3578,18 @@ def fetch_asset(
   return transfer, asset_record(transfer, tag, digest)
 
 
-def asset_record(transfer: Transfer, tag: str, digest: str) -> Dict[str, Any]:
-  """The record of an asset that has come whole."""
-  return {
-    "release": tag,
-    "url": transfer.url,
-    "validator": transfer.validator,
-    "size": transfer.done,
-    "asset_sha256": digest,
-    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-  }
+def asset_record(transfer: Transfer, tag: str, digest: str) -> AssetRecord:
+  """The record of an asset that is complete."""
+  return AssetRecord(
+    release=tag,
+    url=transfer.url,
+    validator=transfer.validator,
+    size=transfer.done,
+    asset_sha256=digest,
+    sha256=digest,
+    bytes=transfer.done,
+    time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+  )
 
 
 def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
@@ -3399,28 +3597,28 @@ def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   if not os.path.isfile(path) or not plan.refresh:
     return os.path.isfile(path)
   url = asset_url(releases.net, "resources", releases.tag("resources"), name)
-  newest = record_of(path).get("url") == url
+  newest = record_of(path).url == url
   if newest:
     say(f"{name} is the newest")
   return newest
 
 
-def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer, Dict[str, Any]]:
+def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer, AssetRecord]:
   """Download an asset of the newest release of QEMU."""
   return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
 
 
 def fetch_qemu(plan: Plan, releases: Releases) -> None:
   """Download QEMU for the guest's CPU and put its tree in place."""
-  with download_lock(downloads_dir(plan), plan.qemu_asset):
-    if is_there(plan, releases, tree_program(plan), plan.qemu_asset):
+  with download_lock(plan.cache.downloads, plan.qemu_asset):
+    if is_there(plan, releases, plan.tree_program, plan.qemu_asset):
       return
-    transfer, record = fetch_resource(releases, plan.qemu_asset, downloads_dir(plan))
+    transfer, record = fetch_resource(releases, plan.qemu_asset, plan.cache.downloads)
     aside = plan.tree + ".tmp"
     with reset_if_refused(transfer):
       program = unpack_aside(transfer.part, aside, ("bin/qemu",))
       root = os.path.dirname(os.path.dirname(program))
-      named = os.path.join(root, "bin", os.path.basename(tree_program(plan)))
+      named = os.path.join(root, "bin", os.path.basename(plan.tree_program))
       taken = [os.path.join(root, "release.json" + end) for end in ("", ".tmp")]
       fit = os.path.isdir(os.path.join(root, "share", "qemu"))
       if not os.path.isfile(named):  # some archives may have it under both names
@@ -3431,9 +3629,9 @@ def fetch_qemu(plan: Plan, releases: Releases) -> None:
     if not os.path.isfile(named):
       os.rename(program, named)
     os.chmod(named, 0o755)
-    record["sha256"] = tree_sha256(root)
-    write_json(os.path.join(root, "release.json"), record)
-    with instances_lock(instances_dir(plan.cache)):
+    record = record._replace(sha256=tree_sha256(root), bytes=0)
+    write_record(plan.cache, os.path.join(root, "release.json"), record)
+    with instances_lock(plan.cache):
       swap_tree(root, plan.tree)
     remove_tree(aside)
     transfer.reset()
@@ -3464,16 +3662,16 @@ def swap_tree(root: str, link: str) -> None:
 
 def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
   """Download qemu-img."""
-  with download_lock(downloads_dir(plan), plan.tools_asset):
+  with download_lock(plan.cache.downloads, plan.tools_asset):
     if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
       return
-    transfer, record = fetch_resource(releases, plan.tools_asset, downloads_dir(plan))
-    aside = os.path.join(plan.cache, "bin", "resources.tmp")
+    transfer, record = fetch_resource(releases, plan.tools_asset, plan.cache.downloads)
+    aside = plan.cache.path("bin", "resources.tmp")
     with reset_if_refused(transfer):
       program = os.path.realpath(unpack_aside(transfer.part, aside, ("qemu-img", "bin/qemu-img")))
-    record["sha256"] = file_sha256(program)
-    with instances_lock(instances_dir(plan.cache)):
-      publish_with_record(program, plan.qemu_img, record, 0o755)
+    record = record._replace(sha256=file_sha256(program), bytes=0)
+    with instances_lock(plan.cache):
+      publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
     remove_tree(aside)
     transfer.reset()
 
@@ -3516,14 +3714,14 @@ def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
 def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
   """Make the base image from the newest release that has it; tools waits for qemu-img."""
   repo = image_repo(plan.guest.os)
-  with download_lock(downloads_dir(plan), plan.image_asset):
+  with download_lock(plan.cache.downloads, plan.image_asset):
     there = os.path.isfile(plan.base)
     if there and not plan.refresh:
       return
     pinned = pinned_release(plan)
     for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, releases):
       url = asset_url(releases.net, repo, tag, name)
-      if there and record_of(plan.base).get("url") == url:
+      if there and record_of(plan.base).url == url:
         say(f"{name} of {tag} is the newest")
         return
       if there:
@@ -3531,7 +3729,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
           continue
         check_unused(plan)  # before the download; put_image looks again
       try:
-        transfer, record = fetch_asset(releases, repo, tag, name, downloads_dir(plan))
+        transfer, record = fetch_asset(releases, repo, tag, name, plan.cache.downloads)
       except NotFound:
         continue
       if tag != (pinned or releases.tag(repo)):
@@ -3552,36 +3750,26 @@ def gone_image(plan: Plan, tag: str) -> QvmError:
 
 
 def install_image(
-  plan: Plan, transfer: Transfer, record: Dict[str, Any], tools: Callable[[], None]
+  plan: Plan, transfer: Transfer, record: AssetRecord, tools: Callable[[], None]
 ) -> None:
   """Check a downloaded image, converted if it is a bundle, and make it the base image."""
-  source, aside = transfer.part, os.path.join(downloads_dir(plan), plan.image_asset + ".tmp")
-  record["sha256"] = record["asset_sha256"]
+  source, aside = transfer.part, os.path.join(plan.cache.downloads, plan.image_asset + ".tmp")
   try:
     with reset_if_refused(transfer):
       if transfer.name == plan.bundle_asset:
         tools()
         source = convert_bundle(plan, transfer.part, aside)
-        record["sha256"] = file_sha256(source)
+        record = record._replace(sha256=file_sha256(source))
       check_image(source)
-    record["bytes"] = os.path.getsize(source)
-    with instances_lock(instances_dir(plan.cache)):
+    record = record._replace(bytes=os.path.getsize(source))
+    with instances_lock(plan.cache):
       if os.path.exists(plan.base):
         check_unused(plan)
-      drop_checkpoints(plan, str(record["sha256"]))
-      publish_with_record(source, plan.base, record, 0o444)
-      put_kernel(os.path.join(aside, "kernel"), kernel_path(plan.base))
+      drop_layers(plan, record.sha256)
+      publish_with_record(plan.cache, source, plan.base, record, 0o444)
   finally:
     remove_tree(aside)
   transfer.reset()
-
-
-def put_kernel(source: str, target: str) -> None:
-  """Keep a bundle's kernel beside the base image, unused for now; without one there is none."""
-  if os.path.exists(source):
-    move_into_place(source, target, 0o444)
-  else:
-    remove_file(target)
 
 
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
@@ -3615,7 +3803,7 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
     if not plan.own_qemu:
       releases.once(("", "qemu-img"), lambda: fetch_qemu_img(plan, releases))
 
-  if plan.refresh or not os.path.isfile(tree_program(plan)):
+  if plan.refresh or not os.path.isfile(plan.tree_program):
     jobs.append(lambda: fetch_qemu(plan, releases))
   if not plan.own_qemu and (plan.refresh or not os.path.isfile(plan.qemu_img)):
     jobs.append(tools)
@@ -3628,237 +3816,263 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
 def check_base(plan: Plan) -> None:
   """Refuse a base image that is unsafe, or not as long as it was when it came."""
   check_image(plan.base)
-  noted, size = record_of(plan.base).get("bytes"), os.path.getsize(plan.base)
-  if isinstance(noted, int) and noted != size:
+  noted, size = record_of(plan.base).bytes, os.path.getsize(plan.base)
+  if noted and noted != size:
     raise QvmError(
       f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}",
       "put the right file back, or delete it and pull it again",
     )
 
 
+def plan_from(options: Options, net: Net) -> Plan:
+  """The plan for this command on this host with this environment."""
+  cache, host = cache_from(os.environ), this_host()
+  guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
+  if "".join(options.operands[1:]).lower() in ("", "latest"):
+    check_host(host, guest, options.qemu)  # before any request
+    version = latest_version(options, net, guest, cache)
+    options = options._replace(operands=(guest.os, version))
+  plan = make_plan(options, host, cache, os.urandom(3).hex())
+  return plan._replace(qemu_img=own_qemu_img(options.qemu)) if options.qemu else plan
+
+
+def latest_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
+  """The newest version for a CPU; `run` takes the newest cached when no server can be asked."""
+  cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
+  cached = [version for version in cached if not is_candidate(version)]
+  if options.dry_run:
+    if not cached:
+      raise UsageError("--dry-run asks no server: name the version, as in freebsd 15.1")
+    return cached[0]
+  fallback = cached if options.command == "run" else []
+  try:
+    releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
+  except QvmError as error:
+    if not fallback:
+      raise
+    say(f"{error}; taking the newest cached version, {fallback[0]}")
+    return fallback[0]
+  images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
+  versions = [image.version for image in images if not is_candidate(image.version)]
+  if not versions:
+    raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
+  say(f"the newest {guest.title} for {guest.arch} is {versions[0]}")
+  return versions[0]
+
+
 # ---- Instances ----------------------------------------------------------------------------------
 
 
-class Instance(NamedTuple):
-  """What NAME.json says of an instance; ssh is where it listens while it runs.
-
-  While its base image has not all come, release and validator say which it is.
-  """
-
-  name: str
-  os: str
-  version: str
-  arch: str
-  base_sha256: str = ""
-  ssh: str = ""
-  release: str = ""
-  validator: str = ""
-
-
-def note_holder(fd: int, program: str, pid: int) -> None:
+def note_holder(lock: Lock, program: str, pid: int) -> None:
   """Write into a lock file who holds it, for people; the lock itself decides."""
   with contextlib.suppress(OSError):  # a full disk must not keep `rm` from freeing some
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{program} process {pid}\n".encode(), 0)
+    os.ftruncate(lock.fd, 0)
+    os.pwrite(lock.fd, f"{program} process {pid}\n".encode(), 0)
 
 
-def holder(files: Files) -> str:
+def holder(paths: InstancePaths) -> str:
   """Who holds an instance's lock, as noted in it."""
   try:
-    with open(files.lock, "rb") as file:
+    with open(paths.lock, "rb") as file:
       return printable(file.read(100).decode("ascii", "replace").strip()) or "unknown process"
   except OSError:
     return "unknown process"
 
 
-def holder_pid(files: Files) -> int:
+def holder_pid(paths: InstancePaths) -> int:
   """The process that holds an instance's lock, as noted in it; 0 when that cannot be read."""
-  match = re.search(r"process ([0-9]+)", holder(files))
+  match = re.search(r"process ([0-9]+)", holder(paths))
   return int(match.group(1)) if match else 0
 
 
-def take_instance(files: Files) -> int:
-  """Take an instance's lock; QvmError names the process that has it."""
-  with instances_lock(files.folder):
-    fd = try_lock(files.lock, lambda: False)
-    if fd is None:
+def take_instance(paths: InstancePaths) -> Lock:
+  """Take an instance's lock; RunningError names the process that has it."""
+  lock = Lock(paths.lock)
+  with instances_lock(paths.cache):
+    if not lock.try_():
       raise RunningError(
-        f"the instance {files.name} is running already ({holder(files)})",
+        f"the instance {paths.name} is running already ({holder(paths)})",
         "use another --name, or --rm, for a second machine",
       )
-    note_holder(fd, "qvm", os.getpid())
-    return fd
+    note_holder(lock, "qvm", os.getpid())
+  return lock
 
 
-def wait_released(files: Files, seconds: float) -> bool:
+def is_running(paths: InstancePaths) -> bool:
+  """Whether a qvm or a QEMU holds the instance's lock."""
+  with instances_lock(paths.cache):
+    return Lock(paths.lock).is_held()
+
+
+def wait_released(paths: InstancePaths, seconds: float) -> bool:
   """Wait until nobody holds the instance's lock any more."""
   deadline = time.monotonic() + seconds
-  while True:
-    with instances_lock(files.folder):
-      if not is_locked(files.lock):
-        return True
+  while is_running(paths):
     if time.monotonic() >= deadline:
       return False
     time.sleep(0.1)
+  return True
 
 
-def read_instance(files: Files) -> Instance:
+def read_instance(paths: InstancePaths) -> Instance:
   """The record of an instance; QvmError when it is gone or damaged."""
-  value = read_json(files.record)
-  texts = {key: value.get(key, "") for key in Instance._fields}
-  sound = all(isinstance(text, str) for text in texts.values()) and texts["name"] == files.name
-  if not sound or not all(texts[key] for key in ("os", "version", "arch")):
-    raise QvmError(
-      f"the record of the instance {files.name} is missing or damaged: {files.record}",
-      f"its disk is untouched; `qvm rm {files.name}` would delete it",
-    )
-  return Instance(**texts)
-
-
-def known_instance(files: Files) -> Instance:
-  """The record of an instance or checkpoint, with question marks where it is damaged."""
   try:
-    return read_instance(files)
-  except QvmError:
-    return Instance(files.name, "?", "?", "?")
+    mine = read_record(Instance(), paths.record)
+  except NewerRecordError:
+    raise
+  except RecordError:
+    mine = None
+  if not mine or mine.name != paths.name or not all((mine.os, mine.version, mine.arch)):
+    raise QvmError(
+      f"the record of the instance {paths.name} is missing or damaged: {paths.record}",
+      f"its disk is untouched; `qvm rm {paths.name}` would delete it",
+    )
+  return mine
 
 
-def remove_instance(files: Files, keep_log: bool = False) -> None:
+def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """Delete the files of an instance whose lock the caller holds; the --rm mark goes last.
 
   A console log is kept where it is all that tells why the rest is gone.
   """
   with signals.hold():
-    drop_socket(socket_of(files.disk))
-    for suffix in (
-      ".qcow2",
-      ".qcow2.tmp",
-      ".json",
-      ".json.tmp",
-      ".console.log",
-      ".known_hosts",
-      ".known_hosts.old",
-      ".keys",
-      ".ephemeral",
-    ):
+    drop_socket(socket_of(paths.disk))
+    for suffix in INSTANCE_SUFFIXES:
       if suffix != ".console.log" or not keep_log:
-        remove_file(files.path(suffix))
+        remove_file(paths.path(suffix))
 
 
-def unfinished_checkpoints(cache: str) -> List[str]:
-  """The parts of checkpoints whose qvm was killed while it made them; to be asked in the gate."""
-  found = []
-  for path in paths_in(cache, "warm"):
-    stem, suffix = os.path.splitext(re.sub(r"\.json\.tmp\Z", ".tmp", path))
-    loose = suffix in (".tmp", ".lock") or not os.path.exists(stem + ".json")
-    if loose and suffix in (*CHECKPOINT_PARTS, ".tmp", ".lock") and not is_locked(stem + ".lock"):
-      found.append(path)
-  return found
-
-
-def sweep(cache: str) -> None:
-  """Delete the --rm overlays whose qvm and QEMU were killed."""
-  if not os.access(instances_dir(cache), os.W_OK):
+def sweep(cache: Cache) -> None:
+  """Delete the --rm overlays whose qvm and QEMU were killed, and what they left unfinished."""
+  if not os.access(cache.instances, os.W_OK):
     return
   for name in instance_names(cache, ".ephemeral"):
-    files = instance_files(cache, name)
-    with instances_lock(files.folder):
-      fd = try_lock(files.lock, lambda: False)
-    if fd is not None:
-      if os.path.exists(files.mark):
-        remove_instance(files)
-      drop_lock(fd, files.lock)
-  if names_in(cache, "warm"):  # else there is nothing to take the gate for
-    with instances_lock(instances_dir(cache)):
-      for path in unfinished_checkpoints(cache):
-        remove_file(path)
+    paths = cache.instance(name)
+    lock = Lock(paths.lock)
+    with instances_lock(cache):
+      taken = lock.try_()
+    if taken:
+      if os.path.exists(paths.mark):
+        remove_instance(paths)
+      lock.remove()
+  for path in scratch_folders(cache):
+    remove_unlocked(path)
 
 
-def check_instance(plan: Plan, files: Files) -> None:
+def scratch_folders(cache: Cache) -> List[str]:
+  """The folders of unfinished things, but for those of downloads, which can be resumed."""
+  return [path for path in paths_in(cache.downloads) if os.path.basename(path).startswith(SCRATCH)]
+
+
+def check_instance(plan: Plan) -> None:
   """Refuse to run an existing instance as something else, or on another base image."""
-  if not os.path.lexists(files.disk):
+  paths = plan.paths
+  if not os.path.lexists(paths.disk):
     return
   if plan.ephemeral:
     raise QvmError(
-      f"there is an instance {files.name} already, which --rm would throw away",
+      f"there is an instance {paths.name} already, which --rm would throw away",
       "choose another --name, or leave --name out",
     )
-  mine = read_instance(files)
+  mine = read_instance(paths)
   if (mine.os, mine.version, mine.arch) != (plan.guest.os, plan.version, plan.guest.arch):
     raise QvmError(
-      f"the instance {files.name} is {mine.os} {mine.version} on {mine.arch}, "
+      f"the instance {paths.name} is {mine.os} {mine.version} on {mine.arch}, "
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
-  streamed = is_streamed(files.disk)
+  streamed = is_streamed(paths.disk)
   if not os.path.isfile(plan.base):
     if streamed:
       return  # it is to be completed
     raise QvmError(
-      f"the instance {files.name} needs its base image {plan.base}, which is gone",
-      f"put the file back; or give up what the guest wrote: qvm rm {files.name}",
+      f"the instance {paths.name} needs its base image {plan.base}, which is gone",
+      f"put the file back; or give up what the guest wrote: qvm rm {paths.name}",
     )
   record = record_of(plan.base)
-  digest = record.get("sha256")
-  other = mine.base_sha256 and digest and mine.base_sha256 != digest
-  if other or (streamed and not mine.base_sha256 and mine.validator != record.get("validator")):
-    raise other_base(files, plan.base, f"sha256 {mine.base_sha256}" if other else mine.release)
+  other = mine.base_sha256 and record.sha256 and mine.base_sha256 != record.sha256
+  if other or (streamed and not mine.base_sha256 and mine.validator != record.validator):
+    old = f"sha256 {mine.base_sha256}" if other else mine.release
+    raise other_base(paths, f"{plan.base} now is", old)
 
 
-def other_base(files: Files, base: str, old: str) -> QvmError:
+def other_base(paths: InstancePaths, new: str, old: str) -> QvmError:
   """The error for an overlay that does not fit its base image."""
   return QvmError(
-    f"the instance {files.name} was made on another base image than {base} now is",
-    f"put the old file ({old}) back; or give up what the guest wrote: qvm rm {files.name}",
+    f"the instance {paths.name} was made on another base image than {new}",
+    f"put the old file ({old}) back; or give up what the guest wrote: qvm rm {paths.name}",
   )
 
 
-class Source(NamedTuple):
-  """A base image that still comes: where it is served, and which it is; digest if that is known."""
+class Base(NamedTuple):
+  """What a machine's disk lies on, and what its QEMU gets for that.
 
-  socket: str
-  release: str
-  validator: str
-  digest: str
+  Made by cached_base, streamed_base or checkpoint_of, so that starting a machine has no flags.
+  """
+
+  backing: str  # as the overlay names it
+  image: Instance  # which base image that is: base_sha256, release and validator
+  needs: Tuple[str, ...] = ()  # files that must be there when the overlay is made
+  fds: Tuple[int, ...] = ()  # descriptors that QEMU gets
+  adjust: Callable[[List[str]], List[str]] = list  # QEMU's command line, from the usual one
+  started: Optional[Callable[[], None]] = None  # called once QEMU has the descriptors
 
 
-def record_instance(plan: Plan, files: Files, ssh: str, source: Optional[Source] = None) -> None:
+def cached_base(plan: Plan) -> Base:
+  """The base image in the cache; an existing overlay keeps the digest that it was begun on."""
+  record, paths = record_of(plan.base), plan.paths
+  digest = record.sha256
+  if os.path.exists(paths.disk) and not is_streamed(paths.disk):
+    digest = read_instance(paths).base_sha256
+  image = Instance(base_sha256=digest, release=record.release, validator=record.validator)
+  return Base(backing_name(plan, plan.base), image, (plan.base,))
+
+
+def record_instance(plan: Plan, ssh: str, base: Base) -> None:
   """Note what the instance is and where it listens in this run."""
-  release = validator = ""
-  if source:
-    digest, release, validator = source.digest, source.release, source.validator
-  elif os.path.exists(files.disk) and not is_streamed(files.disk):
-    digest = read_instance(files).base_sha256
-  else:
-    digest = str(record_of(plan.base).get("sha256") or "")
-  guest = plan.guest
-  instance = Instance(
-    files.name, guest.os, plan.version, guest.arch, digest, ssh, release, validator
-  )
-  write_json(files.record, dict(instance._asdict()))
+  guest, image = plan.guest, base.image
+  kept = {"release": image.release, "validator": image.validator} if is_served(base.backing) else {}
+  record = Instance(plan.name, guest.os, plan.version, guest.arch, image.base_sha256, ssh, **kept)
+  write_record(plan.cache, plan.paths.record, record)
 
 
 def backing_name(plan: Plan, path: str) -> str:
   """How an overlay names what it lies on: by a relative path, so that the cache may be moved."""
-  return os.path.relpath(path, os.path.dirname(plan.disk))
+  return os.path.relpath(path, os.path.dirname(plan.paths.disk))
 
 
-def make_overlay(plan: Plan, backing: str, locks: Sequence[int]) -> None:
+def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   """Make the instance's disk, an overlay on what backing names, if there is none.
 
-  One that was begun while its base image came is put on what there is now; its data stay.
+  One that was begun while its base image was downloaded is put on what there is now; its data stay.
   """
-  if os.path.lexists(plan.disk):
-    if is_streamed(plan.disk):
-      drop_socket(socket_of(plan.disk))
-      rebase = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
-      run_program([*rebase, plan.disk], locks)
+  disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
+  if os.path.lexists(disk):
+    if is_streamed(disk):
+      drop_socket(socket_of(disk))
+      run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
-  aside = plan.disk + ".tmp"
-  remove_file(aside)
-  create = [plan.qemu_img, "create", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", aside]
-  run_program(create, locks)  # an orphaned qemu-img still holds the instance
-  os.replace(aside, plan.disk)
+  with unfinished(plan.cache) as folder:
+    aside = os.path.join(folder, "disk.qcow2")
+    if is_served(backing):
+      create = [*options, aside]
+    else:  # the relative name leads nowhere from there: its size is read here
+      create = [
+        "-u",
+        *options,
+        aside,
+        str(virtual_size(os.path.join(plan.cache.instances, backing))),
+      ]
+    run_program(
+      [plan.qemu_img, "create", *create], (lock.fd,)
+    )  # an orphan still holds the instance
+    os.replace(aside, disk)
+
+
+def virtual_size(path: str) -> int:
+  """The bytes of the disk that a qcow2 file holds, from its header."""
+  with open(path, "rb") as file:
+    return int.from_bytes(file.read(32)[24:], "big")
 
 
 class Row(NamedTuple):
@@ -3875,37 +4089,49 @@ class Row(NamedTuple):
   base: int  # per cent of the base image that are there
 
 
-def list_instances(cache: str) -> List[Row]:
-  """All instances that have a disk, by name; then the checkpoints."""
-  if not os.path.isdir(instances_dir(cache)):
+def list_instances(cache: Cache) -> List[Row]:
+  """All instances that have a disk, by name; then the layers."""
+  if not os.path.isdir(cache.instances):
     return []
   rows = []
-  with instances_lock(instances_dir(cache)):
+  with instances_lock(cache):
     for name in instance_names(cache, ".qcow2"):
-      files = instance_files(cache, name)
-      running = is_locked(files.lock)
-      it = known_instance(files)
-      ssh = it.ssh if running and not holder(files).startswith("qvm") else ""
-      state = "running" if running else "stopped"
-      try:
-        size, ephemeral = tree_size(files.disk), os.path.exists(files.mark)
-      except FileNotFoundError:  # a --rm run has just ended
-        continue
-      base = base_share(cache, files.disk)
-      rows.append(Row(files.name, it.os, it.version, it.arch, state, ssh, size, ephemeral, base))
-    for files in checkpoints(cache):
-      it = known_instance(files)
-      size = sum(map(tree_size, checkpoint_paths(files)))
-      rows.append(Row(files.name, it.os, it.version, it.arch, "checkpoint", "", size, False, 100))
+      with contextlib.suppress(FileNotFoundError):  # a --rm run has just ended
+        rows.append(instance_row(cache, cache.instance(name)))
+    for layer in layers(cache):
+      it = sound_record(LayerRecord(), layer.record)
+      size = sum(map(tree_size, layer_files(layer)))
+      kind = (it.os or "?", it.version or "?", it.arch or "?")
+      rows.append(Row(layer.name, *kind, "checkpoint", "", size, False, 100))
   return rows
 
 
-def base_share(cache: str, disk: str) -> int:
+def instance_row(cache: Cache, paths: InstancePaths) -> Row:
+  """What `qvm list` tells of an instance, with question marks where its record is damaged."""
+  running = Lock(paths.lock).is_held()
+  try:
+    it = read_instance(paths)
+  except QvmError:
+    it = Instance(paths.name, "?", "?", "?")
+  return Row(
+    name=paths.name,
+    os=it.os,
+    version=it.version,
+    arch=it.arch,
+    state="running" if running else "stopped",
+    ssh=it.ssh if running and not holder(paths).startswith("qvm") else "",
+    size=tree_size(paths.disk),
+    ephemeral=os.path.exists(paths.mark),
+    base=base_share(cache, paths.disk),
+  )
+
+
+def base_share(cache: Cache, disk: str) -> int:
   """How many per cent of an overlay's base image are there."""
   name = os.path.basename(base_of(disk))
-  if not is_streamed(disk) or os.path.isfile(os.path.join(cache, "base", name)):
+  if not is_streamed(disk) or os.path.isfile(cache.path("base", name)):
     return 100
-  other = OtherDownload(name, os.path.join(cache, "downloads"))
+  other = OtherDownload(name, cache.downloads)
   done, total = other.done, other.total
   return min(100, 100 * done // total) if total else 0
 
@@ -3921,7 +4147,7 @@ class HostFacts(NamedTuple):
   address: Address
   linaro: bool  # the unpacked QEMU has a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
-  keys: str = ""  # the disk with the key that may log in; empty: none is wanted
+  key_disk: str = ""  # the disk with the key that may log in; empty: none is wanted
 
 
 class Adjustment(NamedTuple):
@@ -3970,10 +4196,10 @@ def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
   In QEMU's option strings a comma within a value is written twice; -bios takes a plain path.
   """
   rows = adjusted(table_rows(plan.guest.table), adjustments(options, plan.guest, facts))
-  if facts.keys and plan.guest.keys:
-    rows += table_rows(plan.guest.keys.table)
+  if facts.key_disk and plan.guest.key_disk:
+    rows += table_rows(plan.guest.key_disk.table)
   words = [plan.qemu]
-  plain = {"SHARE": plan.share, "DISK": plan.disk, "KEYS": facts.keys}
+  plain = {"SHARE": plan.share, "DISK": plan.paths.disk, "KEYS": facts.key_disk}
   doubled = {key: path.replace(",", ",,") for key, path in plain.items()}
   for row in rows[1:]:
     words += [fill(word, plain if row[0] == "-bios" else doubled) for word in row]
@@ -3987,30 +4213,10 @@ def fill(word: str, paths: Dict[str, str]) -> str:
 
 def wants_key(guest: Guest, release: str) -> bool:
   """Whether an image of that release lets nobody in without a key; unknown counts as newest."""
-  keys = guest.keys
+  keys = guest.key_disk
   return bool(
     keys and (not keys.until or release and version_key(release) < version_key(keys.until))
   )
-
-
-def has_linaro(share: str) -> bool:
-  """Whether there is a Linaro firmware that can be one: v1.1.0 holds an HTML page in its place."""
-  path = os.path.join(share, "linaro_uefi.fd")
-  try:
-    with open(path, "rb") as file:
-      return os.path.getsize(path) >= 1 << 19 and not looks_like_html(file.read(512))
-  except OSError:
-    return False
-
-
-def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
-  """Whether KVM on this CPU shows guests AMX or LA57, which older BSD kernels do not survive."""
-  try:
-    with open(cpuinfo, errors="replace") as file:
-      flags = next((line.split() for line in file if line.startswith("flags")), [])
-  except OSError:
-    return False
-  return ("amx_tile" in flags or "la57" in flags) and os.access(kvm, os.R_OK | os.W_OK)
 
 
 # ---- Console ------------------------------------------------------------------------------------
@@ -4145,9 +4351,10 @@ class Relay:
   """Passes the bytes between QEMU's pipes and our terminal and files until QEMU ends."""
 
   def __init__(
-    self, process: Any, interactive: bool, log: Optional[IO[bytes]], full: Callable[[], bool]
+    self, process: "Process", interactive: bool, log: Optional[IO[bytes]], full: Callable[[], bool]
   ) -> None:
     self.process, self.interactive, self.log, self.full = process, interactive, log, full
+    self.keys = process.stdin.fileno() if process.stdin else -1
     self.keyboard, self.modes = Keyboard(), Modes()
     self.pending = b""  # typed, but not yet taken by QEMU
     self.words = b""  # QEMU's own last words
@@ -4156,15 +4363,15 @@ class Relay:
 
   def run(self) -> None:
     """Relay until QEMU has ended and all that it wrote is passed on."""
-    out, err, keys = self.process.stdout, self.process.stderr, self.process.stdin
+    out, err = self.process.stdout, self.process.stderr
     sources = {stream.fileno(): stream for stream in (out, err) if stream}
     typed = {0} if self.interactive else set()
-    if keys:
-      os.set_blocking(keys.fileno(), False)
+    if self.keys >= 0:
+      os.set_blocking(self.keys, False)
     told = False
     while sources:
       ended = self.process.poll() is not None
-      writers = [keys.fileno()] if self.pending and keys else []
+      writers = [self.keys] if self.pending and self.keys >= 0 else []
       ready, free, _ = select.select([*sources, *typed], writers, [], 0 if ended else 1.0)
       if free:
         self.type(b"")
@@ -4206,7 +4413,7 @@ class Relay:
     self.pending += data
     try:
       while self.pending:
-        self.pending = self.pending[os.write(self.process.stdin.fileno(), self.pending) :]
+        self.pending = self.pending[os.write(self.keys, self.pending) :]
     except BlockingIOError:
       pass
     except OSError:
@@ -4272,7 +4479,7 @@ KEY_LOGIN_SECONDS = 60.0  # seconds that a guest has, once ssh answers, to take 
 class Login(NamedTuple):
   """A running instance, and where it can be logged in to."""
 
-  files: Files
+  paths: InstancePaths
   guest: Guest
   address: Address
 
@@ -4327,20 +4534,6 @@ def program_for_ssh(name: str) -> str:
   return program
 
 
-def make_key(cache: str) -> None:
-  """Make the key unless it is there; to be called within the gate."""
-  path = key_path(cache)
-  if not os.path.isfile(path) or not os.path.isfile(path + ".pub"):
-    aside = path + ".tmp"
-    for old in (aside, aside + ".pub"):
-      remove_file(old)
-    program = program_for_ssh("ssh-keygen")
-    run_program([program, "-q", "-t", "ed25519", "-N", "", "-C", "qvm", "-f", aside])
-    os.replace(aside + ".pub", path + ".pub")
-    os.replace(aside, path)
-  os.chmod(path, 0o600)  # a copied cache may have lost that; ssh would not take it
-
-
 SECTOR = 512
 FAT_SECTORS = 8192  # 4 MiB: FAT12 with clusters of 8 sectors
 FAT_LAYOUT = (  # Microsoft's FAT specification, section 3: what follows the jump and the name
@@ -4382,14 +4575,31 @@ def sealed(sector: bytes) -> bytes:
   return sector.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
 
 
-def write_key_disk(cache: str, files: Files, keys: KeyDisk) -> None:
+def make_key(cache: Cache) -> None:
+  """Make the key unless it is there; to be called under instances_lock."""
+  path = cache.ssh_key
+  if not os.path.isfile(path) or not os.path.isfile(path + ".pub"):
+    with unfinished(cache) as folder:
+      aside = os.path.join(folder, "key")
+      program = program_for_ssh("ssh-keygen")
+      run_program([program, "-q", "-t", "ed25519", "-N", "", "-C", "qvm", "-f", aside])
+      os.replace(aside + ".pub", path + ".pub")
+      os.replace(aside, path)
+  os.chmod(path, 0o600)  # a copied cache may have lost that; ssh would not take it
+
+
+def public_key(cache: Cache) -> bytes:
+  """The public key that make_key made."""
+  with open(cache.ssh_key + ".pub", "rb") as file:
+    return file.read(4096)
+
+
+def write_key_disk(paths: InstancePaths, layout: KeyDisk) -> None:
   """Make the disk that hands qvm's public key to a guest; QEMU must not run."""
-  make_key(cache)
-  with open(key_path(cache) + ".pub", "rb") as file:
-    public = file.read(4096)
-  with open(files.keys, "wb") as file:
-    file.write(key_disk(public, keys.start))
-    file.truncate(keys.start + FAT_SECTORS * SECTOR)
+  make_key(paths.cache)
+  with open(paths.key_disk, "wb") as file:
+    file.write(key_disk(public_key(paths.cache), layout.start))
+    file.truncate(layout.start + FAT_SECTORS * SECTOR)
 
 
 def ssh_command(login: Login, log: str) -> List[str]:
@@ -4410,7 +4620,7 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "ServerAliveCountMax": "6",  # a guest that stands still for three minutes is lost
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
-    "UserKnownHostsFile": os.path.basename(login.files.known_hosts),
+    "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
   }
   words = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
   for name, value in options.items():
@@ -4420,48 +4630,52 @@ def ssh_command(login: Login, log: str) -> List[str]:
 
 KEY_HINT = "if its image wants a key: machines started with --detach or a command get qvm's"
 LOGGED_IN = "qvm-has-logged-in"
-NO_STREAMS: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), -3)  # DEVNULL
 
 
 def in_guest(
   login: Login,
   line: str,
-  use: Callable[[Any], None],
+  use: Callable[["Process"], None],
   patience: float = 0.0,
-  terminal: bool = False,
-  **streams: Any,
+  spawn: Optional[Spawn] = None,
 ) -> int:
   """Run a line in the user's shell in the guest; returns its exit code.
 
-  use(process) does what is to be done until ssh ends. A login that fails is tried again until
-  patience seconds have passed: then LoginError. QvmError when the connection is lost.
+  use(process) feeds or reads the process; it returns when ssh has nothing left. A login that
+  fails is tried again until patience seconds have passed: then LoginError. QvmError when the
+  connection is lost. Without spawn it reads nothing, and nobody sees what it writes.
   """
   deadline = time.monotonic() + patience
   while True:
-    code, logged_in, words = ssh_once(login, line, use, terminal, streams)
+    code, logged_in, words = ssh_once(login, line, use, spawn or silent())
     if logged_in:
       break
     if time.monotonic() >= deadline:
       who = f"{login.guest.user} at {reachable(login.address)}:{login.address.port}"
-      hint = KEY_HINT if login.guest.keys and not os.path.exists(login.files.keys) else ""
-      raise LoginError(f"cannot log in to {login.files.name} as {who}: {words}", hint)
+      keyless = login.guest.key_disk and not os.path.exists(login.paths.key_disk)
+      hint = KEY_HINT if keyless else ""
+      raise LoginError(f"cannot log in to {login.paths.name} as {who}: {words}", hint)
     time.sleep(0.5)
   if code < 0 or code == 255 and words:
-    raise QvmError(f"the connection to {login.files.name} was lost: {words or ending(code)}")
+    raise QvmError(f"the connection to {login.paths.name} was lost: {words or ending(code)}")
   return code
 
 
 def ssh_once(
-  login: Login, line: str, use: Callable[[Any], None], terminal: bool, streams: Dict[str, Any]
+  login: Login, line: str, use: Callable[["Process"], None], spawn: Spawn
 ) -> Tuple[int, bool, str]:
-  """Run ssh to its end; returns its exit code, whether it logged in, and its own words."""
+  """Run ssh to its end; returns its exit code, whether it logged in, and its own words.
+
+  The guest's command gets a terminal where ssh keeps ours.
+  """
   with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
     command = ssh_command(login, log.name)
-    command[1:1] = ["-t" if terminal else "-T"]
+    command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
     with contextlib.ExitStack() as stack:
       with signals.hold(), interrupts_blocked():
-        env, folder = {**os.environ, "SHELL": "/bin/sh"}, login.files.folder
-        process = start([*command, line], env=env, cwd=folder, **streams)
+        env = {**os.environ, "SHELL": "/bin/sh"}
+        spawn = spawn._replace(env=env, folder=login.paths.cache.instances)
+        process = start([*command, line], spawn)
         stack.callback(close_streams, process)
         stack.callback(end_process, process)
       use(process)
@@ -4471,12 +4685,21 @@ def ssh_once(
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
-def wait_for(process: Any) -> None:
+def wait_for(process: "Process") -> None:
   """Wait until ssh ends."""
   process.wait()
 
 
-def close_streams(process: Any) -> None:
+def wait_up_to(seconds: float) -> Callable[["Process"], None]:
+  """Waits so long for ssh to end; subprocess.TimeoutExpired when it does not."""
+
+  def wait(process: "Process") -> None:
+    process.wait(seconds)
+
+  return wait
+
+
+def close_streams(process: "Process") -> None:
   """Close our ends of a process's pipes; what is still in them, nobody reads."""
   for stream in (process.stdin, process.stdout):
     if stream:
@@ -4548,68 +4771,89 @@ def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[
   return variables
 
 
-def noted_address(instance: Instance, files: Files) -> Address:
+def refresh_script(guest: Guest) -> str:
+  """What a guest from a checkpoint must be told: the time, and something random of its own."""
+  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
+  root = "sudo " if guest.set_clock.startswith("sudo ") else ""
+  clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
+  problem = "qvm: the clock of the guest cannot be set"
+  lines = [
+    f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
+    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
+  ]
+  return "\n".join(lines)
+
+
+def refresh_guest(login: Login) -> None:
+  """Tell a guest from a checkpoint the time; that it cannot be told is said, and no more."""
+  try:
+    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for)
+    problem = ending(code) if code else ""
+  except QvmError as error:
+    problem = str(error)
+  if problem:
+    say(f"the clock of {login.paths.name} stands where its checkpoint was made: {problem}")
+
+
+def noted_address(instance: Instance, paths: InstancePaths) -> Address:
   """Where a running instance listens; QvmError when it does not, or its record is damaged."""
-  if holder(files).startswith("qvm"):
+  if holder(paths).startswith("qvm"):
     raise QvmError("its QEMU has not started yet")
   try:
     return parse_address(instance.ssh)
   except UsageError:
-    raise QvmError(f"its record is damaged: {files.record}")
+    raise QvmError(f"its record is damaged: {paths.record}")
 
 
-def login_of(files: Files) -> Login:
+def login_of(paths: InstancePaths) -> Login:
   """How to log in to a running instance; LoginError when its record does not tell."""
   try:
-    instance = read_instance(files)
+    instance = read_instance(paths)
     guest = find_guest(instance.os, instance.arch)
-    return Login(files, guest, noted_address(instance, files))
+    return Login(paths, guest, noted_address(instance, paths))
   except QvmError as error:
     raise LoginError(str(error), error.hint)
 
 
-def power_off(files: Files) -> bool:
+def power_off(paths: InstancePaths) -> bool:
   """Ask the guest over ssh to power itself off; whether it took the order."""
 
-  def wait(process: Any) -> None:
-    process.wait(60)
-
   try:
-    login = login_of(files)
-    say(f"{files.name} is asked to power off")
-    code = in_guest(login, login.guest.power_off, wait, **NO_STREAMS)
+    login = login_of(paths)
+    say(f"{paths.name} is asked to power off")
+    code = in_guest(login, login.guest.power_off, wait_up_to(60))
   except subprocess.TimeoutExpired:
     return True  # ssh hangs, as it may when the guest goes down
   except LoginError as error:
-    say(f"{files.name} cannot be asked to power off: {error}")
+    say(f"{paths.name} cannot be asked to power off: {error}")
     return False
   except QvmError:
     return True  # the connection may well end before the command does
   if code not in (0, 255):
-    say(f"{files.name} does not power off: {login.guest.power_off} ends with exit code {code}")
+    say(f"{paths.name} does not power off: {login.guest.power_off} ends with exit code {code}")
   return code in (0, 255)
 
 
-def stop_instance(files: Files, force: bool) -> None:
+def stop_instance(paths: InstancePaths, force: bool) -> None:
   """End a running machine: its own power-off, then SIGTERM, then SIGKILL, each said."""
-  if not force and power_off(files):
-    if wait_released(files, POWER_OFF_SECONDS):
-      return say(f"{files.name} has powered off")
-    say(f"{files.name} has not powered off in {POWER_OFF_SECONDS:g} s")
+  if not force and power_off(paths):
+    if wait_released(paths, POWER_OFF_SECONDS):
+      return say(f"{paths.name} has powered off")
+    say(f"{paths.name} has not powered off in {POWER_OFF_SECONDS:g} s")
   for number, patience in (
     (signal.SIGTERM, TERM_GRACE_SECONDS + 2),
     (signal.SIGKILL, TERM_GRACE_SECONDS),
   ):
-    pid = holder_pid(files)
-    if not pid or wait_released(files, 0):
+    pid = holder_pid(paths)
+    if not pid or wait_released(paths, 0):
       break
-    say(f"{files.name}: sending {number.name} to {holder(files)}")
+    say(f"{paths.name}: sending {number.name} to {holder(paths)}")
     with contextlib.suppress(ProcessLookupError):
       os.kill(pid, number)
-    if wait_released(files, patience):
+    if wait_released(paths, patience):
       return
-  if not wait_released(files, 0):
-    raise QvmError(f"the instance {files.name} cannot be ended ({holder(files)})")
+  if not wait_released(paths, 0):
+    raise QvmError(f"the instance {paths.name} cannot be ended ({holder(paths)})")
 
 
 # ---- Sync ---------------------------------------------------------------------------------------
@@ -4798,7 +5042,7 @@ def sync_script(template: str, options: Options) -> str:
 def left_out(options: Options) -> Tuple[str, ...]:
   """The patterns of what is not synchronised: those given, .git, and the cache if it is there."""
   cache = os.path.relpath(
-    os.path.realpath(cache_folder(os.environ)), os.path.realpath(options.sync)
+    os.path.realpath(cache_from(os.environ).root), os.path.realpath(options.sync)
   )
   own = () if cache.startswith("../") else ("/" + glob.escape(cache),)
   return ALWAYS_OUT + own + options.sync_exclude
@@ -4821,9 +5065,9 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, FileSt
   with tempfile.TemporaryFile() as words:
     line = shell_line(sync_script(SYNC_IN, options))
     pipe = subprocess.PIPE
-    code = in_guest(login, line, feed, patience, stdin=pipe, stdout=pipe, stderr=words)
+    code = in_guest(login, line, feed, patience, Spawn(pipe, pipe, words))
     if code or not begun:
-      raise sync_failed(f"{options.sync} cannot be copied to {login.files.name}", words, code)
+      raise sync_failed(f"{options.sync} cannot be copied to {login.paths.name}", words, code)
   return sent
 
 
@@ -4845,7 +5089,7 @@ def sync_failed(problem: str, words: IO[bytes], code: int) -> QvmError:
 
 def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]]) -> None:
   """Bring what has changed in the guest's copy of the folder."""
-  problem = f"what changed in {login.files.name} cannot be brought to {options.sync}"
+  problem = f"what changed in {login.paths.name} cannot be brought to {options.sync}"
   pipe = subprocess.PIPE
   with Unpacker(
     options.sync, left_out(options), sent
@@ -4859,7 +5103,7 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]
         landing.take(process.stdout)
 
     line = shell_line(sync_script(SYNC_OUT, options))
-    code = in_guest(login, line, take, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
+    code = in_guest(login, line, take, spawn=Spawn(subprocess.DEVNULL, pipe, words))
     landing.finish()
     if code or not begun:
       raise sync_failed(problem, words, code)
@@ -4873,7 +5117,7 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]
           raise RefusedError(f"{problem}: the list of names is longer than any")
 
       line = shell_line(sync_script(SYNC_NAMES, options))
-      code = in_guest(login, line, read, stdin=subprocess.DEVNULL, stdout=pipe, stderr=words)
+      code = in_guest(login, line, read, spawn=Spawn(subprocess.DEVNULL, pipe, words))
       if code or not names.startswith(b".\n"):
         raise sync_failed(problem, words, code)
       landing.delete_missing(bytes(names))
@@ -5123,7 +5367,7 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
   sent: Optional[Dict[str, FileStamp]] = None
   if options.sync and options.sync_direction != "out":
     if first:  # the time must be right before files are compared by it
-      in_guest(login, shell_line(first), wait_for, patience, **NO_STREAMS)
+      in_guest(login, shell_line(first), wait_for, patience)
     sent, patience, first = sync_in(login, options, patience), 0.0, ""
   code = run_line(login, options, patience, first)
   if options.sync and options.sync_direction != "in":
@@ -5156,16 +5400,16 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
       signals.again()
       try:
         interrupt = shell_line(INTERRUPT.format(pid_file))
-        in_guest(login, interrupt, lambda process: process.wait(30), **NO_STREAMS)
+        in_guest(login, interrupt, wait_up_to(30))
       except LoginError:
         raise stop  # the command has not begun
       except (QvmError, subprocess.TimeoutExpired):
         pass
       process.wait()
 
-  code = in_guest(login, line, wait, patience, terminal)
+  code = in_guest(login, line, wait, patience, Spawn())
   if code == 255 and not has_banner(login.address, 10.0):
-    raise QvmError(f"the connection to {login.files.name} was lost: no answer any more")
+    raise QvmError(f"the connection to {login.paths.name} was lost: no answer any more")
   return code
 
 
@@ -5204,22 +5448,17 @@ class Order(NamedTuple):
   log: int  # and of the console log, which gets its lines once qvm has left, or -1
 
 
+class Source(NamedTuple):
+  """A base image that still comes: where it is served, and which it is; digest if that is known."""
+
+  socket: str
+  release: str
+  validator: str
+  digest: str
+
+
 class NoStream(Exception):
   """Why an image must be downloaded first."""
-
-
-def served_at(source: Optional[Source]) -> str:
-  """The backing of an overlay whose base image is served; empty where none is."""
-  return f"{STREAMED}///?socket={source.socket}" if source else ""
-
-
-def check_source(files: Files, source: Optional[Source]) -> None:
-  """Refuse to go on with an overlay on an image that is not the one it was begun on."""
-  if source and os.path.lexists(files.disk):
-    mine = read_instance(files)
-    same = mine.base_sha256 and mine.base_sha256 == source.digest
-    if not same and mine.validator != source.validator:
-      raise other_base(files, "what the server now has", mine.release)
 
 
 class Stream:
@@ -5280,21 +5519,25 @@ class Stream:
       drop_socket(self.source.socket)
 
 
-def start_stream(
-  plan: Plan, options: Options, lock: int, log: int, stack: contextlib.ExitStack
-) -> Optional[Stream]:
-  """Start to serve the image that is missing; None when it cannot be, or is there now."""
+def streamed_base(
+  plan: Plan, options: Options, fds: Tuple[int, int], stack: contextlib.ExitStack
+) -> Optional[Base]:
+  """The image that is missing, served while it comes; None when it cannot be, or is there now.
+
+  fds are those of the instance's lock and of the console log, or -1.
+  """
+  lock, log = fds
   ours, life = os.pipe()
   operands, platform = (plan.guest.os, plan.version), plan.guest.arch
   names = (operands, platform, plan.name, plan.ephemeral, options.qemu, options.progress)
   order = Order(*names, lock, ours, log)
   program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
   command = [sys.executable, program, SERVE, json.dumps(order._asdict())]
-  pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
   with signals.hold():
     try:
-      fds = (lock, ours, log) if log >= 0 else (lock, ours)
-      process = start(command, fds, start_new_session=True, **pipe)
+      keep = (lock, ours, log) if log >= 0 else (lock, ours)
+      streams = (subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT)
+      process = start(command, Spawn(*streams, fds=keep, session=True))
     finally:
       os.close(ours)
     stream = Stream(process, life)
@@ -5305,8 +5548,10 @@ def start_stream(
   if "source" not in answer:
     stream.finish()
     return None
-  stream.source = Source(*answer["source"])
-  return stream
+  source = stream.source = Source(*answer["source"])
+  image = Instance(base_sha256=source.digest, release=source.release, validator=source.validator)
+  backing = f"{STREAMED}///?socket={source.socket}"
+  return Base(backing, image, fds=(stream.life,), started=stream.let_go)
 
 
 def serve(text: str) -> int:
@@ -5319,7 +5564,7 @@ def serve(text: str) -> int:
   server = None
   try:
     net = net_from(os.environ)
-    plan = make_plan(options, this_host(), cache_folder(os.environ), "")
+    plan = plan_from(options, net)
     server = Server(plan, net, order)
     server.run()
   except NoStream as reason:
@@ -5351,7 +5596,7 @@ class Server:
 
   def __init__(self, plan: Plan, net: Net, order: Order) -> None:
     self.plan, self.net, self.order = plan, net, order
-    self.files = instance_files(plan.cache, plan.name)
+    self.files = plan.paths
     self.releases = Releases(net)
     self.fresh = not os.path.lexists(self.files.disk)
     self.ready = False  # whether QEMU may have been started
@@ -5377,7 +5622,7 @@ class Server:
   def run(self) -> None:
     """Serve until QEMU has ended, then see to its overlay."""
     with contextlib.ExitStack() as stack:
-      stack.enter_context(download_lock(downloads_dir(self.plan), self.plan.image_asset))
+      stack.enter_context(download_lock(self.plan.cache.downloads, self.plan.image_asset))
       if os.path.isfile(self.plan.base):
         return answer({})
       self.transfer = self.find()
@@ -5425,7 +5670,7 @@ class Server:
           raise NoStream(f"{name} of {tag} is a bundle")
         continue
       self.tag = tag
-      transfer = Transfer(net, url, name, downloads_dir(plan))
+      transfer = Transfer(net, url, name, plan.cache.downloads)
       Transfer.running[:] = [transfer]
       with contextlib.suppress(NotFound):
         if not transfer.complete():
@@ -5558,11 +5803,9 @@ class Server:
     if not wanted:
       say(f"no digest is known for {transfer.name}: only its length could be checked")
     record = asset_record(transfer, self.tag, digest)
-    record.update(sha256=digest, bytes=transfer.done)
-    with instances_lock(instances_dir(plan.cache)):
-      drop_checkpoints(plan, digest)
-      publish_with_record(transfer.part, plan.base, record, 0o444)
-      put_kernel("", kernel_path(plan.base))
+    with instances_lock(plan.cache):
+      drop_layers(plan, digest)
+      publish_with_record(plan.cache, transfer.part, plan.base, record, 0o444)
     say(f"{transfer.name} is there, and has the digest {digest[:16]}…" if wanted else
         f"{transfer.name} is there")  # fmt: skip
     with transfer.lock:
@@ -5595,10 +5838,12 @@ class Server:
       say(f"{share}% of the image of {self.files.name} are there; the next run fetches the rest")
       return
     ssh = read_instance(self.files).ssh
-    with instances_lock(self.files.folder):
-      check_instance(self.plan, self.files)
-      make_overlay(self.plan, backing_name(self.plan, self.plan.base), (self.order.lock,))
-      record_instance(self.plan, self.files, ssh)
+    with instances_lock(self.plan.cache):
+      check_instance(self.plan)
+      lock = Lock(self.files.lock)
+      lock.fd = self.order.lock  # inherited
+      make_overlay(self.plan, backing_name(self.plan, self.plan.base), lock)
+      record_instance(self.plan, ssh, cached_base(self.plan))
 
   def close(self) -> None:
     """Leave no socket."""
@@ -5818,6 +6063,329 @@ class Export:
       self.link.sendall(head + data)
 
 
+# ---- Machine ------------------------------------------------------------------------------------
+
+
+def memory_bytes(memory: str) -> int:
+  """A guest's memory as -m has it, in bytes; a number alone is megabytes."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
+def memory_warning(memory: str, available: Optional[int]) -> str:
+  """A warning when a guest's memory is more than the host has to spare, both in bytes."""
+  wanted = memory_bytes(memory)
+  if available is None or wanted <= available:
+    return ""
+  return (
+    f"the guest gets {megabytes(wanted)} of memory, but only {megabytes(available)} are free: "
+    "if it is killed or slow, give it less with -m"
+  )
+
+
+def bind(kind: int, address: Address) -> Optional["socket.socket"]:
+  """A socket of this kind at an address, or None when another one is there."""
+  taken = socket.socket(socket.AF_INET, kind)
+  try:
+    if kind == socket.SOCK_STREAM:
+      taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU's user network does
+    taken.bind((address.host, address.port))
+  except OSError as error:
+    taken.close()
+    if error.errno == errno.EADDRNOTAVAIL:
+      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
+    if error.errno == errno.EACCES:
+      raise QvmError(f"port {address.port} needs root; choose one above 1023")
+    return None
+  return taken
+
+
+def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
+  """A free port, with the descriptor of a lock that keeps every other qvm away from it.
+
+  The lock is the UDP port of the same number, which nothing is ever sent to: the system gives it
+  to one process, whatever cache and user that has, and takes it back when QEMU has ended.
+  """
+  for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
+    address = wanted._replace(port=port)
+    lock = bind(socket.SOCK_DGRAM, address)
+    if lock:
+      probe = bind(socket.SOCK_STREAM, address)
+      if probe:
+        probe.close()
+        stack.callback(lock.close)
+        return address, lock.fileno()
+      lock.close()
+  raise QvmError(
+    f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
+    "choose another, or leave --ssh-port out to get a free one",
+  )
+
+
+def has_linaro(share: str) -> bool:
+  """Whether there is a Linaro firmware that can be one: v1.1.0 holds an HTML page in its place."""
+  path = os.path.join(share, "linaro_uefi.fd")
+  try:
+    with open(path, "rb") as file:
+      return os.path.getsize(path) >= 1 << 19 and not looks_like_html(file.read(512))
+  except OSError:
+    return False
+
+
+def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
+  """Whether KVM on this CPU shows guests AMX or LA57, which older BSD kernels do not survive."""
+  try:
+    with open(cpuinfo, errors="replace") as file:
+      flags = next((line.split() for line in file if line.startswith("flags")), [])
+  except OSError:
+    return False
+  return ("amx_tile" in flags or "la57" in flags) and os.access(kvm, os.R_OK | os.W_OK)
+
+
+def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
+  """Look at what decides on adjustments; release is that of the base image, empty if unknown."""
+  mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
+  log_in = options.detach or options.guest_command or options.warm
+  key_disk = plan.paths.key_disk if log_in and wants_key(plan.guest, release) else ""
+  return HostFacts(address, has_linaro(plan.share), mask, key_disk)
+
+
+class Machine:
+  """An instance while a command deals with it: its lock, port, console log and QEMU.
+
+  As a context it takes the instance; what is left of the machine ends with the context, unless
+  leave_running() has let it go.
+  """
+
+  process: "Process"  # from start() on
+
+  def __init__(self, plan: Plan, options: Options) -> None:
+    self.plan, self.options, self.paths = plan, options, plan.paths
+    self.address = options.ssh
+    self.port_lock = -1
+    self.log: Optional[IO[bytes]] = None
+    self.log_start = 0  # where this run's part of the console log begins
+    self.resumed = False  # whether it goes on from a checkpoint
+    self.stack = contextlib.ExitStack()
+
+  def __enter__(self) -> "Machine":
+    with contextlib.ExitStack() as stack:
+      self.lock = take_instance(self.paths)
+      stack.callback(self.lock.remove)
+      check_instance(self.plan)
+      if self.plan.ephemeral:
+        stack.callback(remove_instance, self.paths)
+        open(self.paths.mark, "w").close()
+      if self.options.ssh.chosen:
+        self.reserve_port(stack)
+      self.open_log(stack)
+      warning = memory_warning(self.options.memory, available_memory("/proc/meminfo"))
+      if warning:
+        say(warning)
+      stack.enter_context(terminal_kept())
+      self.stack = stack.pop_all()
+    return self
+
+  def __exit__(
+    self,
+    kind: Optional[Type[BaseException]],
+    error: Optional[BaseException],
+    trace: Optional[TracebackType],
+  ) -> None:
+    self.stack.__exit__(kind, error, trace)
+
+  @property
+  def login(self) -> Login:
+    return Login(self.paths, self.plan.guest, self.address)
+
+  @property
+  def console(self) -> str:
+    """The file that gets the console of a machine in the background."""
+    return self.options.console_log or self.paths.console
+
+  def reserve_port(self, stack: contextlib.ExitStack) -> None:
+    """Take the port for ssh, unless it is taken already."""
+    if self.port_lock < 0:
+      self.address, self.port_lock = reserve_port(self.options.ssh, stack)
+
+  def open_log(self, stack: contextlib.ExitStack) -> None:
+    """Open the file for the console, if one was asked for or nobody looks at the console."""
+    if self.options.console_log:
+      self.log = open(self.options.console_log, "ab", buffering=0)  # noqa: SIM115
+      self.log_start = os.fstat(self.log.fileno()).st_size
+    elif self.options.detach or self.options.guest_command:
+      if not os.path.lexists(self.paths.disk):
+        stack.callback(self.remove_stray_log)
+      self.log = open(self.paths.console, "wb", buffering=0)  # noqa: SIM115
+    if self.log:
+      stack.callback(self.log.close)
+
+  def remove_stray_log(self) -> None:
+    """A run that got no disk leaves no console log."""
+    if not os.path.lexists(self.paths.disk):
+      remove_file(self.paths.console)
+
+  def spawn(self) -> Spawn:
+    """How QEMU is started: pipes to us only where we have something to do with its streams."""
+    if self.options.detach or self.options.guest_command:
+      return in_background(self.log)
+    pipe = subprocess.PIPE
+    if is_interactive():
+      return Spawn(pipe, pipe, pipe)
+    return Spawn(None, pipe if self.log else None, pipe)
+
+  def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
+    """Make the overlay on a base and start QEMU; QvmError when something of it is gone."""
+    plan, options = self.plan, self.options
+    self.reserve_port(self.stack)
+    with instances_lock(plan.cache):
+      for path in (*base.needs, plan.qemu, plan.qemu_img):
+        if not os.path.isfile(path):
+          raise QvmError(f"{path} is gone", "has somebody deleted it? run this once more")
+      check_instance(plan)
+      check_backing(plan, base)
+      record_instance(plan, f"{self.address.host}:{self.address.port}", base)
+      make_overlay(plan, base.backing, self.lock)
+      facts = host_facts(plan, options, self.address, base.image.release)
+      if facts.key_disk and plan.guest.key_disk:
+        write_key_disk(self.paths, plan.guest.key_disk)
+      with signals.hold():
+        command = base.adjust(qemu_command(plan, options, facts))
+        fds = (self.lock.fd, self.port_lock, *base.fds)
+        self.process = start(command, (spawn or self.spawn())._replace(fds=fds))
+        self.stack.callback(end_process, self.process)
+        if base.started:
+          base.started()
+        note_holder(self.lock, "QEMU", self.process.pid)
+
+  def has_ended(self, seconds: float = 0.0) -> bool:
+    """Whether QEMU has ended, or does within this time."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.process.wait(seconds)
+    return self.process.returncode is not None
+
+  def last_words(self, count: int = 20) -> List[str]:
+    """The last lines that the console log has of this run."""
+    return last_lines(self.console, count, self.log_start)
+
+  def wait_for_ssh(self) -> bool:
+    """Wait until ssh answers; False when it does not in time, QvmError when the machine ends."""
+    answers = wait_for_ssh(self.address, self.options.boot_timeout, self.has_ended)
+    lines = self.last_words()
+    if self.has_ended():
+      show_console(lines)
+      raise QvmError(
+        f"the machine {self.plan.name} ended before ssh answered "
+        f"({ending(self.process.returncode)})",
+        ": ".join(explain("\n".join(lines))),
+      )
+    for line in fell_back("\n".join(lines)):
+      say(line)
+    return answers
+
+  def log_in(self, began: float) -> float:
+    """How many seconds from now a login may fail: the image may still take over the key."""
+    left = max(0.0, began + self.options.boot_timeout - time.monotonic())
+    return min(left, KEY_LOGIN_SECONDS) if os.path.exists(self.paths.key_disk) else 0.0
+
+  def relay_console(self) -> int:
+    """Relay the console until QEMU ends; returns its exit code, 128+N after signal N."""
+    self.greet()
+    process, folder = self.process, self.plan.cache.instances
+    relay = Relay(process, bool(process.stdin), self.log, lambda: disk_is_full(folder))
+    try:
+      if relay.interactive:
+        go_raw()
+        say("Ctrl-A x ends the machine, Ctrl-A h shows the keys; all others go to the guest")
+        relay.pending = b"\r" if self.resumed else b""  # shows a prompt that is there already
+      relay.run()
+      process.wait()
+    finally:
+      if relay.interactive:
+        with contextlib.suppress(OSError):
+          write_all(1, relay.modes.undo())
+    causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
+    if process.returncode < 0 and not causes:
+      causes = [f"QEMU has been ended from outside ({ending(process.returncode)})"]
+    for line in causes:
+      say(line)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+  def greet(self) -> None:
+    """Say how to get in, once QEMU has started."""
+    guest, port = self.plan.guest, self.address.port
+    if port != SSH_PORT and not self.address.chosen:
+      say(f"port {SSH_PORT} is taken; this machine gets {port}")
+    say(ssh_line(guest, self.address))
+    if not guest.console:
+      say(f"{guest.title} writes nothing to this terminal; once it is up, ssh gets in")
+
+  def leave_running(self) -> int:
+    """Wait until ssh answers, then leave the machine to itself; QvmError when it ends before."""
+    verb = "runs" if self.resumed else "boots"
+    say(f"{self.plan.name} {verb} in the background, its console goes to {self.console}")
+    answers = self.wait_for_ssh()
+    self.stack.pop_all()  # QEMU has the locks, and so has what serves its base image
+    if not answers:
+      say(f"ssh has not answered in {self.options.boot_timeout:g} s; the machine goes on")
+    emit(self.plan.name)
+    emit(ssh_line(self.plan.guest, self.address))
+    return 0
+
+  def run_command(self) -> int:
+    """Run the command once ssh answers, then power a persistent instance off; its exit code."""
+    began = time.monotonic()
+    if not self.resumed:
+      say(f"{self.plan.name} boots, its console goes to {self.console}")
+    answers = self.wait_for_ssh()
+    try:
+      if not answers:
+        raise QvmError(
+          f"ssh has not answered in {self.options.boot_timeout:g} s; the machine is ended",
+          "--boot-timeout gives it longer",
+        )
+      first = refresh_script(self.plan.guest) if self.resumed else ""
+      code = run_command(self.login, self.options, self.log_in(began), first)
+    except QvmError as error:
+      raise self.explained(error)
+    asked = not self.plan.ephemeral and not self.has_ended() and power_off(self.paths)
+    if asked and not self.has_ended(POWER_OFF_SECONDS):
+      say(f"{self.plan.name} has not powered off in {POWER_OFF_SECONDS:g} s and is ended")
+    return code
+
+  def explained(self, error: QvmError) -> QvmError:
+    """What a failed command means, shown with the console's last lines."""
+    ended = self.has_ended(1.0)  # a lost connection may be the first sign of its end
+    lines = self.last_words()
+    show_console(lines)
+    if not ended:
+      return QvmError(str(error), DISK_FULL) if disk_is_full(self.plan.cache.instances) else error
+    problem = f"the machine {self.plan.name} has ended ({ending(self.process.returncode)}): {error}"
+    return QvmError(problem, ": ".join(explain("\n".join(lines))))
+
+
+def check_backing(plan: Plan, base: Base) -> None:
+  """Refuse a base image that is unsafe, or another one than that an overlay was begun on."""
+  if not is_served(base.backing):
+    check_base(plan)
+  elif os.path.lexists(plan.paths.disk):
+    mine, image = read_instance(plan.paths), base.image
+    same = mine.base_sha256 and mine.base_sha256 == image.base_sha256
+    if not same and mine.validator != image.validator:
+      raise other_base(plan.paths, "what the server now has", mine.release)
+
+
+def in_background(log: Optional[IO[bytes]]) -> Spawn:
+  """For a QEMU whose console nobody looks at."""
+  return Spawn(subprocess.DEVNULL, log, log, session=True)
+
+
+def print_command(plan: Plan, options: Options) -> int:
+  """Print the QEMU command that `run` would start."""
+  facts = host_facts(plan, options, options.ssh, record_of(plan.base).release)
+  emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
+  return 0
+
+
 # ---- Layers -------------------------------------------------------------------------------------
 # A checkpoint is what a guest's memory, devices and disk were when it had just booted. QEMU calls
 # it VM templating: the memory is a file, shared while the guest boots, private to each machine
@@ -5827,46 +6395,10 @@ RESUME_SECONDS = 15.0  # seconds that a machine from a checkpoint has to answer
 MAX_ANSWER_BYTES = 1 << 20  # bytes of one answer of QEMU
 
 
-class Warm(NamedTuple):
-  """How a machine is started around a checkpoint, and the control socket's two ends."""
-
-  files: Files  # of the checkpoint
-  saving: bool  # it boots to become the checkpoint; else it starts from it
-  ours: Any
-  theirs: Any
-
-
-@contextlib.contextmanager
-def warm_of(files: Files, saving: bool) -> Iterator[Warm]:
-  """A Warm with a fresh control socket, a pair that nobody else can connect to."""
-  ours, theirs = socket.socketpair()
-  with ours, theirs:
-    ours.settimeout(RESUME_SECONDS)
-    yield Warm(files, saving, ours, theirs)
-
-
-def warm_command(command: Sequence[str], warm: Warm) -> List[str]:
-  """QEMU's command line with what saving or restoring takes: the memory's file, and control.
-
-  See docs/system/vm-templating.rst of QEMU; -incoming defer waits for the order to load.
-  """
-  words = list(command)
-  words[words.index("-machine") + 1] += ",memory-backend=qvm-memory"
-  size, path = words[words.index("-m") + 1], warm.files.memory.replace(",", ",,")
-  share = "on" if warm.saving else "off"
-  words += [
-    "-object",
-    f"memory-backend-file,id=qvm-memory,size={size},mem-path={path},share={share}",
-  ]
-  words += ["-chardev", f"socket,id=qvm-control,fd={warm.theirs.fileno()}"]
-  words += ["-mon", "chardev=qvm-control,mode=control"]
-  return words if warm.saving else [*words, "-incoming", "defer"]
-
-
 class Control:
   """QEMU's control socket (QMP); every failure is a QvmError."""
 
-  def __init__(self, link: Any) -> None:
+  def __init__(self, link: "socket.socket") -> None:
     self.link, self.rest = link, b""
     self.read()  # the greeting
     self("qmp_capabilities")
@@ -5912,7 +6444,7 @@ class Control:
     return "tcg"
 
   @contextlib.contextmanager
-  def stream(self, order: str) -> Iterator[Any]:
+  def stream(self, order: str) -> Iterator["socket.socket"]:
     """Our end of a socket over which QEMU is ordered to send, or to take, the devices' state."""
     ours, theirs = socket.socketpair()
     with ours:
@@ -5957,29 +6489,6 @@ class Control:
       raise QvmError(f"QEMU: {question}: {why}")
 
 
-def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
-  """What a checkpoint is good for, as a digest: a base image, a command line, a QEMU, this host.
-
-  Paths, address and port may differ. Which accelerator is in use shows only once QEMU runs.
-  """
-  named = plan._replace(qemu="QEMU", share="SHARE", disk="DISK")
-  facts = facts._replace(address=Address(), keys="KEYS" if facts.keys else "")
-  tree = record_of(tree_program(plan)).get("sha256")
-  own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
-  public = b""
-  if facts.keys:
-    with open(key_path(plan.cache) + ".pub", "rb") as file:
-      public = file.read(4096)
-  digest = new_sha256()
-  for text in (
-    *qemu_command(named, options, facts),
-    *(str(record_of(plan.base).get("sha256")), str(tree), own, os.fsdecode(public)),
-    *host_cpu("/proc/cpuinfo"),
-  ):
-    digest.update(os.fsencode(text) + b"\0")
-  return str(digest.hexdigest())
-
-
 def host_cpu(cpuinfo: str) -> List[str]:
   """What tells this host's CPU and kernel from others."""
   uname = os.uname()
@@ -5992,602 +6501,301 @@ def host_cpu(cpuinfo: str) -> List[str]:
   return words + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
 
 
-def checkpoint_parts(files: Files) -> Dict[str, Any]:
-  """Size and time of each part of a checkpoint; one that is not so any more has been changed."""
-  stats = {suffix: os.stat(files.path(suffix)) for suffix in CHECKPOINT_PARTS}
-  return {suffix: [stat.st_size, int(stat.st_mtime)] for suffix, stat in stats.items()}
+def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
+  """What a checkpoint is good for, as a digest: a base image, a command line, a QEMU, this host.
+
+  Paths, address and port may differ. Which accelerator is in use shows only once QEMU runs.
+  """
+  named = plan._replace(qemu="QEMU", share="SHARE", paths=Cache("").instance("DISK"))
+  facts = facts._replace(address=Address(), key_disk="KEYS" if facts.key_disk else "")
+  tree = record_of(plan.tree_program).sha256
+  own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
+  public = public_key(plan.cache) if facts.key_disk else b""
+  digest = new_sha256()
+  for text in (
+    *qemu_command(named, options, facts),
+    *(record_of(plan.base).sha256, tree, own, os.fsdecode(public)),
+    *host_cpu("/proc/cpuinfo"),
+  ):
+    digest.update(os.fsencode(text) + b"\0")
+  return str(digest.hexdigest())
 
 
-def checkpoint_problem(files: Files, key: str) -> str:
-  """Why there is no checkpoint to start from; empty when there is a sound one."""
-  record = read_json(files.record)
-  if record.get("key") != key:
-    return "there is none yet"
-  if record.get("problem"):
-    return str(record["problem"])
-  try:
-    sound = record.get("parts") == checkpoint_parts(files)
-  except OSError as error:
-    return f"{error.filename}: {describe(error)}"
-  return "" if sound else "its files have been changed"
+def template_command(command: Sequence[str], memory: str, share: str, control: int) -> List[str]:
+  """QEMU's command line with the guest's memory in a file, and with a control socket.
 
-
-def record_checkpoint(plan: Plan, files: Files, key: str, **more: Any) -> None:
-  """Write a checkpoint's record, with which it is complete."""
-  guest, digest = plan.guest, str(record_of(plan.base).get("sha256") or "")
-  made = Instance(files.name, guest.os, plan.version, guest.arch, digest)
-  write_json(files.record, {**made._asdict(), "key": key, **more}, 0o600)
-
-
-def keep_checkpoint(plan: Plan, warm: Warm, key: str, process: Any) -> None:
-  """Make the checkpoint of a guest that has just booted; its QEMU ends, its disk is frozen."""
-  control, files = Control(warm.ours), warm.files
-  accelerator = control.accelerator()
-  control.save(files.state)
-  with contextlib.suppress(QvmError):  # it may be gone before it answers
-    control("quit")
-  end_process(process)
-  with instances_lock(instances_dir(plan.cache)):
-    os.rename(plan.disk, files.disk)
-    for suffix in CHECKPOINT_PARTS:
-      with open(files.path(suffix), "rb") as file:
-        os.fsync(file.fileno())
-      os.chmod(files.path(suffix), 0o600)
-    parts = checkpoint_parts(files)
-    record_checkpoint(plan, files, key, accelerator=accelerator, parts=parts)
-
-
-def resume(warm: Warm, address: Address, process: Any, seconds: float) -> None:
-  """Let a machine go on from its checkpoint; QvmError when ssh does not answer in time."""
-  control, made = Control(warm.ours), read_json(warm.files.record).get("accelerator")
-  if control.accelerator() != made:
-    raise QvmError(f"it was made with {made}, and QEMU now uses {control.accelerator()}")
-  control.load(warm.files.state)
-
-  def ended(seconds: float) -> bool:
-    time.sleep(min(seconds, 0.02))
-    return process.poll() is not None
-
-  if not wait_for_ssh(address, seconds, ended):
-    raise QvmError(f"ssh does not answer in {seconds:g} s")
-
-
-def refresh_script(guest: Guest) -> str:
-  """What a guest from a checkpoint must be told: the time, and something random of its own."""
-  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
-  root = "sudo " if guest.set_clock.startswith("sudo ") else ""
-  clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
-  problem = "qvm: the clock of the guest cannot be set"
-  lines = [
-    f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
-    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
+  See docs/system/vm-templating.rst of QEMU. share is on for the guest that fills the file, off
+  for those that start from it.
+  """
+  words = list(command)
+  words[words.index("-machine") + 1] += ",memory-backend=qvm-memory"
+  size, path = words[words.index("-m") + 1], memory.replace(",", ",,")
+  backend = f"memory-backend-file,id=qvm-memory,size={size},mem-path={path},share={share}"
+  return [
+    *(*words, "-object", backend, "-chardev", f"socket,id=qvm-control,fd={control}"),
+    *("-mon", "chardev=qvm-control,mode=control"),
   ]
-  return "\n".join(lines)
-
-
-def refresh_guest(login: Login) -> None:
-  """Tell a guest from a checkpoint the time; that it cannot be told is said, and no more."""
-  try:
-    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for, **NO_STREAMS)
-    problem = ending(code) if code else ""
-  except QvmError as error:
-    problem = str(error)
-  if problem:
-    say(f"the clock of {login.files.name} stands where its checkpoint was made: {problem}")
-
-
-# ---- Machine ------------------------------------------------------------------------------------
-
-
-def plan_from(options: Options, net: Net) -> Plan:
-  """The plan for this command on this host with this environment."""
-  cache, host = cache_folder(os.environ), this_host()
-  guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  if "".join(options.operands[1:]).lower() in ("", "latest"):
-    check_host(host, guest, options.qemu)  # before any request
-    version = latest_version(options, net, guest, cache)
-    options = options._replace(operands=(guest.os, version))
-  return make_plan(options, host, cache, os.urandom(3).hex())
-
-
-def latest_version(options: Options, net: Net, guest: Guest, cache: str) -> str:
-  """The newest version for a CPU; `run` takes the newest cached when no server can be asked."""
-  cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
-  cached = [version for version in cached if not is_candidate(version)]
-  if options.dry_run:
-    if not cached:
-      raise UsageError("--dry-run asks no server: name the version, as in freebsd 15.1")
-    return cached[0]
-  fallback = cached if options.command == "run" else []
-  try:
-    releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
-  except QvmError as error:
-    if not fallback:
-      raise
-    say(f"{error}; taking the newest cached version, {fallback[0]}")
-    return fallback[0]
-  images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  versions = [image.version for image in images if not is_candidate(image.version)]
-  if not versions:
-    raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
-  say(f"the newest {guest.title} for {guest.arch} is {versions[0]}")
-  return versions[0]
-
-
-def memory_bytes(memory: str) -> int:
-  """A guest's memory as -m has it, in bytes; a number alone is megabytes."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-
-
-def memory_warning(memory: str, available: Optional[int]) -> str:
-  """A warning when a guest's memory is more than the host has to spare, both in bytes."""
-  wanted = memory_bytes(memory)
-  if available is None or wanted <= available:
-    return ""
-  return (
-    f"the guest gets {megabytes(wanted)} of memory, but only {megabytes(available)} are free: "
-    "if it is killed or slow, give it less with -m"
-  )
-
-
-def bind(kind: int, address: Address) -> Any:
-  """A socket of this kind at an address, or None when another one is there."""
-  taken = socket.socket(socket.AF_INET, kind)
-  try:
-    if kind == socket.SOCK_STREAM:
-      taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU's user network does
-    taken.bind((address.host, address.port))
-  except OSError as error:
-    taken.close()
-    if error.errno == errno.EADDRNOTAVAIL:
-      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
-    if error.errno == errno.EACCES:
-      raise QvmError(f"port {address.port} needs root; choose one above 1023")
-    return None
-  return taken
-
-
-def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
-  """A free port, with the descriptor of a lock that keeps every other qvm away from it.
-
-  The lock is the UDP port of the same number, which nothing is ever sent to: the system gives it
-  to one process, whatever cache and user that has, and takes it back when QEMU has ended.
-  """
-  for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
-    address = wanted._replace(port=port)
-    lock = bind(socket.SOCK_DGRAM, address)
-    probe = lock and bind(socket.SOCK_STREAM, address)
-    if probe:
-      probe.close()
-      stack.callback(lock.close)
-      return address, lock.fileno()
-    if lock:
-      lock.close()
-  raise QvmError(
-    f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
-    "choose another, or leave --ssh-port out to get a free one",
-  )
-
-
-def host_facts(plan: Plan, options: Options, address: Address, release: str = "") -> HostFacts:
-  """Look at what decides on adjustments; release is that of an image that still comes."""
-  mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
-  log_in = options.detach or options.guest_command or options.warm
-  release = release or str(record_of(plan.base).get("release") or "")
-  keyed = log_in and wants_key(plan.guest, release)
-  keys = instance_files(plan.cache, plan.name).keys if keyed else ""
-  return HostFacts(address, has_linaro(plan.share), mask, keys)
-
-
-class Launch(NamedTuple):
-  """All that starting a machine takes; the stack ends it."""
-
-  plan: Plan
-  options: Options
-  address: Address
-  locks: Tuple[int, ...]  # QEMU inherits them, so that they last as long as it does
-  streams: Dict[str, Any]  # QEMU's stdin, stdout and stderr
-  stack: contextlib.ExitStack
-  stream: Optional[Stream] = None  # what serves the base image while that comes
-
-
-def prepare(
-  plan: Plan,
-  options: Options,
-  net: Net,
-  stream: Optional[Stream],
-  fds: Tuple[int, int],
-  stack: contextlib.ExitStack,
-) -> Optional[Stream]:
-  """Download what is missing, with --stream all but the image if that can come meanwhile."""
-  if not stream and (not options.stream or os.path.isfile(plan.base)):
-    fetch_missing(plan, net)
-    return None
-  fetch_missing(plan, net, image=False)
-  stream = stream or start_stream(plan, options, *fds, stack)
-  if not stream:
-    fetch_missing(plan, net)
-  return stream
-
-
-def open_log(options: Options, files: Files, stack: contextlib.ExitStack) -> Optional[IO[bytes]]:
-  """The file for the console, if one was asked for; a detached machine has one of its own."""
-  if options.console_log:
-    return stack.enter_context(open(options.console_log, "ab", buffering=0))
-  if options.detach or options.guest_command:
-    if not os.path.lexists(files.disk):
-      stack.callback(remove_stray_log, files)
-    return stack.enter_context(open(files.console, "wb", buffering=0))
-  return None
-
-
-def remove_stray_log(files: Files) -> None:
-  """A run that got no disk leaves no console log."""
-  if not os.path.lexists(files.disk):
-    remove_file(files.console)
-
-
-def qemu_streams(options: Options, log: Optional[IO[bytes]]) -> Dict[str, Any]:
-  """What QEMU's stdin, stdout and stderr are: pipes to us only where we have something to do."""
-  if options.detach or options.guest_command:
-    return background_streams(log)
-  streams = {"stderr": subprocess.PIPE, "bufsize": 0}
-  if is_interactive():
-    return {**streams, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-  return {**streams, "stdout": subprocess.PIPE} if log else streams
-
-
-def background_streams(log: Optional[IO[bytes]]) -> Dict[str, Any]:
-  """The streams of a QEMU that nobody looks at."""
-  streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-  return {**streams, "start_new_session": True}
-
-
-def relay_console(plan: Plan, process: Any, log: Optional[IO[bytes]], nudge: bool) -> int:
-  """Relay the console until QEMU ends; returns its exit code, 128+N after signal N.
-
-  nudge types a newline first, so that a prompt shows that is there already.
-  """
-  folder = os.path.dirname(plan.disk)
-  relay = Relay(process, bool(process.stdin), log, lambda: disk_is_full(folder))
-  try:
-    if relay.interactive:
-      go_raw()
-      say("Ctrl-A x ends the machine, Ctrl-A h shows the keys; all others go to the guest")
-      relay.pending = b"\r" if nudge else b""
-    relay.run()
-    process.wait()
-  finally:
-    if relay.interactive:
-      with contextlib.suppress(OSError):
-        write_all(1, relay.modes.undo())
-  causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
-  if process.returncode < 0 and not causes:
-    causes = [f"QEMU has been ended from outside ({ending(process.returncode)})"]
-  for line in causes:
-    say(line)
-  return int(process.returncode if process.returncode >= 0 else 128 - process.returncode)
-
-
-def leave_running(launch: Launch, process: Any, log_start: int, warm: bool) -> int:
-  """Wait until ssh answers, then leave the machine to itself; QvmError when it dies before."""
-  plan, options, address = launch.plan, launch.options, launch.address
-  verb = "runs" if warm else "boots"
-  say(f"{plan.name} {verb} in the background, its console goes to {console_of(plan, options)}")
-  answers = await_ssh(launch, process, log_start)
-  launch.stack.pop_all()  # QEMU has the locks, and so has what serves its base image
-  if not answers:
-    say(f"ssh has not answered in {options.boot_timeout:g} s; the machine goes on")
-  emit(plan.name)
-  emit(ssh_line(plan.guest, address))
-  return 0
-
-
-def console_of(plan: Plan, options: Options) -> str:
-  """The file that gets the console of a machine in the background."""
-  return options.console_log or instance_files(plan.cache, plan.name).console
-
-
-def await_ssh(launch: Launch, process: Any, log_start: int) -> bool:
-  """Wait until ssh answers; False when it does not in time, QvmError when the machine ends."""
-  plan, options = launch.plan, launch.options
-
-  def ended(seconds: float) -> bool:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(seconds)
-    return process.returncode is not None
-
-  answers = wait_for_ssh(launch.address, options.boot_timeout, ended)
-  lines = last_lines(console_of(plan, options), start=log_start)
-  if process.poll() is not None:
-    show_console(lines)
-    problem = f"the machine {plan.name} ended before ssh answered ({ending(process.returncode)})"
-    raise QvmError(problem, ": ".join(explain("\n".join(lines))))
-  for line in fell_back("\n".join(lines)):
-    say(line)
-  return answers
-
-
-def run_and_end(launch: Launch, process: Any, log_start: int, warm: bool) -> int:
-  """Run a command in a machine that has just been started; returns its exit code.
-
-  A persistent instance is powered off then; whatever is left of the machine ends with the stack.
-  """
-  plan, options, address = launch.plan, launch.options, launch.address
-  files = instance_files(plan.cache, plan.name)
-  log, start = console_of(plan, options), time.monotonic()
-  if not warm:
-    say(f"{plan.name} boots, its console goes to {log}")
-  answers = await_ssh(launch, process, log_start)
-  try:
-    if not answers:
-      raise QvmError(
-        f"ssh has not answered in {options.boot_timeout:g} s; the machine is ended",
-        "--boot-timeout gives it longer",
-      )
-    left = max(0.0, start + options.boot_timeout - time.monotonic())
-    patience = min(left, KEY_LOGIN_SECONDS) if os.path.exists(files.keys) else 0.0
-    first = refresh_script(plan.guest) if warm else ""
-    code = run_command(Login(files, plan.guest, address), options, patience, first)
-  except QvmError as error:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(1.0)  # a lost connection may be the first sign of its end
-    lines = last_lines(log, start=log_start)
-    show_console(lines)
-    if process.poll() is None and disk_is_full(files.folder):
-      raise QvmError(str(error), DISK_FULL)
-    if process.poll() is None:
-      raise
-    problem = f"the machine {plan.name} has ended ({ending(process.returncode)}): {error}"
-    raise QvmError(problem, ": ".join(explain("\n".join(lines))))
-  if not plan.ephemeral and process.poll() is None and power_off(files):
-    try:
-      process.wait(POWER_OFF_SECONDS)
-    except subprocess.TimeoutExpired:
-      say(f"{plan.name} has not powered off in {POWER_OFF_SECONDS:g} s and is ended")
-  return code
-
-
-def boot(launch: Launch, warm: Optional[Warm] = None) -> Any:
-  """Make the overlay and start QEMU, which the stack ends; None when `clean` was faster."""
-  plan, options, locks = launch.plan, launch.options, launch.locks
-  files, below = instance_files(plan.cache, plan.name), plan.base
-  source = launch.stream.source if launch.stream else None
-  with instances_lock(files.folder):
-    needed = [*([] if source else [plan.base]), plan.qemu, plan.qemu_img]
-    if warm and not warm.saving:
-      below = warm.files.disk
-      needed += [below, warm.files.record]
-    if not all(os.path.isfile(path) for path in needed):
-      return None
-    if not source:
-      check_base(plan)
-    check_instance(plan, files)
-    check_source(files, source)
-    record_instance(plan, files, f"{launch.address.host}:{launch.address.port}", source)
-    make_overlay(plan, served_at(source) or backing_name(plan, below), locks[:1])
-    facts = host_facts(plan, options, launch.address, source.release if source else "")
-    if facts.keys and plan.guest.keys:
-      write_key_disk(plan.cache, files, plan.guest.keys)
-    with signals.hold():
-      command = qemu_command(plan, options, facts)
-      if warm:
-        command, locks = warm_command(command, warm), (*locks, warm.theirs.fileno())
-      if launch.stream:
-        locks = (*locks, launch.stream.life)
-      process = start(command, locks, **launch.streams)
-      launch.stack.callback(end_process, process)
-      if warm:
-        warm.theirs.close()  # or else its end would not be seen
-      if launch.stream:
-        launch.stream.let_go()
-      note_holder(locks[0], "QEMU", process.pid)
-  return process
 
 
 class BootTimeout(QvmError):
   """A guest that does not answer: to boot it once more would not help."""
 
 
-def warm_start(launch: Launch, log: Optional[IO[bytes]]) -> Any:
-  """A machine that goes on from a checkpoint, which is made first if there is none.
+class Checkpoint:
+  """What a guest's memory, devices and disk were when it had just booted, kept as a layer."""
 
-  None when that cannot be, for a reason that has been said: then it boots as always.
-  """
-  plan = launch.plan
-  if launch.stream:
-    say("there are no warm starts while the image comes; the next run makes the checkpoint")
-    return None
-  facts = host_facts(plan, launch.options, launch.address)
-  if facts.keys:
-    with instances_lock(instances_dir(plan.cache)):
-      make_key(plan.cache)
-  key = checkpoint_key(plan, launch.options, facts)
-  name = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}-warm-{key[:10]}"
-  files = checkpoint_files(plan.cache, name)
-  problem = checkpoint_problem(files, key)
-  if problem and read_json(files.record).get("problem"):
-    say(f"there are no warm starts here: {problem} (qvm rm {name} makes the next run try again)")
-    return None
-  if problem and os.path.exists(files.record):
-    say(f"the checkpoint {name} cannot be used: {problem}")
-  process = None if problem else from_checkpoint(launch, files, key, False)
-  if not process and make_checkpoint(launch, files, key, log):
-    process = from_checkpoint(launch, files, key, True)
-  return process
+  def __init__(self, machine: Machine, base: Base) -> None:
+    plan, options = machine.plan, machine.options
+    self.machine, self.plan, self.base = machine, plan, base
+    facts = host_facts(plan, options, machine.address, base.image.release)
+    if facts.key_disk:
+      with instances_lock(plan.cache):
+        make_key(plan.cache)
+    self.key = checkpoint_key(plan, options, facts)
+    self.name = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}-warm-{self.key[:10]}"
+    self.layer = plan.cache.layer(self.name)
 
+  def problem(self) -> str:
+    """Why there is no checkpoint to start from; empty when there is a sound one."""
+    record = sound_record(LayerRecord(), self.layer.record)
+    if record.key != self.key:
+      return "there is none yet"
+    if record.problem:
+      return record.problem
+    try:
+      sound = record.parts == layer_parts(self.layer)
+    except OSError as error:
+      return f"{error.filename}: {describe(error)}"
+    return "" if sound else "its files have been changed"
 
-def make_checkpoint(launch: Launch, files: Files, key: str, log: Optional[IO[bytes]]) -> bool:
-  """Boot a machine in the background and make a checkpoint of it; False, said, when that fails."""
-  plan, console = launch.plan, instance_files(launch.plan.cache, launch.plan.name).console
-  free, wanted = free_space(files.folder), memory_bytes(launch.options.memory)
-  if free < wanted:
-    say(f"no checkpoint is made: the disk has {megabytes(free)}, and it may take the guest's "
-        f"memory, {megabytes(wanted)} (-m)")  # fmt: skip
-    return False
-  with contextlib.ExitStack() as stack:
-    with instances_lock(instances_dir(plan.cache)):
-      lock = try_lock(files.lock, lambda: False)
-      if lock is None:
-        say(f"another qvm makes the checkpoint {files.name} just now; this run does without")
+  def write_record(self, **more: str) -> None:
+    """Write the record, with which the checkpoint is complete."""
+    plan = self.plan
+    kind = (self.name, plan.guest.os, plan.version, plan.guest.arch)
+    record = LayerRecord(*kind, record_of(plan.base).sha256, self.key, **more)
+    write_record(plan.cache, self.layer.record, record, 0o600)
+
+  def make(self) -> bool:
+    """Boot the machine in the background and freeze it; False, said, when that cannot be."""
+    machine, cache = self.machine, self.plan.cache
+    free, wanted = free_space(cache.downloads), memory_bytes(machine.options.memory)
+    if free < wanted:
+      say(
+        f"no checkpoint is made: the disk has {megabytes(free)}, and it may take the guest's "
+        f"memory, {megabytes(wanted)} (-m)"
+      )
+      return False
+    with Lock(os.path.join(cache.downloads, SCRATCH + self.name), folder=True) as lock:
+      with instances_lock(cache):
+        if not lock.try_():
+          say(f"another qvm makes the checkpoint {self.name} just now; this run does without")
+          return False
+        remove_layer(self.layer)
+      try:
+        return self.boot_and_freeze(lock)
+      finally:
+        remove_tree(lock.path)
+        remove_file(machine.paths.disk)
+
+  def boot_and_freeze(self, lock: Lock) -> bool:
+    """Boot the guest with its memory in the locked folder, then freeze it; False, said, if not."""
+    machine, made = self.machine, LayerPaths(lock.path, self.name)
+    with contextlib.ExitStack() as stack:
+      log = machine.log or stack.enter_context(open(machine.paths.console, "wb", buffering=0))
+      say(f"{machine.plan.name} boots to make the checkpoint {self.name}, "
+          f"its console goes to {log.name}")  # fmt: skip
+      ours = stack.enter_context(self.start(made.memory, "on", (lock.fd,), in_background(log)))
+      try:
+        self.wait_for_login()
+        self.freeze(Control(ours), made)
+      except BootTimeout:
+        raise
+      except QvmError as error:
+        say(f"no checkpoint is made: {error}")
         return False
-      stack.callback(drop_lock, lock, files.lock)
-      remove_checkpoint(files)
-    stack.callback(remove_unless_complete, files)
-    stack.callback(remove_file, plan.disk)
-    if not log:
-      log = stack.enter_context(open(console, "wb", buffering=0))
-    say(f"{plan.name} boots to make the checkpoint {files.name}, its console goes to {log.name}")
-    warm = stack.enter_context(warm_of(files, True))
-    launch = launch._replace(
-      locks=(*launch.locks, lock), streams=background_streams(log), stack=stack
-    )
-    process = boot(launch, warm)
-    if not process:
-      return False
+      finally:
+        end_process(machine.process)
+    return True
+
+  def start(
+    self, memory: str, share: str, fds: Tuple[int, ...], spawn: Optional[Spawn] = None
+  ) -> "socket.socket":
+    """Start QEMU with its memory in a file; returns our end of its control socket."""
+    ours, theirs = socket.socketpair()  # a pair that nobody else can connect to
+    ours.settimeout(RESUME_SECONDS)
+
+    def adjust(command: List[str]) -> List[str]:
+      words = template_command(command, memory, share, theirs.fileno())
+      return words if share == "on" else [*words, "-incoming", "defer"]  # waits for the order
+
+    base = self.base._replace(adjust=adjust, fds=(theirs.fileno(), *fds))
+    if share == "off":
+      backing = backing_name(self.plan, self.layer.disk)
+      needs = (*base.needs, self.layer.disk, self.layer.record)
+      base = base._replace(backing=backing, needs=needs)
     try:
-      settle(launch, process, os.fstat(log.fileno()).st_size)
-      keep_checkpoint(plan, warm, key, process)
-    except BootTimeout:
+      with theirs:
+        self.machine.start(base, spawn)
+    except BaseException:
+      ours.close()
       raise
-    except QvmError as error:
-      say(f"no checkpoint is made: {error}")
-      return False
-  return True
+    return ours
+
+  def wait_for_login(self) -> None:
+    """Wait until the guest has booted so far that it lets us in."""
+    machine, began = self.machine, time.monotonic()
+    if not machine.wait_for_ssh():
+      raise BootTimeout(
+        f"ssh has not answered in {machine.options.boot_timeout:g} s, so there is no checkpoint",
+        "--boot-timeout gives it longer; without --warm nothing waits for ssh",
+      )
+    if find_program("ssh"):
+      in_guest(machine.login, "true", wait_for, machine.log_in(began))
+
+  def freeze(self, control: Control, made: LayerPaths) -> None:
+    """Save the state of a guest that has just booted, end its QEMU, and publish the layer."""
+    machine, accelerator = self.machine, control.accelerator()
+    control.save(made.state)
+    with contextlib.suppress(QvmError):  # it may be gone before it answers
+      control("quit")
+    end_process(machine.process)
+    os.rename(machine.paths.disk, made.disk)
+    with instances_lock(self.plan.cache):
+      for suffix in CHECKPOINT_PARTS:
+        move_into_place(made.path(suffix), self.layer.path(suffix), 0o600)
+      self.write_record(accelerator=accelerator, parts=layer_parts(self.layer))
+
+  def resume(self, fresh: bool) -> bool:
+    """Let the machine go on from it; False, said, when that fails, and then it is dropped.
+
+    When even a fresh one fails, that is noted, so that no later run makes one in vain.
+    """
+    machine = self.machine
+    begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
+    with self.start(self.layer.memory, "off", ()) as ours:
+      try:
+        self.go_on(Control(ours))
+      except QvmError as error:
+        problem = self.failed(error, begun)
+      else:
+        machine.resumed = True
+        say(f"{machine.plan.name} goes on from the checkpoint {self.name}")
+        return True
+    say(f"the checkpoint {self.name} cannot be used: {problem}")
+    remove_file(machine.paths.disk)
+    with instances_lock(self.plan.cache):
+      remove_layer(self.layer)
+      if fresh:
+        self.write_record(problem=problem)
+    return False
+
+  def go_on(self, control: Control) -> None:
+    """Load the state; QvmError when ssh does not answer in time."""
+    machine, made = self.machine, sound_record(LayerRecord(), self.layer.record).accelerator
+    if control.accelerator() != made:
+      raise QvmError(f"it was made with {made}, and QEMU now uses {control.accelerator()}")
+    control.load(self.layer.state)
+    seconds = min(RESUME_SECONDS, machine.options.boot_timeout)
+    if not wait_for_ssh(
+      machine.address, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
+    ):
+      raise QvmError(f"ssh does not answer in {seconds:g} s")
+
+  def failed(self, error: QvmError, begun: int) -> str:
+    """End QEMU; why the machine does not go on, with QEMU's last words."""
+    process = self.machine.process
+    end_process(process)
+    words = last_lines(self.machine.console, 3, begun)
+    if process.stderr:
+      words = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
+    return " ".join(" ".join([str(error), *words]).split())
 
 
-def settle(launch: Launch, process: Any, log_start: int) -> None:
-  """Wait until a guest has booted so far that it lets us in."""
-  options, guest = launch.options, launch.plan.guest
-  if not await_ssh(launch, process, log_start):
-    raise BootTimeout(
-      f"ssh has not answered in {options.boot_timeout:g} s, so there is no checkpoint",
-      "--boot-timeout gives it longer; without --warm nothing waits for ssh",
-    )
-  files = instance_files(launch.plan.cache, launch.plan.name)
-  if find_program("ssh"):
-    patience = KEY_LOGIN_SECONDS if os.path.exists(files.keys) else 0.0
-    in_guest(Login(files, guest, launch.address), "true", wait_for, patience, **NO_STREAMS)
+def layer_parts(layer: LayerPaths) -> str:
+  """Size and time of each file of a checkpoint; one that is not so any more has been changed."""
+  stats = [os.stat(layer.path(suffix)) for suffix in CHECKPOINT_PARTS]
+  return " ".join(f"{stat.st_size}:{int(stat.st_mtime)}" for stat in stats)
 
 
-def remove_unless_complete(files: Files) -> None:
-  """Delete the parts of a checkpoint that has not been completed."""
-  if not os.path.exists(files.record):
-    remove_checkpoint(files)
+def start_warm(machine: Machine, base: Base) -> bool:
+  """Let a machine go on from a checkpoint, which is made first if there is none.
 
-
-def from_checkpoint(launch: Launch, files: Files, key: str, fresh: bool) -> Any:
-  """Start a machine from a checkpoint; None when that fails, which is said and drops it.
-
-  When even a fresh one fails, that is noted, so that no later run makes one in vain.
+  False when that cannot be, for a reason that has been said: then it boots as always.
   """
-  plan, console = launch.plan, console_of(launch.plan, launch.options)
-  start = os.path.getsize(console) if os.path.exists(console) else 0
-  with contextlib.ExitStack() as stack, warm_of(files, False) as warm:
-    process = boot(launch._replace(stack=stack), warm)
-    if not process:
-      return None
-    try:
-      patience = min(RESUME_SECONDS, launch.options.boot_timeout)
-      resume(warm, launch.address, process, patience)
-    except QvmError as error:
-      end_process(process)
-      words = last_lines(console, 3, start)
-      if process.stderr:
-        words = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
-      problem = " ".join(" ".join([str(error), *words]).split())
-      say(f"the checkpoint {files.name} cannot be used: {problem}")
-      remove_file(plan.disk)
-      with instances_lock(instances_dir(plan.cache)):
-        remove_checkpoint(files)
-        if fresh:
-          record_checkpoint(plan, files, key, problem=problem)
-      return None
-    launch.stack.push(stack.pop_all())
-  say(f"{plan.name} goes on from the checkpoint {files.name}")
-  return process
-
-
-def welcome(plan: Plan, address: Address) -> None:
-  """Say how to get in, once QEMU has started."""
-  if address.port != SSH_PORT and not address.chosen:
-    say(f"port {SSH_PORT} is taken; this machine gets {address.port}")
-  say(ssh_line(plan.guest, address))
-  if not plan.guest.console:
-    say(f"{plan.guest.title} writes nothing to this terminal; once it is up, ssh gets in")
+  if is_served(base.backing):
+    say("there are no warm starts while the image comes; the next run makes the checkpoint")
+    return False
+  machine.reserve_port(machine.stack)
+  checkpoint = Checkpoint(machine, base)
+  problem = checkpoint.problem()
+  if problem and os.path.exists(checkpoint.layer.record):
+    name = checkpoint.name
+    if sound_record(LayerRecord(), checkpoint.layer.record).problem:
+      say(f"there are no warm starts here: {problem} (qvm rm {name} makes the next run try again)")
+      return False
+    say(f"the checkpoint {name} cannot be used: {problem}")
+  if not problem and checkpoint.resume(fresh=False):
+    return True
+  return checkpoint.make() and checkpoint.resume(fresh=True)
 
 
 # ---- Commands -----------------------------------------------------------------------------------
 
 
 def cmd_run(options: Options) -> int:
-  """Boot a guest in this terminal."""
+  """Boot a guest: in this terminal, in the background, or for one command."""
   net = net_from(os.environ)
   plan = plan_from(options, net)
   if options.guest_command:
     program_for_ssh("ssh")  # before anything is downloaded
   if options.dry_run:
-    command = qemu_command(plan, options, host_facts(plan, options, options.ssh))
-    emit(" ".join(shlex.quote(word) for word in command))
-    return 0
+    return print_command(plan, options)
   make_folders(plan.cache)
   sweep(plan.cache)
-  files = instance_files(plan.cache, plan.name)
-  with contextlib.ExitStack() as stack:
-    lock = take_instance(files)
-    stack.callback(drop_lock, lock, files.lock)
-    check_instance(plan, files)
-    if plan.ephemeral:
-      stack.callback(remove_instance, files)
-      open(files.mark, "w").close()
-    chosen = options.ssh.chosen and reserve_port(options.ssh, stack)
-    log = open_log(options, files, stack)
-    log_start = os.fstat(log.fileno()).st_size if log else 0
-    warning = memory_warning(options.memory, available_memory("/proc/meminfo"))
-    if warning:
-      say(warning)
-    stack.enter_context(terminal_kept())
-    streams = qemu_streams(options, log)
-    fds = (lock, log.fileno() if log and options.detach else -1)
-    process = warm = stream = None
-    for _ in range(ATTEMPTS):  # `clean --all` may take away again what was just fetched
-      stream = prepare(plan, options, net, stream, fds, stack)
-      address, port_lock = chosen or reserve_port(options.ssh, stack)
-      launch = Launch(plan, options, address, (lock, port_lock), streams, stack, stream)
-      warm = warm_start(launch, log) if options.warm else None
-      process = warm or boot(launch)
-      if process:
-        break
-    if not process:
-      raise QvmError(f"{plan.cache} loses files as soon as they are there")
+  with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
+    keep.hold(shared=True, waits=lambda: say("waiting for another qvm that cleans up"))
+    base = fetch_base(machine, net)
+    if not options.warm or not start_warm(machine, base):
+      machine.start(base)
+    keep.release()  # what was fetched is in use, and thereby safe from `clean --all`
     if options.guest_command:
-      return run_and_end(launch, process, log_start, bool(warm))
-    if warm and find_program("ssh"):
-      refresh_guest(Login(files, plan.guest, address))
-    if options.detach:
-      return leave_running(launch, process, log_start, bool(warm))
-    welcome(plan, address)
-    return relay_console(plan, process, log, bool(warm))
+      return machine.run_command()
+    if machine.resumed and find_program("ssh"):
+      refresh_guest(machine.login)
+    return machine.leave_running() if options.detach else machine.relay_console()
+
+
+def fetch_base(machine: Machine, net: Net) -> Base:
+  """Download what is missing; with --stream all but the image, if that can come meanwhile."""
+  plan, options = machine.plan, machine.options
+  stream = options.stream and not os.path.isfile(plan.base)
+  fetch_missing(plan, net, image=not stream)
+  base = None
+  if stream:
+    log = machine.log.fileno() if machine.log and options.detach else -1
+    base = streamed_base(plan, options, (machine.lock.fd, log), machine.stack)
+    if not base:
+      fetch_missing(plan, net)
+  return base or cached_base(plan)
 
 
 def cmd_ssh(options: Options) -> int:
   """Run a command in a running instance, or a shell."""
-  cache = cache_folder(os.environ)
-  [files] = existing(cache, options.operands, "run")
-  if wait_released(files, 0):
+  [paths] = existing(cache_from(os.environ), options.operands, "run")
+  if not is_running(paths):
     raise QvmError(
-      f"the instance {files.name} does not run",
+      f"the instance {paths.name} does not run",
       "qvm run --detach starts one in the background, see qvm list",
     )
-  login = login_of(files)
+  login = login_of(paths)
   if not wait_for_ssh(
-    login.address, options.boot_timeout, lambda pause: wait_released(files, pause)
+    login.address, options.boot_timeout, lambda pause: wait_released(paths, pause)
   ):
     raise QvmError(
-      f"the instance {files.name} does not answer at {ssh_line(login.guest, login.address)}"
+      f"the instance {paths.name} does not answer at {ssh_line(login.guest, login.address)}"
     )
   with terminal_kept():
-    return run_command(login, options, KEY_LOGIN_SECONDS if os.path.exists(files.keys) else 0.0)
+    return run_command(login, options, KEY_LOGIN_SECONDS if os.path.exists(paths.key_disk) else 0.0)
 
 
 def cmd_pull(options: Options) -> int:
@@ -6607,7 +6815,7 @@ def cmd_pull(options: Options) -> int:
 
 def verify(plan: Plan, releases: Releases) -> int:
   """Compare what is cached with its record and its release; prints a line for each, 1 if bad."""
-  things = [(plan.base, image_repo(plan.guest.os)), (tree_program(plan), "resources")]
+  things = [(plan.base, image_repo(plan.guest.os)), (plan.tree_program, "resources")]
   if not plan.own_qemu:
     things.append((plan.qemu_img, "resources"))
   verdicts = []
@@ -6623,24 +6831,23 @@ def verify(plan: Plan, releases: Releases) -> int:
 def verdict(releases: Releases, path: str, repo: str) -> str:
   """Whether a file, or the tree of a QEMU, is what its record and its release say."""
   record = record_of(path)
-  if not isinstance(record.get("sha256"), str):
+  if not record.sha256:
     return "unknown: no digest was noted when it came"
   tree = os.path.dirname(os.path.dirname(path))
   digest = tree_sha256(tree) if is_qemu_program(path) else file_sha256(path)
-  if digest != record["sha256"]:
+  if digest != record.sha256:
     return "DAMAGED: it has not the digest that was noted when it came"
-  tag, name = str(record.get("release")), unquoted(str(record.get("url")).rpartition("/")[2])
-  asset = record.get("asset_sha256")
-  if name.endswith(".qcow2") and asset != digest:
+  tag, name = record.release, unquoted(record.url.rpartition("/")[2])
+  if name.endswith(".qcow2") and record.asset_sha256 != digest:
     return "DAMAGED: its record contradicts itself"
   named = releases.digest(repo, tag, name) if re.match(TAG_RE, tag) else ""
-  if named and named != asset:
+  if named and named != record.asset_sha256:
     return f"DAMAGED: {tag} names another digest"
   return f"ok, as {tag} says" if named else "ok, as noted when it came; the release cannot be asked"
 
 
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
-  """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
+  """Download the release's paths into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
     mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
   repo = image_repo(plan.guest.os)
@@ -6662,7 +6869,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
       transfer, record = fetch_asset(releases, repo, tag, name, os.path.dirname(target))
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
       with open(page, "a") as file:
-        file.write(f"{line} sha256:{record['asset_sha256']}\n")
+        file.write(f"{line} sha256:{record.asset_sha256}\n")
       move_into_place(transfer.part, target, 0o644)
       transfer.reset()
   with download_lock(folder, repo):
@@ -6675,7 +6882,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
 
 def cmd_search(options: Options) -> int:
   """Show the versions that can be had, or without a network those that are cached."""
-  cache, net = cache_folder(os.environ), impatient(net_from(os.environ))
+  cache, net = cache_from(os.environ), impatient(net_from(os.environ))
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
   asked = {name: Future(images_of(releases, name)) for name in names}  # all at the same time
@@ -6734,7 +6941,7 @@ def show_search(rows: List[Dict[str, Any]]) -> None:
 
 def cmd_list(options: Options) -> int:
   """Show the instances."""
-  cache = cache_folder(os.environ)
+  cache = cache_from(os.environ)
   sweep(cache)
   rows = list_instances(cache)
   if options.json:
@@ -6750,78 +6957,75 @@ def cmd_list(options: Options) -> int:
   return 0
 
 
-def existing(cache: str, names: Sequence[str], what: str) -> List[Files]:
+def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:
   """The instances of these names, each once; QvmError when one is missing."""
-  chosen = [instance_files(cache, name) for name in dict.fromkeys(names)]
-  for files in chosen:
-    if not os.path.lexists(files.disk):
-      words = [line for line in last_lines(files.console) if line.startswith("qvm: ")]
-      hint = f"the end of {files.console}: {words[-1]}" if words else "see qvm list"
-      raise QvmError(f"there is no instance {files.name}; nothing is {what}", hint)
+  chosen = [cache.instance(name) for name in dict.fromkeys(names)]
+  for paths in chosen:
+    if not os.path.lexists(paths.disk):
+      words = [line for line in last_lines(paths.console) if line.startswith("qvm: ")]
+      hint = f"the end of {paths.console}: {words[-1]}" if words else "see qvm list"
+      raise QvmError(f"there is no instance {paths.name}; nothing is {what}", hint)
   return chosen
 
 
 def cmd_stop(options: Options) -> int:
   """Power running instances off; all names are looked at before any is stopped."""
-  cache = cache_folder(os.environ)
+  cache = cache_from(os.environ)
   chosen = existing(cache, options.operands, "stopped")
-  for files in chosen:
-    if wait_released(files, 0):
-      raise QvmError(f"the instance {files.name} does not run; nothing is stopped", "see qvm list")
-  for files in chosen:
-    stop_instance(files, options.force)
-    emit(files.name)
+  for paths in chosen:
+    if not is_running(paths):
+      raise QvmError(f"the instance {paths.name} does not run; nothing is stopped", "see qvm list")
+  for paths in chosen:
+    stop_instance(paths, options.force)
+    emit(paths.name)
   sweep(cache)
   return 0
 
 
 def cmd_rm(options: Options) -> int:
   """Remove instances; all names are looked at before anything is removed."""
-  cache = cache_folder(os.environ)
+  cache = cache_from(os.environ)
   sweep(cache)
-  frozen = {files.name: files for files in checkpoints(cache)}
+  frozen = {layer.name: layer for layer in layers(cache)}
   names = [name for name in options.operands if name not in frozen]
   chosen = existing(cache, names, "removed")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
-  for files in chosen if options.force else []:
-    if not wait_released(files, 0):
-      stop_instance(files, True)
+  for paths in chosen if options.force else []:
+    if is_running(paths):
+      stop_instance(paths, True)
   with contextlib.ExitStack() as stack:
-    for files in chosen:
+    for paths in chosen:
       try:
-        fd = take_instance(files)
+        stack.callback(take_instance(paths).remove)
       except RunningError as error:
         raise QvmError(f"{error}; nothing is removed", "qvm stop ends it, qvm rm --force as well")
-      stack.callback(drop_lock, fd, files.lock)
-    for files in chosen:
-      remove_instance(files)
-      emit(files.name)
-  for files in dropped:
-    with instances_lock(instances_dir(cache)):
-      remove_checkpoint(files)  # machines that run from it have its files open
-    emit(files.name)
+    for paths in chosen:
+      remove_instance(paths)
+      emit(paths.name)
+  for layer in dropped:
+    with instances_lock(cache):
+      remove_layer(layer)  # machines that run from it have its files open
+    emit(layer.name)
   return 0
 
 
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
-  cache = cache_folder(os.environ)
-  total = clean(cache, options) if os.path.isdir(instances_dir(cache)) else 0
+  cache = cache_from(os.environ)
+  total = clean(cache, options) if os.path.isdir(cache.instances) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 
 
-def clean(cache: str, options: Options) -> int:
+def clean(cache: Cache, options: Options) -> int:
   """Delete what `clean` may, or only name it; returns the bytes that it takes."""
   total = 0
-  with contextlib.ExitStack() as stack:
-    alone = downloads_idle(os.path.join(cache, "downloads"), stack)
-    stack.enter_context(instances_lock(instances_dir(cache)))
-    orphans = orphan_names(cache)
-    paths = unfinished(cache, alone) + instance_leftovers(cache, orphans)
-    paths += unfinished_checkpoints(cache)
+  with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
+    alone = idle.try_()  # whether nothing is being downloaded
+    orphans = {name for name in instance_names(cache, ".ephemeral") if not is_taken(cache, name)}
+    paths = unfinished_downloads(cache) + instance_leftovers(cache, orphans)
     if alone:
-      paths += temporaries(cache) + (unneeded(cache, orphans) if options.all else [])
+      paths += strays(cache) + (unneeded(cache, orphans) if options.all else [])
     elif options.all:
       say("something is being downloaded: images and QEMU stay")
     for path in paths:
@@ -6829,102 +7033,89 @@ def clean(cache: str, options: Options) -> int:
         size = tree_size(path)
       except FileNotFoundError:  # a run has just ended, and with it went its lock
         continue
+      if not options.dry_run and not removed(cache, path):
+        continue  # somebody has just begun to use it
       total += size
-      emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache)}")
-      if not options.dry_run:
-        remove_tree(path)
+      emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache.root)}")
   return total
 
 
-def unfinished(cache: str, alone: bool) -> List[str]:
-  """Downloads that nobody goes on with; while somebody downloads, just those of other files."""
-  found = []
-  disks = [path for path in paths_in(cache, "instances") if path.endswith(".qcow2")]
+def removed(cache: Cache, path: str) -> bool:
+  """Remove something that `clean` found; whether it is gone."""
+  if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
+    return remove_unlocked(path)
+  remove_tree(path)
+  return True
+
+
+def is_taken(cache: Cache, name: str) -> bool:
+  """Whether a process holds the lock of the instance of that name; under instances_lock."""
+  return Lock(cache.instance(name).lock).is_held()
+
+
+def unfinished_downloads(cache: Cache) -> List[str]:
+  """What lies in downloads/ and nobody has the lock of, but for what streamed overlays lie on."""
+  disks = [cache.instance(name).disk for name in instance_names(cache, ".qcow2")]
   begun = {os.path.basename(base_of(disk)) for disk in disks if is_streamed(disk)}
-  for path in paths_in(cache, "downloads"):
-    stem, suffix = os.path.splitext(re.sub(r"\.tmp\Z", "", path))
-    stem = re.sub(r"\.tar\.zst\Z", ".qcow2", stem if suffix != ".qcow2" else stem + suffix)
-    known = re.search(r"\.(qcow2|tar)\Z", stem) and suffix in (
-      ".part",
-      ".json",
-      ".map",
-      ".lock",
-      ".qcow2",
-    )
-    if os.path.basename(stem) in begun and suffix in (".part", ".json", ".map"):
-      continue  # overlays lie on what has come
-    if known and (alone or not is_locked(stem + ".lock")):
-      found.append(path)
-  return found
+  paths = [path for path in paths_in(cache.downloads) if os.path.basename(path) not in begun]
+  return [path for path in paths if not Lock(path).is_held()]
 
 
-def orphan_names(cache: str) -> List[str]:
-  """The --rm instances whose qvm and QEMU were killed; to be asked within the gate."""
-  names = instance_names(cache, ".ephemeral")
-  return [name for name in names if not is_locked(instance_files(cache, name).lock)]
-
-
-def instance_leftovers(cache: str, orphans: Sequence[str]) -> List[str]:
-  """The files of orphans, half-made disks, logs without one, and locks that nobody holds."""
+def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
+  """The files of orphans and of instances without a disk, and locks that nobody holds."""
   found = []
-  for path in paths_in(cache, "instances"):
-    match = re.match(INSTANCE_FILE, os.path.basename(path))
-    if not match or is_locked(instance_files(cache, match.group(1)).lock):
-      continue
-    stray = path.endswith(".console.log") and not os.path.lexists(path[:-12] + ".qcow2")
-    if match.group(1) in orphans or path.endswith((".tmp", ".lock")) or stray:
-      found.append(path)
-  return found
-
-
-INSTANCE_FILE = r"(.+?)\.(qcow2|json|lock|console\.log|known_hosts|keys|ephemeral)(\.tmp|\.old)?\Z"
-
-
-def temporaries(cache: str) -> List[str]:
-  """What publishing left when it was killed, records without a file, and what is of former use."""
-  found = [path for path in paths_in(cache, "code") if path != packed_code[0]]
-  for path in paths_in(cache, "base"):
-    base = re.sub(r"\.(json|kernel|qcow2)(\.new)?(\.tmp)?\Z", ".qcow2", path)
-    if base != path and not os.path.exists(base) or re.search(r"\.json(\.new)?\.tmp\Z", path):
-      found.append(path)
-  trees = paths_in(cache, "qemu")
-  for path in [*trees, *paths_in(cache, "bin")]:
+  for path in paths_in(cache.instances):
     name = os.path.basename(path)
-    former = re.match(r"\.(x86_64|aarch64)-[0-9a-f]{8}\Z", name) and not any(
-      os.path.realpath(link) == os.path.realpath(path) for link in trees if os.path.islink(link)
-    )
-    if former or re.match(r"((x86_64|aarch64|resources)\.(tmp|new)|qemu-img\.json\.\S+)\Z", name):
+    suffix = next((end for end in (".lock", *INSTANCE_SUFFIXES) if name.endswith(end)), "")
+    instance = cache.instance(name[: -len(suffix)])
+    if not suffix or is_taken(cache, instance.name):
+      continue
+    if suffix == ".lock" or instance.name in orphans or not os.path.lexists(instance.disk):
       found.append(path)
   return found
 
 
-def unneeded(cache: str, orphans: Sequence[str]) -> List[str]:
-  """Checkpoints and base images that no instance needs, and QEMU when nothing runs.
+def strays(cache: Cache) -> List[str]:
+  """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
+  found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
+  bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
+  known = {end for base in bases for end in (base, record_path(base), record_path(base) + ".new")}
+  found += [path for path in paths_in(cache.path("base")) if path not in known]
+  known = {path for layer in layers(cache) for path in layer_files(layer)}
+  found += [path for path in paths_in(cache.path("layers")) if path not in known]
+  links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
+  known = {*links, *(os.path.realpath(link) for link in links)}
+  found += [path for path in paths_in(cache.path("qemu")) if os.path.realpath(path) not in known]
+  known = {cache.qemu_img, record_path(cache.qemu_img), record_path(cache.qemu_img) + ".new"}
+  return found + [path for path in paths_in(cache.path("bin")) if path not in known]
+
+
+def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
+  """Layers and base images that no instance needs, and QEMU when nothing runs.
 
   All of it can be fetched or made again.
   """
   used = [os.path.basename(path) for n, path in base_files(cache).items() if n not in orphans]
   found = []
-  for files in checkpoints(cache):  # the record goes first
-    if files.name + ".qcow2" not in used:
-      found += checkpoint_paths(files)
-  for base in [path for path in paths_in(cache, "base") if path.endswith(".qcow2")]:
-    if not set(dependants(cache, base)) - set(orphans):
-      beside = (base, record_path(base), record_path(base) + ".new", kernel_path(base))
+  for layer in layers(cache):  # the record goes first
+    if layer.name + ".qcow2" not in used:
+      found += layer_files(layer)
+  for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
+    if not set(dependants(cache, base)) - orphans:
+      beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
-  if any(is_locked(path) for path in paths_in(cache, "instances") if path.endswith(".lock")):
+  if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
     say("an instance is running: QEMU stays")
     return found
-  links = [path for path in paths_in(cache, "qemu") if os.path.basename(path) in QEMU_CPUS.values()]
+  links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
   trees = [os.path.realpath(path) for path in links if os.path.islink(path)]
-  tools = os.path.join(cache, "bin", "qemu-img")
-  programs = [*trees, *links, tools, tools + ".json"]
+  programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
   return found + [path for path in programs if os.path.lexists(path)]
 
 
 def cmd_config(options: Options) -> int:
   """Print the cache folder."""
-  emit(cache_folder(os.environ))
+  emit(cache_from(os.environ).root)
   return 0
 
 
@@ -6946,7 +7137,7 @@ DOCTOR_SECONDS = 8.0  # seconds for all questions to the network together
 
 def cmd_doctor(options: Options) -> int:
   """Say what this host can and cannot do, and the fix for each fault; downloads nothing."""
-  cache = cache_folder(os.environ)
+  cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
   checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
   checks += [*check_qemu(cache), check_zstd()]
@@ -6963,7 +7154,7 @@ def cmd_doctor(options: Options) -> int:
   return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
 
 
-def within(later: Future, seconds: float) -> List[Check]:
+def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
   """The result of a check that may hang."""
   later.thread.join(seconds)
   if later.thread.is_alive():
@@ -7013,24 +7204,24 @@ def check_ssh() -> Check:
   return Check("ok", "ssh", words)
 
 
-def check_cache(cache: str) -> Check:
+def check_cache(cache: Cache) -> Check:
   """Whether the cache folder, or what will hold it, can be written and has room."""
-  there = cache
-  if os.path.lexists(cache) and not os.path.isdir(cache):
-    return Check("fault", "cache", f"{cache} is not a folder", "move it out of the way")
+  root = there = cache.root
+  if os.path.lexists(root) and not os.path.isdir(root):
+    return Check("fault", "cache", f"{root} is not a folder", "move it out of the way")
   while not os.path.isdir(there) and os.path.dirname(there) != there:
     there = os.path.dirname(there)
-  text = f"{cache} on {file_system(there, '/proc/mounts')}"
+  text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
     fix = "QVM_CACHE_DIR can name another folder"
     return Check("fault", "cache", f"{text}: it cannot be written", fix)
-  if there == cache:
+  if there == root:
     try:
-      check_owner(cache, cache)
+      check_owner(root, cache)
     except QvmError as error:
       return Check("fault", "cache", str(error), error.hint)
   free = free_space(there)
-  text += f", {megabytes(tree_size(cache)) if there == cache else 'empty'}, {megabytes(free)} free"
+  text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
     fix = "qvm clean --all --dry-run shows what can go"
     return Check("warning", "cache", f"{text}; a first run takes {megabytes(FIRST_RUN_BYTES)}", fix)
@@ -7049,15 +7240,15 @@ def file_system(path: str, mounts: str) -> str:
   return kind
 
 
-def check_qemu(cache: str) -> List[Check]:
+def check_qemu(cache: Cache) -> List[Check]:
   """The cached QEMUs: whether they start, and which accelerators they offer."""
   checks = []
   for cpu in QEMU_CPUS.values():
-    program = qemu_program(cache, cpu)
+    program = cache.qemu_program(cpu)
     if not os.path.isfile(program):
       checks.append(Check("ok", "QEMU " + cpu, "not downloaded yet"))
       continue
-    release = str(record_of(program).get("release") or "unknown release")
+    release = record_of(program).release or "unknown release"
     code, words = ask_program([program, "-accel", "help"])
     if code:
       fix = "qvm clean --all removes it, the next run fetches it again"
@@ -7102,10 +7293,10 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
 
-def native_qemu(cache: str) -> str:
+def native_qemu(cache: Cache) -> str:
   """The path of the downloaded QEMU for the host's own CPU, whether or not it is there."""
   cpu = QEMU_CPUS.get(ARCHES.get(os.uname().machine.lower(), ""), "none")
-  return qemu_program(cache, cpu)
+  return cache.qemu_program(cpu)
 
 
 def check_zstd() -> Check:
@@ -7147,7 +7338,7 @@ def check_quota(net: Net) -> Check:
   )
 
 
-def check_instances(cache: str) -> Check:
+def check_instances(cache: Cache) -> Check:
   """The instances that run."""
   try:
     rows = list_instances(cache)
@@ -7200,7 +7391,7 @@ def cmd_completion(options: Options) -> int:
   """Print a shell's completion script, or for it the words that may come next."""
   shell = options.operands[0]
   if shell == "words":
-    for word in next_words(options.operands[1:], cache_folder(os.environ)):
+    for word in next_words(options.operands[1:], cache_from(os.environ)):
       emit(word)
     return 0
   program = [sys.executable, os.path.abspath(sys.argv[0])]
@@ -7209,7 +7400,7 @@ def cmd_completion(options: Options) -> int:
   return 0
 
 
-def next_words(before: Sequence[str], cache: str) -> List[str]:
+def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   """The words that may follow those already typed."""
   if "--" in before:
     return []  # a command for the guest
@@ -7237,7 +7428,7 @@ def next_words(before: Sequence[str], cache: str) -> List[str]:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
   elif form.operands.startswith("NAME"):
     names = instance_names(cache, ".qcow2")
-    names += [files.name for files in checkpoints(cache) if command == "rm"]
+    names += [files.name for files in layers(cache) if command == "rm"]
     words += [name for name in names if name not in operands and re.match(NAME_RE, name)]
   elif command == "config" and not operands:
     words += ["print-path"]
@@ -7270,13 +7461,13 @@ def call(options: Options) -> int:
   if options.version:
     emit("qvm " + __version__)
     return 0
-  return CALLS[options.command](options)
+  return CALLS[options.command](resolve(options))
 
 
 def lies_in_cache(path: Any) -> bool:
   """Whether a path that something failed on is one of the cache."""
   with contextlib.suppress(QvmError):
-    return isinstance(path, str) and (path + "/").startswith(cache_folder(os.environ) + "/")
+    return isinstance(path, str) and (path + "/").startswith(cache_from(os.environ).root + "/")
   return False
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import linux_guest
 import real_qemu
 import ssh_guest
-from conftest import ROOT, Qvm, fill, free_port, tar_of, works
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
+from support import ROOT, Qvm, default_signals, fill, free_port, tar_of, works
 
 MB = 1 << 20
 ENDING_QEMU = "#!/bin/sh\nexit 0\n"
@@ -510,4 +510,5 @@ def main():
 
 
 if __name__ == "__main__":
+  default_signals()
   main()

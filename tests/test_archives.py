@@ -19,19 +19,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAND_IN, tar_of
-from hypothesis import configuration, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import HOST, PULL, QEMU, ROOT, STAND_IN, TOOLS, contents, tar_of
 
-import qvm as source
+import qvm as qvm_source
 
-# There is nothing that hypothesis need keep: it must not leave a folder in the project.
-configuration.set_hypothesis_home_dir("/dev/null/none")
-
-HOST = "macos" if sys.platform == "darwin" else "linux"
-QEMU = f"qemu-system-x86_64-{HOST}.tar"
-TOOLS = f"resources-{HOST}.tar"
-PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
 RUN = ("run", "--platform", "x86-64", "--rm", "freebsd", "15.1")
 
 
@@ -119,18 +112,6 @@ def with_raw(raw):
 # --- Unpacking, as functions -------------------------------------------------------------------
 
 
-def tree(folder):
-  """All paths below the folder, with what they hold: None = a folder, text = a link's target."""
-  found = {}
-  for path in Path(folder).rglob("*"):
-    name = str(path.relative_to(folder))
-    if path.is_symlink():
-      found[name] = os.readlink(str(path))
-    else:
-      found[name] = path.read_bytes() if path.is_file() else None
-  return found
-
-
 class Unpacker:
   """Unpacks bytes as qvm does with a download."""
 
@@ -142,11 +123,11 @@ class Unpacker:
 
   def __call__(self, content, *names):
     self.part.write_bytes(content)
-    return source.unpack_aside(str(self.part), str(self.folder), names or ("bin/qemu",))
+    return qvm_source.unpack_aside(str(self.part), str(self.folder), names or ("bin/qemu",))
 
   def is_as_before(self):
     """Nothing is left of a refused archive, and nothing else is changed."""
-    return tree(self.place) == {"other": None, "other/secret": b"secret"}
+    return contents(self.place) == {"other": None, "other/secret": b"secret"}
 
 
 @pytest.fixture
@@ -188,7 +169,7 @@ def test_good_archive(unpacker, content, top):
   found = unpacker(content)
   root = unpacker.folder / top
   assert found == str(root / "bin" / "qemu")
-  assert tree(root) == UNPACKED
+  assert contents(root) == UNPACKED
   for path in root.rglob("*"):
     mode = stat.S_IMODE(path.stat().st_mode)
     assert mode == (
@@ -198,7 +179,7 @@ def test_good_archive(unpacker, content, top):
 
 def test_holes(unpacker):
   unpacker(with_raw(sparse("./share/qemu/holes", 5000)))
-  assert tree(unpacker.folder) == {**UNPACKED, "share/qemu/holes": bytes(4999) + b"x"}
+  assert contents(unpacker.folder) == {**UNPACKED, "share/qemu/holes": bytes(4999) + b"x"}
 
 
 def test_a_real_tar(unpacker, tmp_path):
@@ -212,7 +193,7 @@ def test_a_real_tar(unpacker, tmp_path):
   os.link(str(inside / "share/qemu/uefi.fd"), str(inside / "share/qemu/uefi2.fd"))
   subprocess.run(["tar", "-C", str(inside), "-c", "-f", str(tmp_path / "x.tar"), "."], check=True)
   unpacker((tmp_path / "x.tar").read_bytes())
-  assert tree(unpacker.folder) == tree(inside)
+  assert contents(unpacker.folder) == contents(inside)
   assert (unpacker.folder / "share/qemu/link").read_text() == "u"
 
 
@@ -361,16 +342,16 @@ ODD = {
 def test_odd_archive(unpacker, content):
   try:
     unpacker(content)
-  except source.QvmError:
+  except qvm_source.QvmError:
     assert unpacker.is_as_before()
   else:
     check_inside(str(unpacker.folder))
-    assert tree(unpacker.folder).items() >= UNPACKED.items()
+    assert contents(unpacker.folder).items() >= UNPACKED.items()
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
 def test_hostile_archive_leaves_nothing(unpacker, content):
-  with pytest.raises(source.QvmError, match="some.tar is refused: .") as caught:
+  with pytest.raises(qvm_source.QvmError, match="some.tar is refused: .") as caught:
     unpacker(content)
   assert unpacker.is_as_before()
   message = str(caught.value)
@@ -399,10 +380,10 @@ def test_cut_at_each_block(unpacker, kind):
   for end in (*ENDS, *(end - 256 for end in ENDS)):
     try:
       unpacker(kind(WHOLE[:end]))
-    except source.QvmError:
+    except qvm_source.QvmError:
       assert unpacker.is_as_before()
     else:
-      assert tree(unpacker.folder) == UNPACKED, end
+      assert contents(unpacker.folder) == UNPACKED, end
       assert end > len(WHOLE) - 10240
 
 
@@ -412,7 +393,7 @@ def test_each_header_is_needed(unpacker, number):
   start = sum(512 + -(-len(content) // 512) * 512 for _, content in SOUND[:number])
   broken = bytearray(WHOLE)
   broken[start + 20] ^= 1
-  with pytest.raises(source.QvmError):
+  with pytest.raises(qvm_source.QvmError):
     unpacker(bytes(broken))
   assert unpacker.is_as_before()
 
@@ -421,7 +402,7 @@ def test_each_header_is_needed(unpacker, number):
 def test_links_stay_in_the_folder_that_is_kept(unpacker, top):
   """With one top folder, that folder alone is kept: a link beside it leads out."""
   out = link("./out", "../other")
-  with pytest.raises(source.QvmError):
+  with pytest.raises(qvm_source.QvmError):
     unpacker(pack(*(under(top, *SOUND, out) if top else [*SOUND, out])))
   assert unpacker.is_as_before()
 
@@ -436,8 +417,8 @@ def test_odd_names(unpacker, name, sound):
   odd = header(entry("./odd", mode=0o644 if sound else 0o4755)[0], _0_100=name)
   try:
     unpacker(with_raw(odd))
-  except source.QvmError as error:
-    assert source.printable(str(error)).encode()
+  except qvm_source.QvmError as error:
+    assert qvm_source.printable(str(error)).encode()
     assert unpacker.is_as_before()
   else:
     assert sound
@@ -510,7 +491,7 @@ def test_whatever_is_unpacked_stays_inside(members):
     unpacker = Unpacker(Path(place))
     try:
       found = unpacker(pack(*members, *SOUND))
-    except source.QvmError:
+    except qvm_source.QvmError:
       assert unpacker.is_as_before()
       return
     root = os.path.dirname(os.path.dirname(found))
@@ -526,7 +507,7 @@ def test_whatever_is_unpacked_below_a_top_folder_stays_in_it(members):
     unpacker = Unpacker(Path(place))
     try:
       found = unpacker(pack(*under("top", *members, *SOUND)))
-    except source.QvmError:
+    except qvm_source.QvmError:
       assert unpacker.is_as_before()
       return
     check_inside(os.path.dirname(os.path.dirname(found)))
@@ -536,7 +517,7 @@ def test_whatever_is_unpacked_below_a_top_folder_stays_in_it(members):
 @a_few
 def test_a_safe_name_stays_inside(name):
   try:
-    parts = source.safe_name(name)
+    parts = qvm_source.safe_name(name)
   except ValueError:
     assert ".." in name.split("/") or name.startswith("/")
     return
@@ -548,7 +529,7 @@ def test_a_safe_name_stays_inside(name):
 @a_few
 def test_any_name(name):
   try:
-    parts = source.safe_name(name)
+    parts = qvm_source.safe_name(name)
   except ValueError:
     return
   assert "/".join(parts) == os.path.normpath("./" + name) or (not parts and "." not in name[1:])
@@ -557,7 +538,7 @@ def test_any_name(name):
 @given(any_path, any_path, st.lists(st.tuples(any_path, any_path), max_size=3))
 @a_few
 def test_a_link_that_passes_stays_inside(name, target, others):
-  """With other links in the tree that passed before it."""
+  """With other links in the contents that passed before it."""
   with tempfile.TemporaryDirectory() as place:
     root = os.path.join(place, "x", "root")
     for path in ("a/b/c", "b/c/a", "c/a/b"):
@@ -565,8 +546,8 @@ def test_a_link_that_passes_stays_inside(name, target, others):
     made = {}
     for path, aim in (*others, (name, target)):
       try:
-        parts = source.safe_name(path)
-        source.check_link(parts, aim)
+        parts = qvm_source.safe_name(path)
+        qvm_source.check_link(parts, aim)
       except ValueError:
         continue
       path = os.path.join(root, *parts)
@@ -601,7 +582,7 @@ def test_any_damage_is_an_error_or_harmless(data):
     unpacker = Unpacker(Path(place))
     try:
       unpacker(bytes(content))
-    except source.QvmError:
+    except qvm_source.QvmError:
       assert unpacker.is_as_before()
     else:
       check_inside(str(unpacker.folder))
@@ -610,16 +591,9 @@ def test_any_damage_is_an_error_or_harmless(data):
 # --- The whole program ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def warm(full):
-  """qvm that has the image and qemu-img, but no QEMU."""
-  shutil.rmtree(str(full.cache / "qemu" / "x86_64"))
-  return full
-
-
 def check_refused(qvm, server, name, content, words=PULL):
   """The archive is refused whole; with a good one in its place, the next run works."""
-  before = tree(qvm.home)
+  before = contents(qvm.home)
   good = server.find("resources", "v2.0.0").assets[name].blob.content
   server.replace_asset("resources", "v2.0.0", name, content)
   result = qvm(*words)
@@ -629,7 +603,7 @@ def check_refused(qvm, server, name, content, words=PULL):
   assert not re.search(r"Traceback|a bug in qvm|Error\(", result.stderr), result.stderr
   assert re.search(rf"{name}.* (is refused|HTML)", "\n".join(lines[-2:])), result.stderr
   assert all(len(line) < 400 for line in lines)
-  assert tree(qvm.home) == before
+  assert contents(qvm.home) == before
   server.replace_asset("resources", "v2.0.0", name, good)
   result = qvm(*RUN)
   assert result.returncode == 0, result.stderr
@@ -657,8 +631,8 @@ SOME = [
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_hostile_qemu(warm, server, name):
-  check_refused(warm, server, QEMU, HOSTILE[name], RUN if name == ".." else PULL)
+def test_hostile_qemu(no_qemu, server, name):
+  check_refused(no_qemu, server, QEMU, HOSTILE[name], RUN if name == ".." else PULL)
 
 
 # Archives that unpack well and cannot be put in place.
@@ -673,8 +647,8 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("content", UNFIT.values(), ids=list(UNFIT))
-def test_unfit_qemu(warm, server, content):
-  check_refused(warm, server, QEMU, content)
+def test_unfit_qemu(no_qemu, server, content):
+  check_refused(no_qemu, server, QEMU, content)
 
 
 @pytest.mark.parametrize(
@@ -701,24 +675,24 @@ def installed(qvm, server, content, name=QEMU):
 
 
 @pytest.mark.parametrize("name", ["without ./", "top folder", "top folder with ./", "gz", "xz"])
-def test_qemu_is_put_in_place(warm, server, name):
-  play = installed(warm, server, GOOD[name][0])
-  root = warm.cache / "qemu" / "x86_64"
+def test_qemu_is_put_in_place(no_qemu, server, name):
+  play = installed(no_qemu, server, GOOD[name][0])
+  root = no_qemu.cache / "qemu" / "x86_64"
   program = root / "bin" / "qemu-system-x86_64"
   assert play["argv"][0] == str(program)
   assert program.stat().st_mode & 0o777 == 0o755
   assert play["argv"][play["argv"].index("-bios") + 1] == str(root / "share/qemu/bios-256k.bin")
   wanted = {"bin", "bin/qemu-system-x86_64", "share", "share/qemu", "release.json"}
   wanted |= {"share/qemu/bios-256k.bin", "share/qemu/uefi.fd"}
-  assert set(tree(root)) == wanted
+  assert set(contents(root)) == wanted
   record = json.loads((root / "release.json").read_text())
   assert record["release"] == "v2.0.0" and record["url"].endswith(QEMU)
-  assert [n for n in os.listdir(str(warm.cache / "qemu")) if n[0] != "."] == ["x86_64"]
+  assert [n for n in os.listdir(str(no_qemu.cache / "qemu")) if n[0] != "."] == ["x86_64"]
 
 
-def test_a_program_that_may_not_be_executed(warm, server):
+def test_a_program_that_may_not_be_executed(no_qemu, server):
   members = [file("./bin/qemu", STAND_IN.encode(), 0o600), *SOUND[2:]]
-  installed(warm, server, pack(*members))
+  installed(no_qemu, server, pack(*members))
 
 
 QEMU_LINKS = {
@@ -737,9 +711,9 @@ QEMU_LINKS = {
 
 @pytest.mark.parametrize("members", QEMU_LINKS.values(), ids=list(QEMU_LINKS))
 @pytest.mark.parametrize("top", ["", "top"])
-def test_qemu_by_way_of_a_link(warm, server, members, top):
+def test_qemu_by_way_of_a_link(no_qemu, server, members, top):
   members = [*members, *SOUND[2:]]
-  installed(warm, server, pack(*(under(top, *members) if top else members)))
+  installed(no_qemu, server, pack(*(under(top, *members) if top else members)))
 
 
 def test_two_cpus_keep_their_firmware(qvm, server):
@@ -780,16 +754,16 @@ def test_qemu_img_is_put_in_place(qvm, server, place):
   assert qvm(*RUN).returncode == 0 and server.started == 0
 
 
-def test_a_damaged_tree_is_replaced(warm, server):
-  root = warm.cache / "qemu" / "x86_64"
+def test_a_damaged_tree_is_replaced(no_qemu, server):
+  root = no_qemu.cache / "qemu" / "x86_64"
   (root / "share" / "qemu").mkdir(parents=True)
   (root / "share" / "qemu" / "stale").write_text("")
-  (warm.cache / "qemu" / "x86_64.tmp" / "bin").mkdir(parents=True)  # of a run that was killed
-  installed(warm, server, pack(*SOUND))
+  (no_qemu.cache / "qemu" / "x86_64.tmp" / "bin").mkdir(parents=True)  # of a run that was killed
+  installed(no_qemu, server, pack(*SOUND))
   assert not (root / "share" / "qemu" / "stale").exists()
 
 
-def test_disk_full(warm, server):
+def test_disk_full(no_qemu, server):
   """No space while unpacking is no fault of the archive: it is kept, and the next run goes on."""
   server.replace_asset(
     "resources",
@@ -797,12 +771,12 @@ def test_disk_full(warm, server):
     QEMU,
     gzip.compress(pack(*SOUND, file("./share/qemu/big", bytes(1 << 20)))),
   )
-  result = warm(
+  result = no_qemu(
     *PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
   )
   assert result.returncode == 1
   assert "refused" not in result.stderr and "Traceback" not in result.stderr
   assert re.search(r"/qemu/x86_64.*too large", result.stderr.splitlines()[-1]), result.stderr
-  assert [path for path in warm.files() if path.startswith("qemu/")] == []
-  assert warm(*RUN).returncode == 0
+  assert [path for path in no_qemu.files() if path.startswith("qemu/")] == []
+  assert no_qemu(*RUN).returncode == 0
   assert len(server.requests(QEMU, "cdn")) == 1

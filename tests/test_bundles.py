@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Qvm, fails, fill, tar_of, works
-from release_server import ReleaseServer
+from support import fails, works
 
 STEM = "netbsd-11.0-x86-64"
 REPO = "netbsd-builder"
@@ -142,31 +141,6 @@ def sound(small):
 # --- qvm with QEMU in its cache, and bundles on the server -----------------------------------
 
 
-@pytest.fixture(scope="module")
-def tools_tar():
-  """The resources archive with a small script as qemu-img, which is quick to copy and to hash."""
-  script = f'#!/bin/sh\nexec {shutil.which("qemu-img")} "$@"\n'
-  return tar_of({"qemu-img": script.encode()})
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory, image, tools_tar):
-  """A home with QEMU and qemu-img but no image; not to be changed."""
-  home = tmp_path_factory.mktemp("stock")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    qvm = Qvm(home, ROOT / "qvm.py", server)
-    works(qvm("pull", "freebsd", "15.1", "--platform", "x86-64"))
-  shutil.rmtree(qvm.cache / "base")
-  return home
-
-
-@pytest.fixture
-def stocked(qvm, stock):
-  shutil.copytree(stock, qvm.home, dirs_exist_ok=True, symlinks=True)
-  return qvm
-
-
 def serve(server, bundle, older=None):
   """The newest release has just a bundle, as NetBSD's today; the one before a qcow2 or nothing."""
   server.repos[REPO] = {}
@@ -221,39 +195,39 @@ MEMBERS = {
   [(form, "plain") for form in FORMATS]
   + [("old GNU, sparse", members) for members in MEMBERS if members != "plain"],
 )
-def test_formats(stocked, server, small, form, members):
+def test_formats(no_image, server, small, form, members):
   names, files = MEMBERS[members]
   bundle = gnu_bundle(small, *FORMATS[form], *names)
   serve(server, bundle)
-  run = works(stocked(*PULL))
-  assert image_files(stocked) == files
-  base = stocked.cache / "base" / f"{STEM}.qcow2"
+  run = works(no_image(*PULL))
+  assert image_files(no_image) == files
+  base = no_image.cache / "base" / f"{STEM}.qcow2"
   assert same_disk(small / "disk.img", base)
   assert base.stat().st_mode & 0o777 == 0o444
   if files == WITH_KERNEL:
-    kernel = stocked.cache / "base" / f"{STEM}.kernel"
+    kernel = no_image.cache / "base" / f"{STEM}.kernel"
     assert kernel.read_bytes() == KERNEL
     assert kernel.stat().st_mode & 0o777 == 0o444
   assert "no digest" not in run.stderr
-  record = json.loads((stocked.cache / "base" / f"{STEM}.json").read_text())
+  record = json.loads((no_image.cache / "base" / f"{STEM}.json").read_text())
   assert record["url"].endswith(f"/v1.0.0/{STEM}.tar.zst")
   assert record["size"] == len(bundle)
 
 
-def test_bundle_is_verified_and_runs(stocked, server, sound):
+def test_bundle_is_verified_and_runs(no_image, server, sound):
   serve(server, sound)
-  works(stocked(*PULL))
-  verify = works(stocked(*PULL, "--verify"))
+  works(no_image(*PULL))
+  verify = works(no_image(*PULL, "--verify"))
   assert verify.stdout.startswith(f"{STEM}.qcow2: ok, as v1.0.0 says\n")
   server.clear_log()
-  works(stocked("run", *PULL[1:]))
+  works(no_image("run", *PULL[1:]))
   assert server.started == 0
   server.replace_asset(REPO, "v1.0.0", f"{STEM}.tar.zst", sound + b"x")
-  assert stocked(*PULL, "--verify").returncode == 1
-  base = stocked.cache / "base" / f"{STEM}.qcow2"
+  assert no_image(*PULL, "--verify").returncode == 1
+  base = no_image.cache / "base" / f"{STEM}.qcow2"
   base.chmod(0o644)
   base.write_bytes(base.read_bytes() + b"x")
-  assert stocked(*PULL, "--verify").returncode == 1
+  assert no_image(*PULL, "--verify").returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -268,23 +242,23 @@ def test_bundle_is_verified_and_runs(stocked, server, sound):
   ],
   ids=["20 MB", "20 MB, POSIX", "not sparse", "crumbs", "empty", "last sector"],
 )
-def test_holes_stay_holes(stocked, server, tmp_path, size, pieces, form):
+def test_holes_stay_holes(no_image, server, tmp_path, size, pieces, form):
   """At no moment the disk takes more than its data, nor does the base image afterwards."""
   disk = write_disk(tmp_path / "disk.img", size, pieces)
   data = sum(-(-length // 4096) * 4096 for _, length in pieces)
   slack = MB
   assert disk.stat().st_blocks * 512 <= data + slack
   serve(server, gnu_bundle(tmp_path, *FORMATS[form], "disk.img"))
-  qemu_img = stocked.cache / "bin" / "qemu-img"
+  qemu_img = no_image.cache / "bin" / "qemu-img"
   qemu_img.chmod(0o755)
   qemu_img.write_text(METER)
-  works(stocked(*PULL, env={"METER": str(tmp_path / "meter")}))
+  works(no_image(*PULL, env={"METER": str(tmp_path / "meter")}))
   before, after = json.loads((tmp_path / "meter").read_text())
   assert before == {"disk.img": before["disk.img"]}
   assert before["disk.img"] <= data + slack
   assert after["disk.qcow2"] <= 16 * data + slack if len(pieces) == 400 else data + slack
   assert sum(after.values()) <= before["disk.img"] + after["disk.qcow2"]
-  base = stocked.cache / "base" / f"{STEM}.qcow2"
+  base = no_image.cache / "base" / f"{STEM}.qcow2"
   assert base.stat().st_blocks * 512 <= after["disk.qcow2"] + slack
   assert same_disk(disk, base)
   info = subprocess.run([QEMU_IMG, "info", "--output=json", base], capture_output=True, check=True)
@@ -325,65 +299,65 @@ UNPACKERS = ("zstd", "unzstd", "zstdcat", "bsdtar", "python")
 
 @pytest.mark.parametrize("form", ["old GNU, sparse", "POSIX"])
 @pytest.mark.parametrize("unpacker", UNPACKERS)
-def test_each_unpacker(stocked, server, small, tmp_path, zstd_package, image, unpacker, form):
+def test_each_unpacker(no_image, server, small, tmp_path, zstd_package, image, unpacker, form):
   serve(server, gnu_bundle(small, *FORMATS[form], "disk.img", "kernel"), image)
-  use(stocked, unpacker, tmp_path, zstd_package)
-  works(stocked(*PULL))
-  assert image_files(stocked) == WITH_KERNEL
-  assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
-  assert (stocked.cache / "base" / f"{STEM}.kernel").read_bytes() == KERNEL
+  use(no_image, unpacker, tmp_path, zstd_package)
+  works(no_image(*PULL))
+  assert image_files(no_image) == WITH_KERNEL
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
+  assert (no_image.cache / "base" / f"{STEM}.kernel").read_bytes() == KERNEL
 
 
 @pytest.mark.parametrize("unpacker", UNPACKERS)
-def test_holes_with_each_unpacker(stocked, server, tmp_path, zstd_package, unpacker):
+def test_holes_with_each_unpacker(no_image, server, tmp_path, zstd_package, unpacker):
   disk = write_disk(tmp_path / "disk.img", 400 * MB, [(200 * MB, MB)])
   serve(server, gnu_bundle(tmp_path, "-S", "--format=oldgnu", "disk.img"))
-  use(stocked, unpacker, tmp_path, zstd_package)
-  qemu_img = stocked.cache / "bin" / "qemu-img"
+  use(no_image, unpacker, tmp_path, zstd_package)
+  qemu_img = no_image.cache / "bin" / "qemu-img"
   qemu_img.chmod(0o755)
   qemu_img.write_text(METER)
-  works(stocked(*PULL, env={"METER": str(tmp_path / "meter")}))
+  works(no_image(*PULL, env={"METER": str(tmp_path / "meter")}))
   for note in json.loads((tmp_path / "meter").read_text()):
     assert max(note.values()) <= 2 * MB
-  assert same_disk(disk, stocked.cache / "base" / f"{STEM}.qcow2")
+  assert same_disk(disk, no_image.cache / "base" / f"{STEM}.qcow2")
 
 
 @pytest.mark.parametrize("api", ["up", "out of quota", "gone"])
-def test_without_an_unpacker_an_older_qcow2_is_taken(stocked, server, sound, tmp_path, image, api):
+def test_without_an_unpacker_an_older_qcow2_is_taken(no_image, server, sound, tmp_path, image, api):
   serve(server, sound, image)
-  only(stocked, tmp_path / "bin")
+  only(no_image, tmp_path / "bin")
   if api == "gone":
-    stocked.env["QVM_API_URL"] = "http://127.0.0.1:9/nowhere"
+    no_image.env["QVM_API_URL"] = "http://127.0.0.1:9/nowhere"
   server.api_quota = 0 if api == "out of quota" else None
-  run = works(stocked(*PULL))
-  assert (stocked.cache / "base" / f"{STEM}.qcow2").read_bytes() == image
+  run = works(no_image(*PULL))
+  assert (no_image.cache / "base" / f"{STEM}.qcow2").read_bytes() == image
   assert "v0.7.0" in run.stderr and "v1.0.0" in run.stderr and "zstd" in run.stderr
   assert not server.requests("tar.zst", "cdn")
-  assert image_files(stocked) == DONE
+  assert image_files(no_image) == DONE
 
 
-def test_without_an_unpacker_and_without_a_qcow2(stocked, server, sound, tmp_path):
+def test_without_an_unpacker_and_without_a_qcow2(no_image, server, sound, tmp_path):
   serve(server, sound)
-  only(stocked, tmp_path / "bin")
-  fails(stocked(*PULL), "zstd", "install")
+  only(no_image, tmp_path / "bin")
+  fails(no_image(*PULL), "zstd", "install")
   assert not server.requests("tar.zst", "cdn")
-  assert image_files(stocked) == []
-  stocked.env["PATH"] = os.environ["PATH"]
-  works(stocked(*PULL))
+  assert image_files(no_image) == []
+  no_image.env["PATH"] = os.environ["PATH"]
+  works(no_image(*PULL))
 
 
 @pytest.mark.parametrize("programs", [(), ("zstd",)])
-def test_python_built_without_zstd(stocked, server, sound, small, tmp_path, image, programs):
+def test_python_built_without_zstd(no_image, server, sound, small, tmp_path, image, programs):
   """Python 3.14 has compression.zstd even when it was built without the library behind it."""
   serve(server, sound, image)
-  only(stocked, tmp_path / "bin", *programs)
+  only(no_image, tmp_path / "bin", *programs)
   package = tmp_path / "site" / "compression"
   package.mkdir(parents=True)
   (package / "__init__.py").touch()
   (package / "zstd.py").write_text("import _zstd_that_was_not_built\n")
-  stocked.env["PYTHONPATH"] = str(package.parent)
-  works(stocked(*PULL))
-  base = stocked.cache / "base" / f"{STEM}.qcow2"
+  no_image.env["PYTHONPATH"] = str(package.parent)
+  works(no_image(*PULL))
+  base = no_image.cache / "base" / f"{STEM}.qcow2"
   assert same_disk(small / "disk.img", base) if programs else base.read_bytes() == image
 
 
@@ -426,30 +400,30 @@ DAMAGED = {
   [("zstd", case) for case in DAMAGED]
   + [(unpacker, case) for unpacker in ("bsdtar", "python") for case in list(DAMAGED)[::2]],
 )
-def test_damaged(stocked, server, sound, small, tmp_path, zstd_package, image, unpacker, case):
+def test_damaged(no_image, server, sound, small, tmp_path, zstd_package, image, unpacker, case):
   bad = DAMAGED[case](sound, small)
   serve(server, bad, image)
-  use(stocked, unpacker, tmp_path, zstd_package)
-  fails(stocked(*PULL), f"{STEM}.tar.zst")
-  assert image_files(stocked) == []
+  use(no_image, unpacker, tmp_path, zstd_package)
+  fails(no_image(*PULL), f"{STEM}.tar.zst")
+  assert image_files(no_image) == []
   if unpacker != "zstd":
     return  # the next pull is the same for all
   server.replace_asset(REPO, "v1.0.0", f"{STEM}.tar.zst", sound)
-  works(stocked(*PULL))
-  assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
+  works(no_image(*PULL))
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 
 
 @pytest.mark.parametrize("case", ["half", "without its last byte", "bit at 30%", "bit at 60%"])
 @pytest.mark.parametrize("unpacker", ["zstd", "bsdtar", "python"])
 def test_damaged_behind_the_end(
-  stocked, server, small, tmp_path, zstd_package, unpacker, case
+  no_image, server, small, tmp_path, zstd_package, unpacker, case
 ):  # fmt: skip
   """The end of the tar is no reason not to read the end of the zstd, where its checksum is."""
   bundle = gnu_bundle(small, "-b", "512", "-S", "--format=oldgnu", "disk.img")
   serve(server, DAMAGED[case](bundle, small))
-  use(stocked, unpacker, tmp_path, zstd_package)
-  fails(stocked(*PULL), f"{STEM}.tar.zst")
-  assert image_files(stocked) == []
+  use(no_image, unpacker, tmp_path, zstd_package)
+  fails(no_image(*PULL), f"{STEM}.tar.zst")
+  assert image_files(no_image) == []
 
 
 # --- Hostile ---------------------------------------------------------------------------------
@@ -562,8 +536,8 @@ def hostile(qvm, server, tmp_path, tar):
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile(stocked, server, tmp_path, case):
-  hostile(stocked, server, tmp_path, HOSTILE[case])
+def test_hostile(no_image, server, tmp_path, case):
+  hostile(no_image, server, tmp_path, HOSTILE[case])
 
 
 @pytest.mark.parametrize(
@@ -571,13 +545,13 @@ def test_hostile(stocked, server, tmp_path, case):
 )
 @pytest.mark.parametrize("unpacker", ["bsdtar", "python"])
 def test_hostile_with_other_unpackers(
-  stocked, server, tmp_path, zstd_package, unpacker, case
+  no_image, server, tmp_path, zstd_package, unpacker, case
 ):  # fmt: skip
-  use(stocked, unpacker, tmp_path, zstd_package)
-  hostile(stocked, server, tmp_path, HOSTILE[case])
+  use(no_image, unpacker, tmp_path, zstd_package)
+  hostile(no_image, server, tmp_path, HOSTILE[case])
 
 
-def test_the_good_member_is_good(stocked, server):
+def test_the_good_member_is_good(no_image, server):
   """What the hostile ones are made of is not refused by itself."""
   sparse = sparse_member([(0, 512), (8192, 512)], MB, 1024)
   for tar in (
@@ -587,8 +561,8 @@ def test_the_good_member_is_good(stocked, server):
     member("./", b"", type=tarfile.DIRTYPE) + GOOD,
   ):
     serve(server, squeeze(tar + END))
-    works(stocked(*PULL))
-    shutil.rmtree(stocked.cache / "base")
+    works(no_image(*PULL))
+    shutil.rmtree(no_image.cache / "base")
 
 
 # --- Killed, and out of luck -----------------------------------------------------------------
@@ -606,7 +580,7 @@ def waiting(fifo, process):
 
 
 @pytest.fixture
-def stopped(stocked, server, sound, tmp_path):
+def stopped(no_image, server, sound, tmp_path):
   """Start a pull of a bundle that stops in zstd or in qemu-img; returns qvm's process."""
   fifo = tmp_path / "fifo"
   os.mkfifo(fifo)
@@ -620,12 +594,12 @@ def stopped(stocked, server, sound, tmp_path):
     text = WAITER.format(python=sys.executable, real=real, when=when, size=5 * MB, fifo=str(fifo))
     program.write_text(text)
     program.chmod(0o755)
-    qemu_img = stocked.cache / "bin" / "qemu-img"
+    qemu_img = no_image.cache / "bin" / "qemu-img"
     content = qemu_img.read_bytes()
     if where == "qemu-img":
       qemu_img.write_text(text)
-    env = {"PATH": f"{program.parent}:{stocked.env['PATH']}"}
-    process = stocked.start(*PULL, env=env if where == "zstd" else {})
+    env = {"PATH": f"{program.parent}:{no_image.env['PATH']}"}
+    process = no_image.start(*PULL, env=env if where == "zstd" else {})
     started.append([process])
     started[-1].append(waiting(fifo, process))
     qemu_img.unlink()
@@ -650,24 +624,24 @@ def where_it_waits(pid):
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["zstd", "qemu-img"])
-def test_killed_while_unpacking(stocked, server, small, stopped, where, signum):
+def test_killed_while_unpacking(no_image, server, small, stopped, where, signum):
   process = stopped(where)
-  assert not list((stocked.cache / "base").glob("*"))
+  assert not list((no_image.cache / "base").glob("*"))
   process.send_signal(signum)
   process.communicate()
   assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
-  assert not list((stocked.cache / "base").glob("*.qcow2"))
+  assert not list((no_image.cache / "base").glob("*.qcow2"))
   server.clear_log()
-  works(stocked(*PULL))
-  assert image_files(stocked) == WITH_KERNEL
-  assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
+  works(no_image(*PULL))
+  assert image_files(no_image) == WITH_KERNEL
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
   assert not server.requests("tar.zst", "cdn"), "the bundle was complete"
 
 
 @pytest.mark.parametrize("where", ["zstd", "qemu-img"])
-def test_another_qvm_waits_for_the_unpacking(stocked, server, small, stopped, where):
+def test_another_qvm_waits_for_the_unpacking(no_image, server, small, stopped, where):
   stopped(where)
-  other = stocked.start(*PULL)
+  other = no_image.start(*PULL)
   line = other.stderr.readline()
   while "waiting" not in line:
     assert line, other.communicate()
@@ -678,52 +652,52 @@ def test_another_qvm_waits_for_the_unpacking(stocked, server, small, stopped, wh
 
 
 @pytest.mark.parametrize("where", ["zstd", "qemu-img"])
-def test_clean_leaves_what_is_being_unpacked(stocked, stopped, where):
+def test_clean_leaves_what_is_being_unpacked(no_image, stopped, where):
   stopped(where)
-  before = image_files(stocked)
+  before = image_files(no_image)
   assert len(before) > 2
-  run = works(stocked("clean", "--all"))
-  assert [name for name in before if name not in image_files(stocked)] == []
+  run = works(no_image("clean", "--all"))
+  assert [name for name in before if name not in image_files(no_image)] == []
   assert STEM not in run.stdout
 
 
-def test_failing_qemu_img_leaves_no_disk(stocked, server, sound, small):
-  qemu_img = stocked.cache / "bin" / "qemu-img"
+def test_failing_qemu_img_leaves_no_disk(no_image, server, sound, small):
+  qemu_img = no_image.cache / "bin" / "qemu-img"
   qemu_img.chmod(0o755)
   content = qemu_img.read_bytes()
   qemu_img.write_text(f"#!{sys.executable}\nraise SystemExit('qemu-img: no space left')\n")
   serve(server, sound)
-  fails(stocked(*PULL), "qemu-img", "no space left")
-  assert [name for name in image_files(stocked) if ".tmp" in name] == []
+  fails(no_image(*PULL), "qemu-img", "no space left")
+  assert [name for name in image_files(no_image) if ".tmp" in name] == []
   qemu_img.write_bytes(content)
-  works(stocked(*PULL))
-  assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
+  works(no_image(*PULL))
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 
 
-def test_no_space_for_the_disk(stocked, server, sound, small):
+def test_no_space_for_the_disk(no_image, server, sound, small):
   """A limit on the size of files, as a stand-in for a full disk: the error names what is full."""
   serve(server, sound)
   limit = (10 * MB, 10 * MB)
-  run = stocked(*PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+  run = no_image(*PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
   fails(run, STEM)
-  assert [name for name in image_files(stocked) if ".tmp" in name] == []
-  works(stocked(*PULL))
-  assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
+  assert [name for name in image_files(no_image) if ".tmp" in name] == []
+  works(no_image(*PULL))
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 
 
 # --- With all else ---------------------------------------------------------------------------
 
 
-def test_digest_of_a_bundle(stocked, server, sound, small):
+def test_digest_of_a_bundle(no_image, server, sound, small):
   """It is that of what comes, not that of the disk within."""
   serve(server, sound)
   server.fault(f"{STEM}.tar.zst", flip=50000, times=None)
-  fails(stocked(*PULL), f"{STEM}.tar.zst", "sha256")
-  assert image_files(stocked) == []
+  fails(no_image(*PULL), f"{STEM}.tar.zst", "sha256")
+  assert image_files(no_image) == []
   server.clear_faults()
   server.fault(f"{STEM}.tar.zst", flip=50000)
-  works(stocked(*PULL))
-  assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
+  works(no_image(*PULL))
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 
 
 def test_bundle_while_qemu_img_comes(qvm, server, small, sound):
@@ -744,24 +718,24 @@ def test_bundle_when_qemu_img_does_not_come(qvm, server, sound):
   works(qvm(*PULL))
 
 
-def test_refresh_from_and_to_a_bundle(stocked, server, sound, small, image):
+def test_refresh_from_and_to_a_bundle(no_image, server, sound, small, image):
   """The base image is always that of the newest release, and so is the kernel."""
   server.repos[REPO] = {}
-  base = stocked.cache / "base" / f"{STEM}.qcow2"
+  base = no_image.cache / "base" / f"{STEM}.qcow2"
   steps = (("v1", ".qcow2", image), ("v2", ".tar.zst", sound), ("v3", ".qcow2", image + b"3"))
   for day, (tag, suffix, content) in enumerate(steps):
     published = f"2026-01-0{day + 1}T00:00:00Z"
     server.add_release(REPO, tag, {STEM + suffix: content}, published=published)
-    works(stocked(*PULL, "--refresh"))
+    works(no_image(*PULL, "--refresh"))
     assert same_disk(small / "disk.img", base) if tag == "v2" else base.read_bytes() == content
-    assert image_files(stocked) == (WITH_KERNEL if tag == "v2" else DONE)
+    assert image_files(no_image) == (WITH_KERNEL if tag == "v2" else DONE)
     server.clear_log()
-    works(stocked(*PULL, "--refresh"))
+    works(no_image(*PULL, "--refresh"))
     assert not [r for r in server.requests(STEM, "cdn") if r.status == 200], "it is the newest"
 
 
-def test_bundle_with_a_kernel_only_is_no_kernel(stocked, server):
+def test_bundle_with_a_kernel_only_is_no_kernel(no_image, server):
   """A refused bundle leaves no kernel beside the base images."""
   serve(server, squeeze(member("kernel") + member(content=b"") + END))
-  fails(stocked(*PULL), STEM)
-  assert image_files(stocked) == []
+  fails(no_image(*PULL), STEM)
+  assert image_files(no_image) == []

@@ -7,7 +7,7 @@ import stat
 import subprocess
 
 import pytest
-from conftest import FREEBSD, fails, obey_modes, works
+from support import FREEBSD, fails, obey_modes, works
 
 RUN = ("run", "--rm", "freebsd", "15.1")
 PULL = ("pull", "freebsd", "15.1")

@@ -9,22 +9,18 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import configuration, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import qvm as source
+import qvm as qvm_source
 
 OS_NAMES = ("freebsd", "openbsd", "netbsd", "haiku", "omnios")
 CPU_NAMES = ("x86-64", "x86_64", "amd64", "x64", "arm64", "aarch64")
 FREEBSD = ("freebsd", "15.1")
 
 
-# There is nothing that hypothesis need keep: it must not leave a folder in the project.
-configuration.set_hypothesis_home_dir("/dev/null/none")
-
-
 def parse(*words):
-  return source.parse_command_line(words)
+  return qvm_source.parse_command_line(words)
 
 
 def raw(qvm, *words, env=None, **more):
@@ -124,7 +120,7 @@ def test_options_that_go_with_a_command(command, field, value, words):
   if command[0] == "ssh":
     assert getattr(parse(*command, *words), field) == value
   else:
-    with pytest.raises(source.UsageError, match="goes with a command"):
+    with pytest.raises(qvm_source.UsageError, match="goes with a command"):
       parse(*command, *words)
 
 
@@ -271,7 +267,7 @@ def test_bad_words_are_refused_before_anything_happens(qvm, server, words, fragm
   "words", [("x" * 5000,), (*RUN[:2], "x" * 5000), (*RUN, "--name", "x" * 5000)], ids=len
 )
 def test_a_very_long_word_is_not_repeated_whole(words):
-  with pytest.raises(source.UsageError) as caught:
+  with pytest.raises(qvm_source.UsageError) as caught:
     parse(*words)
   assert len(str(caught.value)) < 1000
 
@@ -299,14 +295,14 @@ def test_bad_environment_is_refused_before_anything_happens(qvm, server, name, v
 
 
 WORDS = st.one_of(
-  st.sampled_from(sorted(source.COMMANDS)),
+  st.sampled_from(sorted(qvm_source.COMMANDS)),
   st.sampled_from(OS_NAMES + CPU_NAMES),
-  st.sampled_from(sorted(flag for option in source.OPTIONS for flag in option.flags)),
+  st.sampled_from(sorted(flag for option in qvm_source.OPTIONS for flag in option.flags)),
   st.sampled_from(["15.1", "2G", "4", "0.0.0.0:22", "kvm:tcg", "print-path", "x", "--", "-", ""]),
   st.sampled_from(HOSTILE + (sys.executable, "/usr/bin/env")),
   st.builds(
     "{}{}{}".format,
-    st.sampled_from(sorted(flag for option in source.OPTIONS for flag in option.flags)),
+    st.sampled_from(sorted(flag for option in qvm_source.OPTIONS for flag in option.flags)),
     st.sampled_from(["=", ""]),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
   ),
@@ -325,16 +321,16 @@ ANY_WORDS = st.one_of(
 def test_any_words_are_options_or_a_usage_error(words):
   try:
     options = parse(*words)
-  except source.UsageError as error:
-    assert source.printable(str(error)) and not error.hint
+  except qvm_source.UsageError as error:
+    assert qvm_source.printable(str(error)) and not error.hint
     return
-  assert isinstance(options, source.Options)
+  assert isinstance(options, qvm_source.Options)
   if options.help or options.version:
     return
   if options.command in ("run", "pull") and len(options.operands) == 2:
     try:
-      plan = source.make_plan(options, source.Host("linux", "x86-64"), "/c", "abcdef")
-    except source.QvmError:
+      plan = qvm_source.make_plan(options, qvm_source.Host("linux", "x86-64"), "/c", "abcdef")
+    except qvm_source.QvmError:
       return
     for path, folder in ((plan.disk, "/c/instances"), (plan.base, "/c/base")):
       assert os.path.dirname(os.path.normpath(path)) == folder
@@ -368,9 +364,9 @@ KNOWN = {
 
 
 def test_the_lists_in_this_file_are_whole():
-  assert tuple(source.COMMANDS) == COMMANDS
-  assert source.OS_NAMES == OS_NAMES
-  assert tuple(source.ARCHES) == CPU_NAMES
+  assert tuple(qvm_source.COMMANDS) == COMMANDS
+  assert qvm_source.OS_NAMES == OS_NAMES
+  assert tuple(qvm_source.ARCHES) == CPU_NAMES
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -427,8 +423,8 @@ def test_help_anywhere(offline, words):
 def test_version(offline, words):
   run = offline(*words)
   assert (run.returncode, run.stderr) == (0, "")
-  assert run.stdout == f"qvm {source.__version__}\n"
-  assert re.fullmatch(r"\d+\.\d+\.\d+", source.__version__)
+  assert run.stdout == f"qvm {qvm_source.__version__}\n"
+  assert re.fullmatch(r"\d+\.\d+\.\d+", qvm_source.__version__)
 
 
 @pytest.mark.parametrize("words", [("run", "--help"), ("--help",), ("config", "print-path")])

@@ -2,32 +2,35 @@
 
 import array
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import pty
 import re
-import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import termios
 import threading
 import time
 from pathlib import Path
 
-import guests
 import pytest
-import real_qemu
-from conftest import FREEBSD, ROOT, Qvm, free_port
+from support import (
+  DEADLINE,
+  FREEBSD,
+  ROOT,
+  Qvm,
+  end_processes,
+  free_port,
+  furnish,
+  parent_of,
+  processes_of,
+  qemu_pid,
+)
+from support_machines import ECHO, FLOOD, FLOODING, HANG
+from support_terminal import Terminal
 
-from qvm import Keyboard, Modes, last_lines
-
-DEADLINE = 40  # seconds until a test gives up
+import qvm as qvm_source
 
 # As $PLAY says: prints each piece and waits for a key after it; or writes a flood while it reads
 # what is typed; then ends or waits. It tells through FIFOs what it has come to.
@@ -71,137 +74,6 @@ def flood_bytes(size):
   return array.array("I", range(size // 4)).tobytes()
 
 
-def furnish(cache, program, image):
-  """Fill a cache as `pull freebsd 15.1` would, with a script of the test's as QEMU."""
-  tree = cache / "qemu" / "x86_64"
-  for folder in (tree / "bin", tree / "share" / "qemu", cache / "base", cache / "bin"):
-    folder.mkdir(parents=True)
-  (tree / "share" / "qemu" / "bios-256k.bin").write_bytes(b"bios")
-  qemu = tree / "bin" / "qemu-system-x86_64"
-  qemu.write_text(program)
-  qemu.chmod(0o755)
-  (cache / "bin" / "qemu-img").symlink_to(shutil.which("qemu-img"))
-  (cache / "base" / f"{FREEBSD}.qcow2").write_bytes(image)
-
-
-def processes_of(cache):
-  """The processes that have the cache's path on their command line: its QEMUs."""
-  found = []
-  for entry in os.listdir("/proc"):
-    with contextlib.suppress(OSError):
-      if entry.isdigit() and os.fsencode(cache) in Path("/proc", entry, "cmdline").read_bytes():
-        found.append(int(entry))
-  return found
-
-
-def parent_of(pid):
-  return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
-
-
-def qemu_pid(qvm, name):
-  """The process that an instance's lock names, once it is QEMU's."""
-  path = qvm.cache / "instances" / f"{name}.lock"
-  deadline = time.monotonic() + DEADLINE
-  while time.monotonic() < deadline:
-    with contextlib.suppress(FileNotFoundError):
-      match = re.match(r"QEMU process (\d+)", path.read_text())
-      if match:
-        return int(match.group(1))
-    time.sleep(0.01)
-  raise AssertionError(f"no QEMU in {path}")
-
-
-class Terminal:
-  """A pseudo-terminal with a program in its foreground; `shown` is all that it has been sent."""
-
-  def __init__(self, command, env, **streams):
-    self.outside, self.inside = pty.openpty()
-    self.unusual()
-    self.before = self.state()
-    self.shown = bytearray()
-    streams = {"stdin": self.inside, "stdout": self.inside, "stderr": self.inside, **streams}
-    self.process = subprocess.Popen(
-      command,
-      env=env,
-      start_new_session=True,
-      preexec_fn=lambda: fcntl.ioctl(self.inside, termios.TIOCSCTTY, 0),
-      **streams,
-    )
-    os.set_blocking(self.outside, False)
-
-  def unusual(self):
-    """Settings that are nobody's defaults, so that `stty sane` would not pass for a restore."""
-    settings = termios.tcgetattr(self.inside)
-    settings[0] |= termios.IXANY
-    settings[3] &= ~termios.ECHOK
-    settings[6][termios.VERASE] = b"\x08"
-    settings[6][termios.VINTR] = b"\x03"
-    termios.tcsetattr(self.inside, termios.TCSANOW, settings)
-
-  def state(self):
-    """All that a terminal's user can see of its settings, and whether its descriptor blocks."""
-    text = subprocess.run(["stty", "-a"], stdin=self.inside, stdout=subprocess.PIPE, check=True)
-    return text.stdout, termios.tcgetattr(self.inside), os.get_blocking(self.inside)
-
-  def pump(self, done, data=b""):
-    """Read, and type data meanwhile, until done()."""
-    deadline = time.monotonic() + DEADLINE
-    left = memoryview(data)
-    while True:
-      writers = [self.outside] if left else []
-      ready, free, _ = select.select([self.outside], writers, [], 0.1)
-      if ready:
-        self.shown += os.read(self.outside, 1 << 16)
-      if free:
-        left = left[os.write(self.outside, left[:1024]) :]
-      if not left and done():
-        return
-      assert time.monotonic() < deadline, self.shown[-3000:]
-
-  def until(self, text, count=1):
-    self.pump(lambda: self.shown.count(text) >= count)
-
-  def type(self, data):
-    self.pump(lambda: True, data)
-
-  def drain(self):
-    """Read what is still on its way: a mark of our own comes after it."""
-    mark = left = b"\x00drained\x00"
-    fd = os.open(os.ttyname(self.inside), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-    while left:
-      with contextlib.suppress(BlockingIOError):
-        left = left[os.write(fd, left) :]
-      self.pump(lambda: True)
-    os.close(fd)
-    self.until(mark)
-    self.shown = self.shown.replace(mark, b"")
-
-  def end(self):
-    """Wait until the program has ended and all is read; returns its exit code."""
-    self.pump(lambda: self.process.poll() is not None)
-    self.drain()
-    return self.process.returncode
-
-  def hang_up(self):
-    os.close(self.outside)
-    self.outside = -1
-
-  def close(self):
-    if self.process.poll() is None:
-      self.process.kill()
-    self.process.wait()
-    for stream in (self.process.stdout, self.process.stderr):
-      if stream:
-        stream.close()
-    for fd in (self.outside, self.inside):
-      if fd >= 0:
-        os.close(fd)
-
-  def guest_got(self):
-    """The bytes that the echoing guest says it got."""
-    return bytes(int(octet, 16) for octet in re.findall(rb"<([0-9A-F]{2})>", self.shown))
-
-
 @pytest.fixture
 def opened():
   """Makes terminals, and ends them with whatever still runs in their caches."""
@@ -214,63 +86,6 @@ def opened():
       return terminal
 
     yield make
-
-
-def end_processes(cache):
-  """Kill what a failed test has left."""
-  for pid in processes_of(cache):
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, signal.SIGKILL)
-
-
-ECHO, HANG, FLOODING = "15.1", "15.0", "14.4"
-FLOOD = b"\r\nflood\r\n" + 3 * b"".join(n.to_bytes(2, "big") for n in range(0x8000, 0x10000))
-
-
-def flood_disk():
-  """A disk that prints `flood`, then three times the numbers from 0x8000 on, as two bytes each."""
-  code = guests._code(
-    ("bd 80 7c", "mov bp, put"),
-    ("b9 03 00", "mov cx, 3"),
-    ("bb 00 80", "again: mov bx, 0x8000"),
-    ("88 f8", "next: mov al, bh"),
-    ("ff d5", "call bp"),
-    ("88 d8", "mov al, bl"),
-    ("ff d5", "call bp"),
-    ("43", "inc bx"),
-    ("75 f5", "jnz next"),
-    ("49", "dec cx"),
-    ("75 ef", "jnz again"),
-  )
-  program = guests._PRINT_TEXT + code + guests._THEN_POWER_OFF
-  return guests._bios_disk(program, guests._line("flood"))
-
-
-@pytest.fixture(scope="session")
-def real_cache(tmp_path_factory):
-  """A cache with real QEMU and the guests: FreeBSD 15.1 echoes, 15.0 hangs, 14.4 floods."""
-  return make_real_cache(tmp_path_factory.mktemp("real"))
-
-
-def make_real_cache(folder):
-  cache = folder / "cache"
-  for name in ("base", "bin", "qemu/x86_64"):
-    (cache / name).mkdir(parents=True)
-  real_qemu.pack_qemu("x86-64", folder / "qemu.tar")
-  real_qemu.pack_resources(folder / "tools.tar")
-  unpack(folder / "qemu.tar", cache / "qemu" / "x86_64")
-  unpack(folder / "tools.tar", cache / "bin")
-  program = cache / "qemu" / "x86_64" / "bin" / "qemu"
-  program.rename(program.with_name("qemu-system-x86_64"))
-  for version, disk in ((ECHO, guests.echo_disk()), (HANG, guests.hang_disk())):
-    guests.to_qcow2(disk, cache / "base" / f"freebsd-{version}-x86-64.qcow2")
-  guests.to_qcow2(flood_disk(), cache / "base" / f"freebsd-{FLOODING}-x86-64.qcow2")
-  return cache
-
-
-def unpack(tar, folder):
-  with tarfile.open(tar) as archive:
-    archive.extractall(folder, filter="data")  # as ours, also for root
 
 
 class Real:
@@ -293,7 +108,7 @@ class Real:
     """What is left of the machine: its files, and its process."""
     names = sorted(os.listdir(self.qvm.cache / "instances"))
     mine = [name for name in names if name.startswith(self.name + ".")]
-    return mine + processes_of(self.qvm.cache / "instances" / self.name)
+    return mine + list(processes_of(self.qvm.cache / "instances" / self.name))
 
 
 @pytest.fixture
@@ -346,7 +161,7 @@ def play(qvm, **what):
 )
 def test_keys(typed, sent, commands):
   for cut in range(len(typed) + 1):
-    keyboard = Keyboard()
+    keyboard = qvm_source.Keyboard()
     first = keyboard.feed(typed[:cut])
     second = (b"", "") if "x" in first[1] else keyboard.feed(typed[cut:])
     assert (first[0] + second[0], first[1] + second[1]) == (sent, commands), cut
@@ -354,7 +169,10 @@ def test_keys(typed, sent, commands):
 
 def test_another_key_after_ctrl_a_is_no_command():
   for byte in set(range(256)) - set(b"\x01xXhH?"):
-    assert Keyboard().feed(bytes([1, byte, 97])) in ((b"a", ""), (bytes([byte, 97]), "")), byte
+    assert qvm_source.Keyboard().feed(bytes([1, byte, 97])) in (
+      (b"a", ""),
+      (bytes([byte, 97]), ""),
+    ), byte
 
 
 def test_every_byte_reaches_the_guest(real):
@@ -525,7 +343,7 @@ def test_a_reader_that_is_stuck_does_not_keep_qvm_alive(player, opened, fifo):
   fifo.read_text()  # nobody reads: the terminal is full, and so is the pipe behind it
   terminal.process.terminate()
   assert terminal.process.wait(DEADLINE) == 143
-  assert processes_of(player.cache) == []
+  assert processes_of(player.cache) == {}
   terminal.drain()
   assert terminal.state() == terminal.before
 
@@ -537,7 +355,7 @@ def test_ctrl_a_x_while_the_guest_floods(player, opened):
   terminal.type(b"\x01x")
   assert terminal.end() == 143
   assert terminal.state() == terminal.before
-  assert processes_of(player.cache) == []
+  assert processes_of(player.cache) == {}
 
 
 def test_qvm_killed_qemu_lives_on_and_stop_ends_it(real):
@@ -589,14 +407,14 @@ def test_modes_undone(text, undone):
   data = text.encode("latin-1")
   for first in range(len(data) + 1):
     for second in range(first, len(data) + 1):
-      modes = Modes()
+      modes = qvm_source.Modes()
       for piece in (data[:first], data[first:second], data[second:]):
         modes.watch(piece)
       assert modes_in(modes.undo().decode()) == sorted(undone), (first, second)
 
 
 def test_modes_byte_by_byte_through_much_text():
-  modes = Modes()
+  modes = qvm_source.Modes()
   for byte in b"x" * 5000 + b"\x1b[?1049;25h" + b"\x1b[?2" + b"5l" + b"y" * 5000:
     modes.watch(bytes([byte]))
   assert modes_in(modes.undo().decode()) == ["?1049l", "?25h"]
@@ -928,14 +746,14 @@ def test_a_dry_run_makes_no_console_log(player, tmp_path):
 def test_last_lines(tmp_path, text, lines):
   path = tmp_path / "log"
   path.write_bytes(text)
-  assert last_lines(str(path)) == lines
+  assert qvm_source.last_lines(str(path)) == lines
 
 
 def test_last_lines_of_a_long_log(tmp_path):
   path = tmp_path / "log"
   path.write_bytes(b"".join(b"%06d\n" % n for n in range(1 << 18)))
-  assert last_lines(str(path)) == [f"{n:06d}" for n in range((1 << 18) - 20, 1 << 18)]
+  assert qvm_source.last_lines(str(path)) == [f"{n:06d}" for n in range((1 << 18) - 20, 1 << 18)]
 
 
 def test_last_lines_of_no_log(tmp_path):
-  assert last_lines(str(tmp_path / "none")) == []
+  assert qvm_source.last_lines(str(tmp_path / "none")) == []

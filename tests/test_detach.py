@@ -11,8 +11,17 @@ import sys
 import time
 
 import pytest
-from conftest import FREEBSD, ROOT, free_port
-from test_console import DEADLINE, end_processes, furnish, parent_of, processes_of, qemu_pid
+from support import (
+  DEADLINE,
+  FREEBSD,
+  ROOT,
+  end_processes,
+  free_port,
+  furnish,
+  parent_of,
+  processes_of,
+  qemu_pid,
+)
 
 # As $MACHINE says: prints, listens where hostfwd says, and lives until it is told to end. SIGUSR1
 # is the guest's power button, which `ssh` below presses.

@@ -13,10 +13,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm
-from test_console import DEADLINE, Terminal, end_processes, furnish
+from support import DEADLINE, FREEBSD, ROOT, Qvm, end_processes, furnish, snapshot
+from support_terminal import Terminal
 
-import qvm as program
+import qvm as qvm_source
 
 # A QEMU that answers `-accel help`, or does as $DOCTOR says.
 PATIENT = f"""#!{sys.executable}
@@ -66,13 +66,6 @@ def doctor(qvm, *words, **more):
     assert check["state"] in ("ok", "warning", "fault")
     assert check["state"] == "ok" or check["fix"], check
   return checks
-
-
-def snapshot(folder):
-  """All below a folder with its size and time."""
-  paths = [folder, *sorted(folder.rglob("*"))]
-  stats = [path.lstat() for path in paths]
-  return [(str(path), it.st_mtime_ns, it.st_size, it.st_mode) for path, it in zip(paths, stats)]
 
 
 def test_a_host_on_which_all_is_well(host, server):
@@ -156,7 +149,7 @@ def test_ssh_that_does_not_start(host, bare):
 
 def test_no_zstd(host, bare):
   check = doctor(host, "--offline")["zstd"]
-  if program.python_zstd():
+  if qvm_source.python_zstd():
     assert check["state"] == "ok"
   else:
     assert check["state"] == "warning" and "install zstd" in check["fix"]
@@ -168,12 +161,12 @@ def test_each_program_that_unpacks_zstd(host, bare, name):
   (bare / name).chmod(0o755)
   check = doctor(host, "--offline")["zstd"]
   assert check["state"] == "ok"
-  assert program.python_zstd() or str(bare / name) in check["text"]
+  assert qvm_source.python_zstd() or str(bare / name) in check["text"]
 
 
 def test_a_python_without_tls(monkeypatch):
   monkeypatch.setitem(sys.modules, "ssl", None)
-  check = program.check_python()
+  check = qvm_source.check_python()
   assert check.state == "fault" and check.fix
 
 
@@ -222,21 +215,21 @@ def impatient(monkeypatch):
     return communicate(self, input, timeout and min(timeout, 0.5))
 
   monkeypatch.setattr(subprocess.Popen, "communicate", brief)
-  monkeypatch.setattr(program, "TERM_GRACE_SECONDS", 0.5)
+  monkeypatch.setattr(qvm_source, "TERM_GRACE_SECONDS", 0.5)
 
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_qemu_that_hangs(host, impatient, monkeypatch, code):
   """Real QEMU ends with 0 when it gets SIGTERM: that is no sign of health."""
   monkeypatch.setenv("DOCTOR", json.dumps({"hang": True, "exit": code, "stdout": ""}))
-  (check,) = [it for it in program.check_qemu(str(host.cache)) if it.name == "QEMU x86_64"]
+  (check,) = [it for it in qvm_source.check_qemu(str(host.cache)) if it.name == "QEMU x86_64"]
   assert check.state == "fault"
   assert "no answer" in check.text
 
 
 def test_a_kvm_question_that_hangs(host, impatient, monkeypatch, kvm):
   monkeypatch.setenv("DOCTOR", json.dumps({"hang": True, "exit": 0, "stdout": ""}))
-  (check,) = program.check_accelerators("linux", kvm, qemu_of(host))
+  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
   assert check.state == "warning"
   assert "--accel tcg" in check.fix
 
@@ -262,29 +255,29 @@ def qemu_of(qvm):
 
 
 def test_no_kvm(tmp_path):
-  (check,) = program.check_accelerators("linux", str(tmp_path / "kvm"), "")
+  (check,) = qvm_source.check_accelerators("linux", str(tmp_path / "kvm"), "")
   assert check.state == "warning" and "emulated" in check.text and check.fix
 
 
 def test_kvm_that_may_not_be_opened(tmp_path):
-  (check,) = program.check_accelerators("linux", str(tmp_path), "")  # a folder opens for nobody
+  (check,) = qvm_source.check_accelerators("linux", str(tmp_path), "")  # a folder opens for nobody
   assert check.state == "warning" and "may not be used" in check.text
   assert "sudo usermod -aG kvm $USER" in check.fix and "chmod o+rw /dev/kvm" in check.fix
 
 
 def test_kvm_that_makes_no_machine(tmp_path):
   (tmp_path / "kvm").write_bytes(b"")
-  (check,) = program.check_accelerators("linux", str(tmp_path / "kvm"), "")
+  (check,) = qvm_source.check_accelerators("linux", str(tmp_path / "kvm"), "")
   assert check.state == "warning" and "--accel tcg" in check.fix
 
 
 def test_kvm_is_not_tried_without_qemu(tmp_path, kvm):
-  (check,) = program.check_accelerators("linux", kvm, str(tmp_path / "none"))
+  (check,) = qvm_source.check_accelerators("linux", kvm, str(tmp_path / "none"))
   assert check.state == "ok"
 
 
 def test_kvm_works(host, kvm):
-  (check,) = program.check_accelerators("linux", kvm, qemu_of(host))
+  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
   assert (check.state, check.fix) == ("ok", "")
 
 
@@ -299,14 +292,14 @@ def test_kvm_works(host, kvm):
 )
 def test_kvm_broken(host, kvm, monkeypatch, what, text):
   monkeypatch.setenv("DOCTOR", json.dumps({"stdout": "", **what}))
-  (check,) = program.check_accelerators("linux", kvm, qemu_of(host))
+  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
   assert check.state == "warning"
   assert text in check.text or text == "KVM"
   assert check.fix
 
 
 def test_hvf():
-  (check,) = program.check_accelerators("darwin", "/dev/kvm", "")
+  (check,) = qvm_source.check_accelerators("darwin", "/dev/kvm", "")
   assert check.name == "HVF"
 
 
@@ -370,8 +363,8 @@ def test_a_cache_that_is_not_there_yet(offline):
 
 
 def test_little_space(tmp_path, monkeypatch):
-  monkeypatch.setattr(program, "free_space", lambda folder: 10 << 20)
-  check = program.check_cache(str(tmp_path))
+  monkeypatch.setattr(qvm_source, "free_space", lambda folder: 10 << 20)
+  check = qvm_source.check_cache(str(tmp_path))
   assert check.state == "warning"
   assert "10.5 MB free" in check.text and "2.1 GB" in check.text
   assert "clean --all" in check.fix
@@ -393,11 +386,11 @@ def test_file_system(tmp_path, path, kind):
     "/dev/sda1 / btrfs rw 0 0\n/dev/sdb1 /home ext4 rw 0 0\n"
     "/dev/sdc1 /mnt/my\\040disk xfs rw 0 0\ntmpfs /tmp ramfs rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n\n"
   )
-  assert program.file_system(path, str(mounts)) == kind
+  assert qvm_source.file_system(path, str(mounts)) == kind
 
 
 def test_file_system_where_nobody_tells(tmp_path):
-  assert program.file_system("/x", str(tmp_path / "none"))
+  assert qvm_source.file_system("/x", str(tmp_path / "none"))
 
 
 # --- Instances -------------------------------------------------------------------------------
@@ -502,7 +495,7 @@ def test_a_proxy_is_named_without_its_password(host, name):
 # --- The words of completion -----------------------------------------------------------------
 
 OS_NAMES = ["freebsd", "openbsd", "netbsd", "haiku", "omnios"]
-COMMANDS = list(program.COMMANDS)
+COMMANDS = list(qvm_source.COMMANDS)
 NAMES = ["a.b_c+d~e-1", "build", "freebsd-15.1-x86-64"]
 
 
@@ -563,7 +556,7 @@ WORDS = [
 
 @pytest.mark.parametrize("before, after", WORDS, ids=lambda value: " ".join(value) or "nothing")
 def test_next_words(stocked, before, after):
-  words = program.next_words(before, str(stocked.cache))
+  words = qvm_source.next_words(before, str(stocked.cache))
   assert sorted(word for word in words if not word.startswith("-")) == sorted(after)
   assert len(words) == len(set(words))
 
@@ -571,20 +564,20 @@ def test_next_words(stocked, before, after):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_are_those_of_the_help(stocked, command):
   shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options_help(command)))
-  words = program.next_words([command], str(stocked.cache))
+  words = qvm_source.next_words([command], str(stocked.cache))
   assert {word for word in words if word.startswith("-")} == shown
 
 
 def options_help(command):
   """The left column of a command's help."""
-  lines = program.help_text(command).partition("options:\n")[2].partition("\n\n")[0].splitlines()
+  lines = qvm_source.help_text(command).partition("options:\n")[2].partition("\n\n")[0].splitlines()
   return "\n".join(line[:28] for line in lines if line[:3] == "  -")
 
 
 def test_no_name_is_offered_that_may_not_be_typed(stocked):
   for name in ("with space", "$(touch pwned)", "-rf", "two\nlines", "`id`", "ü"):
     (stocked.cache / "instances" / f"{name}.qcow2").write_bytes(b"")
-  words = program.next_words(["stop"], str(stocked.cache))
+  words = qvm_source.next_words(["stop"], str(stocked.cache))
   assert sorted(word for word in words if not word.startswith("--")) == ["-h", *NAMES]
 
 

@@ -11,11 +11,23 @@ import time
 
 import guests
 import pytest
-from conftest import FREEBSD, ROOT, STAND_IN, Qvm, fill, free_port, stand_in_tar
 from release_server import ReleaseServer
-from test_console import DEADLINE, end_processes, furnish, make_real_cache, processes_of
+from support import (
+  DEADLINE,
+  FREEBSD,
+  ROOT,
+  STAND_IN,
+  Qvm,
+  end_processes,
+  fill,
+  free_port,
+  furnish,
+  processes_of,
+  stand_in_tar,
+)
+from support_machines import SmallDisk, disk_was_full, small_cache
 
-from qvm import Relay, available_memory, disk_is_full, explain, fell_back, memory_warning
+import qvm as qvm_source
 
 RUN = ("run", "--rm", "freebsd", "15.1")
 ME = "qemu-system-x86_64: "
@@ -132,7 +144,7 @@ def test_causes(stand_in, cause):
 def test_what_came_before_is_not_the_cause(cause, before):
   """With the default accelerators QEMU grumbles at each start, and goes on."""
   words, _, named = CAUSES[cause]
-  explained = "\n".join(explain(before + words))
+  explained = "\n".join(qvm_source.explain(before + words))
   for text in named:
     assert text in explained
 
@@ -149,7 +161,7 @@ HARMLESS = {
 @pytest.mark.parametrize("words", HARMLESS)
 def test_no_cause_is_made_up(words):
   """QEMU ran, and ended for another reason, such as a kill."""
-  assert explain(HARMLESS[words]) == []
+  assert qvm_source.explain(HARMLESS[words]) == []
 
 
 def test_a_killed_qemu_under_tcg(stand_in):
@@ -205,7 +217,7 @@ def test_falling_back_is_said_while_it_runs(stand_in):
 def test_falling_back_is_said_once_however_it_comes(capfd):
   text = (FELL_BACK + ME + "warning: more\n").encode()
   for cut in range(0, len(text), 7):
-    relay = Relay(None, False, None, lambda: False)
+    relay = qvm_source.Relay(None, False, None, lambda: False)
     for piece in (text[:cut], text[cut:], text[:cut]):
       relay.complain(piece)
     captured = capfd.readouterr().err
@@ -213,18 +225,13 @@ def test_falling_back_is_said_once_however_it_comes(capfd):
 
 
 def test_falling_back_for_other_reasons_is_not_about_permissions():
-  assert fell_back(WITH_KVM) == []
+  assert qvm_source.fell_back(WITH_KVM) == []
   missing = CAUSES["KVM missing"][0] + f"{ME}falling back to tcg\n"
-  assert not any(GROUP in line for line in fell_back(missing))
-  assert fell_back(FELL_BACK)
+  assert not any(GROUP in line for line in qvm_source.fell_back(missing))
+  assert qvm_source.fell_back(FELL_BACK)
 
 
 # --- Real words of real QEMU -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def real_cache(tmp_path_factory):
-  return make_real_cache(tmp_path_factory.mktemp("real"))
 
 
 @pytest.fixture
@@ -310,13 +317,13 @@ GIB = 1 << 30
   ],
 )
 def test_memory_warning(memory, available, warned):
-  text = memory_warning(memory, available)
+  text = qvm_source.memory_warning(memory, available)
   assert bool(text) == warned
   assert not warned or "-m" in text
 
 
 def test_memory_warning_names_both():
-  text = memory_warning("6G", 2 * GIB)
+  text = qvm_source.memory_warning("6G", 2 * GIB)
   assert "6.4 GB" in text and "2.1 GB" in text
 
 
@@ -329,7 +336,7 @@ def test_memory_warning_names_both():
 )
 def test_available_memory(tmp_path, text, available):
   (tmp_path / "meminfo").write_text(text)
-  assert available_memory(str(tmp_path / "meminfo")) == available
+  assert qvm_source.available_memory(str(tmp_path / "meminfo")) == available
 
 
 @pytest.mark.parametrize("text", [None, "", "MemFree: 10 kB\n", "MemAvailable:\n", "\0\n"])
@@ -337,7 +344,7 @@ def test_available_memory_where_nobody_tells(tmp_path, text):
   if text is not None:
     (tmp_path / "meminfo").write_text(text)
   all_there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  assert available_memory(str(tmp_path / "meminfo")) in (all_there_is, None)
+  assert qvm_source.available_memory(str(tmp_path / "meminfo")) in (all_there_is, None)
 
 
 def test_too_much_memory_is_said_and_tried(stand_in):
@@ -358,53 +365,6 @@ def test_little_memory_is_not_mentioned(stand_in):
 # --- Disks without room ----------------------------------------------------------------------
 
 MB = 1000 * 1000
-
-
-class SmallDisk:
-  """A file system of its own, in memory, that is mounted on a folder."""
-
-  def __init__(self, folder):
-    self.folder = folder
-    self.root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-
-  def mount(self, size, *more):
-    owner = f"mode=700,uid={os.geteuid()},gid={os.getegid()}"
-    options = ",".join([f"size={size}", owner, *more])
-    command = [*self.root, "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
-    subprocess.run(command, check=True)
-
-  def resize(self, size):
-    command = [*self.root, "mount", "-o", f"remount,size={size}", str(self.folder)]
-    subprocess.run(command, check=True)
-
-  def free(self):
-    stat = os.statvfs(self.folder)
-    return stat.f_bavail * stat.f_frsize
-
-  def fill(self, leave=0):
-    """Write a file that leaves so many bytes free."""
-    with open(self.folder / "filler", "wb") as file, contextlib.suppress(OSError):
-      os.posix_fallocate(file.fileno(), 0, max(1, self.free() - leave))
-    assert self.free() <= leave + 8192
-
-  def empty(self):
-    (self.folder / "filler").unlink()
-
-  def unmount(self):
-    subprocess.run([*self.root, "umount", "-l", str(self.folder)], check=True)
-
-
-@contextlib.contextmanager
-def small_cache(home, size):
-  """The cache folder of a home, on a disk of its own."""
-  folder = home / ".cache" / "qvm"
-  folder.mkdir(parents=True, mode=0o700)
-  disk = SmallDisk(folder)
-  disk.mount(size)
-  try:
-    yield disk
-  finally:
-    disk.unmount()
 
 
 @pytest.fixture
@@ -447,14 +407,6 @@ def missing(result):
   return float(match.group(1)) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match.group(2)]
 
 
-def refused(result):
-  """It failed for want of room, in a few words."""
-  assert result.returncode == 1, result.stderr
-  assert "disk is full" in result.stderr
-  assert "Traceback" not in result.stderr and "bug in qvm" not in result.stderr
-  return True
-
-
 def still_good(qvm, image):
   """What was there before can still be used."""
   assert (qvm.cache / "base" / BEFORE).read_bytes() == image
@@ -465,7 +417,7 @@ def still_good(qvm, image):
 def test_a_download_that_has_no_room_is_refused_before(small, disk, full_server, image):
   disk.fill(leave=3 * MB)
   result = small(*PULL)
-  assert refused(result)
+  assert disk_was_full(result)
   assert abs(missing(result) - 2 * MB) < 0.2 * MB
   assert f"{FREEBSD}.qcow2" in result.stderr
   assert "qvm clean" in result.stderr
@@ -502,7 +454,7 @@ def test_downloads_that_have_room_only_one_by_one(small, disk, full_server):
   qemu.unlink()
   disk.fill(leave=7 * MB)
   result = small(*PULL)
-  assert refused(result)
+  assert disk_was_full(result)
   assert missing(result) < 4 * MB
   assert not qemu.exists()
 
@@ -516,7 +468,7 @@ def test_a_disk_that_fills_up_while_a_download_runs(small, disk, full_server, im
   stalled.pause.set()
   _, err = process.communicate(timeout=DEADLINE)
   result = subprocess.CompletedProcess([], process.returncode, "", err)
-  assert refused(result)
+  assert disk_was_full(result)
   assert 1 * MB < missing(result) < 4 * MB
   assert disk.free() < 200_000
   disk.empty()
@@ -534,7 +486,7 @@ def test_a_disk_that_is_full_to_the_brim(small, disk, full_server, image):
   """Not even the note of the download can be written."""
   disk.fill()
   result = small(*PULL)
-  assert refused(result)
+  assert disk_was_full(result)
   assert 4 * MB < missing(result) < 6 * MB
   disk.empty()
   still_good(small, image)
@@ -547,7 +499,7 @@ def test_an_archive_that_has_no_room_to_be_unpacked(small, disk, full_server, im
   qemu.unlink()
   disk.fill(leave=6 * MB)
   result = small("pull", "freebsd", "15.0")
-  assert refused(result)
+  assert disk_was_full(result)
   assert 3 * MB < missing(result) < 5 * MB
   assert not qemu.exists()
   assert not [name for name in small.files() if ".tmp" in name]
@@ -563,7 +515,7 @@ def test_an_overlay_that_has_no_room(small, disk, image, leave):
   assert result.returncode == 1
   assert "No space left" in result.stderr or "disk is full" in result.stderr
   assert "Traceback" not in result.stderr and "bug in qvm" not in result.stderr
-  assert processes_of(small.cache) == []
+  assert processes_of(small.cache) == {}
   disk.empty()
   still_good(small, image)
   small.play(exit=7)
@@ -578,7 +530,7 @@ def test_detach_on_a_full_disk(small, disk):
   result = small("run", "--detach", "--boot-timeout", "0", "freebsd", "15.0")
   assert result.returncode == 1
   assert "Traceback" not in result.stderr and "bug in qvm" not in result.stderr
-  assert processes_of(small.cache) == []
+  assert processes_of(small.cache) == {}
 
 
 def test_other_commands_on_a_full_disk(small, disk):
@@ -595,10 +547,10 @@ def test_other_commands_on_a_full_disk(small, disk):
 
 
 def test_disk_is_full(disk):
-  assert not disk_is_full(str(disk.folder))
+  assert not qvm_source.disk_is_full(str(disk.folder))
   disk.fill()
-  assert disk_is_full(str(disk.folder))
-  assert not disk_is_full(str(disk.folder / "nowhere"))
+  assert qvm_source.disk_is_full(str(disk.folder))
+  assert not qvm_source.disk_is_full(str(disk.folder / "nowhere"))
 
 
 def test_a_full_disk_is_said_once_while_nothing_comes(capfd):
@@ -609,7 +561,7 @@ def test_a_full_disk_is_said_once_while_nothing_comes(capfd):
     return True
 
   process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-  relay = Relay(process, False, None, full)
+  relay = qvm_source.Relay(process, False, None, full)
   thread = threading.Thread(target=relay.run)
   thread.start()
   assert asked.wait(DEADLINE)

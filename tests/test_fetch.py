@@ -1,73 +1,51 @@
 """`qvm pull` and `run` against a release server that breaks in every way; the cache after it."""
 
 import contextlib
-import fcntl
 import hashlib
-import http.client
-import http.server
 import json
 import os
-import pty
 import random
 import re
 import resource
-import select
 import shlex
 import shutil
 import signal
 import socket
-import ssl
-import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
 import urllib.parse
 
 import pytest
-from conftest import FREEBSD, fill, free_port
-from hypothesis import configuration, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
+from support import (
+  DEAD,
+  FREEBSD,
+  IMAGE,
+  PULL,
+  QEMU,
+  TOOLS,
+  check_failed,
+  fill,
+  finished,
+  free_port,
+  lines_until,
+  wait_for,
+)
+from support_network import certificate, changed_meanwhile, check_works, hangs, ranges
 
-import qvm as source
+import qvm as qvm_source
 
-# There is nothing that hypothesis need keep: it must not leave a folder in the project.
-configuration.set_hypothesis_home_dir("/dev/null/none")
-
-HOST = "macos" if sys.platform == "darwin" else "linux"
-IMAGE = FREEBSD + ".qcow2"
-QEMU = f"qemu-system-x86_64-{HOST}.tar"
-TOOLS = f"resources-{HOST}.tar"
 ALL = (IMAGE, QEMU, TOOLS)
-PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
 RUN = ("run", "--platform", "x86-64", "--rm", "freebsd", "15.1")
 LATEST = "freebsd-builder/releases/latest"
-DEAD = "http://127.0.0.1:9/nowhere"
 LAST = -1  # as the place of a cut: all but the last byte
 EITHER = "."  # works or fails with any clear error, but never with a wrong file
 
 
 # --- Helpers ---------------------------------------------------------------------------------
-
-
-def check_failed(result, pattern=EITHER):
-  """It failed as a user should see it: with the error in the last one or two lines."""
-  lines = result.stderr.splitlines()
-  assert (result.returncode, result.stdout) == (1, ""), result.stderr
-  assert lines and all(line.startswith("qvm: ") for line in lines), result.stderr
-  assert not re.search("Traceback|a bug in qvm|sig=|jwt=", result.stderr), result.stderr
-  assert re.search(pattern, "\n".join(lines[-2:])), result.stderr
-
-
-def check_works(qvm, result, image):
-  """It worked, and left just what it should."""
-  assert result.returncode == 0, result.stderr
-  assert "Traceback" not in result.stderr and "sig=" not in result.stderr
-  assert (qvm.cache / "base" / IMAGE).read_bytes() == image
-  assert os.listdir(str(qvm.cache / "downloads")) == []
-  assert not [path for path in qvm.files() if ".tmp" in path or ".part" in path]
 
 
 def check_outcome(qvm, result, image, expected):
@@ -79,56 +57,9 @@ def check_outcome(qvm, result, image, expected):
     assert not [path for path in qvm.files() if path.startswith(("base/", "instances/"))]
 
 
-def ranges(server, name=IMAGE):
-  """The Range headers of the requests for the asset, None where there was none."""
-  return [each.headers.get("range") for each in server.requests(name, "cdn")]
-
-
-def wait_for(condition):
-  """Wait for something that nothing but its files tell of."""
-  until = time.monotonic() + 30
-  while not condition():
-    assert time.monotonic() < until
-    time.sleep(0.01)
-
-
-def finished(process, before=""):
-  """The result of a started process; before is what has been read of its stderr."""
-  output, errors = process.communicate(timeout=60)
-  return subprocess.CompletedProcess(process.args, process.returncode, output, before + errors)
-
-
-def hangs(process, *faults):
-  """Wait until the process hangs in each of the faults."""
-  until = time.monotonic() + 30
-  for fault in faults:
-    while not fault.reached.wait(0.05):
-      assert process.poll() is None, process.stderr.read()
-      if time.monotonic() > until:
-        process.kill()
-        raise AssertionError("it does not get there")
-
-
 def altered(content):
   """Another image of the same length, with a sound header."""
   return content[:512] + content[:511:-1]
-
-
-def lines_until(stream, text):
-  """Read lines up to one that contains the text."""
-  lines = []
-  for line in stream:
-    lines.append(line)
-    if text in line:
-      return lines
-  raise AssertionError(f"no {text} in {lines}")
-
-
-@pytest.fixture
-def warm(full):
-  """qvm with QEMU and qemu-img in its cache, but no image."""
-  shutil.rmtree(str(full.cache / "base"))
-  return full
 
 
 @pytest.fixture(scope="module")
@@ -293,24 +224,24 @@ sys.exit(code)
 """
 
 
-def test_streamed_to_disk(warm, server, image, tmp_path):
+def test_streamed_to_disk(no_image, server, image, tmp_path):
   size = 300_000_000
   (tmp_path / "big").write_bytes(image)
   os.truncate(str(tmp_path / "big"), size)
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, tmp_path / "big")
   server.fault(IMAGE, cut=200_000_000)
   result = subprocess.run(
-    [sys.executable, "-c", MEASURE, *warm.command(*PULL)],
-    env=warm.env,
+    [sys.executable, "-c", MEASURE, *no_image.command(*PULL)],
+    env=no_image.env,
     stdout=subprocess.PIPE,
     timeout=60,
   )
   assert result.returncode == 0
   peak = int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
   assert peak < 100_000_000
-  base = warm.cache / "base" / IMAGE
+  base = no_image.cache / "base" / IMAGE
   assert base.stat().st_size == size
-  record = json.loads((warm.cache / "base" / f"{FREEBSD}.json").read_text())
+  record = json.loads((no_image.cache / "base" / f"{FREEBSD}.json").read_text())
   digest = hashlib.sha256()
   with (tmp_path / "big").open("rb") as file:
     for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -394,16 +325,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("faults, expected", FAULTS.values(), ids=list(FAULTS))
-def test_fault(warm, server, image, faults, expected):
+def test_fault(no_image, server, image, faults, expected):
   for fault in faults:
     places = {key: len(image) - 1 for key in ("cut", "stall") if fault.get(key) == LAST}
     server.fault(IMAGE, **{**fault, **places})
   stalls = any("stall" in fault for fault in faults)
-  result = warm(*RUN, env={"QVM_TIMEOUT": "0.5"} if stalls else {})
-  check_outcome(warm, result, image, expected)
+  result = no_image(*RUN, env={"QVM_TIMEOUT": "0.5"} if stalls else {})
+  check_outcome(no_image, result, image, expected)
   if result.returncode:
     server.clear_faults()
-    check_works(warm, warm(*PULL), image)
+    check_works(no_image, no_image(*PULL), image)
 
 
 ASSET = (IMAGE, "cdn")
@@ -417,10 +348,10 @@ FOREVER += [(ASSET, {"cut": "connect", "reset": True})]
 
 
 @pytest.mark.parametrize("place, fault", FOREVER, ids=str)
-def test_five_attempts(warm, server, image, place, fault):
+def test_five_attempts(no_image, server, image, place, fault):
   server.fault(place[0], origin=place[1], times=None, **fault)
-  result = warm(*PULL, env={"QVM_TIMEOUT": "0.2"} if "stall" in fault else {})
-  check_outcome(warm, result, image, r"http://(127\.0\.0\.1|localhost):.*\(5 attempts\)\n")
+  result = no_image(*PULL, env={"QVM_TIMEOUT": "0.2"} if "stall" in fault else {})
+  check_outcome(no_image, result, image, r"http://(127\.0\.0\.1|localhost):.*\(5 attempts\)\n")
   assert server.wait_idle()
   assert len(server.requests(*place)) == 5
   assert result.stderr.count("trying again in") == 4
@@ -436,28 +367,30 @@ def test_five_attempts(warm, server, image, place, fault):
     (451, 1, f"download/v0.16.0/{IMAGE}"),
   ],
 )
-def test_no_second_attempt(warm, server, image, status, times, match):
+def test_no_second_attempt(no_image, server, image, status, times, match):
   server.fault(match, origin="github", times=None, status=status)
-  result = warm(*PULL)
-  check_outcome(warm, result, image, match)
+  result = no_image(*PULL)
+  check_outcome(no_image, result, image, match)
   assert server.wait_idle()
   assert len(server.requests(match, "github")) == 1
   assert "trying again" not in result.stderr
 
 
-def test_an_image_that_the_release_has_not(warm, server):
-  result = warm("run", "--platform", "x86-64", "freebsd", "9.9")
+def test_an_image_that_the_release_has_not(no_image, server):
+  result = no_image("run", "--platform", "x86-64", "freebsd", "9.9")
   check_failed(result, "there is no FreeBSD 9.9 for x86-64\n.*15.1, 15.0, 14.4")
   assert len(server.requests("9.9", "github")) == 2, "the qcow2 and the bundle, each once"
   assert "trying again" not in result.stderr
-  assert warm.files() == [path for path in warm.files() if path.startswith(("bin/", "qemu/"))]
+  assert no_image.files() == [
+    path for path in no_image.files() if path.startswith(("bin/", "qemu/"))
+  ]
 
 
-def test_each_attempt_gets_a_new_signed_address(warm, server, image):
+def test_each_attempt_gets_a_new_signed_address(no_image, server, image):
   server.signed_uses = 1
   for place in (1000, 2000, 0):
     server.fault(IMAGE, cut=place)
-  check_works(warm, warm(*PULL), image)
+  check_works(no_image, no_image(*PULL), image)
   assert ranges(server) == [None, "bytes=1000-", "bytes=3000-", "bytes=3000-"]
   assert len({each.query for each in server.requests(IMAGE, "cdn")}) == 4
 
@@ -498,11 +431,11 @@ def pauses(waits, headway=0):
     done[0] += headway
     if not left:
       return True
-    raise source.Transient("broken", left.pop(0))
+    raise qvm_source.Transient("broken", left.pop(0))
 
-  net = source.Net("http://x", "", "", 1.0, 1.0, source.ATTEMPTS, clock)
-  with contextlib.suppress(source.QvmError):
-    assert source.with_retries(net, "http://x/y", attempt, lambda: done[0])
+  net = qvm_source.Net("http://x", "", "", 1.0, 1.0, qvm_source.ATTEMPTS, clock)
+  with contextlib.suppress(qvm_source.QvmError):
+    assert qvm_source.with_retries(net, "http://x/y", attempt, lambda: done[0])
   return clock.pauses
 
 
@@ -520,7 +453,7 @@ def test_pauses_are_as_long_as_the_server_says():
 
 
 def test_headway_gives_new_attempts():
-  assert len(pauses([None] * 30, headway=source.PROGRESS_BYTES)) == 30
+  assert len(pauses([None] * 30, headway=qvm_source.PROGRESS_BYTES)) == 30
   assert len(pauses([None] * 30, headway=100)) == 4
 
 
@@ -544,27 +477,27 @@ def test_headway_gives_new_attempts():
   ],
 )
 def test_retry_after(text, seconds):
-  assert source.retry_after(text) == seconds
+  assert qvm_source.retry_after(text) == seconds
 
 
 @given(st.text(st.characters(max_codepoint=255)))
 @settings(deadline=None, database=None)
 def test_any_retry_after(text):
-  assert source.retry_after(text) is None or 0 <= source.retry_after(text) <= 60
+  assert qvm_source.retry_after(text) is None or 0 <= qvm_source.retry_after(text) <= 60
 
 
-def test_retry_after_is_obeyed(warm, server, image):
+def test_retry_after_is_obeyed(no_image, server, image):
   for status in (429, 503):
     server.fault(IMAGE, status=status, headers={"Retry-After": "0"})
     server.fault(LATEST, origin="github", status=status, headers={"Retry-After": "0"})
-  result = warm(*PULL, env={"QVM_RETRY_DELAY": "3600"})  # which would outlast this test
-  check_works(warm, result, image)
+  result = no_image(*PULL, env={"QVM_RETRY_DELAY": "3600"})  # which would outlast this test
+  check_works(no_image, result, image)
   assert result.stderr.count("trying again in 0.0 s") == 4
 
 
-def test_retry_after_is_at_most_a_minute(warm, server):
+def test_retry_after_is_at_most_a_minute(no_image, server):
   server.fault(IMAGE, status=503, headers={"Retry-After": "86400"})
-  process = warm.start(*PULL)
+  process = no_image.start(*PULL)
   lines = lines_until(process.stderr, "trying again")
   process.terminate()
   assert process.wait(30) == 128 + signal.SIGTERM
@@ -589,46 +522,35 @@ def test_resume_within_a_run(qvm, server, image):
   assert record["sha256"] == hashlib.sha256(image).hexdigest()
 
 
-def test_what_came_before_a_stall_is_kept(warm, server, image):
+def test_what_came_before_a_stall_is_kept(no_image, server, image):
   server.fault(IMAGE, stall=100_000)
   server.fault(IMAGE, status=503)
-  check_works(warm, warm(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
+  check_works(no_image, no_image(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
   first, second, third = sorted(ranges(server), key=bool)  # a stalled one is noted when it ends
   assert first is None and second and second == third
 
 
-def test_a_bad_line_gets_there_step_by_step(warm, server, image):
+def test_a_bad_line_gets_there_step_by_step(no_image, server, image):
   server.fault(IMAGE, times=None, cut=30_000)
-  results = [warm(*PULL) for _ in range(3)]
+  results = [no_image(*PULL) for _ in range(3)]
   assert [result.returncode for result in results] == [1, 1, 0]
   check_failed(results[0], r"connection ended after 150 kB of 328 kB \(5 attempts\)")
-  check_works(warm, results[2], image)
+  check_works(no_image, results[2], image)
   assert ranges(server)[1:] == [f"bytes={30_000 * number}-" for number in range(1, 11)]
 
 
-def test_headway_makes_more_than_five_attempts(warm, server, big):
+def test_headway_makes_more_than_five_attempts(no_image, server, big):
   large = big * 5
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, large)
   server.fault(IMAGE, times=9, cut=1_200_000)
-  check_works(warm, warm(*PULL), large)
+  check_works(no_image, no_image(*PULL), large)
   assert len(ranges(server)) == 10
 
 
-def changed_meanwhile(qvm, server, other, place):
-  """Pull an image that becomes another one when the connection ends at some place in it."""
-  go = threading.Event()
-  fault = server.fault(IMAGE, pause=go, pause_at=place, cut=place)
-  process = qvm.start(*PULL)
-  hangs(process, fault)
-  server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
-  go.set()
-  return finished(process)
-
-
-def test_changed_between_two_attempts(warm, server, image):
+def test_changed_between_two_attempts(no_image, server, image):
   other = altered(image)
-  result = changed_meanwhile(warm, server, other, 1000)
-  check_works(warm, result, other)
+  result = changed_meanwhile(no_image, server, other, 1000)
+  check_works(no_image, result, other)
   assert ranges(server)[:2] == [None, "bytes=1000-"]
   assert f"{IMAGE} has changed" in result.stderr
 
@@ -642,16 +564,16 @@ CARELESS = {
 
 
 @pytest.mark.parametrize("more", CARELESS.values(), ids=list(CARELESS))
-def test_changed_and_if_range_ignored(warm, server, image, more):
+def test_changed_and_if_range_ignored(no_image, server, image, more):
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, altered(image))
   go = threading.Event()
   fault = server.fault(IMAGE, pause=go, pause_at=1000, cut=1000)
   server.fault(IMAGE, ignore_if_range=True, **more)
-  process = warm.start(*PULL)
+  process = no_image.start(*PULL)
   hangs(process, fault)
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, image)
   go.set()
-  check_works(warm, finished(process), image)
+  check_works(no_image, finished(process), image)
 
 
 def broken_off(qvm, server, number):
@@ -676,33 +598,33 @@ def broken_off(qvm, server, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_resume_in_the_next_run(warm, big_server, big, number):
-  kept = broken_off(warm, big_server, number)
+def test_resume_in_the_next_run(no_image, big_server, big, number):
+  kept = broken_off(no_image, big_server, number)
   assert 500_000 < kept <= 1_000_000
-  result = warm(*PULL)
-  check_works(warm, result, big)
-  assert not [path for path in warm.files() if path.startswith("instances/")]
+  result = no_image(*PULL)
+  check_works(no_image, result, big)
+  assert not [path for path in no_image.files() if path.startswith("instances/")]
   assert ranges(big_server) == [f"bytes={kept}-"]
   assert big_server.requests(IMAGE, "cdn")[0].sent == len(big) - kept
   assert re.search(rf"downloading {IMAGE} \(going on at [0-9.]+ [kM]B of 3\.1 MB\)", result.stderr)
-  record = json.loads((warm.cache / "base" / f"{FREEBSD}.json").read_text())
+  record = json.loads((no_image.cache / "base" / f"{FREEBSD}.json").read_text())
   assert record["sha256"] == hashlib.sha256(big).hexdigest()
 
 
-def test_no_resume_of_another_object(warm, big_server, big):
-  kept = broken_off(warm, big_server, signal.SIGKILL)
+def test_no_resume_of_another_object(no_image, big_server, big):
+  kept = broken_off(no_image, big_server, signal.SIGKILL)
   other = altered(big)
   big_server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
-  result = warm(*PULL)
-  check_works(warm, result, other)
+  result = no_image(*PULL)
+  check_works(no_image, result, other)
   assert ranges(big_server) == [f"bytes={kept}-"]
   assert "has changed" in result.stderr
 
 
-def test_no_resume_of_another_release(warm, big_server, big, image):
-  broken_off(warm, big_server, signal.SIGKILL)
+def test_no_resume_of_another_release(no_image, big_server, big, image):
+  broken_off(no_image, big_server, signal.SIGKILL)
   big_server.add_release("freebsd-builder", "v0.17.0", {IMAGE: image})
-  check_works(warm, warm(*PULL), image)
+  check_works(no_image, no_image(*PULL), image)
   assert ranges(big_server) == [None]
 
 
@@ -722,23 +644,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("content, how", DAMAGE.values(), ids=list(DAMAGE))
-def test_damaged_note(warm, big_server, big, content, how):
-  broken_off(warm, big_server, signal.SIGKILL)
-  note = warm.cache / "downloads" / f"{IMAGE}.json"
+def test_damaged_note(no_image, big_server, big, content, how):
+  broken_off(no_image, big_server, signal.SIGKILL)
+  note = no_image.cache / "downloads" / f"{IMAGE}.json"
   if how:
     content = json.dumps({**json.loads(note.read_text()), **json.loads(content)}).encode()
   note.write_bytes(content)
-  check_works(warm, warm(*PULL), big)
+  check_works(no_image, no_image(*PULL), big)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1_000_000, LAST, 3 << 20, (3 << 20) + 1, 9 << 20])
-def test_part_of_any_length(warm, big_server, big, size):
-  broken_off(warm, big_server, signal.SIGKILL)
+def test_part_of_any_length(no_image, big_server, big, size):
+  broken_off(no_image, big_server, signal.SIGKILL)
   size = len(big) - 1 if size == LAST else size
-  part = warm.cache / "downloads" / f"{IMAGE}.part"
+  part = no_image.cache / "downloads" / f"{IMAGE}.part"
   part.write_bytes((big + big + big)[:size])
-  result = warm(*PULL)
-  check_works(warm, result, big)
+  result = no_image(*PULL)
+  check_works(no_image, result, big)
   if size == len(big):
     assert big_server.requests(IMAGE) == []
   else:
@@ -746,13 +668,15 @@ def test_part_of_any_length(warm, big_server, big, size):
   assert result.stderr.count(f"downloaded {IMAGE}") == 1
 
 
-def test_disk_full(warm, server, image):
+def test_disk_full(no_image, server, image):
   limit = len(image) // 2
-  result = warm(*PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+  result = no_image(
+    *PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+  )
   check_failed(result, f"{IMAGE}.*too large")
-  assert not (warm.cache / "base" / IMAGE).exists()
+  assert not (no_image.cache / "base" / IMAGE).exists()
   server.clear_log()
-  check_works(warm, warm(*PULL), image)
+  check_works(no_image, no_image(*PULL), image)
   assert ranges(server) == [f"bytes={limit}-"]
 
 
@@ -796,60 +720,60 @@ REDIRECTS = {
 
 
 @pytest.mark.parametrize("location, status, expected", REDIRECTS.values(), ids=list(REDIRECTS))
-def test_redirect_of_latest(warm, server, image, location, status, expected):
+def test_redirect_of_latest(no_image, server, image, location, status, expected):
   server.add_release("renamed", "v0.16.0", {})
   location = location.format(server.url)
   server.fault(LATEST, origin="github", times=None, status=status, redirect=location)
-  result = warm(*PULL)
-  check_outcome(warm, result, image, expected)
+  result = no_image(*PULL)
+  check_outcome(no_image, result, image, expected)
   assert server.paths("/releases/tag/") == []  # read, not followed
 
 
-def test_redirects_in_a_circle(warm, server, image):
+def test_redirects_in_a_circle(no_image, server, image):
   addresses = [f"{server.url}/circle{number}" for number in (1, 2, 3)]
   server.fault(LATEST, origin="github", times=None, redirect=addresses[0])
   for number, address in enumerate(addresses):
     fault = {"origin": "github", "times": None, "redirect": addresses[number - 2]}
     server.fault(address.rpartition("/")[2], **fault)
-  check_outcome(warm, warm(*PULL), image, "loop")
+  check_outcome(no_image, no_image(*PULL), image, "loop")
   assert server.started < 40
 
 
-def test_the_asset_is_in_a_redirect_loop(warm, server, image):
+def test_the_asset_is_in_a_redirect_loop(no_image, server, image):
   address = f"/freebsd-builder/releases/download/v0.16.0/{IMAGE}"
   server.fault(address, origin="github", times=None, redirect=server.url + address)
-  check_outcome(warm, warm(*PULL), image, "loop")
+  check_outcome(no_image, no_image(*PULL), image, "loop")
 
 
 @pytest.mark.parametrize("tag", ["v1", "1.0", "v0.16.0-rc1+5", "2026_08_13", "v" * 100])
-def test_tags_of_many_kinds(warm, server, image, tag):
+def test_tags_of_many_kinds(no_image, server, image, tag):
   server.add_release("freebsd-builder", tag, {IMAGE: image}, published="2026-12-01T00:00:00Z")
-  check_works(warm, warm(*PULL), image)
-  assert json.loads((warm.cache / "base" / f"{FREEBSD}.json").read_text())["release"] == tag
+  check_works(no_image, no_image(*PULL), image)
+  assert json.loads((no_image.cache / "base" / f"{FREEBSD}.json").read_text())["release"] == tag
 
 
-def test_prereleases_and_drafts_are_skipped(warm, server, image):
+def test_prereleases_and_drafts_are_skipped(no_image, server, image):
   for tag, kind in (("v9-rc", {"prerelease": True}), ("v9", {"draft": True})):
     date = "2026-12-01T00:00:00Z"
     server.add_release("freebsd-builder", tag, {IMAGE: b"x"}, published=date, **kind)
-  check_works(warm, warm(*PULL), image)
+  check_works(no_image, no_image(*PULL), image)
 
 
 @pytest.mark.parametrize("way", ["page", "redirect"])
-def test_a_login_page_everywhere(warm, server, way):
+def test_a_login_page_everywhere(no_image, server, way):
   """The page of a captive portal answers everything: this is no matter of releases."""
   if way == "redirect":
     server.fault("/login", origin=None, times=None, html=True)
     server.fault("", origin=None, times=None, redirect=server.github_url + "/login?back=x")
   server.fault("", origin=None, times=None, html=True)
-  result = warm(*PULL)
+  result = no_image(*PULL)
   check_failed(result, "HTML page")
-  assert not [path for path in warm.files() if path.startswith(("base/", "downloads/"))]
+  assert not [path for path in no_image.files() if path.startswith(("base/", "downloads/"))]
 
 
-def test_html_is_refused_at_its_first_bytes(warm, server, image):
+def test_html_is_refused_at_its_first_bytes(no_image, server, image):
   server.fault(IMAGE, body=b"\n<!DOCTYPE html>" + bytes(60_000_000))
-  check_outcome(warm, warm(*PULL), image, f"{IMAGE} is an HTML page")
+  check_outcome(no_image, no_image(*PULL), image, f"{IMAGE} is an HTML page")
   assert server.wait_idle()
   assert server.requests(IMAGE, "cdn")[0].sent < 30_000_000
 
@@ -866,66 +790,56 @@ def test_html_instead_of_a_file(full, server, image, name):
 # --- https -----------------------------------------------------------------------------------
 
 
-def certificate(folder, names):
-  """A server's side of TLS with a certificate of its own making, and the file to trust it by."""
-  key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
-  command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
-  more = ["-keyout", key, "-out", cert, "-subj", "/CN=localhost"]
-  more += ["-addext", f"subjectAltName={names}"]
-  subprocess.run([*command.split(), *more], check=True, stderr=subprocess.DEVNULL)
-  tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-  tls.load_cert_chain(cert, key)
-  return tls, cert
-
-
 @pytest.fixture(scope="module")
 def trust(tmp_path_factory):
   return certificate(tmp_path_factory.mktemp("tls"), "DNS:localhost,IP:127.0.0.1")
 
 
 @pytest.fixture
-def secure(warm, trust, image, tools_tar):
-  """A release server with https; warm asks it and trusts it."""
+def secure(no_image, trust, image, tools_tar):
+  """A release server with https; no_image asks it and trusts it."""
   with ReleaseServer(trust[0]) as server:
     fill(server, image, tools_tar)
-    warm.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
-    warm.env.update(SSL_CERT_FILE=trust[1])
+    no_image.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
+    no_image.env.update(SSL_CERT_FILE=trust[1])
     yield server
 
 
-def test_https(warm, secure, image):
+def test_https(no_image, secure, image):
   secure.fault(IMAGE, cut=100_000)
   secure.fault(IMAGE, cut="connect", reset=True)
-  check_works(warm, warm(*PULL), image)
+  check_works(no_image, no_image(*PULL), image)
   assert ranges(secure)[-1] == "bytes=100000-"
 
 
-def test_stall_with_https(warm, secure, image):
+def test_stall_with_https(no_image, secure, image):
   secure.fault(IMAGE, stall=100_000)
-  check_works(warm, warm(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
+  check_works(no_image, no_image(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "/nonexistent", ""])
-def test_unknown_authority(warm, secure, image, path):
-  result = warm(*PULL, env={"SSL_CERT_FILE": path})
-  check_outcome(warm, result, image, f"{LATEST}.*certificate(?s:.*)SSL_CERT_FILE")
+def test_unknown_authority(no_image, secure, image, path):
+  result = no_image(*PULL, env={"SSL_CERT_FILE": path})
+  check_outcome(no_image, result, image, f"{LATEST}.*certificate(?s:.*)SSL_CERT_FILE")
   assert "trying again" not in result.stderr
   assert secure.log == []
 
 
-def test_certificate_of_another_host(warm, tmp_path, image):
+def test_certificate_of_another_host(no_image, tmp_path, image):
   tls, cert = certificate(tmp_path, "DNS:example.org")
   with ReleaseServer(tls) as server:
     env = {"QVM_RELEASES_URL": server.url, "SSL_CERT_FILE": cert}
-    result = warm(*PULL, env=env)
-  check_outcome(warm, result, image, "127.0.0.1.*certificate")
+    result = no_image(*PULL, env=env)
+  check_outcome(no_image, result, image, "127.0.0.1.*certificate")
   assert "trying again" not in result.stderr
 
 
-def test_http_behind_https(warm, server, image):
+def test_http_behind_https(no_image, server, image):
   """A server that does not speak TLS: an error that names the address."""
   url = server.url.replace("http:", "https:")
-  check_outcome(warm, warm(*PULL, env={"QVM_RELEASES_URL": url}), image, f"{LATEST}.*5 attempts")
+  check_outcome(
+    no_image, no_image(*PULL, env={"QVM_RELEASES_URL": url}), image, f"{LATEST}.*5 attempts"
+  )
 
 
 @pytest.mark.parametrize(
@@ -937,93 +851,32 @@ def test_http_behind_https(warm, server, image):
   ],
   ids=["latest", "tag", "asset"],
 )
-def test_never_from_https_to_http(warm, secure, server, image, match, target):
+def test_never_from_https_to_http(no_image, secure, server, image, match, target):
   secure.fault(match, origin="github", times=None, redirect=server.url + target)
-  result = warm(*PULL)
-  check_outcome(warm, result, image, f"https://.*{match}.*http:")
+  result = no_image(*PULL)
+  check_outcome(no_image, result, image, f"https://.*{match}.*http:")
   assert server.started == 0
   assert "trying again" not in result.stderr
 
 
-def test_from_http_to_https(warm, secure, server, image):
+def test_from_http_to_https(no_image, secure, server, image):
   path = f"/freebsd-builder/releases/download/v0.16.0/{IMAGE}"
   server.fault(path, origin="github", redirect=secure.url + path)
-  check_works(warm, warm(*PULL, env={"QVM_RELEASES_URL": server.url}), image)
+  check_works(no_image, no_image(*PULL, env={"QVM_RELEASES_URL": server.url}), image)
   assert server.requests(IMAGE, "cdn") == []
 
 
 # --- Proxies ---------------------------------------------------------------------------------
 
 
-class ProxyHandler(http.server.BaseHTTPRequestHandler):
-  """Hands requests on, and writes them down with the credentials that come along."""
-
-  def log_message(self, format, *args):
-    pass
-
-  def do_GET(self):
-    self.server.seen.append((self.path, self.headers.get("Proxy-Authorization")))
-    if self.server.status:
-      return self.send_error(self.server.status)
-    parts = urllib.parse.urlsplit(self.path)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=10)
-    headers = {k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")}
-    connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    self.send_response_only(answer.status, answer.reason)
-    for name, value in answer.getheaders():
-      self.send_header(name, value)
-    self.end_headers()
-    self.wfile.write(body)
-
-  def do_CONNECT(self):
-    self.server.seen.append((self.path, self.headers.get("Proxy-Authorization")))
-    if self.server.status:
-      return self.send_error(self.server.status)
-    host, port = self.path.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as far:
-      self.send_response_only(200)
-      self.end_headers()
-      other = {self.connection: far, far: self.connection}
-      while True:
-        for end in select.select(list(other), [], [])[0]:
-          data = end.recv(1 << 16)
-          if not data:
-            return
-          other[end].sendall(data)
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-  daemon_threads = True
-
-  def __init__(self):
-    super().__init__(("127.0.0.1", 0), ProxyHandler)
-    self.seen, self.status, self.port = [], 0, self.server_address[1]
-
-  def handle_error(self, request, client_address):
-    pass
-
-
-@pytest.fixture
-def proxy():
-  with Proxy() as server:
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-
-
 LOGIN = "Basic dXNlcjpzM2NyZXQ="  # user:s3cret
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
-def test_dead_proxy(warm, server, image, name):
+def test_dead_proxy(no_image, server, image, name):
   port = free_port()
-  result = warm(*PULL, env={name: f"http://127.0.0.1:{port}"})
-  check_outcome(warm, result, image, rf"(?is){LATEST}.*proxy.*127\.0\.0\.1:{port}.*{name}")
+  result = no_image(*PULL, env={name: f"http://127.0.0.1:{port}"})
+  check_outcome(no_image, result, image, rf"(?is){LATEST}.*proxy.*127\.0\.0\.1:{port}.*{name}")
   assert server.started == 0
 
 
@@ -1047,64 +900,64 @@ CREDENTIALS = [
 
 
 @pytest.mark.parametrize("start", CREDENTIALS)
-def test_credentials_of_a_dead_proxy_are_never_printed(warm, secure, server, start):
+def test_credentials_of_a_dead_proxy_are_never_printed(no_image, secure, server, start):
   port = free_port()
   both = (("http", server.url), ("https", secure.url))
   for scheme, url in both if start in CREDENTIALS[:3] else both[:1]:
     env = {"QVM_RELEASES_URL": url, f"{scheme}_proxy": f"{start}@127.0.0.1:{port}"}
-    result = warm(*PULL, env=env)
+    result = no_image(*PULL, env=env)
     check_failed(result, "(?is)proxy")
     assert "s3c" not in result.stderr
   assert server.started == secure.started == 0
 
 
-def test_credentials_in_the_address_are_never_printed(warm, server):
+def test_credentials_in_the_address_are_never_printed(no_image, server):
   for url in (server.url, "http://127.0.0.1/nowhere"):
     url = url.replace("//", "//user:s3cret@")
-    result = warm(*PULL, env={"QVM_RELEASES_URL": url})
+    result = no_image(*PULL, env={"QVM_RELEASES_URL": url})
     assert result.returncode in (0, 1, 2) and "a bug in qvm" not in result.stderr
     assert "s3cret" not in result.stderr
-    texts = [path.read_text() for path in warm.cache.rglob("*.json")]
+    texts = [path.read_text() for path in no_image.cache.rglob("*.json")]
     assert not [text for text in texts if "s3cret" in text]
 
 
-def test_working_proxy(warm, server, proxy, image):
+def test_working_proxy(no_image, server, proxy, image):
   server.fault(IMAGE, cut=1000)
-  result = warm(*PULL, env={"http_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}"})
-  check_works(warm, result, image)
+  result = no_image(*PULL, env={"http_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}"})
+  check_works(no_image, result, image)
   assert "s3cret" not in result.stderr
   assert len(proxy.seen) == server.started and len(for_files(server)) == 5
   assert {login for _, login in proxy.seen} == {LOGIN}
   assert not [each for each in server.log if "proxy-authorization" in each.headers]
 
 
-def test_working_proxy_for_https(warm, secure, proxy, image):
-  result = warm(*PULL, env={"https_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}"})
-  check_works(warm, result, image)
+def test_working_proxy_for_https(no_image, secure, proxy, image):
+  result = no_image(*PULL, env={"https_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}"})
+  check_works(no_image, result, image)
   assert len(proxy.seen) == secure.started and len(for_files(secure)) == 3
   assert {login for _, login in proxy.seen} == {LOGIN}
   assert not [each for each in secure.log if "proxy-authorization" in each.headers]
 
 
-def test_no_proxy(warm, server, image):
+def test_no_proxy(no_image, server, image):
   env = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": "127.0.0.1,localhost"}
-  check_works(warm, warm(*PULL, env=env), image)
+  check_works(no_image, no_image(*PULL, env=env), image)
 
 
-def test_credentials_of_a_proxy_stay_with_it(warm, server, proxy, image):
+def test_credentials_of_a_proxy_stay_with_it(no_image, server, proxy, image):
   """The host of the assets is asked directly: it gets no password of the proxy."""
   env = {"http_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}", "no_proxy": "localhost"}
-  check_works(warm, warm(*PULL, env=env), image)
+  check_works(no_image, no_image(*PULL, env=env), image)
   assert len([url for url, _ in proxy.seen if "/releases/tags/" not in url]) == 2
   assert not [each for each in server.log if "proxy-authorization" in each.headers]
 
 
 @pytest.mark.parametrize("status", [403, 407, 502])
-def test_proxy_that_refuses(warm, secure, server, proxy, status):
+def test_proxy_that_refuses(no_image, secure, server, proxy, status):
   proxy.status = status
   for scheme, url in (("http", server.url), ("https", secure.url)):
     address = f"http://user:s3cret@127.0.0.1:{proxy.port}"
-    result = warm(*PULL, env={"QVM_RELEASES_URL": url, f"{scheme}_proxy": address})
+    result = no_image(*PULL, env={"QVM_RELEASES_URL": url, f"{scheme}_proxy": address})
     check_failed(result, rf"127\.0\.0\.1:{proxy.port}")
     assert str(status) in result.stderr and "s3cret" not in result.stderr
 
@@ -1112,7 +965,7 @@ def test_proxy_that_refuses(warm, secure, server, proxy, status):
 # --- No server at all ------------------------------------------------------------------------
 
 
-def test_host_that_does_not_answer(warm):
+def test_host_that_does_not_answer(no_image):
   """Its queue of connections is full, so that a new one is neither taken nor refused."""
   with contextlib.ExitStack() as stack:
     full = stack.enter_context(socket.socket())
@@ -1123,12 +976,12 @@ def test_host_that_does_not_answer(warm):
       other.setblocking(False)
       other.connect_ex(full.getsockname())
     url = f"http://127.0.0.1:{full.getsockname()[1]}/x"
-    result = warm(*PULL, env={"QVM_RELEASES_URL": url, "QVM_TIMEOUT": "0.2"})
+    result = no_image(*PULL, env={"QVM_RELEASES_URL": url, "QVM_TIMEOUT": "0.2"})
   check_failed(result, f"{url}/{LATEST}.*in time.*5 attempts")
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no namespaces of mounts")
-def test_ipv6_that_hangs_where_ipv4_works(warm, server, image, tmp_path):
+def test_ipv6_that_hangs_where_ipv4_works(no_image, server, image, tmp_path):
   """A name with both addresses; connections to the first one are neither taken nor refused.
 
   No time-out has to pass before the other one gets its turn.
@@ -1149,10 +1002,10 @@ def test_ipv6_that_hangs_where_ipv4_works(warm, server, image, tmp_path):
       other.setblocking(False)
       other.connect_ex(full.getsockname())
     address = f"http://both.test:{url.port}"
-    env = {**warm.env, "QVM_RELEASES_URL": address + url.path, "QVM_TIMEOUT": "600"}
-    command = [*before, *warm.command(*PULL)]
+    env = {**no_image.env, "QVM_RELEASES_URL": address + url.path, "QVM_TIMEOUT": "600"}
+    command = [*before, *no_image.command(*PULL)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-  check_works(warm, result, image)
+  check_works(no_image, result, image)
   assert "trying again" not in result.stderr
 
 
@@ -1174,15 +1027,15 @@ def test_addresses_that_fail_at_once(monkeypatch, kinds, works):
     found = [(family, socket.SOCK_STREAM, 0, "", place) for family, place in places]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
     if works:
-      with source.connect(("name", 9), 600) as link:
+      with qvm_source.connect(("name", 9), 600) as link:
         assert link.getpeername() == listener.getsockname() and link.gettimeout() == 600
     else:
       with pytest.raises(OSError) as caught:
-        source.connect(("name", 9), 600)
+        qvm_source.connect(("name", 9), 600)
       assert caught.value.errno and not isinstance(caught.value, socket.timeout)
 
 
-def test_host_that_speaks_something_else(warm):
+def test_host_that_speaks_something_else(no_image):
   """Such as an ssh server: an error that names the address, and says what is wrong."""
   with socket.socket() as other:
     other.bind(("127.0.0.1", 0))
@@ -1197,22 +1050,22 @@ def test_host_that_speaks_something_else(warm):
 
     threading.Thread(target=serve, daemon=True).start()
     url = f"http://127.0.0.1:{other.getsockname()[1]}/x"
-    result = warm(*PULL, env={"QVM_RELEASES_URL": url})
+    result = no_image(*PULL, env={"QVM_RELEASES_URL": url})
     other.shutdown(socket.SHUT_RDWR)
   check_failed(result, f"{url}/{LATEST}.*5 attempts")
   assert "\033" not in result.stderr
 
 
-def test_address_with_a_slash_at_its_end(warm, server, image):
-  check_works(warm, warm(*PULL, env={"QVM_RELEASES_URL": server.url + "/"}), image)
+def test_address_with_a_slash_at_its_end(no_image, server, image):
+  check_works(no_image, no_image(*PULL, env={"QVM_RELEASES_URL": server.url + "/"}), image)
   assert not [path for path in server.paths() if "//" in path]
 
 
-def test_server_off(warm, server):
+def test_server_off(no_image, server):
   server.close()
-  result = warm(*PULL)
+  result = no_image(*PULL)
   check_failed(result, r"(?s)http://127\.0\.0\.1:[0-9]+/.*releases/latest.*5 attempts.*try again")
-  assert not [path for path in warm.files() if path.startswith(("base/", "downloads/"))]
+  assert not [path for path in no_image.files() if path.startswith(("base/", "downloads/"))]
 
 
 @pytest.mark.parametrize(
@@ -1262,41 +1115,15 @@ def test_a_file_where_a_folder_should_be(full, place):
 # --- Progress --------------------------------------------------------------------------------
 
 
-class Terminal:
-  """A terminal as stderr of a program; what it shows comes as text."""
-
-  def __init__(self, qvm, words, columns):
-    self.end, other = pty.openpty()
-    size = struct.pack("HHHH", 24, columns, 0, 0)
-    fcntl.ioctl(other, termios.TIOCSWINSZ, size)
-    self.process = qvm.start(*words, stderr=other)
-    os.close(other)
-    self.text = ""
-
-  def read(self, pattern=None):
-    """Read until the text matches, or to the end."""
-    while not (pattern and re.search(pattern, self.text)):
-      try:
-        data = os.read(self.end, 65536)
-      except OSError:  # Linux's way to say that the other side is closed
-        data = b""
-      if not data:
-        assert not pattern, self.text
-        os.close(self.end)
-        return self.process.wait(30)
-      self.text += data.decode().replace("\r\n", "\n")
-    return None
-
-
 @pytest.mark.parametrize("columns", [0, 30, 200])
-def test_progress_on_a_terminal(qvm, server, columns):
+def test_progress_on_a_terminal(qvm, server, errors_shown, columns):
   go = threading.Event()
   for name in ALL:
     server.fault(name, pause=go, pause_at=5000)
-  terminal = Terminal(qvm, (*PULL, "--progress"), columns)
-  terminal.read("[0-9]%.*\r.*[0-9]%" if columns != 30 else "\r.*\r")
+  terminal = errors_shown(qvm, *PULL, "--progress", columns=columns)
+  terminal.until_match("[0-9]%.*\r.*[0-9]%" if columns != 30 else "\r.*\r")
   go.set()
-  assert terminal.read() == 0
+  assert terminal.end() == 0
   # Each line that was drawn is cleared before the next one, and none is left at the end.
   drawn = [part for line in terminal.text.split("\n") for part in line.split("\r\033[K")]
   plain = [part for part in drawn if part.startswith("qvm: ")]
@@ -1307,18 +1134,18 @@ def test_progress_on_a_terminal(qvm, server, columns):
   assert terminal.text.endswith("is ready\n")
 
 
-def test_no_progress_on_a_terminal_unless_asked_for(qvm, server):
+def test_no_progress_on_a_terminal_unless_asked_for(qvm, server, errors_shown):
   server.latency = 0.3  # as long as it takes to draw a bar
-  terminal = Terminal(qvm, PULL, 80)
-  assert terminal.read() == 0
+  terminal = errors_shown(qvm, *PULL)
+  assert terminal.end() == 0
   assert "\r" not in terminal.text and "\033" not in terminal.text and "%" not in terminal.text
   assert len(terminal.text.splitlines()) == 7
 
 
-def test_progress_without_a_terminal(warm, server, image):
+def test_progress_without_a_terminal(no_image, server, image):
   go = threading.Event()
   server.fault(IMAGE, pause=go, pause_at=300_000)
-  process = warm.start(*PULL, "--progress")
+  process = no_image.start(*PULL, "--progress")
   lines = lines_until(process.stderr, "%")
   go.set()
   lines += list(process.stderr)
@@ -1329,7 +1156,7 @@ def test_progress_without_a_terminal(warm, server, image):
 
 
 @pytest.mark.parametrize("words", [PULL, (*PULL, "--progress")], ids=["plain", "progress"])
-def test_closed_stderr(warm, server, image, words):
-  result = warm(*words, preexec_fn=lambda: os.close(2))
+def test_closed_stderr(no_image, server, image, words):
+  result = no_image(*words, preexec_fn=lambda: os.close(2))
   assert result.returncode == 0
-  assert (warm.cache / "base" / IMAGE).read_bytes() == image
+  assert (no_image.cache / "base" / IMAGE).read_bytes() == image

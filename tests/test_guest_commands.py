@@ -5,87 +5,21 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import ssh_guest
-from conftest import ROOT, fails, free_port, works
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_console import Terminal, end_processes, processes_of
+from support import FREEBSD, ROOT, fails, free_port, lines, processes_of, works
+from support_machines import FREEBSD_GUEST, OPENBSD_GUEST
+from support_terminal import Terminal
 
-import qvm as source
+import qvm as qvm_source
 
-FREEBSD = ("freebsd", "15.1")
-OPENBSD = ("openbsd", "7.9")
-NAME = "freebsd-15.1-x86-64"
 AWKWARD = ["", "a b", "it's", '"q"', "$HOME", "`id`", "*", "new\nline\n", "\\0101 \\n", "!!", "%s",
            "é ü", "~", "-n", "#x", "a=b", ";&|<>()", "\t", "end\\", "\x01\x7f"]  # fmt: skip
-
-
-class Guests:
-  """qvm with a QEMU that boots an sshd."""
-
-  def __init__(self, qvm, folder):
-    self.qvm, self.folder = qvm, folder
-    self.play()
-
-  def play(self, **play):
-    """How the next guests behave; several at a time want folders of their own."""
-    self.qvm.env["SSH_GUEST"] = json.dumps({"folder": str(self.folder), **play})
-
-  def words(self, *words, guest=FREEBSD, command=(), rm=True):
-    port = ("--ssh-port", str(free_port())) if "--ssh-port" not in words else ()
-    return ["run", *(["--rm"] if rm else []), *port, *words, *guest, "--", *command]
-
-  def run(self, *command, options=(), guest=FREEBSD, rm=True, **more):
-    """Run a command in a guest of its own."""
-    return self.qvm(*self.words(*options, guest=guest, command=command, rm=rm), **more)
-
-  def start(self, *command, options=(), **more):
-    return self.qvm.start(*self.words(*options, command=command), **more)
-
-  def up(self, name="vm", *words, guest=FREEBSD):
-    """Start a guest in the background."""
-    port = str(free_port())
-    works(self.qvm("run", "-d", "--name", name, "--ssh-port", port, *words, *guest))
-
-  def machine(self):
-    """The process of the only QEMU."""
-    pids = processes_of(self.qvm.cache)
-    (pid,) = [p for p in pids if b"-nographic" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    return pid
-
-  def instances(self):
-    return [name for name in self.qvm.files() if name.startswith("instances/")]
-
-  def nothing_left(self):
-    """No process, no overlay, no lock, and nothing in the folder for temporary files."""
-    assert processes_of(self.qvm.cache) == []
-    assert self.instances() == []
-    assert os.listdir(self.qvm.env["TMPDIR"]) == []
-    return True
-
-
-@pytest.fixture
-def guests(full, tmp_path):
-  for suffix in (".qcow2", ".json"):
-    base = full.cache / "base"
-    shutil.copy(base / (NAME + suffix), base / ("openbsd-7.9-x86-64" + suffix))
-  program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-  program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
-  (tmp_path / "tmp").mkdir()
-  full.env["TMPDIR"] = str(tmp_path / "tmp")
-  yield Guests(full, tmp_path / "guest")
-  end_processes(full.cache)
-
-
-def lines(text):
-  return [line[len("qvm: ") :] for line in text.splitlines() if line.startswith("qvm: ")]
 
 
 # --- what gets through -----------------------------------------------------------------------
@@ -158,7 +92,7 @@ def test_any_arguments_pass_the_line(arguments):
   words = [os.fsdecode(argument) for argument in arguments]
   code = "import os, sys; sys.stdout.buffer.write(b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
   command = [sys.executable, "-S", "-E", "-c", code, *words]
-  line = source.shell_line(source.command_script(command, {}, "", ""))
+  line = qvm_source.shell_line(qvm_source.command_script(command, {}, "", ""))
   plain = r"[A-Za-z0-9 _./:=@+,\\-]"
   assert re.fullmatch(rf"""exec /bin/sh -c '[^'!\\]+' sh( '{plain}*')+""", line)
   out = subprocess.run(["/bin/sh", "-c", line], stdout=subprocess.PIPE, check=True).stdout
@@ -197,7 +131,7 @@ def test_awkward_paths(guests, tmp_path):
   guests.qvm.cache.rename(odd)
   guests.play(login="key")
   env = {"QVM_CACHE_DIR": str(odd), "TMPDIR": str(odd / "downloads")}
-  result = guests.run("echo", "in", guest=OPENBSD, env=env)
+  result = guests.run("echo", "in", guest=OPENBSD_GUEST, env=env)
   assert (result.returncode, result.stdout) == (0, "in\n"), result.stderr
   assert os.listdir(odd / "instances") == os.listdir(odd / "downloads") == []
 
@@ -390,12 +324,12 @@ def test_no_ssh_client(guests, tmp_path):
 
 
 def test_a_download_that_fails(offline):
-  fails(offline("run", "--rm", *FREEBSD, "--", "true"), "127.0.0.1:9", code=125)
+  fails(offline("run", "--rm", *FREEBSD_GUEST, "--", "true"), "127.0.0.1:9", code=125)
 
 
 def test_bad_input_is_2_all_the_same(offline):
-  assert offline("run", "--name", "/", *FREEBSD, "--", "true").returncode == 2
-  assert offline("run", *FREEBSD, "--bogus", "--", "true").returncode == 2
+  assert offline("run", "--name", "/", *FREEBSD_GUEST, "--", "true").returncode == 2
+  assert offline("run", *FREEBSD_GUEST, "--bogus", "--", "true").returncode == 2
 
 
 # --- the key disk ----------------------------------------------------------------------------
@@ -403,12 +337,12 @@ def test_bad_input_is_2_all_the_same(offline):
 
 def test_a_guest_that_wants_a_key(guests):
   guests.play(login="key")
-  assert guests.run("whoami", guest=OPENBSD).stdout == "runner\n"
+  assert guests.run("whoami", guest=OPENBSD_GUEST).stdout == "runner\n"
   key = guests.qvm.cache / "ssh" / "id_ed25519"
   first = key.read_bytes()
   assert key.stat().st_mode & 0o777 == 0o600
   key.chmod(0o644)  # as in a cache that was copied
-  assert guests.run("whoami", guest=OPENBSD).stdout == "runner\n"
+  assert guests.run("whoami", guest=OPENBSD_GUEST).stdout == "runner\n"
   assert (key.read_bytes(), key.stat().st_mode & 0o777) == (first, 0o600)
   assert guests.nothing_left()
 
@@ -417,7 +351,7 @@ def test_an_older_image_that_wants_a_key(guests):
   """FreeBSD's, before v0.14.0, in the first partition of an MBR; what is newer gets no key."""
   guests.play(login="key-mbr")
   assert "Permission denied" in guests.run("whoami").stderr
-  record = guests.qvm.cache / "base" / (NAME + ".json")
+  record = guests.qvm.cache / "base" / (FREEBSD + ".json")
   record.write_text(record.read_text().replace("v0.16.0", "v0.13.0"))
   assert guests.run("whoami").stdout == "runner\n"
 
@@ -459,8 +393,8 @@ def mtools(program, *words):
 @pytest.mark.parametrize("size", [1, 80, 4096])
 def test_the_key_disk_as_others_read_it(tmp_path, start, size):
   public, disk = (b"ssh-ed25519 AAAA qvm\n" * 300)[:size], tmp_path / "disk"
-  disk.write_bytes(source.key_disk(public, start))
-  os.truncate(disk, start + source.FAT_SECTORS * source.SECTOR)
+  disk.write_bytes(qvm_source.key_disk(public, start))
+  os.truncate(disk, start + qvm_source.FAT_SECTORS * qvm_source.SECTOR)
   image = f"{disk}@@{start}"
   assert mtools("mtype", "-i", image, "::KEYS") == public
   assert re.search(rf"KEYS +{size} 1980-01-01", mtools("mdir", "-i", image, "::").decode())
@@ -480,13 +414,13 @@ def test_a_persistent_instance_is_powered_off(guests):
   result = guests.run("echo", "in", rm=False)
   assert (result.returncode, result.stdout) == (0, "in\n")
   assert "is asked to power off" in result.stderr
-  assert processes_of(guests.qvm.cache) == []
-  log = guests.qvm.cache / "instances" / (NAME + ".console.log")
+  assert processes_of(guests.qvm.cache) == {}
+  log = guests.qvm.cache / "instances" / (FREEBSD + ".console.log")
   assert log.read_text() == "ssh guest boots\nguest powers off\n"
-  known = guests.qvm.cache / "instances" / (NAME + ".known_hosts")
+  known = guests.qvm.cache / "instances" / (FREEBSD + ".known_hosts")
   assert known.read_text().startswith("[127.0.0.1]:")
   assert guests.run("exit 4", rm=False).returncode == 4
-  works(guests.qvm("rm", NAME))
+  works(guests.qvm("rm", FREEBSD))
   assert guests.nothing_left()
 
 
@@ -498,7 +432,7 @@ def test_a_guest_that_does_not_power_off_is_ended(guests):
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
   assert result.returncode == 5
   assert "has not powered off in 0.3 s" in result.stderr
-  assert processes_of(guests.qvm.cache) == []
+  assert processes_of(guests.qvm.cache) == {}
 
 
 def test_a_console_log_of_ones_own(guests, tmp_path):
@@ -515,7 +449,7 @@ def test_killed_qvm_leaves_what_stop_ends(guests):
   assert json.loads(guests.qvm("list", "--json").stdout)[0]["state"] == "running"
   works(guests.qvm("stop", "vm"))
   process.communicate()
-  assert guests.instances() == [] and processes_of(guests.qvm.cache) == []
+  assert guests.instances() == [] and processes_of(guests.qvm.cache) == {}
 
 
 # --- ssh -------------------------------------------------------------------------------------
@@ -547,13 +481,13 @@ def test_an_interactive_shell(guests):
 def test_ssh_to_what_does_not_run(guests):
   fails(guests.qvm("ssh", "vm", "--", "ls"), "no instance vm", code=125)
   guests.run("true", rm=False)
-  fails(guests.qvm("ssh", NAME, "--", "ls"), "does not run", "run --detach", code=125)
+  fails(guests.qvm("ssh", FREEBSD, "--", "ls"), "does not run", "run --detach", code=125)
 
 
 def test_ssh_waits_for_a_machine_that_boots(guests, fifo):
   guests.play(delay=0.5)
   port = str(free_port())
-  words = ("run", "--name", "vm", "--ssh-port", port, "--console-log", str(fifo), *FREEBSD)
+  words = ("run", "--name", "vm", "--ssh-port", port, "--console-log", str(fifo), *FREEBSD_GUEST)
   process = guests.qvm.start(*words)
   with open(fifo) as console:
     assert console.readline() == "ssh guest boots\n"
@@ -565,7 +499,7 @@ def test_ssh_waits_for_a_machine_that_boots(guests, fifo):
 
 def test_stop_uses_the_key(guests):
   guests.play(login="key")
-  guests.up("vm", guest=OPENBSD)
+  guests.up("vm", guest=OPENBSD_GUEST)
   result = works(guests.qvm("stop", "vm"))
   assert "has powered off" in result.stderr and "SIGTERM" not in result.stderr
 
@@ -575,7 +509,7 @@ def test_several_at_once(guests, tmp_path):
   for n in range(4):
     guests.play()
     env = {"SSH_GUEST": json.dumps({"folder": str(tmp_path / f"guest{n}")})}
-    words = ["run", "--rm", *FREEBSD, "--", "sh", "-c", f"echo {n}; cat"]
+    words = ["run", "--rm", *FREEBSD_GUEST, "--", "sh", "-c", f"echo {n}; cat"]
     processes.append(guests.qvm.start(*words, env=env, stdin=subprocess.PIPE))
   assert [process.stdout.readline() for process in processes] == [f"{n}\n" for n in range(4)]
   for n, process in enumerate(processes):

@@ -3,22 +3,17 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 
 import pytest
-from conftest import FREEBSD
-from hypothesis import configuration, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import IMAGE
 
-import qvm as source
+import qvm as qvm_source
 
-# There is nothing that hypothesis need keep: it must not leave a folder in the project.
-configuration.set_hypothesis_home_dir("/dev/null/none")
-
-IMAGE = FREEBSD + ".qcow2"
 WORDS = ("--platform", "x86-64", "freebsd", "15.1")
 PULL, RUN, RUN_RM = ("pull", *WORDS), ("run", *WORDS), ("run", "--rm", *WORDS)
 a_few = settings(deadline=None, database=None, max_examples=100)
@@ -51,8 +46,8 @@ def refused(path, content=None):
     with open(str(path), "wb") as file:
       file.write(content)
   try:
-    source.check_image(str(path))
-  except source.QvmError as error:
+    qvm_source.check_image(str(path))
+  except qvm_source.QvmError as error:
     assert str(error).startswith(f"the image {path} is refused: ")
     return str(error).rpartition("refused: ")[2]
   return ""
@@ -257,13 +252,6 @@ def full(full):
   return full
 
 
-@pytest.fixture
-def warm(full):
-  """The same without the image."""
-  shutil.rmtree(str(full.cache / "base"))
-  return full
-
-
 def bad_images(image):
   """Contents of images that are refused, by the problem."""
   return {
@@ -300,15 +288,15 @@ def check_refused(qvm, result, *patterns):
   [(problem, PULL) for problem in PROBLEMS]
   + [(problem, words) for problem in PROBLEMS[:3] for words in (RUN, RUN_RM)],
 )
-def test_a_bad_release_is_refused(warm, server, image, problem, words):
-  before = warm.files()
+def test_a_bad_release_is_refused(no_image, server, image, problem, words):
+  before = no_image.files()
   bad = bad_images(image)[problem]
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, bad)
-  check_refused(warm, warm(*words), IMAGE, problem)
-  assert warm.files() == before
+  check_refused(no_image, no_image(*words), IMAGE, problem)
+  assert no_image.files() == before
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, image)
-  assert warm(*words).returncode == 0
-  assert (warm.cache / "base" / IMAGE).read_bytes() == image
+  assert no_image(*words).returncode == 0
+  assert (no_image.cache / "base" / IMAGE).read_bytes() == image
 
 
 @pytest.mark.parametrize("words", [PULL, RUN, RUN_RM], ids=["pull", "run", "run --rm"])

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -13,79 +12,33 @@ import time
 
 import guests
 import pytest
-from conftest import (
+from release_server import ReleaseServer
+from support import (
+  BASE,
   FREEBSD,
-  ROOT,
-  Qvm,
+  digest,
+  disk_of,
   ended,
+  fails,
   fill,
   free_port,
   heard,
+  instance_names,
   obey_modes,
+  rows,
   stand_in_tar,
+  state,
   tar_of,
 )
-from release_server import ReleaseServer
 
 RUN = ("run", "freebsd", "15.1")
-BASE = f"base/{FREEBSD}.qcow2"
+
 DISK = f"instances/{FREEBSD}.qcow2"
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, image, tools_tar):
-  """A home in which the instance has run once; not to be changed."""
-  home = tmp_path_factory.mktemp("prepared")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    assert Qvm(home, ROOT / "qvm.py", server)(*RUN).returncode == 0
-  return home
-
-
-@pytest.fixture
-def used(offline, prepared):
-  """qvm in a copy of that home, with no server to reach."""
-  shutil.copytree(prepared, offline.home, dirs_exist_ok=True, symlinks=True)
-  return offline
-
-
-def digest(path):
-  return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def state(folder):
-  """All files below the folder with what is in them."""
-  return {str(path): digest(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def image_info(disk):
   command = ["qemu-img", "info", "-U", "--output=json", str(disk)]
   return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-
-
-def disk_of(argv):
-  """The disk that a QEMU was started with."""
-  return re.search(r"if=none,file=(.*),id=drive0", " ".join(argv)).group(1)
-
-
-def fails(run, *fragments, code=1):
-  """An error in one or two clear lines that hold the fragments."""
-  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
-  assert re.fullmatch("(qvm: .+\n){1,2}", run.stderr), run.stderr
-  assert "bug" not in run.stderr, run.stderr
-  for fragment in fragments:
-    assert fragment in run.stderr, run.stderr
-
-
-def rows(qvm):
-  """The rows of `list --json` by name."""
-  run = qvm("list", "--json")
-  assert (run.returncode, run.stderr) == (0, "")
-  return {row["name"]: row for row in json.loads(run.stdout)}
-
-
-def instance_names(qvm):
-  return sorted(path.name for path in (qvm.cache / "instances").iterdir())
 
 
 def write_into(disk):

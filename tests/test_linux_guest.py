@@ -8,11 +8,9 @@ import time
 
 import linux_guest
 import pytest
-from conftest import ROOT, Qvm, free_port, works
 from release_server import ReleaseServer
-from test_console import Terminal, end_processes, processes_of
-from test_real_qemu import archives  # noqa: F401 (a fixture)
-from test_sync import tree
+from support import ROOT, Qvm, end_processes, free_port, processes_of, tree, works
+from support_terminal import Terminal
 
 pytestmark = pytest.mark.xdist_group("real_qemu")  # one worker packs and unpacks for all
 
@@ -30,7 +28,7 @@ IMAGES = {
 
 
 @pytest.fixture(scope="module")
-def server(archives, tmp_path_factory):  # noqa: F811
+def server(archives, tmp_path_factory):
   """A release server with the real QEMU, and Linux in the place of the images."""
   folder = tmp_path_factory.mktemp("linux")
   releases = {}
@@ -47,20 +45,12 @@ def server(archives, tmp_path_factory):  # noqa: F811
   shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  home = tmp_path_factory.mktemp("home") / "a space, and a comma"
-  home.mkdir()
-  yield home
-  shutil.rmtree(home)
-
-
 @pytest.fixture
-def linux(home, server):
-  yield Qvm(home, ROOT / "qvm.py", server)
-  left = processes_of(home)
-  end_processes(home)  # also after a test that has failed
-  assert left == []
+def linux(real_home, server):
+  yield Qvm(real_home, ROOT / "qvm.py", server)
+  left = processes_of(real_home)
+  end_processes(real_home)  # also after a test that has failed
+  assert left == {}
 
 
 def run(os_name, arch, *command, options=()):
@@ -193,11 +183,11 @@ def test_a_warm_start_on_arm64_with_a_key_in_a_terminal(linux):
   works(linux("clean", "--all"))
 
 
-def test_a_guest_that_boots_while_its_image_comes(tmp_path, server, home):
+def test_a_guest_that_boots_while_its_image_comes(tmp_path, server, real_home):
   """What it writes meanwhile is there after the re-base; the base image is the asset."""
-  base = home / ".cache" / "qvm" / "base"
+  base = real_home / ".cache" / "qvm" / "base"
   name = "netbsd-1-x86-64"
-  linux = Qvm(home, ROOT / "qvm.py", server)
+  linux = Qvm(real_home, ROOT / "qvm.py", server)
   for path in base.glob(name + "*") if base.exists() else ():
     path.unlink()
   server.clear_log()

@@ -15,11 +15,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, ROOT, fails, works
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import FREEBSD, ROOT, fails, works
 
-import qvm as source
+import qvm as qvm_source
 
 RUN = ("run", "--rm", "freebsd", "15.1")
 many = settings(max_examples=150, deadline=None, database=None)
@@ -38,28 +38,28 @@ json_value = st.recursive(
 
 # --- Words ------------------------------------------------------------------------------------
 
-READERS = [option.read for option in source.OPTIONS if option.metavar]
-READERS += [source.parse_version, source.find_os]
+READERS = [option.read for option in qvm_source.OPTIONS if option.metavar]
+READERS += [qvm_source.parse_version, qvm_source.find_os]
 
 
 @many
 @given(
-  st.sampled_from([r for r in READERS if r not in (os.path.abspath, source.parse_text)]), words
+  st.sampled_from([r for r in READERS if r not in (os.path.abspath, qvm_source.parse_text)]), words
 )
 def test_any_value_of_an_option(read, text):
   try:
     value = read(text)
-  except source.UsageError as error:
-    assert source.printable(str(error)).isprintable()
+  except qvm_source.UsageError as error:
+    assert qvm_source.printable(str(error)).isprintable()
     return
   except ValueError:
     assert "\0" in text  # which no command line can hold
     return
-  if read in (source.parse_name, source.parse_version):
+  if read in (qvm_source.parse_name, qvm_source.parse_version):
     assert value == text and re.fullmatch(r"[!-~]{1,100}", text) and "/" not in text
-  if read is source.parse_memory:
+  if read is qvm_source.parse_memory:
     assert re.fullmatch("[0-9]+[MGT]?", value)
-  if read is source.parse_address:
+  if read is qvm_source.parse_address:
     assert 0 < value.port < 65536 and re.fullmatch("[0-9]{1,3}([.][0-9]{1,3}){3}", value.host)
 
 
@@ -78,10 +78,10 @@ def test_any_value_of_an_option(read, text):
 @example({"GITHUB_TOKEN": "a\r\nX-Header: b"})
 @example({"QVM_TIMEOUT": "1\n"})
 def test_any_environment(environ):
-  assert os.path.isabs(source.cache_folder(environ))
+  assert os.path.isabs(qvm_source.cache_folder(environ))
   try:
-    net = source.net_from(environ)
-  except source.UsageError as error:
+    net = qvm_source.net_from(environ)
+  except qvm_source.UsageError as error:
     assert "the token has" not in str(error) or len(str(error)) < 80  # thus not the token itself
     return
   assert re.fullmatch("[!-~]+", net.releases) and re.fullmatch("[!-~]*", net.api + net.token)
@@ -119,26 +119,26 @@ pages = st.lists(pieces | odd_text, max_size=12).map("".join)
 @many
 @given(pages, pages, pages)
 def test_any_release_page(latest, feed, fragment):
-  net = source.Net("http://h", "", "", 1.0, 0.0, 1, threading.Event())
+  net = qvm_source.Net("http://h", "", "", 1.0, 0.0, 1, threading.Event())
   answers = {"releases/latest": latest, "releases.atom": feed}
 
   def answer(net, url, stop=""):
     text = next((text for end, text in answers.items() if url.endswith(end)), fragment)
     return text.encode("utf-8", "surrogatepass"), ""
 
-  before, source.fetch_bytes = source.fetch_bytes, answer
+  before, qvm_source.fetch_bytes = qvm_source.fetch_bytes, answer
   try:
-    releases = source.page_releases(net, "freebsd-builder")
-  except source.QvmError as error:
-    assert source.printable(str(error)).isprintable()
+    releases = qvm_source.page_releases(net, "freebsd-builder")
+  except qvm_source.QvmError as error:
+    assert qvm_source.printable(str(error)).isprintable()
     return
   finally:
-    source.fetch_bytes = before
+    qvm_source.fetch_bytes = before
   for release in releases:
-    assert re.match(source.TAG_RE, release.tag)
+    assert re.match(qvm_source.TAG_RE, release.tag)
     assert all(re.fullmatch("([0-9a-f]{64})?", digest) for digest in release.assets.values())
-  for image in source.images_in("freebsd", releases):
-    assert "/" not in image.asset and re.match(source.VERSION_RE, image.version)
+  for image in qvm_source.images_in("freebsd", releases):
+    assert "/" not in image.asset and re.match(qvm_source.VERSION_RE, image.version)
 
 
 LIMITED = """
@@ -199,13 +199,13 @@ def test_an_archive_of_a_million_members(tmp_path, size):
 def test_any_header_of_an_overlay(tmp_path_factory, content, place):
   path = tmp_path_factory.getbasetemp() / "overlay"
   path.write_bytes(b"QFI\xfb\0\0\0\3" + place.to_bytes(8, "big") + content)
-  assert isinstance(source.backing_file(str(path)), str)
+  assert isinstance(qvm_source.backing_file(str(path)), str)
 
 
-# --- Records ----------------------------------------------------------------------------------
+# --- Records ---------------------------------------------------------------------------------
 
-fields = st.sampled_from([*source.Instance._fields, "sha256", "bytes", "inode", "url", "release",
-                          "asset_sha256", "total", "validator", "size", "time"])  # fmt: skip
+names = ["sha256", "bytes", "inode", "url", "release", "asset_sha256", "total", "validator", "size"]
+fields = st.sampled_from([*qvm_source.Instance._fields, *names, "time"])
 records = st.dictionaries(fields, json_value, max_size=8)
 sound = {"name": "vm", "os": "freebsd", "version": "15.1", "arch": "x86-64"}
 
@@ -223,14 +223,14 @@ def test_any_record(tmp_path_factory, record, whole):
     (cache / name).write_text(text)
   for name in ("instances/vm.qcow2", "base/x.qcow2", "downloads/x.part"):
     (cache / name).write_bytes(b"12345")
-  files = source.instance_files(str(cache), "vm")
+  files = qvm_source.instance_files(str(cache), "vm")
   try:
-    assert all(isinstance(text, str) for text in source.read_instance(files))
-  except source.QvmError as error:
+    assert all(isinstance(text, str) for text in qvm_source.read_instance(files))
+  except qvm_source.QvmError as error:
     assert str(files.record) in str(error)
-  (row,) = source.list_instances(str(cache))
+  (row,) = qvm_source.list_instances(str(cache))
   assert row.name == "vm" and row.state == "stopped"
-  assert isinstance(source.record_of(str(cache / "base/x.qcow2")), dict)
+  assert isinstance(qvm_source.record_of(str(cache / "base/x.qcow2")), dict)
 
 
 EDITED = [

@@ -6,44 +6,39 @@ import fcntl
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import termios
 import time
 import tty
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, STAND_IN, ended, free_port, heard, kill_if_mine, stand_in_tar, tar_of
-from test_instances import RUN, disk_of, fails, instance_names, prepared, state, used
+from support import (
+  FREEBSD,
+  STAND_IN,
+  alive,
+  disk_of,
+  ended,
+  fails,
+  free_port,
+  heard,
+  instance_names,
+  kill_if_mine,
+  read_until,
+  stand_in_tar,
+  state,
+  tar_of,
+)
+from support_terminal import Terminal
 
-__all__ = ["prepared", "used"]  # fixtures
+RUN = ("run", "freebsd", "15.1")
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ids = {"ids": lambda value: getattr(value, "name", None)}
-
-
-def alive(pid):
-  """Whether a process runs; one that has ended but was not waited for does not."""
-  try:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-  except (FileNotFoundError, ProcessLookupError):
-    return False
-
-
-def read_until(stream, pattern, seconds=30):
-  """The text of a pipe up to where the pattern is seen."""
-  text, patience = "", time.monotonic() + seconds
-  while not re.search(pattern, text):
-    assert select.select([stream], [], [], max(0, patience - time.monotonic()))[0], text
-    data = os.read(stream.fileno(), 65536).decode()
-    assert data, text
-    text += data
-  return text
 
 
 # --- Exit codes and streams ------------------------------------------------------------------
@@ -747,33 +742,15 @@ while play.get("wait"):
 """
 
 
-class Terminal:
-  """A terminal of its own, with qvm as the job in its foreground."""
-
-  def __init__(self):
-    self.outside, self.inside = os.openpty()
-    settings = termios.tcgetattr(self.inside)
-    settings[3] |= termios.ECHO | termios.ICANON | termios.ISIG
-    settings[6][termios.VINTR] = b"\x03"
-    termios.tcsetattr(self.inside, termios.TCSANOW, settings)
-
-  def settings(self):
-    return termios.tcgetattr(self.inside), fcntl.fcntl(self.inside, fcntl.F_GETFL)
-
-  def start(self, qvm, *words):
-    def foreground():
-      os.setsid()
-      fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    return qvm.start(*words, stdin=self.inside, preexec_fn=foreground)
-
-  def close(self):
-    os.close(self.outside)
-    os.close(self.inside)
+def on(terminal, qvm, *words):
+  """Start qvm as the job in the terminal's foreground; stdout and stderr are pipes."""
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return terminal.start(qvm.command(*words), qvm.env, **pipes)
 
 
 @pytest.fixture
 def terminal():
+  """A terminal on which nothing runs yet."""
   terminal = Terminal()
   yield terminal
   terminal.close()
@@ -783,20 +760,20 @@ def terminal():
 def test_the_terminal_is_given_back_as_it_was(used, terminal, fifo, tmp_path, ending):
   script = used.cache / "qemu/x86_64/bin/qemu-system-x86_64"
   script.write_text(RAW_STAND_IN)
-  before = terminal.settings()
+  before = terminal.state()
   used.play(record=str(fifo), wait=ending[0] == "S", signal=9 if ending == "killed itself" else 0)
-  process = terminal.start(used, *RUN, "--rm")
+  process = on(terminal, used, *RUN, "--rm")
   try:
     record = heard(fifo, process)
     if ending[0] == "S":
-      assert terminal.settings() != before
+      assert terminal.state() != before
     if ending == "SIGKILL":
       os.kill(record["pid"], signal.SIGKILL)
     if ending == "SIGTERM to qvm":
       process.terminate()
     expected = {"killed itself": 137, "exit": 0, "SIGTERM to qvm": 143, "SIGKILL": 137}[ending]
     assert process.wait(30) == expected
-    assert terminal.settings() == before
+    assert terminal.state() == before
   finally:
     process.kill()
     kill_if_mine(record["pid"], fifo)
@@ -804,15 +781,15 @@ def test_the_terminal_is_given_back_as_it_was(used, terminal, fifo, tmp_path, en
 
 
 def test_ctrl_c_ends_qemu_and_qvm(used, terminal, fifo):
-  before, files = terminal.settings(), state(used.cache)
+  before, files = terminal.state(), state(used.cache)
   used.play(record=str(fifo), wait=True)
-  process = terminal.start(used, *RUN, "--rm")
+  process = on(terminal, used, *RUN, "--rm")
   try:
     record = heard(fifo, process)
     os.write(terminal.outside, b"\x03")
     assert process.wait(30) == 130
     assert not alive(record["pid"])
-    assert terminal.settings() == before
+    assert terminal.state() == before
     assert state(used.cache) == files
   finally:
     process.kill()
@@ -823,19 +800,18 @@ def test_what_is_typed_reaches_qemu(used, terminal):
   used.play(cat=True)
   tty.setraw(terminal.inside)
   os.write(terminal.outside, b"boot -s")
-  process = terminal.start(used, *RUN)
+  process = on(terminal, used, *RUN)
   assert process.communicate(timeout=30)[0] == "boot -s"
 
 
-def test_a_terminal_that_hangs_up(used, fifo, tmp_path):
+def test_a_terminal_that_hangs_up(used, terminal, fifo):
   """The signal is SIGHUP; there is no terminal left to give back."""
-  terminal = Terminal()
   files = state(used.cache)
   used.play(record=str(fifo), wait=True)
-  process = terminal.start(used, *RUN, "--rm")
+  process = on(terminal, used, *RUN, "--rm")
   try:
     record = heard(fifo, process)
-    terminal.close()
+    terminal.hang_up()
     assert process.wait(30) == 129
     assert not alive(record["pid"])
     assert state(used.cache) == files

@@ -6,24 +6,15 @@ import shutil
 import threading
 
 import pytest
-from conftest import ROOT, Qvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fetch import (
-  HOST,
-  IMAGE,
-  PULL,
-  changed_meanwhile,
-  check_works,
-  hangs,
-  ranges,
-  wait_for,
-)
+from support import HOST, IMAGE, PULL, ROOT, Qvm, wait_for
+from support_network import changed_meanwhile, check_works, hangs, ranges
 
-import qvm as source
+import qvm as qvm_source
 
-BLOCK = source.BLOCK_BYTES
-NET = source.Net("http://x", "", "", 1.0, 1.0, 1, threading.Event())
+BLOCK = qvm_source.BLOCK_BYTES
+NET = qvm_source.Net("http://x", "", "", 1.0, 1.0, 1, threading.Event())
 EAGER = {"LARGE = 32 << 20": "LARGE = 1 << 20", "SLOW_AFTER = 1.0": "SLOW_AFTER = 0.0"}
 
 
@@ -229,7 +220,7 @@ def test_clean_takes_it_all(eager, server, big):
 
 def make(folder, total, done=0):
   """A transfer that knows its object, with its beginning already there."""
-  transfer = source.Transfer(NET, "http://x/y", "name", str(folder))
+  transfer = qvm_source.Transfer(NET, "http://x/y", "name", str(folder))
   transfer.total, transfer.validator = total, '"v"'
   transfer.save_note()
   transfer.open_part()
@@ -266,7 +257,7 @@ def test_any_order(tmp_path_factory, total, share, steps):
   for span in spans:
     transfer.release(span)
   check(transfer, content)
-  again = source.Transfer(NET, "http://x/y", "name", str(folder))
+  again = qvm_source.Transfer(NET, "http://x/y", "name", str(folder))
   check(again, content)
   for each in (again, transfer):
     span = each.claim()
@@ -277,7 +268,7 @@ def test_any_order(tmp_path_factory, total, share, steps):
     each.hash_all()
     assert each.complete() and each.hashed == total
     each.close()
-  digest = source.new_sha256()
+  digest = qvm_source.new_sha256()
   digest.update(content)
   assert again.hash.hexdigest() == transfer.hash.hexdigest() == digest.hexdigest()
   with open(transfer.part, "rb") as file:
@@ -302,6 +293,6 @@ def test_what_is_void_is_not_written(tmp_path):
   transfer, content = make(tmp_path, 4 * BLOCK)
   span = transfer.claim()
   transfer.close()
-  with pytest.raises(source.Cancelled):
+  with pytest.raises(qvm_source.Cancelled):
     transfer.write(span, content)
   assert os.path.getsize(transfer.part) == 0

@@ -1,45 +1,28 @@
 """The real QEMU boots real, if tiny, guests with each of the eight tables."""
 
-import hashlib
 import os
 import re
-import select
-import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import guests
 import pytest
 import real_qemu
-from conftest import ROOT, Qvm, ended, free_port
 from release_server import ReleaseServer
-from test_instances import rows
+from support import ROOT, Qvm, digest, ended, free_port, read_until, rows
 
-import qvm as source
+import qvm as qvm_source
 
 pytestmark = pytest.mark.xdist_group("real_qemu")  # one worker packs and unpacks for all
 
-GUESTS = [(guest.os, guest.arch) for guest in source.GUESTS]
+GUESTS = [(guest.os, guest.arch) for guest in qvm_source.GUESTS]
 LIGHT = ("-m", "512M", "--cpus", "1", "--accel", "tcg")
 MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"
 
 
 def message(os_name, arch):
   return f"hello from {os_name} on {arch}"
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory):
-  """The installed QEMU, packed as qvm downloads it; RuntimeError says what to install."""
-  real_qemu.find_qemu()
-  folder = tmp_path_factory.mktemp("archives")
-  for cpu in ("x86_64", "aarch64"):
-    real_qemu.pack_qemu(cpu, folder / f"qemu-system-{cpu}-linux.tar")
-  real_qemu.pack_resources(folder / "resources-linux.tar")
-  yield {path.name: path for path in folder.iterdir()}
-  shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +37,15 @@ def releases(archives, tmp_path_factory):
     server.add_release("resources", "v2.0.0", archives)
     for stem, disk in disks.items():
       guests.to_qcow2(disk, folder / f"{stem}.qcow2")
-    for os_name in source.OS_NAMES:
+    for os_name in qvm_source.OS_NAMES:
       images = {path.name: path for path in folder.glob(f"{os_name}-*")}
       server.add_release(f"{os_name}-builder", "v1.0.0", images)
     yield server
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  """One home for all, so that QEMU is unpacked once for each CPU."""
-  home = tmp_path_factory.mktemp("home") / "a space, and a comma"
-  home.mkdir()
-  yield home
-  shutil.rmtree(home)
-
-
 @pytest.fixture
-def real(home, releases):
-  return Qvm(home, ROOT / "qvm.py", releases)
+def real(real_home, releases):
+  return Qvm(real_home, ROOT / "qvm.py", releases)
 
 
 def boot(qvm, *words):
@@ -79,22 +53,6 @@ def boot(qvm, *words):
   run = qvm("run", *words, *LIGHT, "--ssh-port", str(free_port()), timeout=120)
   assert run.returncode == 0, (run.stdout, run.stderr)
   return run.stdout
-
-
-def console(process, text, seconds=60):
-  """Read the console up to a text."""
-  data, patience = "", time.monotonic() + seconds
-  while text not in data:
-    ready = select.select([process.stdout], [], [], max(0, patience - time.monotonic()))[0]
-    assert ready, data
-    more = os.read(process.stdout.fileno(), 65536).decode(errors="replace")
-    assert more, data
-    data += more
-  return data
-
-
-def digest(path):
-  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def listeners(port):
@@ -170,7 +128,7 @@ def test_qemu_listens_while_it_runs_and_just_there(real, host):
   assert listeners(port) == []
   words = ("run", "--rm", "netbsd", "hang", *LIGHT, "--ssh-port", f"{host}:{port}")
   with ended(real.start(*words)) as process:
-    console(process, "hanging")
+    read_until(process.stdout, "hanging")
     assert listeners(port) == [host]
     running = [row["ssh"] for row in rows(real).values() if row["state"] == "running"]
     assert running == [f"{host}:{port}"]
@@ -185,7 +143,7 @@ def test_a_signal_ends_the_real_qemu(real, number):
   """SIGKILL is sent to QEMU itself, the others to qvm."""
   words = ("run", "--rm", "netbsd", "hang", *LIGHT, "--ssh-port", str(free_port()))
   with ended(real.start(*words)) as process:
-    console(process, "hanging")
+    read_until(process.stdout, "hanging")
     pid = process.pid
     if number == signal.SIGKILL:
       (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
@@ -197,19 +155,19 @@ def test_a_signal_ends_the_real_qemu(real, number):
 def test_what_is_typed_reaches_the_guest(real):
   words = ("run", "--rm", "omnios", "echo", *LIGHT, "--ssh-port", str(free_port()))
   with ended(real.start(*words, stdin=subprocess.PIPE)) as process:
-    console(process, "ready")
+    read_until(process.stdout, "ready")
     process.stdin.write("Hiq")
     process.stdin.flush()
-    assert "<48><69>" in console(process, "<69>")
+    assert "<48><69>" in read_until(process.stdout, "<69>")
     assert process.wait(30) == 0
 
 
-def test_the_zipapp_boots_too(home, releases, pyz):
-  assert message("haiku", "x86-64") in boot(Qvm(home, pyz, releases), "--rm", "haiku", "1")
+def test_the_zipapp_boots_too(real_home, releases, pyz):
+  assert message("haiku", "x86-64") in boot(Qvm(real_home, pyz, releases), "--rm", "haiku", "1")
 
 
-def test_a_qemu_of_the_users_own(home, releases):
-  qvm = Qvm(home, ROOT / "qvm.py", releases)
+def test_a_qemu_of_the_users_own(real_home, releases):
+  qvm = Qvm(real_home, ROOT / "qvm.py", releases)
   program = str(real_qemu.find_qemu().x86_64)
   text = boot(qvm, "--rm", "omnios", "1", "--qemu", program)
   assert message("omnios", "x86-64") in text
@@ -226,9 +184,11 @@ def test_what_qemu_refuses_is_seen(real):
 def test_qemu_knows_the_words_of_the_cpu_mask(real, os_name):
   """Whether KVM works here or not: the words are the same under TCG."""
   words = ("run", "--platform", "x86-64", os_name, "1", *LIGHT, "--rm")
-  options = source.parse_command_line(words)
-  plan = source.make_plan(options, source.Host("linux", "x86-64"), str(real.cache), "abcdef")
-  argv = source.qemu_command(plan, options, source.HostFacts(options.ssh, False, True))
+  options = qvm_source.parse_command_line(words)
+  plan = qvm_source.make_plan(
+    options, qvm_source.Host("linux", "x86-64"), str(real.cache), "abcdef"
+  )
+  argv = qvm_source.qemu_command(plan, options, qvm_source.HostFacts(options.ssh, False, True))
   cpu = argv[argv.index("-cpu") + 1]
   assert MASK in cpu
   program = str(real_qemu.find_qemu().x86_64)

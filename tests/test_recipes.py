@@ -7,9 +7,7 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_console import processes_of
-from test_guest_commands import NAME, guests  # noqa: F401 (a fixture)
+from support import FREEBSD, ROOT, processes_of
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = """
@@ -31,12 +29,12 @@ def block(language, word):
 
 
 @pytest.fixture
-def project(guests, server, pyz, tmp_path):  # noqa: F811
+def project(guests, server, pyz, tmp_path):
   """A folder as a CI job checks it out, and a cache that has all guests."""
   base = guests.qvm.cache / "base"
   for name in GUESTS:
     for suffix in (".qcow2", ".json"):
-      shutil.copy(base / (NAME + suffix), base / (name + suffix))
+      shutil.copy(base / (FREEBSD + suffix), base / (name + suffix))
   cpus = guests.qvm.cache / "qemu"
   shutil.copytree(cpus / "x86_64", cpus / "aarch64")
   program = cpus / "aarch64" / "bin" / "qemu-system-x86_64"
@@ -49,7 +47,7 @@ def project(guests, server, pyz, tmp_path):  # noqa: F811
   return folder
 
 
-def shell(guests, folder, script, **env):  # noqa: F811
+def shell(guests, folder, script, **env):
   """Run a step of a job, as its runner does."""
   result = subprocess.run(
     ["bash", "-e", "-o", "pipefail", "-c", script],
@@ -72,7 +70,7 @@ def made(folder):
   return names
 
 
-def test_github_actions(guests, project, tmp_path):  # noqa: F811
+def test_github_actions(guests, project, tmp_path):
   job = yaml.safe_load(block("yaml", "actions/cache"))["jobs"]["bsd"]
   output = tmp_path / "output"
   (tmp_path / "sudo").mkdir()
@@ -99,10 +97,10 @@ def test_github_actions(guests, project, tmp_path):  # noqa: F811
         assert os.path.expanduser(step["with"]["path"]).endswith("/.cache/qvm")
         assert re.fullmatch(r"qvm(-[\w.-]+)+", filled(step["with"]["key"]))
     assert made(project) == ["made", "tested"], row
-  assert processes_of(guests.qvm.cache) == []
+  assert processes_of(guests.qvm.cache) == {}
 
 
-def test_gitlab(guests, project):  # noqa: F811
+def test_gitlab(guests, project):
   job = yaml.safe_load(block("yaml", "CI_PROJECT_DIR"))["bsd"]
   assert job["cache"]["paths"] == [".qvm"]
   guests.qvm.cache.rename(project / ".qvm")  # as restored from the job's cache
@@ -118,7 +116,7 @@ def test_gitlab(guests, project):  # noqa: F811
     assert sorted(os.listdir(work)) == ["Makefile", "made", "qvm.pyz", "tested"]
 
 
-def test_all_at_the_same_time(guests, project):  # noqa: F811
+def test_all_at_the_same_time(guests, project):
   script = block("sh", "failed")
   shell(guests, project, script)
   logs = sorted(path.name for path in project.glob("*.log"))
@@ -127,14 +125,14 @@ def test_all_at_the_same_time(guests, project):  # noqa: F811
   assert made(project) == []
 
 
-def test_several_steps(guests, project):  # noqa: F811
+def test_several_steps(guests, project):
   for line in block("sh", "--detach").splitlines():
     shell(guests, project, line)
   assert made(project) == ["made", "tested"]
   assert guests.instances() == []
 
 
-def test_kubernetes(guests, project, tmp_path):  # noqa: F811
+def test_kubernetes(guests, project, tmp_path):
   job = yaml.safe_load(block("yaml", "batch/v1"))
   assert job["spec"]["completions"] == job["spec"]["parallelism"] == 3
   (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -161,7 +159,7 @@ def test_kubernetes(guests, project, tmp_path):  # noqa: F811
     assert made(clone) == ["made", "tested"]
 
 
-def test_the_mirror(guests, project, server, tmp_path):  # noqa: F811
+def test_the_mirror(guests, project, server, tmp_path):
   """pull --mirror as it stands there, and a run from what it has made."""
   lines = re.findall(r"(?m)^    (python3 qvm.pyz pull --mirror .*?) +#", README)
   assert len(lines) == 2

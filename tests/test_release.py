@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 
-import qvm as source
+import qvm as qvm_source
 
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
 
@@ -43,7 +43,7 @@ def run(folder, script, tag):
 
 def test_a_release(checkout):
   """Two builds are compared, their digest is published, and the notes are those of the version."""
-  version = source.__version__
+  version = qvm_source.__version__
   text = (checkout / "CHANGELOG.md").read_text()
   text = text.replace("## [Unreleased]\n", f"## [Unreleased]\n\n## [{version}] - 2026-12-01\n")
   (checkout / "CHANGELOG.md").write_text(text + "\n## [0.0.1] - 2026-01-01\n\n- Older.\n")
@@ -80,6 +80,6 @@ def test_the_version_has_one_place():
   found = [
     path.name
     for path in (ROOT / "qvm.py", ROOT / "build_zipapp.py", ROOT / "README.md")
-    if re.search(rf"(?<![\w.]){re.escape(source.__version__)}(?![\w.])", path.read_text())
+    if re.search(rf"(?<![\w.]){re.escape(qvm_source.__version__)}(?![\w.])", path.read_text())
   ]
   assert found == ["qvm.py"]

@@ -11,17 +11,13 @@ import time
 from typing import NamedTuple
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, fails, fill, sha256, tar_of, works
-from hypothesis import configuration, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
+from support import BASE, DEAD, FREEBSD, ROOT, Qvm, fails, fill, sha256, works
 
-import qvm as source
+import qvm as qvm_source
 
-# Hypothesis must not leave a folder in the project.
-configuration.set_hypothesis_home_dir("/dev/null/none")
-
-DEAD = "http://127.0.0.1:9/nowhere"
 STEM = "netbsd-10.1-x86-64"
 REPO = "netbsd-builder"
 
@@ -32,32 +28,6 @@ def record_of(qvm, stem=STEM):
 
 def leftovers(qvm):
   return [name for name in qvm.files() if name.startswith("downloads/")]
-
-
-@pytest.fixture(scope="module")
-def tools_tar():
-  """The resources archive with a small script as qemu-img, which is quick to copy and to hash."""
-  script = f'#!/bin/sh\nexec {shutil.which("qemu-img")} "$@"\n'
-  return tar_of({"qemu-img": script.encode()})
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory, image, tools_tar):
-  """A home with QEMU and qemu-img but no image; not to be changed."""
-  home = tmp_path_factory.mktemp("stock")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    qvm = Qvm(home, ROOT / "qvm.py", server)
-    works(qvm("pull", "freebsd", "15.1"))
-  shutil.rmtree(qvm.cache / "base")
-  return home
-
-
-@pytest.fixture
-def stocked(qvm, stock):
-  """qvm with a release server, and QEMU in its cache: it only wants an image."""
-  shutil.copytree(stock, qvm.home, dirs_exist_ok=True, symlinks=True)
-  return qvm
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +132,19 @@ PAIRS += [(state, "older") for state in STATES if state not in MAIN]
 
 
 @pytest.mark.parametrize("state, case", PAIRS)
-def test_asset_and_release(stocked, server, image, bundle, tmp_path, state, case):
+def test_asset_and_release(no_image, server, image, bundle, tmp_path, state, case):
   packed, disk = bundle
   releases, tag, suffix = CASES[case]
   contents = publish(server, REPO, releases, image, packed)
-  set_api(stocked, server, state)
-  run = works(stocked("pull", "netbsd", "10.1", "--platform", "x86-64"))
-  base = stocked.cache / "base" / f"{STEM}.qcow2"
+  set_api(no_image, server, state)
+  run = works(no_image("pull", "netbsd", "10.1", "--platform", "x86-64"))
+  base = no_image.cache / "base" / f"{STEM}.qcow2"
   if suffix == "qcow2":
     assert base.read_bytes() == contents[tag]
   else:
     compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(disk), str(base)]
     subprocess.run(compare, check=True, stdout=subprocess.DEVNULL)
-  record = record_of(stocked)
+  record = record_of(no_image)
   assert record["release"] == tag
   assert record["url"] == f"{server.url}/{REPO}/releases/download/{tag}/{STEM}.{suffix}"
   newest = server.newest(REPO).tag
@@ -186,18 +156,18 @@ def test_asset_and_release(stocked, server, image, bundle, tmp_path, state, case
   if state in GOOD:
     assert not server.paths("expanded_assets"), "the API tells it all"
     assert not server.paths("releases.atom")
-  assert leftovers(stocked) == []
+  assert leftovers(no_image) == []
 
 
 @pytest.mark.parametrize("state", (*MAIN, "none", "login page", "an object", "too large"))
-def test_wrong_content_is_refused(stocked, server, image, state):
+def test_wrong_content_is_refused(no_image, server, image, state):
   """The digest is known whatever the API does."""
   publish(server, REPO, [("v1", "qcow2")], image)
-  set_api(stocked, server, state)
+  set_api(no_image, server, state)
   server.fault(STEM, flip=200000, times=None)
-  fails(stocked("pull", "netbsd", "10.1"), STEM, "digest")
+  fails(no_image("pull", "netbsd", "10.1"), STEM, "digest")
   assert len(server.requests(STEM, "cdn")) == 2
-  assert [name for name in stocked.files() if STEM in name] == []
+  assert [name for name in no_image.files() if STEM in name] == []
 
 
 @some_states
@@ -208,21 +178,21 @@ def test_wrong_content_is_refused(stocked, server, image, state):
     ("arm64", "12.2", ["15.1"], "15.1, 15.0, 14.4"),
   ],
 )
-def test_version_that_is_nowhere(stocked, server, image, state, platform, wanted, near, there):
+def test_version_that_is_nowhere(no_image, server, image, state, platform, wanted, near, there):
   server.add_release(
     "freebsd-builder",
     "v0.9.0",
     {"freebsd-12.2-x86-64.qcow2": image, "freebsd-14.4-arm64.qcow2": image},
     published="2020-01-01T00:00:00Z",
   )
-  set_api(stocked, server, state)
-  run = stocked("pull", "--platform", platform, "freebsd", wanted)
+  set_api(no_image, server, state)
+  run = no_image("pull", "--platform", platform, "freebsd", wanted)
   fails(run, f"FreeBSD {wanted}", platform)
   message, everything = run.stderr.splitlines()[-2:]
   assert everything.endswith(there), run.stderr
   nearest = message.partition(platform)[2]
   assert platform == "arm64" or [v for v in ("15.1", "15.0") if v in nearest] == near, message
-  assert [name for name in stocked.files() if "freebsd" in name] == []
+  assert [name for name in no_image.files() if "freebsd" in name] == []
 
 
 @pytest.mark.parametrize(
@@ -237,13 +207,13 @@ def test_version_that_is_nowhere(stocked, server, image, state, platform, wanted
     ("omnios", "151058", "r151058"),
   ],
 )
-def test_nearest_versions(stocked, os_name, wanted, near):
-  run = stocked("pull", os_name, wanted, "--platform", "amd64")
+def test_nearest_versions(no_image, os_name, wanted, near):
+  run = no_image("pull", os_name, wanted, "--platform", "amd64")
   fails(run, wanted)
   assert near in run.stderr.splitlines()[-2].partition("x86-64")[2], run.stderr
 
 
-def test_many_releases(stocked, server, image):
+def test_many_releases(no_image, server, image):
   """The one release that has it comes on the API's third page, behind drafts and prereleases."""
   flags = ((), ("draft",), ("prerelease",))
   releases = [("v1", "qcow2")]
@@ -254,29 +224,29 @@ def test_many_releases(stocked, server, image):
     assets = {STEM + ".qcow2": contents} if kinds else {"netbsd-9.9-x86-64.qcow2": image}
     published = f"2026-01-01T{n // 60:02}:{n % 60:02}:00Z"
     server.add_release(REPO, tag, assets, published=published, **dict.fromkeys(more, True))
-  run = works(stocked("pull", "netbsd", "10.1"))
-  assert record_of(stocked)["release"] == "v1"
+  run = works(no_image("pull", "netbsd", "10.1"))
+  assert record_of(no_image)["release"] == "v1"
   assert "v1;" in run.stderr
   pages = [request.query for request in server.requests(f"{REPO}/releases", "api")]
   pages = [query for query in pages if query]
   assert pages == [f"per_page=100&page={n}" for n in (1, 2, 3)]
 
 
-def test_release_without_any_page(stocked, server, image):
+def test_release_without_any_page(no_image, server, image):
   """A page that is broken does not hide the releases after it; one that is gone neither."""
   contents = publish(server, REPO, [("v1", "qcow2"), ("v2", ""), ("v3", "")], image)
-  set_api(stocked, server, "gone")
+  set_api(no_image, server, "gone")
   server.fault("expanded_assets/v2", origin="github", times=None, status=404)
-  works(stocked("pull", "netbsd", "10.1"))
-  assert (stocked.cache / "base" / f"{STEM}.qcow2").read_bytes() == contents["v1"]
+  works(no_image("pull", "netbsd", "10.1"))
+  assert (no_image.cache / "base" / f"{STEM}.qcow2").read_bytes() == contents["v1"]
 
 
-def test_asset_that_is_listed_only(stocked, server, image):
+def test_asset_that_is_listed_only(no_image, server, image):
   """The API names an asset that cannot be had: the next release is taken."""
   contents = publish(server, REPO, [("v1", "qcow2"), ("v2", "qcow2"), ("v3", "")], image)
   server.fault(f"download/v2/{STEM}", origin="github", times=None, status=404)
-  works(stocked("pull", "netbsd", "10.1"))
-  assert (stocked.cache / "base" / f"{STEM}.qcow2").read_bytes() == contents["v1"]
+  works(no_image("pull", "netbsd", "10.1"))
+  assert (no_image.cache / "base" / f"{STEM}.qcow2").read_bytes() == contents["v1"]
 
 
 def test_a_pull_from_nothing_asks_the_api_for_two_releases(qvm, server):
@@ -286,10 +256,10 @@ def test_a_pull_from_nothing_asks_the_api_for_two_releases(qvm, server):
 
 
 @pytest.mark.parametrize("tag", ["..%2F..%2Fx", "v1%0d%0aX:%20y", "", "%20", "a" * 200, "v1/../v2"])
-def test_hostile_newest_tag(stocked, server, tag):
+def test_hostile_newest_tag(no_image, server, tag):
   place = f"{server.url}/{REPO}/releases/tag/{tag}"
   server.fault("releases/latest", origin="github", times=None, redirect=place)
-  fails(stocked("pull", "netbsd", "10.1"), "releases/latest")
+  fails(no_image("pull", "netbsd", "10.1"), "releases/latest")
   assert not server.requests(origin="cdn")
 
 
@@ -343,37 +313,37 @@ def kill_at(qvm, server, name, size, *words):
   return part
 
 
-def test_resumed_download_is_hashed_whole(stocked, server, image):
-  part = kill_at(stocked, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
+def test_resumed_download_is_hashed_whole(no_image, server, image):
+  part = kill_at(no_image, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
   size = part.stat().st_size
   assert 0 < size < len(image)
-  works(stocked("pull", "freebsd", "15.1"))
+  works(no_image("pull", "freebsd", "15.1"))
   requests = server.requests(FREEBSD, "cdn")
   assert [(r.headers.get("range"), r.status) for r in requests] == [(f"bytes={size}-", 206)]
-  assert record_of(stocked, FREEBSD)["asset_sha256"] == sha256(image)
-  assert (stocked.cache / "base" / f"{FREEBSD}.qcow2").read_bytes() == image
+  assert record_of(no_image, FREEBSD)["asset_sha256"] == sha256(image)
+  assert (no_image.cache / "base" / f"{FREEBSD}.qcow2").read_bytes() == image
 
 
 @pytest.mark.parametrize("place", [200, 100000, -1])
-def test_earlier_bytes_are_wrong(stocked, server, image, place):
-  part = kill_at(stocked, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
+def test_earlier_bytes_are_wrong(no_image, server, image, place):
+  part = kill_at(no_image, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
   content = bytearray(part.read_bytes())
   content[place] ^= 1
   part.write_bytes(content)
-  run = works(stocked("pull", "freebsd", "15.1"))
+  run = works(no_image("pull", "freebsd", "15.1"))
   assert [r.status for r in server.requests(FREEBSD, "cdn")] == [206, 200]
   assert "digest" in run.stderr
-  assert (stocked.cache / "base" / f"{FREEBSD}.qcow2").read_bytes() == image
+  assert (no_image.cache / "base" / f"{FREEBSD}.qcow2").read_bytes() == image
 
 
-def test_newer_release_is_not_glued_to_the_old_part(stocked, server, image):
-  kill_at(stocked, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
+def test_newer_release_is_not_glued_to_the_old_part(no_image, server, image):
+  kill_at(no_image, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
   newer = image[::-1] + b"newer"
   newer = image[:65536] + newer[65536:]
   server.add_release("freebsd-builder", "v1", {f"{FREEBSD}.qcow2": newer})
-  works(stocked("pull", "freebsd", "15.1"))
+  works(no_image("pull", "freebsd", "15.1"))
   assert [request.status for request in server.requests(FREEBSD, "cdn")] == [200]
-  assert (stocked.cache / "base" / f"{FREEBSD}.qcow2").read_bytes() == newer
+  assert (no_image.cache / "base" / f"{FREEBSD}.qcow2").read_bytes() == newer
 
 
 @every_asset
@@ -389,9 +359,9 @@ def test_no_digest_is_said_once(qvm, server, image, tools_tar, state, name):
   assert len(said) == (2 if repo == "resources" else 1), run.stderr
 
 
-def test_digest_is_recorded(stocked, image, server):
-  works(stocked("pull", "freebsd", "15.1"))
-  record = record_of(stocked, FREEBSD)
+def test_digest_is_recorded(no_image, image, server):
+  works(no_image("pull", "freebsd", "15.1"))
+  record = record_of(no_image, FREEBSD)
   stamp = record.pop("time")
   assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", stamp)
   assert record == {
@@ -402,13 +372,12 @@ def test_digest_is_recorded(stocked, image, server):
     "asset_sha256": sha256(image),
     "sha256": sha256(image),
     "bytes": len(image),
-    "inode": (stocked.cache / "base" / f"{FREEBSD}.qcow2").stat().st_ino,
+    "inode": (no_image.cache / "base" / f"{FREEBSD}.qcow2").stat().st_ino,
   }
 
 
 # --- pull --verify ---------------------------------------------------------------------------
 
-BASE = f"base/{FREEBSD}.qcow2"
 NOTE = f"base/{FREEBSD}.json"
 PROGRAM = "qemu/x86_64/bin/qemu-system-x86_64"
 
@@ -555,27 +524,27 @@ def test_token_goes_to_the_api_only(qvm, server, image, words, name):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_token_does_not_follow_redirects(stocked, server, status):
+def test_token_does_not_follow_redirects(no_image, server, status):
   fault = {"origin": "api", "times": None, "status": status}
   server.fault("", redirect=f"{server.cdn_url}/elsewhere", **fault)
-  works(stocked("pull", "freebsd", env={"GITHUB_TOKEN": "s3same"}))
+  works(no_image("pull", "freebsd", env={"GITHUB_TOKEN": "s3same"}))
   assert server.requests("elsewhere", "cdn"), "the redirect was not followed"
   assert [r for r in server.requests(origin="api") if shows_token(r)]
   assert not [r for r in server.requests() if shows_token(r) and r.origin != "api"]
 
 
 @pytest.mark.parametrize("state", ("up", "too many requests", "gone"))
-def test_token_is_not_in_messages(stocked, server, state):
-  set_api(stocked, server, state)
-  run = stocked("pull", "freebsd", "9.9", env={"GITHUB_TOKEN": "s3same"})
+def test_token_is_not_in_messages(no_image, server, state):
+  set_api(no_image, server, state)
+  run = no_image("pull", "freebsd", "9.9", env={"GITHUB_TOKEN": "s3same"})
   fails(run, "9.9")
   assert "s3same" not in run.stderr
   assert not [r for r in server.requests() if shows_token(r) and r.origin != "api"]
 
 
 @pytest.mark.parametrize("token", ["s3\nsame", "s3 same", "s3\x01same", "s3säme"])
-def test_impossible_token(stocked, server, token):
-  run = stocked("pull", "freebsd", "15.1", env={"GITHUB_TOKEN": token})
+def test_impossible_token(no_image, server, token):
+  run = no_image("pull", "freebsd", "15.1", env={"GITHUB_TOKEN": token})
   fails(run, "GITHUB_TOKEN", code=2)
   assert "s3" not in run.stderr and server.started == 0
 
@@ -618,27 +587,27 @@ NEWEST = [
 
 @pytest.mark.parametrize("state", ["up", "gone"])
 @pytest.mark.parametrize("os_name, arch, version", NEWEST)
-def test_newest_version(stocked, server, image, os_name, arch, version, state):
+def test_newest_version(no_image, server, image, os_name, arch, version, state):
   publish_world(server, image)
-  set_api(stocked, server, state)
-  run = works(stocked("pull", os_name, "--platform", arch))
-  assert bases(stocked) == [f"base/{os_name}-{version}-{arch}.qcow2"]
+  set_api(no_image, server, state)
+  run = works(no_image("pull", os_name, "--platform", arch))
+  assert bases(no_image) == [f"base/{os_name}-{version}-{arch}.qcow2"]
   assert version in run.stderr
 
 
 @pytest.mark.parametrize("words", SPELLINGS)
 @pytest.mark.parametrize("command", ["run", "pull"])
-def test_spellings_of_the_newest(stocked, server, image, command, words):
+def test_spellings_of_the_newest(no_image, server, image, command, words):
   publish_world(server, image)
-  works(stocked(command, "netbsd", *words, "--platform", "amd64"))
-  assert bases(stocked) == ["base/netbsd-11.0-x86-64.qcow2"]
+  works(no_image(command, "netbsd", *words, "--platform", "amd64"))
+  assert bases(no_image) == ["base/netbsd-11.0-x86-64.qcow2"]
 
 
-def test_no_version_but_candidates(stocked, server, image):
+def test_no_version_but_candidates(no_image, server, image):
   server.repos["haiku-builder"] = {}
   server.add_release("haiku-builder", "v1", {"haiku-r1rc2-x86-64.qcow2": image})
-  fails(stocked("pull", "haiku"), "Haiku", "x86-64")
-  works(stocked("pull", "haiku", "r1rc2"))
+  fails(no_image("pull", "haiku"), "Haiku", "x86-64")
+  works(no_image("pull", "haiku", "r1rc2"))
 
 
 def cache_images(qvm, image, *stems):
@@ -654,48 +623,48 @@ CACHED = ("netbsd-9.4-x86-64", "netbsd-10.0-x86-64", "netbsd-11.0-arm64", "netbs
 @pytest.mark.parametrize(
   "kind", [{"status": 500}, {"status": 404}, {"cut": "connect"}, {"html": True}, {"stall": 0}, None]
 )
-def test_run_takes_the_cached_version_when_the_network_is_away(stocked, server, image, kind):
-  cache_images(stocked, image, *CACHED)
-  stocked.env["QVM_TIMEOUT"] = "0.1"
+def test_run_takes_the_cached_version_when_the_network_is_away(no_image, server, image, kind):
+  cache_images(no_image, image, *CACHED)
+  no_image.env["QVM_TIMEOUT"] = "0.1"
   if kind:
     server.fault("", origin=None, times=None, **kind)
   else:
-    away(stocked)
-  stocked.play(exit=7)
-  run = stocked("run", "netbsd", "latest", "--platform", "x86-64")
+    away(no_image)
+  no_image.play(exit=7)
+  run = no_image("run", "netbsd", "latest", "--platform", "x86-64")
   assert run.returncode == 7, run.stderr
   assert "10.0" in run.stderr
-  instances = os.listdir(stocked.cache / "instances")
+  instances = os.listdir(no_image.cache / "instances")
   assert sorted(instances) == ["netbsd-10.0-x86-64.json", "netbsd-10.0-x86-64.qcow2"]
 
 
-def test_what_the_cache_is_no_answer_for(stocked, image):
-  cache_images(stocked, image, *CACHED)
-  away(stocked)
-  before = stocked.files()
-  fails(stocked("pull", "netbsd", "--platform", "x86-64"))
-  fails(stocked("run", "openbsd"))
-  fails(stocked("run", "freebsd", "--platform", "arm64"))
-  assert stocked.files() == before
+def test_what_the_cache_is_no_answer_for(no_image, image):
+  cache_images(no_image, image, *CACHED)
+  away(no_image)
+  before = no_image.files()
+  fails(no_image("pull", "netbsd", "--platform", "x86-64"))
+  fails(no_image("run", "openbsd"))
+  fails(no_image("run", "freebsd", "--platform", "arm64"))
+  assert no_image.files() == before
 
 
-def test_run_prefers_the_server_to_the_cache(stocked, server, image):
-  cache_images(stocked, image, "netbsd-10.1-x86-64")
-  works(stocked("run", "netbsd"))
-  assert "instances/netbsd-11.0-x86-64.qcow2" in stocked.files()
+def test_run_prefers_the_server_to_the_cache(no_image, server, image):
+  cache_images(no_image, image, "netbsd-10.1-x86-64")
+  works(no_image("run", "netbsd"))
+  assert "instances/netbsd-11.0-x86-64.qcow2" in no_image.files()
 
 
 @pytest.mark.parametrize("words", SPELLINGS)
-def test_dry_run_asks_no_server(stocked, server, image, words):
-  before = stocked.files()
-  fails(stocked("run", "--dry-run", "netbsd", *words), "--dry-run", code=2)
-  assert stocked.files() == before
-  cache_images(stocked, image, *CACHED)
-  before = stocked.files()
-  run = works(stocked("--dry-run", "run", "netbsd", *words, "--platform", "x86-64"))
+def test_dry_run_asks_no_server(no_image, server, image, words):
+  before = no_image.files()
+  fails(no_image("run", "--dry-run", "netbsd", *words), "--dry-run", code=2)
+  assert no_image.files() == before
+  cache_images(no_image, image, *CACHED)
+  before = no_image.files()
+  run = works(no_image("--dry-run", "run", "netbsd", *words, "--platform", "x86-64"))
   assert "/netbsd-10.0-x86-64.qcow2" in run.stdout and run.stdout.count("\n") == 1
-  assert stocked.files() == before
-  fails(stocked("--dry-run", "run", "haiku", *words), code=2)
+  assert no_image.files() == before
+  fails(no_image("--dry-run", "run", "haiku", *words), code=2)
   assert server.started == 0
 
 
@@ -717,8 +686,8 @@ def test_dry_run_asks_no_server(stocked, server, image, words):
 def test_version_order(ordered):
   ordered = ordered.split()
   for order in (ordered, ordered[::-1], ordered[1::2] + ordered[::2]):
-    assert sorted(order, key=source.version_key) == ordered
-  keys = [source.version_key(version) for version in ordered]
+    assert sorted(order, key=qvm_source.version_key) == ordered
+  keys = [qvm_source.version_key(version) for version in ordered]
   assert all(first < second for first, second in itertools.combinations(keys, 2))
 
 
@@ -730,7 +699,7 @@ NUMBERS = st.lists(st.integers(0, 10**12), min_size=1, max_size=4)
 @given(st.lists(VERSIONS, min_size=3, max_size=3))
 @example(["9" * 50, "9" * 255, "²٣"])
 def test_versions_have_a_total_order(versions):
-  first, second, third = map(source.version_key, versions)
+  first, second, third = map(qvm_source.version_key, versions)
   assert (first < second) + (first == second) + (first > second) == 1
   assert not (first <= second <= third) or first <= third
 
@@ -739,9 +708,9 @@ def test_versions_have_a_total_order(versions):
 @given(NUMBERS, NUMBERS, st.sampled_from(["-rc1", "-beta2", "rc", "beta9", "-alpha", ".rc.3"]))
 def test_numbers_order_versions(first, second, early):
   texts = [".".join(map(str, numbers)) for numbers in (first, second)]
-  keys = [source.version_key(text) for text in texts]
+  keys = [qvm_source.version_key(text) for text in texts]
   assert (keys[0] < keys[1]) == (first < second)
-  assert source.version_key(texts[0] + early) < keys[0]
+  assert qvm_source.version_key(texts[0] + early) < keys[0]
 
 
 @pytest.mark.parametrize(
@@ -753,7 +722,7 @@ def test_numbers_order_versions(first, second, early):
   ],
 )  # fmt: skip
 def test_candidates(version, candidate):
-  assert source.is_candidate(version) == candidate
+  assert qvm_source.is_candidate(version) == candidate
 
 
 JSON = st.recursive(
@@ -775,7 +744,7 @@ HEX = "0123456789abcdef" * 4
 @given(JSON)
 @example({"tag_name": "v1", "assets": [{"name": "a", "digest": "sha256:" + HEX}, 5, {"name": []}]})
 def test_api_release_takes_any_json(data):
-  release = source.api_release(data)
+  release = qvm_source.api_release(data)
   if release is not None:
     assert re.fullmatch(r"[A-Za-z0-9._+-]+", release.tag)
     for name, digest in release.assets.items():
@@ -807,7 +776,7 @@ def release_json(**more):
   ],
 )
 def test_api_release(data, tag):
-  release = source.api_release(data)
+  release = qvm_source.api_release(data)
   assert (release and release.tag) == tag
 
 
@@ -826,7 +795,7 @@ def test_api_release(data, tag):
 )
 def test_api_digests(digest, known):
   data = release_json(assets=[{"name": "a.qcow2", "digest": digest}])
-  assert source.api_release(data).assets == {"a.qcow2": known}
+  assert qvm_source.api_release(data).assets == {"a.qcow2": known}
 
 
 LINK = '<a href="/o/r/releases/download/v1/{}" class="x">{}</a>'
@@ -856,8 +825,8 @@ PAGES = {
 
 
 def page_release(monkeypatch, text):
-  monkeypatch.setattr(source, "get", lambda net, url: text)
-  return source.page_release(source.net_from({}), "r", "v1")
+  monkeypatch.setattr(qvm_source, "get", lambda net, url: text)
+  return qvm_source.page_release(qvm_source.net_from({}), "r", "v1")
 
 
 @pytest.mark.parametrize("case", PAGES)
@@ -872,7 +841,7 @@ def test_page_release(monkeypatch, case):
 def test_hostile_page(monkeypatch, name):
   """Whatever a page names, images_in lets only plain names through."""
   for text in (LINK.format(name, name), LINK.format(f"netbsd-{name}-x86-64.qcow2", "")):
-    assert source.images_in("netbsd", [page_release(monkeypatch, text)]) == []
+    assert qvm_source.images_in("netbsd", [page_release(monkeypatch, text)]) == []
 
 
 def test_long_pages_take_no_long_time(monkeypatch):
@@ -893,18 +862,18 @@ def test_long_pages_take_no_long_time(monkeypatch):
   ],
 )  # fmt: skip
 def test_images_in_hostile_names(name):
-  release = source.Release("v1", {name: "", "freebsd-15.1-arm64.qcow2": ""})
-  assert [image.version for image in source.images_in("freebsd", [release])] == ["15.1"]
+  release = qvm_source.Release("v1", {name: "", "freebsd-15.1-arm64.qcow2": ""})
+  assert [image.version for image in qvm_source.images_in("freebsd", [release])] == ["15.1"]
 
 
 def test_images_in_takes_the_newest_release():
   releases = [
-    source.Release("v3", {"netbsd-11.0-x86-64.tar.zst": "", "netbsd-9.4-arm64.qcow2": ""}),
-    source.Release("v2", {"netbsd-11.0-x86-64.qcow2": "", "netbsd-10.0-x86-64.tar.zst": "",
+    qvm_source.Release("v3", {"netbsd-11.0-x86-64.tar.zst": "", "netbsd-9.4-arm64.qcow2": ""}),
+    qvm_source.Release("v2", {"netbsd-11.0-x86-64.qcow2": "", "netbsd-10.0-x86-64.tar.zst": "",
                           "netbsd-10.0-x86-64.qcow2": ""}),
-    source.Release("v1", {"netbsd-10.0-x86-64.qcow2": "", "netbsd-9.4-arm64.qcow2": ""}),
+    qvm_source.Release("v1", {"netbsd-10.0-x86-64.qcow2": "", "netbsd-9.4-arm64.qcow2": ""}),
   ]  # fmt: skip
-  assert source.images_in("netbsd", releases) == [
+  assert qvm_source.images_in("netbsd", releases) == [
     ("11.0", "x86-64", "v3", "netbsd-11.0-x86-64.tar.zst"),
     ("10.0", "x86-64", "v2", "netbsd-10.0-x86-64.qcow2"),
     ("9.4", "arm64", "v3", "netbsd-9.4-arm64.qcow2"),

@@ -15,27 +15,27 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import (
+from release_server import ReleaseServer
+from support import (
+  BASE,
+  DEAD,
   FREEBSD,
+  PULL,
   ROOT,
   STAND_IN,
   Qvm,
   fails,
   fill,
-  sha256,
   stand_in_tar,
+  state,
   tar_of,
   works,
   written,
 )
-from release_server import ReleaseServer
 
-import qvm as source
+import qvm as qvm_source
 
-DEAD = "http://127.0.0.1:9/nowhere"
-BASE = f"base/{FREEBSD}.qcow2"
 NOTE = f"base/{FREEBSD}.json"
-PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
 RUN = ("run", *PULL[1:])
 REFRESH = ("pull", "--refresh", *PULL[1:])
 
@@ -71,40 +71,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def state(folder):
-  """All that is below a folder: digests, targets of links, folders."""
-  found = {}
-  for path in sorted(folder.rglob("*")):
-    if path.is_symlink():
-      found[str(path)] = os.readlink(path)
-    else:
-      found[str(path)] = sha256(path.read_bytes()) if path.is_file() else ""
-  return found
-
-
 def kill_both(process, record):
   """kill -9 for qvm and its QEMU; returns when both are gone."""
   process.kill()
   process.wait()
   os.kill(record["pid"], signal.SIGKILL)
   process.communicate()  # QEMU held the pipes too
-
-
-@pytest.fixture(scope="module")
-def tools_tar():
-  """The resources archive with a small script as qemu-img, which is quick to copy and to hash."""
-  script = f'#!/bin/sh\nexec {shutil.which("qemu-img")} "$@"\n'
-  return tar_of({"qemu-img": script.encode()})
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory, image, tools_tar):
-  """A home in which FreeBSD 15.1 has been pulled, and its server; not to be changed."""
-  home = tmp_path_factory.mktemp("stock")
-  with ReleaseServer() as server:
-    fill(server, image, tools_tar)
-    works(Qvm(home, ROOT / "qvm.py", server)(*PULL))
-  return home
 
 
 def point(qvm, server):
@@ -115,9 +87,9 @@ def point(qvm, server):
 
 
 @pytest.fixture
-def pulled(qvm, server, stock):
+def pulled(qvm, server, filled):
   """qvm with a release server, and FreeBSD 15.1 in its cache."""
-  shutil.copytree(stock, qvm.home, dirs_exist_ok=True, symlinks=True)
+  shutil.copytree(filled, qvm.home, dirs_exist_ok=True, symlinks=True)
   point(qvm, server)
   return qvm
 
@@ -217,7 +189,7 @@ def test_search_json(world, server, api):
   rows = json.loads(works(world("search", "--json")).stdout)
   cached = [(row["version"], row["arch"]) for row in rows if row["cached"]]
   assert cached == [("15.1", "x86-64")]
-  assert list(dict.fromkeys(row["os"] for row in rows)) == list(source.OS_NAMES)
+  assert list(dict.fromkeys(row["os"] for row in rows)) == list(qvm_source.OS_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +222,7 @@ def test_five_are_asked_at_the_same_time(world, server, origin, place):
   api_is(world, server, "gone" if origin == "github" else "up")
   go = threading.Event()
   faults = [
-    server.fault(f"{name}-builder/{place}", origin=origin, pause=go) for name in source.OS_NAMES
+    server.fault(f"{name}-builder/{place}", origin=origin, pause=go) for name in qvm_source.OS_NAMES
   ]
   process = world.start("search", env={"QVM_TIMEOUT": "20"})
   together = [fault.reached.wait(15) for fault in faults]
@@ -266,12 +238,12 @@ def test_search_writes_nothing(qvm):
 
 
 @pytest.mark.parametrize("words", [(), ("freebsd",)])
-def test_search_without_a_network(offline, stock, words):
-  shutil.copytree(stock, offline.home, dirs_exist_ok=True, symlinks=True)
+def test_search_without_a_network(offline, filled, words):
+  shutil.copytree(filled, offline.home, dirs_exist_ok=True, symlinks=True)
   run = works(offline("search", *words))
   assert table(run.stdout) == [["OS", "VERSION", "X86-64", "ARM64"],
                                ["freebsd", "15.1", "(cached)", "-"]]  # fmt: skip
-  for name in words or source.OS_NAMES:
+  for name in words or qvm_source.OS_NAMES:
     assert any("cached" in line and name in line for line in run.stderr.splitlines()), run.stderr
   assert "bug" not in run.stderr
   rows = json.loads(works(offline("search", "--json", *words)).stdout)
@@ -462,15 +434,15 @@ def stepped():
 
 
 @pytest.mark.parametrize("place", ["base", "bin", "qemu"])
-def test_refresh_is_killed_at_any_step(tmp_path, stock, server, image, stepped, place):
+def test_refresh_is_killed_at_any_step(tmp_path, filled, server, image, stepped, place):
   """What was there still runs, no record lies, and the next refresh makes good."""
-  tool = (stock / ".cache" / "qvm" / "bin" / "qemu-img").read_bytes() + b"# newer\n"
+  tool = (filled / ".cache" / "qvm" / "bin" / "qemu-img").read_bytes() + b"# newer\n"
   content = newer(server, image, tar_of({"qemu-img": tool}))
   step = 0
   while True:
     step += 1
     qvm = Qvm(tmp_path / str(step), ROOT / "qvm.py", server)
-    shutil.copytree(stock, qvm.home, symlinks=True)
+    shutil.copytree(filled, qvm.home, symlinks=True)
     point(qvm, server)
     process = stepped(qvm, f" {place}/[^ ]*$", step, "kill", *REFRESH)
     where, errors = process.communicate()
@@ -562,7 +534,7 @@ def test_clean_says_what_it_frees(pulled):
   size = int(size.stdout.split()[0]) - os.lstat(sparse.parent.parent).st_blocks * 512
   paths, total = cleaned(pulled("clean", "--dry-run"))
   assert paths == [f"downloads/{FREEBSD}.qcow2.part", f"downloads/{FREEBSD}.qcow2.tmp"]
-  assert total == source.megabytes(size)
+  assert total == qvm_source.megabytes(size)
   assert clean(pulled) == paths
 
 
@@ -775,9 +747,9 @@ def test_clean_leaves_what_is_not_qvms(pulled, words):
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory, image, tools_tar, large_bundle):
+def filled_mirror(tmp_path_factory, image, tools_tar, large_bundle):
   """A mirror, which names no server, that three `pull --mirror` have filled; not to be changed."""
-  home = tmp_path_factory.mktemp("filled")
+  home = tmp_path_factory.mktemp("filled_mirror")
   with ReleaseServer() as server:
     fill(server, image, tools_tar)
     with_bundle(server, large_bundle)
@@ -789,9 +761,9 @@ def filled(tmp_path_factory, image, tools_tar, large_bundle):
 
 
 @pytest.fixture
-def mirror(tmp_path, filled):
+def mirror(tmp_path, filled_mirror):
   """A copy of the mirror, in a folder with an awkward name."""
-  return shutil.copytree(filled, tmp_path / "a mirror, 100% ü#1")
+  return shutil.copytree(filled_mirror, tmp_path / "a mirror, 100% ü#1")
 
 
 @pytest.fixture
@@ -1084,8 +1056,8 @@ BAD_URLS = ["ftp://x.example/releases", "http://a b/c", "http://", "https:///x",
 @pytest.mark.parametrize("url", BAD_URLS)
 def test_bad_address(offline, url):
   for name in ("QVM_RELEASES_URL", "QVM_API_URL"):
-    with pytest.raises(source.UsageError, match=name):
-      source.net_from({name: url})
+    with pytest.raises(qvm_source.UsageError, match=name):
+      qvm_source.net_from({name: url})
   fails(offline(*PULL, env={"QVM_RELEASES_URL": url}), "QVM_RELEASES_URL", code=2)
   assert not offline.cache.exists()
 
@@ -1098,9 +1070,13 @@ def test_unknown_file_mirror(client, tmp_path):
 @pytest.mark.parametrize(
   "given, releases, api",
   [
-    ({}, source.RELEASES_URL, source.API_URL),
-    ({"QVM_RELEASES_URL": ""}, source.RELEASES_URL, source.API_URL),
-    ({"QVM_RELEASES_URL": source.RELEASES_URL + "/"}, source.RELEASES_URL, source.API_URL),
+    ({}, qvm_source.RELEASES_URL, qvm_source.API_URL),
+    ({"QVM_RELEASES_URL": ""}, qvm_source.RELEASES_URL, qvm_source.API_URL),
+    (
+      {"QVM_RELEASES_URL": qvm_source.RELEASES_URL + "/"},
+      qvm_source.RELEASES_URL,
+      qvm_source.API_URL,
+    ),
     ({"QVM_RELEASES_URL": "http://x/y/"}, "http://x/y", ""),
     ({"QVM_RELEASES_URL": "http://x//"}, "http://x", ""),
     ({"QVM_RELEASES_URL": "file:///srv/m/"}, "file:///srv/m", ""),
@@ -1108,7 +1084,7 @@ def test_unknown_file_mirror(client, tmp_path):
   ],
 )
 def test_addresses(given, releases, api):
-  net = source.net_from(given)
+  net = qvm_source.net_from(given)
   assert (net.releases, net.api) == (releases, api)
 
 
@@ -1117,35 +1093,35 @@ def test_addresses(given, releases, api):
 
 def test_list_while_a_run_ends(offline, monkeypatch):
   """Between the names and the sizes a --rm run may delete its files."""
-  source.make_folders(str(offline.cache))
+  qvm_source.make_folders(str(offline.cache))
   folder = offline.cache / "instances"
   for name in ("ends", "stays"):
     (folder / f"{name}.qcow2").write_bytes(b"disk")
-  size = source.tree_size
+  size = qvm_source.tree_size
 
   def ends(path):
     if path.endswith("ends.qcow2"):
       os.unlink(path)
     return size(path)
 
-  monkeypatch.setattr(source, "tree_size", ends)
-  assert [row.name for row in source.list_instances(str(offline.cache))] == ["stays"]
+  monkeypatch.setattr(qvm_source, "tree_size", ends)
+  assert [row.name for row in qvm_source.list_instances(str(offline.cache))] == ["stays"]
 
 
 def test_clean_while_a_run_ends(offline, monkeypatch, capfd):
-  source.make_folders(str(offline.cache))
+  qvm_source.make_folders(str(offline.cache))
   folder = offline.cache / "instances"
   for name in ("ends.lock", "stays.lock"):
     (folder / name).write_bytes(b"")
-  size = source.tree_size
+  size = qvm_source.tree_size
 
   def ends(path):
     if path.endswith("ends.lock"):
       os.unlink(path)
     return size(path)
 
-  monkeypatch.setattr(source, "tree_size", ends)
-  source.clean(str(offline.cache), source.Options(command="clean"))
+  monkeypatch.setattr(qvm_source, "tree_size", ends)
+  qvm_source.clean(str(offline.cache), qvm_source.Options(command="clean"))
   out = capfd.readouterr().out
   assert "stays.lock" in out and "ends.lock" not in out
   assert not list(folder.glob("*.lock"))

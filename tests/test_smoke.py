@@ -1,6 +1,6 @@
 """The whole flow once, with both forms of the program."""
 
-from conftest import FREEBSD, Qvm
+from support import FREEBSD, Qvm
 
 
 def test_run_from_nothing(tmp_path, program, server):

@@ -12,31 +12,10 @@ from pathlib import Path
 
 import pytest
 import ssh_guest
-from conftest import free_port, heard
+from support import alive, free_port, heard, processes_of
 
 SHELLS = ("/bin/sh", "/bin/bash", "/bin/csh", "/usr/bin/fish", "/bin/zsh")
 SECTOR, MIB = 512, 1 << 20
-
-
-def processes_of(folder):
-  """The processes that have the folder in their command line or environment."""
-  found = []
-  for pid in filter(str.isdigit, os.listdir("/proc")):
-    with contextlib.suppress(OSError):
-      entry = Path("/proc", pid)
-      if os.fsencode(folder) in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes():
-        found.append(int(pid))
-  return found
-
-
-def alive(pids):
-  """Those of the processes that have not ended; a zombie, or one that is about to be, has."""
-  found = []
-  for pid in pids:
-    with contextlib.suppress(OSError):
-      if Path("/proc", str(pid), "cmdline").read_bytes():
-        found.append(pid)
-  return found
 
 
 def fat_disk(path, keys, offset=0):
@@ -113,7 +92,7 @@ class Guest:
     self.process.communicate()
     if (self.folder / "guest.log").exists():
       ssh_guest.wait_until_gone(self.folder)
-    assert processes_of(self.folder) == []
+    assert processes_of(self.folder, environment=True) == {}
 
 
 @pytest.fixture
@@ -299,13 +278,16 @@ def test_nothing_outlives_it(guests, tmp_path, number):
   with busy(guest, tmp_path) as (session, pipe):
     pids = ssh_guest.descendants(guest.process.pid)
     assert guest.record["keeper"] in pids and len(pids) >= 6
-    assert set(pids) >= set(processes_of(guest.folder)) - {guest.process.pid, session.pid}
+    assert set(pids) >= set(processes_of(guest.folder, environment=True)) - {
+      guest.process.pid,
+      session.pid,
+    }
     guest.process.send_signal(number)
     assert guest.process.communicate(timeout=30) == (b"ssh guest boots\n", b"")
     if number == signal.SIGKILL:
       ssh_guest.wait_until_gone(guest.folder)
     assert guest.process.returncode == (-number if number == signal.SIGKILL else 0)
-    assert alive(pids) == []
+    assert not any(map(alive, pids))
     assert pipe.read() == b""
     assert session.wait(30) == 255
   with pytest.raises(ConnectionRefusedError):

@@ -16,21 +16,35 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, fill, heard, sha256, tar_of, works
 from release_server import ReleaseServer
-from test_failures import MB, refused, small_cache
-from test_fetch import PULL, Terminal, certificate, finished, hangs, proxy, wait_for
-from test_processes import read_until
-from test_zipapp import MODERN
+from support import (
+  FREEBSD,
+  IMAGE,
+  PULL,
+  ROOT,
+  Qvm,
+  end_processes,
+  fill,
+  finished,
+  heard,
+  processes_of,
+  read_until,
+  sha256,
+  tar_of,
+  wait_for,
+  works,
+)
+from support_machines import disk_was_full, small_cache
+from support_network import certificate, hangs
+from support_pythons import MODERN
 
-import qvm as source
+import qvm as qvm_source
 
-__all__ = ["proxy"]  # a fixture
-IMAGE = FREEBSD + ".qcow2"
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 STREAM = ("run", "--stream", "--name", "vm", *GUEST)
 RUN = ("run", "--name", "vm", *GUEST)
-BLOCK = source.BLOCK_BYTES
+BLOCK = qvm_source.BLOCK_BYTES
+MB = 1_000_000
 SIZE = 6_000_000  # of the disk
 
 # It does what $PLAY says: first it tells that it runs, then it reads, writes, waits and ends.
@@ -94,21 +108,7 @@ def streamer(tmp_path, server):
   shutil.rmtree(str(qvm.cache / "base"))
   server.clear_log()
   yield qvm
-  for pid in ours(home):
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, signal.SIGKILL)
-
-
-def ours(home, mark=""):
-  """The processes whose home is that one, as far as their command line holds the mark."""
-  found = []
-  for folder in Path("/proc").glob("[0-9]*"):
-    with contextlib.suppress(OSError):
-      env = (folder / "environ").read_bytes().split(b"\0")
-      words = (folder / "cmdline").read_bytes()
-      if os.fsencode(f"HOME={home}") in env and mark.encode() in words:
-        found.append(int(folder.name))
-  return found
+  end_processes(f"HOME={home}", environment=True)
 
 
 def play(qvm, *steps, **more):
@@ -129,7 +129,7 @@ def base_is(qvm, packed):
 
 
 def backing(qvm):
-  return source.backing_file(str(qvm.cache / "instances" / "vm.qcow2"))
+  return qvm_source.backing_file(str(qvm.cache / "instances" / "vm.qcow2"))
 
 
 def instance(qvm):
@@ -144,9 +144,19 @@ def is_ordinary(qvm, packed):
   assert instance(qvm)["release"] == instance(qvm)["validator"] == ""
 
 
+def ours(qvm):
+  """The processes whose home is that of qvm: {pid: command line}."""
+  return processes_of(f"HOME={qvm.home}", environment=True)
+
+
+def serving(qvm):
+  """The processes that serve an image."""
+  return [pid for pid, words in ours(qvm).items() if qvm_source.SERVE in words]
+
+
 def settled(qvm):
   """Wait until nothing runs any more."""
-  wait_for(lambda: not ours(qvm.home))
+  wait_for(lambda: not ours(qvm))
 
 
 # --- All is well -----------------------------------------------------------------------------
@@ -314,16 +324,18 @@ def test_a_pull_that_waits_goes_on_when_the_run_ends(streamer, server, tmp_path,
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_pull_that_waits_shows_how_far_the_other_is(streamer, server, tmp_path, packed, stream):
+def test_a_pull_that_waits_shows_how_far_the_other_is(
+  streamer, server, errors_shown, packed, stream
+):
   go = threading.Event()
   fault = server.fault(IMAGE, pause=go, pause_at=3_200_000)
   first = streamer.start(*(STREAM if stream else PULL))
   hangs(first, fault)
-  terminal = Terminal(streamer, (*PULL, "--progress"), 80)
-  terminal.read(f"waiting for another qvm that downloads {IMAGE}")
-  terminal.read(rf"\r\S*{IMAGE} (4|5)\d% 3\.\d MB")
+  terminal = errors_shown(streamer, *PULL, "--progress")
+  terminal.until_match(f"waiting for another qvm that downloads {IMAGE}")
+  terminal.until_match(rf"\r\S*{IMAGE} (4|5)\d% 3\.\d MB")
   go.set()
-  assert terminal.read() == 0
+  assert terminal.end() == 0
   assert finished(first).returncode == 0
   base_is(streamer, packed)
 
@@ -381,7 +393,7 @@ def test_signals(streamer, server, tmp_path, number):
   process, _ = begun(streamer, server, tmp_path, *STREAM)
   process.send_signal(number)
   assert finished(process).returncode == 128 + number
-  assert ours(streamer.home) == []
+  assert ours(streamer) == {}
   assert streamer("list").returncode == 0
 
 
@@ -390,12 +402,12 @@ def test_kill_9(streamer, server, tmp_path, packed, who):
   process, pid = begun(
     streamer, server, tmp_path, *STREAM, steps=[["write", "-P", "7", "0", "64k"]]
   )
-  backing = source.backing_file(str(streamer.cache / "instances" / "vm.qcow2"))
+  backing = qvm_source.backing_file(str(streamer.cache / "instances" / "vm.qcow2"))
   socket = Path(backing.partition("socket=")[2])
   assert socket.exists()
-  [serving] = ours(streamer.home, source.SERVE)
+  (server_pid,) = serving(streamer)
   if "server" in who or who == "all":
-    os.kill(serving, signal.SIGKILL)
+    os.kill(server_pid, signal.SIGKILL)
   if who != "server":
     process.kill()
     process.wait()
@@ -479,7 +491,7 @@ def test_clean_and_rm_know_of_it(streamer, server, tmp_path):
   assert streamer("rm", "vm").returncode == 1
   works(streamer("rm", "--force", "vm"))
   finished(process)
-  assert ours(streamer.home) == []
+  assert ours(streamer) == {}
   assert "downloads/" in works(streamer("clean")).stdout
   assert not [name for name in streamer.files() if name.startswith(("downloads/", "instances/"))]
 
@@ -493,7 +505,7 @@ def test_detached(streamer, server, tmp_path, packed):
   works(streamer(*words))
   with open(tmp_path / "go", "w") as gate:
     assert json.loads(works(streamer("list", "--json")).stdout)[0]["state"] == "running"
-    assert len(ours(streamer.home, source.SERVE)) == 1
+    assert len(serving(streamer)) == 1
     go.set()
     wait_for(lambda: (streamer.cache / "base" / IMAGE).exists())
     assert backing(streamer).startswith("nbd+unix:")
@@ -511,7 +523,7 @@ def test_detached_and_stopped(streamer, server, tmp_path, packed):
   play(streamer, ["wait", make_fifo(tmp_path)])
   works(streamer(*words))
   works(streamer("stop", "--force", "vm"))
-  assert ours(streamer.home) == []
+  assert ours(streamer) == {}
   assert json.loads(works(streamer("list", "--json")).stdout)[0]["base"] < 100
   play(streamer)
   works(streamer(*RUN))
@@ -534,7 +546,7 @@ def test_a_wrong_digest_once_qvm_has_left(streamer, server, tmp_path, options):
   options = [str(tmp_path / "LOG") if word == "LOG" else word for word in options]
   play(streamer, ["print", "guest# "], ["wait", make_fifo(tmp_path)])
   go = detached(streamer, server, *options, times=None, flip=3_000_000)
-  pids = ours(streamer.home)
+  pids = ours(streamer)
   go.set()
   settled(streamer)
   assert len(pids) == 2
@@ -609,7 +621,7 @@ def test_https(streamer, packed, tools_tar, tmp_path, disk):
   assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
 
 
-def test_a_proxy(streamer, server, tmp_path, disk, proxy):  # noqa: F811
+def test_a_proxy(streamer, server, tmp_path, disk, proxy):
   """All of it goes through the proxy."""
   server.fault(IMAGE, times=1, cut=1_000_000)
   streamer.env["http_proxy"] = f"http://127.0.0.1:{proxy.port}"
@@ -708,10 +720,10 @@ def small(tmp_path, server):
 def test_an_image_that_has_no_room_is_refused_before(small, streamer, server, packed):
   small.fill(leave=4 * MB)
   result = streamer(*STREAM)
-  assert refused(result) and len(result.stderr.splitlines()) == 2, result.stderr
+  assert disk_was_full(result) and len(result.stderr.splitlines()) == 2, result.stderr
   left = [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/"))]
   assert left == [f"downloads/{FREEBSD}.qcow2.json"]
-  assert ours(streamer.home) == []
+  assert ours(streamer) == {}
   small.empty()
   works(streamer(*STREAM))
   settled(streamer)
@@ -755,7 +767,7 @@ def test_a_wrong_digest_ends_the_machine(streamer, server, tmp_path):
   assert result.returncode == 1
   assert re.search("has not the digest that the release names.*the machine is ended", result.stderr)
   assert not [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/"))]
-  assert ours(streamer.home) == []
+  assert ours(streamer) == {}
 
 
 def test_a_wrong_digest_leaves_an_older_overlay(streamer, server, tmp_path, packed):
@@ -850,7 +862,7 @@ class Whole:
 def link():
   """A client's connection to an export of 1000 bytes."""
   ours, theirs = socket.socketpair()
-  export = source.Export(Whole(bytes(range(250)) * 4), theirs)
+  export = qvm_source.Export(Whole(bytes(range(250)) * 4), theirs)
   thread = threading.Thread(target=export.run)
   thread.start()
   ours.settimeout(10)

@@ -9,33 +9,14 @@ import tarfile
 import threading
 
 import pytest
-from conftest import fails, works
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_guest_commands import FREEBSD, guests, lines  # noqa: F401 (a fixture)
-from test_zipapp import MODERN, every_python
+from support import contents, fails, lines, obey_modes, tree, works
+from support_pythons import MODERN, every_python
 
-import qvm as source
+import qvm as qvm_source
 
 LONG = "x" * 200
-
-
-def tree(folder):
-  """All below a folder: {path: (kind, mode, content or target)}."""
-  found = {}
-  for above, folders, names in os.walk(folder):
-    for name in folders + names:
-      path = os.path.join(above, name)
-      mode = os.lstat(path).st_mode
-      content = None
-      if stat.S_ISREG(mode):
-        with open(path, "rb") as file:
-          content = file.read()
-      if stat.S_ISLNK(mode):
-        content = os.readlink(path)
-      kind = 0 if stat.S_ISLNK(mode) else stat.S_IMODE(mode)
-      found[os.path.relpath(path, folder)] = (stat.S_IFMT(mode), kind, content)
-  return found
 
 
 @pytest.fixture
@@ -67,14 +48,14 @@ def project(tmp_path):
   return folder
 
 
-def there(guests, project):  # noqa: F811
+def there(guests, project):
   return guests.folder / "home" / "runner" / "work" / project.name
 
 
 # --- there and back --------------------------------------------------------------------------
 
 
-def test_a_folder_arrives_whole(guests, project):  # noqa: F811
+def test_a_folder_arrives_whole(guests, project):
   os.mkfifo(project / "pipe")
   result = guests.run("pwd", options=("--sync", str(project)))
   assert result.returncode == 0, result.stderr
@@ -85,7 +66,7 @@ def test_a_folder_arrives_whole(guests, project):  # noqa: F811
   assert (there(guests, project) / "src/deep/old").stat().st_mtime == 1577836800
 
 
-def test_what_the_command_changes_comes_back(guests, project):  # noqa: F811
+def test_what_the_command_changes_comes_back(guests, project):
   before = tree(project)
   times = {path: os.lstat(project / path).st_mtime_ns for path in before}
   script = """
@@ -116,7 +97,7 @@ e w'; ln -s ../src/main.c d1/l; ln -sf src/all link; ln src/main.c hard; : >none
       assert os.lstat(project / path).st_mtime_ns == times[path], path
 
 
-def test_what_is_deleted_there_only_goes_if_asked(guests, project):  # noqa: F811
+def test_what_is_deleted_there_only_goes_if_asked(guests, project):
   guests.up()
   words = ("ssh", "vm", "--sync", str(project), "--", "rm -rf ./*; mkdir keep")
   before = tree(project)
@@ -126,7 +107,7 @@ def test_what_is_deleted_there_only_goes_if_asked(guests, project):  # noqa: F81
   assert set(tree(project)) == {".git", ".git/config", "keep"}
 
 
-def test_half_files_of_a_killed_qvm_stay_here(guests, project):  # noqa: F811
+def test_half_files_of_a_killed_qvm_stay_here(guests, project):
   """They have names that nothing else has; other names that begin like them are the user's."""
   half, others = "src/.qvm-0123456789ab", (".qvm-notes", ".qvm-0123456789abcdef")
   for name in (half, *others):
@@ -137,7 +118,7 @@ def test_half_files_of_a_killed_qvm_stay_here(guests, project):  # noqa: F811
 
 
 @pytest.mark.parametrize("way, here, in_guest", [("in", False, True), ("out", True, False)])
-def test_one_way(guests, project, way, here, in_guest):  # noqa: F811
+def test_one_way(guests, project, way, here, in_guest):
   guests.up()
   options = ("--sync", str(project), "--sync-direction", way)
   line = "mkdir -p ~/work; cd ~/work && ls */src | wc -l; echo made >made"
@@ -148,7 +129,7 @@ def test_one_way(guests, project, way, here, in_guest):  # noqa: F811
   assert (project / "made").exists() == here
 
 
-def test_out_brings_what_an_earlier_command_has_made(guests, tmp_path):  # noqa: F811
+def test_out_brings_what_an_earlier_command_has_made(guests, tmp_path):
   guests.up()
   (tmp_path / "p").mkdir()
   works(guests.qvm("ssh", "vm", "--", "mkdir -p work/p/d; echo a >work/p/d/a; ln -s d work/p/l"))
@@ -156,7 +137,7 @@ def test_out_brings_what_an_earlier_command_has_made(guests, tmp_path):  # noqa:
   assert (tmp_path / "p/d/a").read_text() == "a\n" and os.readlink(tmp_path / "p/l") == "d"
 
 
-def test_patterns(guests, tmp_path):  # noqa: F811
+def test_patterns(guests, tmp_path):
   folder = tmp_path / "p"
   for path in ("a/node_modules/x", "a/b/c", "build/x", "a/build/x", "k.o", "a/k.o", "sub/.git/x"):
     (folder / path).mkdir(parents=True)
@@ -172,7 +153,7 @@ def test_patterns(guests, tmp_path):  # noqa: F811
   }  # fmt: skip
 
 
-def test_changed_here_meanwhile(guests, tmp_path):  # noqa: F811
+def test_changed_here_meanwhile(guests, tmp_path):
   """What was changed on both sides stays as it is here, and that is said."""
   folder = tmp_path / "p"
   folder.mkdir()
@@ -194,19 +175,19 @@ def test_changed_here_meanwhile(guests, tmp_path):  # noqa: F811
   }  # fmt: skip
 
 
-def test_a_file_that_becomes_a_folder_and_back(guests, tmp_path):  # noqa: F811
+def test_a_file_that_becomes_a_folder_and_back(guests, tmp_path):
   folder = tmp_path / "p"
   (folder / "d").mkdir(parents=True)
   (folder / "f").write_text("file\n")
   (folder / "l").symlink_to("f")
   script = "rm -r f d l; mkdir f l; echo in >f/in; echo in >l/in; echo file >d"
   works(guests.run(script, options=("--sync", str(folder))))
-  assert {path: entry[2] for path, entry in tree(folder).items()} == {
+  assert contents(folder) == {
     "f": None, "f/in": b"in\n", "l": None, "l/in": b"in\n", "d": b"file\n",
   }  # fmt: skip
 
 
-def test_a_folder_that_stays_because_something_is_in_it(guests, tmp_path):  # noqa: F811
+def test_a_folder_that_stays_because_something_is_in_it(guests, tmp_path):
   folder = tmp_path / "p"
   (folder / "d").mkdir(parents=True)
   (folder / "d/kept").write_text("mine\n")
@@ -219,7 +200,7 @@ def test_a_folder_that_stays_because_something_is_in_it(guests, tmp_path):  # no
   assert (folder / "d/kept").read_text() == "mine\n"
 
 
-def test_a_command_that_changes_at_once(guests, tmp_path):  # noqa: F811
+def test_a_command_that_changes_at_once(guests, tmp_path):
   """The mark and the change may not fall into the same tick of the guest's clock."""
   (tmp_path / "p").mkdir()
   (tmp_path / "p/f").write_text("0")
@@ -229,7 +210,7 @@ def test_a_command_that_changes_at_once(guests, tmp_path):  # noqa: F811
     assert (tmp_path / "p/f").read_text() == str(n)
 
 
-def test_an_interactive_shell_in_the_folder(guests, project):  # noqa: F811
+def test_an_interactive_shell_in_the_folder(guests, project):
   guests.up()
   words = ("ssh", "vm", "--sync", str(project))
   result = works(guests.qvm(*words, input="pwd; echo x >typed\n", stdin=None))
@@ -241,7 +222,7 @@ def test_an_interactive_shell_in_the_folder(guests, project):  # noqa: F811
 
 
 @pytest.mark.parametrize("shell, file", [("/bin/zsh", ".zshenv"), ("/bin/csh", ".cshrc")])
-def test_a_shell_that_greets(guests, project, shell, file):  # noqa: F811
+def test_a_shell_that_greets(guests, project, shell, file):
   """What the user's shell prints at its start is no part of the streams."""
   guests.play(shell=shell)
   guests.up()
@@ -251,7 +232,7 @@ def test_a_shell_that_greets(guests, project, shell, file):  # noqa: F811
   assert (project / "made").read_text() == "x\n" and not (project / "src/all").exists()
 
 
-def test_a_guest_without_tar(guests, project):  # noqa: F811
+def test_a_guest_without_tar(guests, project):
   guests.up()
   (guests.folder / "bin" / "tar").write_text("#!/bin/sh\necho no tar today >&2; exit 127\n")
   (guests.folder / "bin" / "tar").chmod(0o755)
@@ -261,7 +242,7 @@ def test_a_guest_without_tar(guests, project):  # noqa: F811
   assert tree(project) == before
 
 
-def test_a_tar_without_our_option(guests, project):  # noqa: F811
+def test_a_tar_without_our_option(guests, project):
   """Then it is POSIX's pax, as in OpenBSD; where there is none, that is said."""
   guests.up()
   program = guests.folder / "bin" / "tar"
@@ -279,7 +260,7 @@ def test_a_tar_without_our_option(guests, project):  # noqa: F811
   fails(guests.qvm(*words), "cannot be brought", "pax", code=125)
 
 
-def test_a_find_that_knows_less(guests, project):  # noqa: F811
+def test_a_find_that_knows_less(guests, project):
   """Without -cnewer, as busybox's, all comes back, and what is the same is left alone."""
   guests.up()
   program = guests.folder / "bin" / "find"
@@ -295,8 +276,7 @@ def test_a_find_that_knows_less(guests, project):  # noqa: F811
   }
 
 
-def test_a_file_that_may_not_be_read(guests, tmp_path):  # noqa: F811
-  from conftest import obey_modes
+def test_a_file_that_may_not_be_read(guests, tmp_path):
 
   folder = tmp_path / "p"
   folder.mkdir()
@@ -307,8 +287,7 @@ def test_a_file_that_may_not_be_read(guests, tmp_path):  # noqa: F811
   fails(result, str(folder / "closed"), "Permission denied", code=125)
 
 
-def test_a_folder_that_may_not_be_written(guests, tmp_path):  # noqa: F811
-  from conftest import obey_modes
+def test_a_folder_that_may_not_be_written(guests, tmp_path):
 
   folder = tmp_path / "p"
   folder.mkdir()
@@ -321,7 +300,7 @@ def test_a_folder_that_may_not_be_written(guests, tmp_path):  # noqa: F811
   folder.chmod(0o755)
 
 
-def test_a_machine_that_dies_while_files_go_there(guests, tmp_path):  # noqa: F811
+def test_a_machine_that_dies_while_files_go_there(guests, tmp_path):
   folder = tmp_path / "p"
   folder.mkdir()
   with open(folder / "big", "wb") as file:
@@ -377,7 +356,9 @@ def land(folder, data, sent=None, patterns=(".git",)):
   feeder = threading.Thread(target=feed)
   feeder.start()
   try:
-    with os.fdopen(reading, "rb") as file, source.Unpacker(str(folder), patterns, sent) as landing:
+    with os.fdopen(reading, "rb") as file, qvm_source.Unpacker(
+      str(folder), patterns, sent
+    ) as landing:
       landing.take(file)
       landing.finish()
   finally:
@@ -418,7 +399,7 @@ REFUSED = [
 @pytest.mark.parametrize("data", REFUSED, ids=range(len(REFUSED)))
 def test_a_stream_that_no_honest_tar_makes(here, data):
   before = tree(here)
-  with contextlib.suppress(source.RefusedError):
+  with contextlib.suppress(qvm_source.RefusedError):
     land(here, data)
     assert data.startswith(b"<html>")  # nothing in it passes for a member: nothing comes
   assert tree(here) == before
@@ -515,7 +496,7 @@ def test_no_stream_gets_out(members, checked):
       member(name, b"theirs\n" if kind == tarfile.REGTYPE else b"", type=kind, linkname=target)
       for name, kind, target in members
     ]
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(source.QvmError):
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(qvm_source.QvmError):
       land(folder, stream(*made), {} if checked else None)
     assert tree(outside) == {"file": (stat.S_IFREG, 0o644, b"mine\n")}
     assert sorted(os.listdir(top)) == ["here", "outside"]
@@ -529,7 +510,7 @@ def test_no_stream_gets_out(members, checked):
 
 
 @every_python
-def test_with_every_python(guests, project, pyz, python):  # noqa: F811
+def test_with_every_python(guests, project, pyz, python):
   """The packed program, as it is copied onto CI runners."""
   guests.qvm.program = pyz
   words = guests.words(
@@ -545,8 +526,8 @@ def test_with_every_python(guests, project, pyz, python):  # noqa: F811
 
 def test_what_comes_has_to_fit(here, monkeypatch):
   """Also a file that is all holes: it would be written out."""
-  monkeypatch.setattr(source, "free_space", lambda folder: 3)
-  with pytest.raises(source.QvmError, match="disk is full: .*/x takes 4 B more"):
+  monkeypatch.setattr(qvm_source, "free_space", lambda folder: 3)
+  with pytest.raises(qvm_source.QvmError, match="disk is full: .*/x takes 4 B more"):
     land(here, stream(member("x")))
   assert "x" not in tree(here)
 
@@ -555,7 +536,7 @@ def test_what_comes_has_to_fit(here, monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", [".*", "*", "?", "[.]*", "[[:digit:]]*", "\\foo", "foo/"])
-def test_patterns_never_delete(guests, tmp_path, pattern):  # noqa: F811
+def test_patterns_never_delete(guests, tmp_path, pattern):
   """What find(1) there and fnmatch here make of a pattern may differ."""
   folder = tmp_path / "p"
   (folder / "src").mkdir(parents=True)
@@ -570,7 +551,7 @@ def test_patterns_never_delete(guests, tmp_path, pattern):  # noqa: F811
   assert after == before
 
 
-def test_a_folder_that_is_renamed(guests, tmp_path):  # noqa: F811
+def test_a_folder_that_is_renamed(guests, tmp_path):
   """The files in it are as old as before."""
   folder = tmp_path / "p"
   (folder / "src/in n").mkdir(parents=True)
@@ -586,7 +567,7 @@ def test_a_folder_that_is_renamed(guests, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("delete", [(), ("--sync-delete",)])
-def test_names_in_a_poor_locale(guests, tmp_path, delete):  # noqa: F811
+def test_names_in_a_poor_locale(guests, tmp_path, delete):
   """Python 3.6 takes the file system for ASCII there."""
   python = MODERN.get("3.6")
   if not python:
@@ -603,7 +584,7 @@ def test_names_in_a_poor_locale(guests, tmp_path, delete):  # noqa: F811
   }  # fmt: skip
 
 
-def test_a_list_of_names_without_end(guests, project):  # noqa: F811
+def test_a_list_of_names_without_end(guests, project):
   guests.up()
   program = guests.folder / "bin" / "find"
   program.write_text('#!/bin/sh\n[ "$*" != ". -print" ] || exec yes\nexec /usr/bin/find "$@"\n')
@@ -614,7 +595,7 @@ def test_a_list_of_names_without_end(guests, project):  # noqa: F811
   assert tree(project) == before
 
 
-def test_a_list_of_no_names_deletes_nothing(guests, project):  # noqa: F811
+def test_a_list_of_no_names_deletes_nothing(guests, project):
   guests.up()
   program = guests.folder / "bin" / "find"
   program.write_text('#!/bin/sh\n[ "$*" != ". -print" ] || exit 0\nexec /usr/bin/find "$@"\n')
@@ -625,7 +606,7 @@ def test_a_list_of_no_names_deletes_nothing(guests, project):  # noqa: F811
   assert tree(project) == before
 
 
-def test_names_with_backslashes(guests, tmp_path):  # noqa: F811
+def test_names_with_backslashes(guests, tmp_path):
   folder = tmp_path / "p"
   folder.mkdir()
   for name in ("\\back", "a\\nb", "\\"):
@@ -634,14 +615,14 @@ def test_names_with_backslashes(guests, tmp_path):  # noqa: F811
   assert {entry[2] for entry in tree(folder).values()} == {b"new\n"}
 
 
-def test_a_folder_with_a_name_as_long_as_can_be(guests, tmp_path):  # noqa: F811
+def test_a_folder_with_a_name_as_long_as_can_be(guests, tmp_path):
   folder = tmp_path / ("p" * 255)
   folder.mkdir()
   works(guests.run("echo x >made", options=("--sync", str(folder))))
   assert (folder / "made").read_text() == "x\n"
 
 
-def test_no_such_folder_there(guests, tmp_path):  # noqa: F811
+def test_no_such_folder_there(guests, tmp_path):
   (tmp_path / "p").mkdir()
   guests.up()
   options = ("--sync", str(tmp_path / "p"), "--sync-direction", "out")
@@ -654,13 +635,13 @@ def test_a_time_that_is_none(here):
   info = member("x")[0]
   info.pax_headers = {"mtime": "nan"}
   data = info.tobuf(tarfile.PAX_FORMAT) + b"theirs\n".ljust(512, b"\0")
-  with pytest.raises(source.RefusedError, match="impossible time"):
+  with pytest.raises(qvm_source.RefusedError, match="impossible time"):
     land(here, data + stream(member("y")))
   assert not {"x", "y"} & set(tree(here)) and not [n for n in os.listdir(here) if ".qvm" in n]
 
 
 def test_noise_is_no_empty_stream(here):
-  with pytest.raises(source.RefusedError, match="no tar stream"):
+  with pytest.raises(qvm_source.RefusedError, match="no tar stream"):
     land(here, bytes(range(1, 256)) * 100)
 
 

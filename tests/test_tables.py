@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import fails, free_port, obey_modes
+from support import fails, free_port, obey_modes, snapshot
 
-import qvm as source
+import qvm as qvm_source
 
 # As given by the user, in the words of ARGV.md; SHARE, DISK and the rest are filled in below.
 TABLES = {
@@ -110,9 +110,9 @@ def without_linaro(argv):
 
 def argv_of(*words, linaro=True, mask=False, cache="/c"):
   """The command line that follows from a command line, made without a look at this host."""
-  options = source.parse_command_line(("run", *words))
-  plan = source.make_plan(options, source.Host("linux", "x86-64"), cache, "abcdef")
-  return source.qemu_command(plan, options, source.HostFacts(options.ssh, linaro, mask))
+  options = qvm_source.parse_command_line(("run", *words))
+  plan = qvm_source.make_plan(options, qvm_source.Host("linux", "x86-64"), cache, "abcdef")
+  return qvm_source.qemu_command(plan, options, qvm_source.HostFacts(options.ssh, linaro, mask))
 
 
 def dry(qvm, *words, **more):
@@ -127,13 +127,6 @@ def tcg(argv):
   return [word.replace("accel=hvf:kvm:tcg", "accel=tcg") for word in argv]
 
 
-def snapshot(folder):
-  """All paths below a folder with what would show that one was touched."""
-  found = [folder, *folder.rglob("*")]
-  stats = [(str(path), path.lstat()) for path in found if os.path.lexists(path)]
-  return sorted((path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_mode) for path, s in stats)
-
-
 def put(path, content):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(content)
@@ -143,10 +136,10 @@ def put(path, content):
 
 
 def test_there_are_eight():
-  assert [(guest.os, guest.arch) for guest in source.GUESTS] == GUESTS
+  assert [(guest.os, guest.arch) for guest in qvm_source.GUESTS] == GUESTS
 
 
-@pytest.mark.parametrize("guest", source.GUESTS, ids=lambda g: f"{g.os}-{g.arch}")
+@pytest.mark.parametrize("guest", qvm_source.GUESTS, ids=lambda g: f"{g.os}-{g.arch}")
 def test_tables_stand_in_the_source_as_given(guest):
   assert guest.table.split() == TABLES[guest.os, guest.arch].split()
   for row in guest.table.strip().splitlines()[1:]:
@@ -319,13 +312,13 @@ def test_whether_the_cpu_needs_a_mask(tmp_path, cpuinfo, kvm, masked):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
   if kvm:
     (tmp_path / "kvm").touch(0o666)
-  assert source.needs_cpu_mask(str(tmp_path / "cpuinfo"), str(tmp_path / "kvm")) is masked
+  assert qvm_source.needs_cpu_mask(str(tmp_path / "cpuinfo"), str(tmp_path / "kvm")) is masked
 
 
 def test_a_model_name_that_is_no_utf8(tmp_path):
   (tmp_path / "cpuinfo").write_bytes(b"model name\t: \xae\xff\nflags\t\t: fpu la57\n")
   (tmp_path / "kvm").touch(0o666)
-  assert source.needs_cpu_mask(str(tmp_path / "cpuinfo"), str(tmp_path / "kvm")) is True
+  assert qvm_source.needs_cpu_mask(str(tmp_path / "cpuinfo"), str(tmp_path / "kvm")) is True
 
 
 @pytest.mark.parametrize("guest", GUESTS, ids="-".join)

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 from torture import Violation, parts_of, play
 
 tracing = pytest.mark.skipif(not shutil.which("strace"), reason="no strace")

@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, fails, heard, works
-from test_console import processes_of
-from test_guest_commands import OPENBSD, guests, lines  # noqa: F401 (guests is a fixture)
+from support import FREEBSD, fails, heard, lines, processes_of, rows, works
+from support_machines import OPENBSD_GUEST
 
-import qvm as source
+import qvm as qvm_source
 
 SAVED = ["qmp_capabilities", "migrate-set-capabilities", "query-kvm", "x-query-jit", "stop",
          "getfd", "migrate", "query-migrate", "quit"]  # fmt: skip
@@ -21,12 +20,12 @@ RESTORED = ["qmp_capabilities", "migrate-set-capabilities", "query-kvm", "x-quer
 
 
 @pytest.fixture
-def warm(guests, tmp_path):  # noqa: F811
+def warm(guests, tmp_path):
   """Guests whose orders on the control socket are noted."""
   guests.note = tmp_path / "orders"
   guests.play()
   yield guests
-  assert processes_of(guests.qvm.cache) == []
+  assert processes_of(guests.qvm.cache) == {}
 
 
 def control(warm, **how):
@@ -48,10 +47,6 @@ def frozen(warm):
   """The names of the files of checkpoints, without the key."""
   names = os.listdir(warm.qvm.cache / "warm")
   return sorted(re.sub(r"-warm-[0-9a-f]{10}", "-warm-", name) for name in names)
-
-
-def rows(qvm):
-  return json.loads(works(qvm("list", "--json")).stdout)
 
 
 WHOLE = [f"{FREEBSD}-warm-{end}" for end in (".json", ".memory", ".qcow2", ".state")]
@@ -84,9 +79,9 @@ def test_exit_codes_and_streams_are_those_of_the_command(warm):
 def test_the_guest_is_told_the_time_and_something_random_before_the_command(warm):
   works(run(warm))
   assert re.fullmatch(r"-u \d{12}\.\d\d\n", (warm.folder / "dates").read_text())
-  script = source.refresh_script(source.find_guest("freebsd", "x86-64"))
+  script = qvm_source.refresh_script(qvm_source.find_guest("freebsd", "x86-64"))
   assert "sudo date -u " in script and " | sudo sh -c 'cat >/dev/random'" in script
-  other = source.refresh_script(source.find_guest("freebsd", "x86-64"))
+  other = qvm_source.refresh_script(qvm_source.find_guest("freebsd", "x86-64"))
   assert script.split("'")[1] != other.split("'")[1]
   assert script.split("'")[1].count("\\0") == 64
 
@@ -100,8 +95,8 @@ def test_the_guest_is_told_the_time_and_something_random_before_the_command(warm
 ])  # fmt: skip
 def test_each_guest_has_its_own_date(monkeypatch, guest, words):
   moment = 1795482123.0  # 2026-11-24 01:02:03 UTC
-  monkeypatch.setattr(source.time, "time", lambda: moment)
-  assert words + " >/dev/null" in source.refresh_script(source.find_guest(guest, "x86-64"))
+  monkeypatch.setattr(qvm_source.time, "time", lambda: moment)
+  assert words + " >/dev/null" in qvm_source.refresh_script(qvm_source.find_guest(guest, "x86-64"))
 
 
 def test_a_folder_goes_there_and_comes_back(warm, tmp_path):
@@ -127,7 +122,7 @@ def test_in_the_background(warm):
 def test_a_guest_that_wants_a_key(warm):
   warm.play(login="key")
   for _ in range(2):
-    result = works(run(warm, "echo in", guest=OPENBSD))
+    result = works(run(warm, "echo in", guest=OPENBSD_GUEST))
     assert result.stdout == "in\n"
   assert "boots" not in result.stderr
 
@@ -235,9 +230,9 @@ def test_the_hosts_cpu_and_kernel_count(tmp_path):
   one, other = tmp_path / "one", tmp_path / "other"
   one.write_text("processor : 0\nmodel name\t: A\ncpu MHz : 1\nflags : x y\n\nprocessor : 1\n")
   other.write_text("processor : 0\nmodel name\t: A\ncpu MHz : 2\nflags : x z\n\nprocessor : 1\n")
-  words = source.host_cpu(str(one))
+  words = qvm_source.host_cpu(str(one))
   assert words[-2:] == ["model name\t: A", "flags : x y"] and os.uname().release in words
-  assert source.host_cpu(str(other)) != words
+  assert qvm_source.host_cpu(str(other)) != words
 
 
 def test_another_accelerator_makes_another(warm):

@@ -9,38 +9,14 @@ import stat
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-from conftest import FREEBSD, ROOT, Qvm, ended, free_port, obey_modes, works
-from test_instances import RUN, fails
+from support import FREEBSD, ROOT, Qvm, ended, fails, free_port, obey_modes, works
+from support_pythons import OUTDATED, every_python
 
-import qvm as source
+import qvm as qvm_source
 
-OLDEST = (3, 6)
-
-
-def interpreters():
-  """Every Python on PATH and of pyenv, {"3.6": path}; shims that lead nowhere are left out."""
-  found = {}
-  candidates = [sys.executable, *sorted(Path.home().glob(".pyenv/versions/*/bin/python"))]
-  candidates += [shutil.which(f"python{v}") for v in ["2.7", *(f"3.{n}" for n in range(6, 20))]]
-  code = "import sys; print('%d.%d' % sys.version_info[:2])"
-  for path in filter(None, candidates):
-    run = subprocess.run([str(path), "-c", code], capture_output=True, text=True)
-    if run.returncode == 0:
-      found.setdefault(run.stdout.strip(), str(path))
-  return found
-
-
-PYTHONS = interpreters()
-MODERN = {
-  version: path
-  for version, path in PYTHONS.items()
-  if tuple(map(int, version.split("."))) >= OLDEST
-}
-OUTDATED = {version: path for version, path in PYTHONS.items() if version not in MODERN}
-every_python = pytest.mark.parametrize("python", MODERN.values(), ids=MODERN)
+RUN = ("run", "freebsd", "15.1")
 
 
 def build(folder, python=sys.executable, output="qvm.pyz", mask=0o022, cwd=None, **env):
@@ -170,7 +146,7 @@ def test_the_exit_code_of_main_is_the_programs(offline, pyz):
   offline.program = pyz
   fails(offline("run", "plan9", "4"), "plan9", code=2)
   fails(offline("rm", "x"), "no instance x")
-  assert offline("--version").stdout == f"qvm {source.__version__}\n"
+  assert offline("--version").stdout == f"qvm {qvm_source.__version__}\n"
 
 
 @pytest.mark.parametrize("python", OUTDATED.values(), ids=OUTDATED)

@@ -29,20 +29,29 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import ssh_guest
-from conftest import FREEBSD, ROOT, Qvm, free_port, tar_of
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
-from test_fetch import Proxy, certificate
+from support import (
+  FREEBSD,
+  IMAGE,
+  QEMU,
+  ROOT,
+  TOOLS,
+  Qvm,
+  default_signals,
+  end_processes,
+  free_port,
+  processes_of,
+  tar_of,
+)
+from support_network import Proxy, certificate, served
 
-HOST = "macos" if sys.platform == "darwin" else "linux"
-IMAGE, QEMU, TOOLS = FREEBSD + ".qcow2", f"qemu-system-x86_64-{HOST}.tar", f"resources-{HOST}.tar"
 BUNDLE = FREEBSD + ".tar.zst"
 REPOS = {
   BUNDLE: ("freebsd-builder", "v0.16.0"),
@@ -765,19 +774,6 @@ def expired_certificate(folder, names):
   return tls, cert
 
 
-@contextlib.contextmanager
-def served(server):
-  """A server that works in a thread of its own."""
-  thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-  thread.start()
-  try:
-    yield server
-  finally:
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 class Quiet(http.server.SimpleHTTPRequestHandler):
   """A plain file server, without its log."""
 
@@ -1224,14 +1220,9 @@ exec sleep 0.2
 """
 
 
-def ours(home):
-  """The processes whose home is that one: {pid: command line}."""
-  found = {}
-  for folder in Path("/proc").glob("[0-9]*"):
-    with contextlib.suppress(OSError):
-      if os.fsencode(f"HOME={home}") in (folder / "environ").read_bytes().split(b"\0"):
-        found[int(folder.name)] = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
-  return found
+def ours(qvm):
+  """The processes whose home is that of qvm: {pid: command line}."""
+  return processes_of(f"HOME={qvm.home}", environment=True)
 
 
 class Streaming:
@@ -1271,9 +1262,7 @@ class Streaming:
     try:
       yield qvm
     finally:
-      for pid in ours(qvm.home):
-        with contextlib.suppress(ProcessLookupError):
-          os.kill(pid, signal.SIGKILL)
+      end_processes(f"HOME={qvm.home}", environment=True)
       self.forks.settled()
       shutil.rmtree(qvm.home)
 
@@ -1299,7 +1288,7 @@ class Streaming:
 
   def strike(self, qvm, child, who):
     """Kill some of the processes; whether there was one."""
-    there = ours(qvm.home)
+    there = ours(qvm)
     serving = [pid for pid, words in there.items() if "--serve" in words]
     machine = [pid for pid, words in there.items() if "bin/qemu-system" in words]
     chosen = {"server": serving, "QEMU": machine, "all": list(there)}.get(who, [])
@@ -1313,8 +1302,8 @@ class Streaming:
   def gone(self, qvm):
     """Wait until nothing runs in that home: what serves ends with its machine."""
     until = time.monotonic() + PATIENCE
-    while ours(qvm.home):
-      demand(time.monotonic() < until, "processes are left", ours(qvm.home))
+    while ours(qvm):
+      demand(time.monotonic() < until, "processes are left", ours(qvm))
       time.sleep(0.01)
 
   def afterwards(self, qvm, rng, rm, said):
@@ -1493,4 +1482,5 @@ def main():
 
 
 if __name__ == "__main__":
+  default_signals()
   sys.exit(main())

@@ -1,0 +1,454 @@
+"""What the tests share: the program as a subprocess, its cache, a stand-in QEMU, and processes.
+
+Fixtures are in conftest.py; terminals, the network and machines have support modules of their own.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "macos" if sys.platform == "darwin" else "linux"
+FREEBSD = "freebsd-15.1-x86-64"
+# The three files that a first run downloads, and where they come to lie.
+IMAGE = FREEBSD + ".qcow2"
+QEMU = f"qemu-system-x86_64-{HOST}.tar"
+TOOLS = f"resources-{HOST}.tar"
+BASE = f"base/{IMAGE}"
+PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
+DEAD = "http://127.0.0.1:9/nowhere"
+DEADLINE = 40  # seconds until a test gives up
+
+
+def default_signals():
+  """Under nohup and in some CI, SIGHUP or SIGINT is ignored; qvm would rightly keep to that."""
+  for number, handler in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+  ):
+    if signal.getsignal(number) == signal.SIG_IGN:
+      signal.signal(number, handler)
+
+
+# --- What there is to download --------------------------------------------------------------------
+
+# It does as $STAND_IN says: records how it was started (into a file, or a FIFO that a test reads
+# to know that it runs), prints, and then ends, waits or ignores SIGTERM.
+STAND_IN = f"""#!{sys.executable}
+import json, os, signal, sys
+play = json.loads(os.environ.get("STAND_IN", "{{}}"))
+if play.get("ignore_term"):
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if play.get("record"):
+  with open(play["record"], "w") as file:
+    fds = [int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) != file.fileno()]
+    links = {{fd: os.readlink("/proc/self/fd/%d" % fd) for fd in fds
+             if os.path.exists("/proc/self/fd/%d" % fd)}}
+    json.dump({{"argv": sys.argv, "pid": os.getpid(), "fds": links}}, file)
+sys.stdout.write(play.get("stdout", ""))
+sys.stdout.flush()
+sys.stderr.write(play.get("stderr", ""))
+sys.stderr.flush()
+if play.get("cat"):
+  os.write(1, os.read(0, 65536))
+while play.get("wait"):
+  signal.pause()
+if play.get("signal"):
+  os.kill(os.getpid(), play["signal"])
+sys.exit(play.get("exit", 0))
+"""
+
+
+def tar_of(files, prefix="./"):
+  """An uncompressed tar with files {name: bytes}, as `tar -C DIR -c .` makes it."""
+  packed = io.BytesIO()
+  with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive:
+    for name, content in files.items():
+      info = tarfile.TarInfo(prefix + name)
+      info.size = len(content)
+      info.mode = 0o755 if "/" not in name or name.startswith("bin/") else 0o644
+      archive.addfile(info, io.BytesIO(content))
+  return packed.getvalue()
+
+
+def stand_in_tar(**more):
+  """A QEMU archive whose QEMU is the stand-in; more: name=bytes of share/qemu."""
+  files = {"bin/qemu": STAND_IN.encode(), "share/qemu/bios-256k.bin": b"bios"}
+  files["share/qemu/uefi.fd"] = b"uefi"
+  for name, content in more.items():
+    files["share/qemu/" + name.replace("_fd", ".fd")] = content
+  return tar_of(files)
+
+
+def small_tools_tar():
+  """The resources archive with a script as qemu-img, which is quicker to copy and to hash."""
+  script = f'#!/bin/sh\nexec {shutil.which("qemu-img")} "$@"\n'
+  return tar_of({"qemu-img": script.encode()})
+
+
+def fill(server, image, tools_tar):
+  """The releases of August 2026, with the stand-in for QEMU and one small image for all guests."""
+  server.add_release(
+    "resources",
+    "v2.0.0",
+    {
+      "qemu-system-x86_64-linux.tar": stand_in_tar(),
+      "qemu-system-aarch64-linux.tar": stand_in_tar(),
+      "qemu-system-x86_64-macos.tar": stand_in_tar(),
+      "qemu-system-aarch64-macos.tar": stand_in_tar(),
+      "resources-linux.tar": tools_tar,
+      "resources-macos.tar": tools_tar,
+    },
+  )
+  for os_name, tag, versions in (
+    ("freebsd", "v0.16.0", ("14.4", "15.0", "15.1")),
+    ("openbsd", "v0.14.0", ("7.8", "7.9")),
+    ("netbsd", "v0.7.0", ("10.1", "11.0")),
+    ("haiku", "v0.2.0", ("r1beta5",)),
+    ("omnios", "v0.2.0", ("r151058",)),
+  ):
+    arches = ("x86-64",) if os_name in ("haiku", "omnios") else ("x86-64", "arm64")
+    names = [f"{os_name}-{version}-{arch}.qcow2" for version in versions for arch in arches]
+    server.add_release(os_name + "-builder", tag, dict.fromkeys(names, image))
+
+
+# --- What qvm says --------------------------------------------------------------------------------
+
+
+def bad_words(text):
+  """What no user should ever read in an error, or None: other lines than qvm's, a bug, a secret."""
+  if not re.fullmatch("(qvm: .+\n)*", text):
+    return "a line that is not qvm's"
+  found = re.search(r"Traceback|\bbug\b|sig=|jwt=", text)
+  return found and found.group()
+
+
+def works(run):
+  assert run.returncode == 0, run.stderr
+  return run
+
+
+def fails(run, *fragments, code=1):
+  """An error whose lines, after those of what went well, hold the fragments; no traceback."""
+  assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
+  assert re.fullmatch("(qvm: .+\n)+", run.stderr), run.stderr
+  assert "bug" not in run.stderr, run.stderr
+  events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")
+  end = [line for line in run.stderr.splitlines() if not line.startswith(events)]
+  end = "\n".join(end[-2:])
+  for fragment in fragments:
+    assert fragment in end, run.stderr
+
+
+def check_failed(run, pattern="."):
+  """It failed as a user should see it: with the error in the last one or two lines."""
+  lines = run.stderr.splitlines()
+  assert (run.returncode, run.stdout) == (1, ""), run.stderr
+  assert lines and not bad_words(run.stderr), run.stderr
+  assert re.search(pattern, "\n".join(lines[-2:])), run.stderr
+
+
+def lines(text):
+  return [line[len("qvm: ") :] for line in text.splitlines() if line.startswith("qvm: ")]
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def sha256(content):
+  return hashlib.sha256(content).hexdigest()
+
+
+def digest(path):
+  return sha256(path.read_bytes())
+
+
+def tree(folder):
+  """All below a folder: {path: (kind, mode, content or target)}."""
+  found = {}
+  for above, folders, names in os.walk(folder):
+    for name in folders + names:
+      path = os.path.join(above, name)
+      mode = os.lstat(path).st_mode
+      content = None
+      if stat.S_ISREG(mode):
+        with open(path, "rb") as file:
+          content = file.read()
+      if stat.S_ISLNK(mode):
+        content = os.readlink(path)
+      kind = 0 if stat.S_ISLNK(mode) else stat.S_IMODE(mode)
+      found[os.path.relpath(path, folder)] = (stat.S_IFMT(mode), kind, content)
+  return found
+
+
+def contents(folder):
+  """All below a folder: {path: bytes of a file, target of a link, None}."""
+  return {path: content for path, (_, _, content) in tree(folder).items()}
+
+
+def state(folder):
+  """All that is below a folder: digests, targets of links, folders."""
+  found = {}
+  for path in sorted(folder.rglob("*")):
+    if path.is_symlink():
+      found[str(path)] = os.readlink(path)
+    else:
+      found[str(path)] = sha256(path.read_bytes()) if path.is_file() else ""
+  return found
+
+
+def snapshot(folder):
+  """All paths below a folder with what would show that one was touched."""
+  found = [folder, *folder.rglob("*")]
+  stats = [(str(path), path.lstat()) for path in found if os.path.lexists(path)]
+  return sorted((path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_mode) for path, s in stats)
+
+
+def obey_modes():
+  """For preexec_fn: take from root the right to read and write whatever the modes say."""
+  libc = ctypes.CDLL(None)
+  for capability in (1, 2, 3):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+    libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; EPERM for others than root
+
+
+def wait_for(condition):
+  """Wait for something that nothing but its files tell of."""
+  until = time.monotonic() + DEADLINE
+  while not condition():
+    assert time.monotonic() < until
+    time.sleep(0.01)
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def processes_of(path, environment=False):
+  """The processes with a path on their command line, or in their environment: {pid: words}."""
+  found = {}
+  for folder in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):
+      words = (folder / "cmdline").read_bytes()
+      told = (folder / "environ").read_bytes() if environment else b""
+      if os.fsencode(path) in words + told:
+        found[int(folder.name)] = words.decode("utf-8", "replace")
+  return found
+
+
+def end_processes(path, environment=False):
+  """Kill what a failed test has left."""
+  for pid in processes_of(path, environment):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid):
+  """Whether a process runs; a zombie, or one that is about to be, does not."""
+  with contextlib.suppress(OSError):
+    return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+  return False
+
+
+def parent_of(pid):
+  return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
+
+
+def written(fifo, process):
+  """The descriptor of a FIFO once it has been written; an error, no hang, when there is none."""
+  fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+  patience = time.monotonic() + 30
+  while not select.select([fd], [], [], 0.1)[0]:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < patience, "nobody writes"
+  os.set_blocking(fd, True)
+  return fd
+
+
+def heard(fifo, process):
+  """What a stand-in writes into the FIFO once it runs."""
+  with open(written(fifo, process), "rb") as file:
+    return json.loads(file.read())
+
+
+@contextlib.contextmanager
+def ended(process):
+  """A process that does not outlive its test, nor its QEMU, when that fails."""
+  try:
+    yield process
+  finally:
+    try:
+      process.terminate()
+      process.wait(15)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+      if stream:
+        stream.close()
+
+
+def kill_if_mine(pid, mark):
+  """Kill a process that has the mark in its environment."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    if os.fsencode(mark) in Path(f"/proc/{pid}/environ").read_bytes():
+      os.kill(pid, signal.SIGKILL)
+
+
+def free_port():
+  """A port that nobody listens on."""
+  import socket
+
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def finished(process, before=""):
+  """The result of a started process; before is what has been read of its stderr."""
+  output, errors = process.communicate(timeout=60)
+  return subprocess.CompletedProcess(process.args, process.returncode, output, before + errors)
+
+
+def read_until(stream, pattern):
+  """The text of a pipe up to where the pattern is seen."""
+  text, until = "", time.monotonic() + DEADLINE
+  while not re.search(pattern, text):
+    assert select.select([stream], [], [], max(0, until - time.monotonic()))[0], text
+    data = os.read(stream.fileno(), 65536).decode(errors="replace")
+    assert data, text
+    text += data
+  return text
+
+
+def lines_until(stream, text):
+  """Read lines up to one that contains the text."""
+  lines = []
+  for line in stream:
+    lines.append(line)
+    if text in line:
+      return lines
+  raise AssertionError(f"no {text} in {lines}")
+
+
+# --- qvm and its cache ----------------------------------------------------------------------------
+
+
+class Qvm:
+  """Runs the program in a home of its own, against a release server."""
+
+  def __init__(self, home, program, server=None):
+    self.home, self.program = Path(home), Path(program)
+    self.cache = self.home / ".cache" / "qvm"
+    keep = ("PATH", "LANG", "TERM", "PYENV_ROOT", "PYENV_VERSION")
+    self.env = {name: os.environ[name] for name in keep if name in os.environ}
+    self.env.update(HOME=str(home), QVM_RETRY_DELAY="0.01", QVM_TIMEOUT="5")
+    self.env.update(QVM_RELEASES_URL="http://127.0.0.1:9/nowhere")
+    self.env.update(QVM_API_URL="http://127.0.0.1:9/nowhere", PYTHONDONTWRITEBYTECODE="1")
+    if server:
+      self.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
+
+  def command(self, *words, python=sys.executable):
+    return [python, str(self.program), *words]
+
+  def play(self, **play):
+    """Say what the stand-in for QEMU does in the next runs."""
+    self.env["STAND_IN"] = json.dumps(play)
+
+  def __call__(self, *words, env=None, python=sys.executable, timeout=60, **more):
+    """Run to the end; stdout and stderr are text."""
+    more = {
+      "stdin": subprocess.DEVNULL,
+      "stdout": subprocess.PIPE,
+      "stderr": subprocess.PIPE,
+      **more,
+    }
+    return subprocess.run(
+      self.command(*words, python=python),
+      env={**self.env, **(env or {})},
+      text=True,
+      timeout=timeout,
+      **more,
+    )
+
+  def start(self, *words, env=None, python=sys.executable, **more):
+    """Start it and go on."""
+    more = {
+      "stdin": subprocess.DEVNULL,
+      "stdout": subprocess.PIPE,
+      "stderr": subprocess.PIPE,
+      **more,
+    }
+    return subprocess.Popen(
+      self.command(*words, python=python),
+      env={**self.env, **(env or {})},
+      text=True,
+      **more,
+    )
+
+  def files(self):
+    """The paths of all files below the cache, relative to it; QEMU's tree under its link only."""
+    found = []
+    for folder, folders, names in os.walk(self.cache, followlinks=True):
+      # The zipapp's compiled code is a matter of its own tests.
+      folders[:] = [name for name in folders if not name.startswith(".") and name != "code"]
+      found += [os.path.relpath(os.path.join(folder, name), self.cache) for name in names]
+    return sorted(found)
+
+  def record(self, path):
+    """What the stand-in recorded; blocks until it runs when path is a FIFO."""
+    return json.loads(Path(path).read_text())
+
+
+def furnish(cache, program, image):
+  """Fill a cache as `pull freebsd 15.1` would, with a script of the test's as QEMU."""
+  tree = cache / "qemu" / "x86_64"
+  for folder in (tree / "bin", tree / "share" / "qemu", cache / "base", cache / "bin"):
+    folder.mkdir(parents=True)
+  (tree / "share" / "qemu" / "bios-256k.bin").write_bytes(b"bios")
+  qemu = tree / "bin" / "qemu-system-x86_64"
+  qemu.write_text(program)
+  qemu.chmod(0o755)
+  (cache / "bin" / "qemu-img").symlink_to(shutil.which("qemu-img"))
+  (cache / "base" / f"{FREEBSD}.qcow2").write_bytes(image)
+
+
+def qemu_pid(qvm, name):
+  """The process that an instance's lock names, once it is QEMU's."""
+  path = qvm.cache / "instances" / f"{name}.lock"
+  deadline = time.monotonic() + DEADLINE
+  while time.monotonic() < deadline:
+    with contextlib.suppress(FileNotFoundError):
+      match = re.match(r"QEMU process (\d+)", path.read_text())
+      if match:
+        return int(match.group(1))
+    time.sleep(0.01)
+  raise AssertionError(f"no QEMU in {path}")
+
+
+def rows(qvm):
+  """The rows of `list --json` by name."""
+  run = qvm("list", "--json")
+  assert (run.returncode, run.stderr) == (0, "")
+  return {row["name"]: row for row in json.loads(run.stdout)}
+
+
+def instance_names(qvm):
+  return sorted(path.name for path in (qvm.cache / "instances").iterdir())
+
+
+def disk_of(argv):
+  """The disk that a QEMU was started with."""
+  return re.search(r"if=none,file=(.*),id=drive0", " ".join(argv)).group(1)

@@ -1,0 +1,33 @@
+"""The Pythons of this machine."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OLDEST = (3, 6)
+
+
+def interpreters():
+  """Every Python on PATH and of pyenv, {"3.6": path}; shims that lead nowhere are left out."""
+  found = {}
+  candidates = [sys.executable, *sorted(Path.home().glob(".pyenv/versions/*/bin/python"))]
+  candidates += [shutil.which(f"python{v}") for v in ["2.7", *(f"3.{n}" for n in range(6, 20))]]
+  code = "import sys; print('%d.%d' % sys.version_info[:2])"
+  for path in filter(None, candidates):
+    run = subprocess.run([str(path), "-c", code], capture_output=True, text=True)
+    if run.returncode == 0:
+      found.setdefault(run.stdout.strip(), str(path))
+  return found
+
+
+PYTHONS = interpreters()
+MODERN = {
+  version: path
+  for version, path in PYTHONS.items()
+  if tuple(map(int, version.split("."))) >= OLDEST
+}
+OUTDATED = {version: path for version, path in PYTHONS.items() if version not in MODERN}
+every_python = pytest.mark.parametrize("python", MODERN.values(), ids=MODERN)

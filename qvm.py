@@ -219,7 +219,7 @@ def emit(text: str) -> None:
   write_all(1, data + b"\n")
 
 
-def emit_json(value: Any) -> None:
+def emit_json(value: object) -> None:
   """Write one JSON value to stdout."""
   emit(json.dumps(value, indent=2))
 
@@ -6395,6 +6395,14 @@ RESUME_SECONDS = 15.0  # seconds that a machine from a checkpoint has to answer
 MAX_ANSWER_BYTES = 1 << 20  # bytes of one answer of QEMU
 
 
+class Reply(NamedTuple):
+  """What QEMU answers to an order, as far as qvm looks at it."""
+
+  enabled: bool = False
+  status: str = ""
+  problem: str = ""  # why a migration failed
+
+
 class Control:
   """QEMU's control socket (QMP); every failure is a QvmError."""
 
@@ -6405,22 +6413,24 @@ class Control:
     ignore = {"capability": "x-ignore-shared", "state": True}  # the memory is in its file already
     self("migrate-set-capabilities", capabilities=[ignore])
 
-  def __call__(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> Any:
+  def __call__(self, order: str, fds: Sequence[int] = (), **arguments: object) -> Reply:
     """Give an order and return its result; fds go along."""
     text = json.dumps({"execute": order, "arguments": arguments}).encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
       self.link.sendmsg([text], rights)
-      answer = self.read()
-      while "return" not in answer and "error" not in answer:
-        answer = self.read()  # events
     except OSError as error:
       raise QvmError(f"QEMU does not answer: {describe(error)}")
-    if "error" in answer:
-      raise QvmError(f"QEMU: {order}: {answer['error'].get('desc')}")
-    return answer["return"]
+    while True:
+      answer = json.loads(self.read().decode("utf-8", "replace"))
+      if "error" in answer:
+        raise QvmError(f"QEMU: {order}: {answer['error'].get('desc')}")
+      if "return" in answer:  # else it is an event
+        result = answer["return"] if isinstance(answer["return"], dict) else {}
+        status, problem = (str(result.get(key) or "") for key in ("status", "error-desc"))
+        return Reply(bool(result.get("enabled")), status, problem)
 
-  def read(self) -> Dict[str, Any]:
+  def read(self) -> bytes:
     """The next thing that QEMU says, one line of JSON."""
     while b"\n" not in self.rest:
       try:
@@ -6431,11 +6441,11 @@ class Control:
       if not chunk or len(self.rest) > MAX_ANSWER_BYTES:
         raise QvmError("QEMU has ended" if not chunk else "QEMU says more than can be")
     line, _, self.rest = self.rest.partition(b"\n")
-    return dict(json.loads(line.decode("utf-8", "replace")))
+    return line
 
   def accelerator(self) -> str:
     """The accelerator that is in use."""
-    if self("query-kvm")["enabled"]:
+    if self("query-kvm").enabled:
       return "kvm"
     try:
       self("x-query-jit")
@@ -6463,7 +6473,7 @@ class Control:
           file.write(chunk)
     except OSError as error:
       raise write_failure(path, 0, error)
-    self.settle("query-migrate", ("setup", "active", "device", "pre-switchover"), "completed")
+    self.wait_status("query-migrate", ("setup", "active", "device", "pre-switchover"), "completed")
 
   def load(self, path: str) -> None:
     """Take the state of the devices from a file and let the guest go on."""
@@ -6474,19 +6484,18 @@ class Control:
         link.sendall(content)
     except OSError as error:
       raise QvmError(f"QEMU does not take the state: {describe(error)}")
-    self.settle("query-status", ("inmigrate",), "paused")
+    self.wait_status("query-status", ("inmigrate",), "paused")
     self("cont")
 
-  def settle(self, question: str, passing: Sequence[str], good: str) -> None:
+  def wait_status(self, question: str, passing: Sequence[str], good: str) -> None:
     """Ask until the status is none of the passing ones; QvmError unless it is the good one."""
     deadline = time.monotonic() + RESUME_SECONDS
-    answer = self(question)
-    while answer.get("status") in passing and time.monotonic() < deadline:
+    reply = self(question)
+    while reply.status in passing and time.monotonic() < deadline:
       time.sleep(0.005)
-      answer = self(question)
-    if answer.get("status") != good:
-      why = answer.get("error-desc") or f"its status is {answer.get('status')}"
-      raise QvmError(f"QEMU: {question}: {why}")
+      reply = self(question)
+    if reply.status != good:
+      raise QvmError(f"QEMU: {question}: {reply.problem or f'its status is {reply.status}'}")
 
 
 def host_cpu(cpuinfo: str) -> List[str]:
@@ -6886,7 +6895,7 @@ def cmd_search(options: Options) -> int:
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
   asked = {name: Future(images_of(releases, name)) for name in names}  # all at the same time
-  rows: List[Dict[str, Any]] = []
+  rows: List[SearchRow] = []
   errors: Dict[str, QvmError] = {}
   for name in names:
     try:
@@ -6897,7 +6906,7 @@ def cmd_search(options: Options) -> int:
   for name, problem in errors.items():
     say(f"only what is cached of {name} is shown: {problem}")
   if options.json:
-    emit_json(rows)
+    emit_json([row._asdict() for row in rows])
   else:
     show_search(rows)
   return EXIT_FAILED if errors and not rows else 0
@@ -6908,31 +6917,37 @@ def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
   return lambda: images_in(name, releases.all(image_repo(name)))
 
 
-def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[Dict[str, Any]]:
-  """The images of an OS as --json shows them, the newest version first."""
+class SearchRow(NamedTuple):
+  """One image as `qvm search --json` shows it."""
+
+  os: str
+  version: str
+  arch: str
+  release: Optional[str]
+  asset: str
+  cached: bool
+
+
+def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[SearchRow]:
+  """The images of an OS, the newest version first."""
   here = {(image.version, image.arch) for image in cached}
   known = {(image.version, image.arch) for image in images}
   every = images + [image for image in cached if (image.version, image.arch) not in known]
   every.sort(key=lambda image: version_key(image.version), reverse=True)
   return [
-    {
-      "os": name,
-      "version": image.version,
-      "arch": image.arch,
-      "release": image.release or None,
-      "asset": image.asset,
-      "cached": (image.version, image.arch) in here,
-    }
-    for image in every
+    SearchRow(
+      name, it.version, it.arch, it.release or None, it.asset, (it.version, it.arch) in here
+    )
+    for it in every
   ]
 
 
-def show_search(rows: List[Dict[str, Any]]) -> None:
+def show_search(rows: List[SearchRow]) -> None:
   """Print the versions as a table with a column for each CPU."""
   cells: Dict[Tuple[str, str], Dict[str, str]] = {}
   for row in rows:
-    text = " ".join(filter(None, [row["release"], "(cached)" if row["cached"] else ""]))
-    cells.setdefault((row["os"], row["version"]), {})[row["arch"]] = text
+    text = " ".join(filter(None, [row.release, "(cached)" if row.cached else ""]))
+    cells.setdefault((row.os, row.version), {})[row.arch] = text
   table = [("OS", "VERSION", "X86-64", "ARM64")]
   for (name, version), arches in cells.items():
     table.append((name, version, arches.get("x86-64", "-"), arches.get("arm64", "-")))
@@ -7464,7 +7479,7 @@ def call(options: Options) -> int:
   return CALLS[options.command](resolve(options))
 
 
-def lies_in_cache(path: Any) -> bool:
+def lies_in_cache(path: object) -> bool:
   """Whether a path that something failed on is one of the cache."""
   with contextlib.suppress(QvmError):
     return isinstance(path, str) and (path + "/").startswith(cache_from(os.environ).root + "/")

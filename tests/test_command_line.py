@@ -329,10 +329,12 @@ def test_any_words_are_options_or_a_usage_error(words):
     return
   if options.command in ("run", "pull") and len(options.operands) == 2:
     try:
-      plan = qvm_source.make_plan(options, qvm_source.Host("linux", "x86-64"), "/c", "abcdef")
+      plan = qvm_source.make_plan(
+        options, qvm_source.Host("linux", "x86-64"), qvm_source.Cache("/c"), "abcdef"
+      )
     except qvm_source.QvmError:
       return
-    for path, folder in ((plan.disk, "/c/instances"), (plan.base, "/c/base")):
+    for path, folder in ((plan.paths.disk, "/c/instances"), (plan.base, "/c/base")):
       assert os.path.dirname(os.path.normpath(path)) == folder
       assert re.fullmatch(r"[\w.+~-]+\.qcow2", os.path.basename(path), re.ASCII)
 

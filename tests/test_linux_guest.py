@@ -143,7 +143,7 @@ def test_warm_starts(linux):
     texts.append(out)
   assert len({text.split()[0] for text in texts}) == 3
   assert abs(int(texts[-1].split()[-1]) - time.time()) < 30
-  folder = linux.cache / "warm"
+  folder = linux.cache / "layers"
   state = folder / (row["name"] + ".state")
   data = state.read_bytes()
   stat = state.stat()

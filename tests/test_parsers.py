@@ -78,7 +78,7 @@ def test_any_value_of_an_option(read, text):
 @example({"GITHUB_TOKEN": "a\r\nX-Header: b"})
 @example({"QVM_TIMEOUT": "1\n"})
 def test_any_environment(environ):
-  assert os.path.isabs(qvm_source.cache_folder(environ))
+  assert os.path.isabs(qvm_source.cache_from(environ).root)
   try:
     net = qvm_source.net_from(environ)
   except qvm_source.UsageError as error:
@@ -223,14 +223,14 @@ def test_any_record(tmp_path_factory, record, whole):
     (cache / name).write_text(text)
   for name in ("instances/vm.qcow2", "base/x.qcow2", "downloads/x.part"):
     (cache / name).write_bytes(b"12345")
-  files = qvm_source.instance_files(str(cache), "vm")
+  files = qvm_source.Cache(str(cache)).instance("vm")
   try:
     assert all(isinstance(text, str) for text in qvm_source.read_instance(files))
   except qvm_source.QvmError as error:
     assert str(files.record) in str(error)
-  (row,) = qvm_source.list_instances(str(cache))
+  (row,) = qvm_source.list_instances(qvm_source.Cache(str(cache)))
   assert row.name == "vm" and row.state == "stopped"
-  assert isinstance(qvm_source.record_of(str(cache / "base/x.qcow2")), dict)
+  assert isinstance(qvm_source.record_of(str(cache / "base/x.qcow2")), qvm_source.AssetRecord)
 
 
 EDITED = [

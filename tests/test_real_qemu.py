@@ -186,7 +186,7 @@ def test_qemu_knows_the_words_of_the_cpu_mask(real, os_name):
   words = ("run", "--platform", "x86-64", os_name, "1", *LIGHT, "--rm")
   options = qvm_source.parse_command_line(words)
   plan = qvm_source.make_plan(
-    options, qvm_source.Host("linux", "x86-64"), str(real.cache), "abcdef"
+    options, qvm_source.Host("linux", "x86-64"), qvm_source.Cache(str(real.cache)), "abcdef"
   )
   argv = qvm_source.qemu_command(plan, options, qvm_source.HostFacts(options.ssh, False, True))
   cpu = argv[argv.index("-cpu") + 1]

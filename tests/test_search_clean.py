@@ -1093,7 +1093,7 @@ def test_addresses(given, releases, api):
 
 def test_list_while_a_run_ends(offline, monkeypatch):
   """Between the names and the sizes a --rm run may delete its files."""
-  qvm_source.make_folders(str(offline.cache))
+  qvm_source.make_folders(qvm_source.Cache(str(offline.cache)))
   folder = offline.cache / "instances"
   for name in ("ends", "stays"):
     (folder / f"{name}.qcow2").write_bytes(b"disk")
@@ -1105,11 +1105,13 @@ def test_list_while_a_run_ends(offline, monkeypatch):
     return size(path)
 
   monkeypatch.setattr(qvm_source, "tree_size", ends)
-  assert [row.name for row in qvm_source.list_instances(str(offline.cache))] == ["stays"]
+  assert [row.name for row in qvm_source.list_instances(qvm_source.Cache(str(offline.cache)))] == [
+    "stays"
+  ]
 
 
 def test_clean_while_a_run_ends(offline, monkeypatch, capfd):
-  qvm_source.make_folders(str(offline.cache))
+  qvm_source.make_folders(qvm_source.Cache(str(offline.cache)))
   folder = offline.cache / "instances"
   for name in ("ends.lock", "stays.lock"):
     (folder / name).write_bytes(b"")
@@ -1121,7 +1123,7 @@ def test_clean_while_a_run_ends(offline, monkeypatch, capfd):
     return size(path)
 
   monkeypatch.setattr(qvm_source, "tree_size", ends)
-  qvm_source.clean(str(offline.cache), qvm_source.Options(command="clean"))
+  qvm_source.clean(qvm_source.Cache(str(offline.cache)), qvm_source.Options(command="clean"))
   out = capfd.readouterr().out
   assert "stays.lock" in out and "ends.lock" not in out
   assert not list(folder.glob("*.lock"))

@@ -111,7 +111,9 @@ def without_linaro(argv):
 def argv_of(*words, linaro=True, mask=False, cache="/c"):
   """The command line that follows from a command line, made without a look at this host."""
   options = qvm_source.parse_command_line(("run", *words))
-  plan = qvm_source.make_plan(options, qvm_source.Host("linux", "x86-64"), cache, "abcdef")
+  plan = qvm_source.make_plan(
+    options, qvm_source.Host("linux", "x86-64"), qvm_source.Cache(cache), "abcdef"
+  )
   return qvm_source.qemu_command(plan, options, qvm_source.HostFacts(options.ssh, linaro, mask))
 
 

@@ -45,7 +45,7 @@ def orders(warm):
 
 def frozen(warm):
   """The names of the files of checkpoints, without the key."""
-  names = os.listdir(warm.qvm.cache / "warm")
+  names = os.listdir(warm.qvm.cache / "layers")
   return sorted(re.sub(r"-warm-[0-9a-f]{10}", "-warm-", name) for name in names)
 
 
@@ -248,7 +248,7 @@ def test_another_accelerator_makes_another(warm):
 
 
 def checkpoint_file(warm, suffix):
-  (path,) = (warm.qvm.cache / "warm").glob("*" + suffix)
+  (path,) = (warm.qvm.cache / "layers").glob("*" + suffix)
   return path
 
 
@@ -407,6 +407,6 @@ def test_only_with_rm(offline):
 
 def test_modes_of_the_files(warm):
   works(run(warm))
-  folder = Path(warm.qvm.cache / "warm")
+  folder = Path(warm.qvm.cache / "layers")
   assert folder.stat().st_mode & 0o777 == 0o700
   assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}

@@ -992,77 +992,40 @@ class Host(NamedTuple):
   arch: str
 
 
-class InstancePaths(NamedTuple):
+class InstancePaths:
   """The files of one instance, all in one folder and named after it."""
 
-  cache: "Cache"
-  name: str
+  # All that there may be; the mark goes last, so that a killed removal is repeated.
+  SUFFIXES = (
+    ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys", ".ephemeral",
+  )  # fmt: skip
 
-  def path(self, suffix: str) -> str:
-    return os.path.join(self.cache.instances, self.name + suffix)
-
-  @property
-  def disk(self) -> str:
-    return self.path(".qcow2")
-
-  @property
-  def record(self) -> str:
-    return self.path(".json")
-
-  @property
-  def lock(self) -> str:
-    return self.path(".lock")
-
-  @property
-  def console(self) -> str:
-    return self.path(".console.log")
-
-  @property
-  def known_hosts(self) -> str:
-    """The host keys of this guest, kept apart from the user's."""
-    return self.path(".known_hosts")
-
-  @property
-  def key_disk(self) -> str:
-    """The disk from which some guests take the key that may log in."""
-    return self.path(".keys")
-
-  @property
-  def mark(self) -> str:
-    """An empty file that says: delete this instance once it does not run."""
-    return self.path(".ephemeral")
+  def __init__(self, cache: "Cache", name: str) -> None:
+    self.cache, self.name = cache, name
+    self.stem = os.path.join(cache.instances, name)
+    self.disk = self.stem + ".qcow2"
+    self.record = self.stem + ".json"
+    self.lock = self.stem + ".lock"
+    self.console = self.stem + ".console.log"
+    self.known_hosts = self.stem + ".known_hosts"  # of this guest, kept apart from the user's
+    self.key_disk = self.stem + ".keys"  # from which some guests take the key that may log in
+    self.mark = self.stem + ".ephemeral"  # empty; says: delete this once it does not run
 
 
-# All that an instance has; the mark goes last, so that a killed removal is repeated.
-INSTANCE_SUFFIXES = (
-  ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys", ".ephemeral",
-)  # fmt: skip
-
-
-class LayerPaths(NamedTuple):
+class LayerPaths:
   """The files of one layer: a frozen disk, and for a checkpoint the guest's memory and devices."""
 
-  folder: str
-  name: str
-
-  def path(self, suffix: str) -> str:
-    return os.path.join(self.folder, self.name + suffix)
-
-  @property
-  def record(self) -> str:
-    return self.path(".json")
+  def __init__(self, folder: str, name: str) -> None:
+    self.name = name
+    self.record = os.path.join(folder, name + ".json")
+    self.disk = os.path.join(folder, name + ".qcow2")
+    self.memory = os.path.join(folder, name + ".memory")
+    self.state = os.path.join(folder, name + ".state")
 
   @property
-  def disk(self) -> str:
-    return self.path(".qcow2")
-
-  @property
-  def memory(self) -> str:
-    return self.path(".memory")
-
-  @property
-  def state(self) -> str:
-    return self.path(".state")
+  def parts(self) -> Tuple[str, ...]:
+    """The files of a checkpoint, but for its record."""
+    return self.disk, self.memory, self.state
 
 
 class AssetRecord(NamedTuple):
@@ -1109,31 +1072,18 @@ class LayerRecord(NamedTuple):
   problem: str = ""
 
 
-class Cache(NamedTuple):
+class Cache:
   """The folder in which qvm keeps everything, and the paths in it."""
 
-  root: str
+  def __init__(self, root: str) -> None:
+    self.root = root
+    self.instances = self.path("instances")
+    self.downloads = self.path("downloads")  # everything unfinished; unlocked it is a leftover
+    self.qemu_img = self.path("bin", "qemu-img")
+    self.ssh_key = self.path("ssh", "id_ed25519")  # for images that want one; beside it .pub
 
   def path(self, *names: str) -> str:
     return os.path.join(self.root, *names)
-
-  @property
-  def instances(self) -> str:
-    return self.path("instances")
-
-  @property
-  def downloads(self) -> str:
-    """The one place for everything unfinished; what lies there unlocked is a leftover."""
-    return self.path("downloads")
-
-  @property
-  def qemu_img(self) -> str:
-    return self.path("bin", "qemu-img")
-
-  @property
-  def ssh_key(self) -> str:
-    """The private key for images that want one; .pub beside it is the public key."""
-    return self.path("ssh", "id_ed25519")
 
   def base(self, stem: str) -> str:
     return self.path("base", stem + ".qcow2")
@@ -3530,13 +3480,9 @@ def check_unused(plan: Plan) -> None:
     )
 
 
-CHECKPOINT_PARTS = (".qcow2", ".memory", ".state")
-
-
 def layer_files(layer: LayerPaths) -> List[str]:
   """The files that there are of a layer, its record first."""
-  paths = [layer.record, *map(layer.path, CHECKPOINT_PARTS)]
-  return [path for path in paths if os.path.exists(path)]
+  return [path for path in (layer.record, *layer.parts) if os.path.exists(path)]
 
 
 def remove_layer(layer: LayerPaths) -> None:
@@ -3937,9 +3883,9 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """
   with signals.hold():
     drop_socket(socket_of(paths.disk))
-    for suffix in INSTANCE_SUFFIXES:
+    for suffix in paths.SUFFIXES:
       if suffix != ".console.log" or not keep_log:
-        remove_file(paths.path(suffix))
+        remove_file(paths.stem + suffix)
 
 
 def sweep(cache: Cache) -> None:
@@ -6670,8 +6616,8 @@ class Checkpoint:
     end_process(machine.process)
     os.rename(machine.paths.disk, made.disk)
     with instances_lock(self.plan.cache):
-      for suffix in CHECKPOINT_PARTS:
-        move_into_place(made.path(suffix), self.layer.path(suffix), 0o600)
+      for source, target in zip(made.parts, self.layer.parts):
+        move_into_place(source, target, 0o600)
       self.write_record(accelerator=accelerator, parts=layer_parts(self.layer))
 
   def resume(self, fresh: bool) -> bool:
@@ -6722,7 +6668,7 @@ class Checkpoint:
 
 def layer_parts(layer: LayerPaths) -> str:
   """Size and time of each file of a checkpoint; one that is not so any more has been changed."""
-  stats = [os.stat(layer.path(suffix)) for suffix in CHECKPOINT_PARTS]
+  stats = [os.stat(path) for path in layer.parts]
   return " ".join(f"{stat.st_size}:{int(stat.st_mtime)}" for stat in stats)
 
 
@@ -7081,7 +7027,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
   found = []
   for path in paths_in(cache.instances):
     name = os.path.basename(path)
-    suffix = next((end for end in (".lock", *INSTANCE_SUFFIXES) if name.endswith(end)), "")
+    suffix = next((end for end in (".lock", *InstancePaths.SUFFIXES) if name.endswith(end)), "")
     instance = cache.instance(name[: -len(suffix)])
     if not suffix or is_taken(cache, instance.name):
       continue

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """qvm runs FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
 
-It downloads QEMU, qemu-img and a pre-built image, keeps them in one folder, makes a qcow2 overlay
-on the untouched image and boots it in the terminal. The file is read from top to bottom: every
-section uses only those above it.
+It downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2 overlay on
+top of the image, which it never changes, and boots the overlay in the terminal. Every section uses
+only the sections above it; `grep '^# ----' qvm.py` lists them.
 """
 
 import contextlib
@@ -73,14 +73,14 @@ if TYPE_CHECKING:
 else:
 
   class Lazy:
-    """Modules that are imported when they are first used: a cached start needs few of them."""
+    """Imports modules on first use: a cached start needs few of them."""
 
     def __init__(self, *names):
       self.__dict__["_names"] = names
 
     def __getattr__(self, attribute):
       for name in self._names:
-        module = __import__(name)  # a.b gives a, which has b from then on
+        module = __import__(name)  # importing a.b returns a, with b loaded
       globals()[module.__name__] = module
       return getattr(module, attribute)
 
@@ -98,11 +98,11 @@ else:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_OWN = 125  # qvm's own failure, where any other code is that of a command in the guest
+EXIT_OWN = 125  # qvm itself failed, where any other code comes from a command in the guest
 
 
 class QvmError(Exception):
-  """A failure that the user is told of: what failed, by name, and what to do about it."""
+  """A failure to report to the user: what failed, by name, and what to do about it."""
 
   def __init__(self, message: str, hint: str = "") -> None:
     super().__init__(message)
@@ -110,22 +110,22 @@ class QvmError(Exception):
 
 
 class UsageError(QvmError):
-  """The command line or the environment asks for something that there is not."""
+  """An invalid command line or environment variable."""
 
   def __init__(self, message: str, hint: str = "") -> None:
     super().__init__(re.sub(r"\S{300,}", lambda word: word.group()[:300] + "...", message), hint)
 
 
 class RefusedError(QvmError):
-  """A file is damaged or hostile; to fetch it again may help, to keep it does not."""
+  """A damaged or hostile file: downloading it again may help, keeping it does not."""
 
 
 class RunningError(QvmError):
-  """An instance runs, which must not."""
+  """An instance is running, and the operation needs it stopped."""
 
 
 class Interrupted(BaseException):
-  """A signal asks qvm to end; clean-up runs while this passes through."""
+  """A signal asked qvm to stop; clean-up runs as this propagates."""
 
   def __init__(self, signum: int) -> None:
     super().__init__(signum)
@@ -133,7 +133,7 @@ class Interrupted(BaseException):
 
 
 def describe(error: BaseException) -> str:
-  """An exception in words: what the system says, else its text without passwords, else its kind."""
+  """An exception as text without passwords: the system's message, else its own, else its type."""
   text = getattr(error, "strerror", None) or str(error) or type(error).__name__
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     text = f"the disk is full: {text}"
@@ -141,17 +141,17 @@ def describe(error: BaseException) -> str:
 
 
 def redacted(url: str) -> str:
-  """A URL fit for a message: no user, no password, no signed query."""
+  """A URL fit for a message: no user, password or signed query."""
   return re.sub(r"(//)[^/@]*@", r"\1", url.split("?")[0].split("#")[0])
 
 
 def ending(code: int) -> str:
-  """How a process ended, in words."""
+  """How a process ended, from its return code."""
   return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def megabytes(count: float) -> str:
-  """A number of bytes for people, in units of 1000."""
+  """A byte count for people, in units of 1000."""
   for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
     if count >= size:
       return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
@@ -159,28 +159,28 @@ def megabytes(count: float) -> str:
 
 
 def printable(text: str) -> str:
-  """The text without the control characters that a server or a file name could hold."""
+  """The text with `?` for control characters, which a server or a file name could contain."""
   return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Reporter:
-  """Lines on stderr: one per event, whole even when several threads and processes write them."""
+  """Writes one line per event to stderr; concurrent threads and processes never mix theirs."""
 
   def __init__(self) -> None:
     self.progress = False
-    self.newline = "\n"  # on a raw terminal a carriage return goes with it
-    self.log = -1  # the descriptor of a file for the lines once nobody reads stderr any more
+    self.newline = "\n"  # "\r\n" while the terminal is raw
+    self.log = -1  # the descriptor of a file that gets the lines once stderr is closed
     self.lock = threading.Lock()
     self.drawn = False
 
   def say(self, text: str) -> None:
-    """Write one `qvm: …` line; a closed stderr is no reason to fail."""
+    """Write one `qvm: …` line; a closed stderr is not an error."""
     with self.lock:
       self._write(f"qvm: {printable(text)}{self.newline}")
       self.drawn = False
 
   def draw(self, text: str) -> None:
-    """Show the progress in place on a terminal, as a line of its own elsewhere."""
+    """Show progress: on a terminal in place, elsewhere as a line of its own."""
     with self.lock:
       if os.isatty(2):
         self._write(printable(text)[: terminal_width() - 1])
@@ -195,11 +195,11 @@ class Reporter:
       os.write(2, data)
     except OSError:
       with contextlib.suppress(OSError):
-        os.write(self.log, b"\n" + data)  # the guest may be in the middle of a line
+        os.write(self.log, b"\n" + data)  # the guest may have left its line unfinished
 
 
 def terminal_width() -> int:
-  """Columns of the terminal behind stderr, 80 where it does not tell."""
+  """The columns of the terminal on stderr; 80 if unknown."""
   try:
     return os.get_terminal_size(2).columns or 80
   except OSError:
@@ -211,10 +211,10 @@ say = report.say
 
 
 def emit(text: str) -> None:
-  """Write one line of result to stdout, file names byte for byte."""
+  """Write one line of results to stdout; file names keep their bytes."""
   try:
     data = os.fsencode(text)
-  except UnicodeEncodeError:  # help in a locale without UTF-8
+  except UnicodeEncodeError:  # help text in a locale without UTF-8
     data = text.encode("utf-8", "surrogateescape")
   write_all(1, data + b"\n")
 
@@ -232,7 +232,7 @@ def show_table(table: Sequence[Sequence[str]]) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-  """Write all bytes, also to a descriptor that somebody has made non-blocking."""
+  """Write all bytes, even if another process has made the descriptor non-blocking."""
   view = memoryview(data)
   while view:
     try:
@@ -242,26 +242,26 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def open_standard_streams() -> None:
-  """Where stdin, stdout or stderr is closed, no other file may get its number."""
+  """Open /dev/null for closed standard streams, so that no other file gets their numbers."""
   for fd in (0, 1, 2):
     try:
       os.fstat(fd)
     except OSError:
-      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open() returns the lowest
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-  """Turns the first signal that asks qvm to end into an Interrupted; later ones are ignored."""
+  """Raises Interrupted for the first of STOP_SIGNALS and ignores later ones."""
 
   def __init__(self) -> None:
     self.held = False
     self.caught = 0
 
   def install(self) -> None:
-    """Listen; a signal that was ignored from the start, as under nohup, stays so."""
+    """Install the handlers; a signal that was ignored at the start (nohup) stays ignored."""
     for number in STOP_SIGNALS:
       if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, self.handle)
@@ -273,16 +273,16 @@ class Signals:
         raise Interrupted(number)
 
   def again(self) -> None:
-    """What was caught has been dealt with; the next one counts."""
+    """Forget the caught signal, which has been handled, and catch the next one."""
     self.caught = 0
 
   def finish(self) -> None:
-    """Everything is done: what comes now is too late to matter."""
+    """Ignore further signals: the work is done."""
     self.caught = self.caught or -1
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
-    """Let a signal wait until what may not be interrupted is done; other threads get none."""
+    """Delay signals until the block ends; only the main thread ever gets one."""
     if threading.current_thread() is not threading.main_thread():
       yield
       return
@@ -299,8 +299,8 @@ signals = Signals()
 
 
 # ---- Guests -------------------------------------------------------------------------------------
-# Each table is one whole QEMU command line, given by the user and complete in itself: nothing is
-# shared between them. SHARE is the share/qemu folder of that guest CPU's QEMU, DISK the overlay.
+# Each table is one complete QEMU command line, as the user gave it; tables share nothing. SHARE is
+# the share/qemu folder of that guest CPU's QEMU, DISK the overlay.
 
 FREEBSD_X86_64 = """
 qemu-system-x86_64
@@ -435,7 +435,7 @@ qemu-system-x86_64
 -device virtio-blk,drive=drive0,bootindex=0,addr=0x02
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-# The second drive of the user's first command lines, in the same bus as drive0. KEYS is the disk.
+# The second drive of the user's original command lines, on the bus of drive0. KEYS is its file.
 KEYS_VIRTIO = """
 -device virtio-blk-pci,drive=drive1,bootindex=1
 -drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
@@ -447,28 +447,29 @@ KEYS_SCSI = """
 
 
 class KeyDisk(NamedTuple):
-  """The drive from which an image takes the key that may log in."""
+  """The drive from which an image reads the ssh key that may log in."""
 
   table: str
-  start: int  # byte at which its FAT file system begins; above 0 that is an MBR's first partition
-  until: str  # the image release from which on none is wanted; empty: all want it
+  start: int  # byte offset of its FAT file system; above 0, in the first partition of an MBR
+  until: str  # the first image release that needs no key; empty: every release needs one
 
 
 class Guest(NamedTuple):
-  """One OS on one CPU: its command line and what qvm must know of the image."""
+  """One OS on one CPU: its command line, and what qvm must know about its image."""
 
   os: str
-  arch: str  # as in the images' names: x86-64 or arm64
+  arch: str  # as in image names: x86-64 or arm64
   title: str
-  user: str  # who may log in over ssh
+  user: str  # the ssh user
   console: bool  # whether the guest writes to its serial port
-  power_off: str  # the command that ends it cleanly, for that user
-  set_clock: str  # the command that sets its clock, for that user; in UTC, as strftime(3) fills it
+  power_off: str  # the command, run as that user, that shuts the guest down cleanly
+  set_clock: str  # the command, run as that user, that sets the clock: a strftime(3) format, UTC
   key_disk: Optional[KeyDisk]
   table: str
 
 
-# From the images' release notes; OpenBSD asks for a password otherwise, the others know none.
+# From the images' release notes. Without the key OpenBSD wants a password, which qvm never types;
+# FreeBSD and NetBSD let `runner` in without either since these releases.
 FREEBSD_KEYS = KeyDisk(KEYS_VIRTIO, 1 << 20, "v0.14.0")
 OPENBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "")
 NETBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "v1.0.0")
@@ -498,14 +499,14 @@ ARCHES = {
   "arm64": "arm64",
   "aarch64": "arm64",
 }
-QEMU_CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}  # as in the names of QEMU's programs
+QEMU_CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}  # as in QEMU's program names
 
 
 def find_guest(os_name: str, arch: str) -> Guest:
-  """The guest of that name on that CPU; UsageError says what there is."""
+  """The guest for an OS and a CPU; UsageError lists the known ones."""
   mine = [guest for guest in GUESTS if guest.os == os_name]
   if not mine:
-    raise UsageError("no such OS: '{}'; there are {}".format(os_name, ", ".join(OS_NAMES)))
+    raise UsageError("unknown OS '{}'; choose from {}".format(os_name, ", ".join(OS_NAMES)))
   for guest in mine:
     if guest.arch == arch:
       return guest
@@ -523,7 +524,7 @@ VERSION_RE = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
 
 
 class Address(NamedTuple):
-  """Where the guest's ssh port appears on the host; with chosen=False the port may move up."""
+  """The host address and port of the guest's ssh; unless chosen, qvm may take a higher port."""
 
   host: str = "127.0.0.1"
   port: int = SSH_PORT
@@ -531,7 +532,7 @@ class Address(NamedTuple):
 
 
 class Options(NamedTuple):
-  """What the command line says, checked."""
+  """The parsed and checked command line."""
 
   command: str = ""
   operands: Tuple[str, ...] = ()
@@ -572,16 +573,16 @@ def parse_arch(text: str) -> str:
   """A CPU by any of its usual names."""
   arch = ARCHES.get(text.lower())
   if not arch:
-    raise UsageError("no such CPU: '{}'; there are {}".format(text, ", ".join(ARCHES)))
+    raise UsageError("unknown CPU '{}'; choose from {}".format(text, ", ".join(ARCHES)))
   return arch
 
 
 def parse_name(text: str) -> str:
-  """An instance's name, which is also the name of its files."""
+  """An instance's name, which becomes part of file names."""
   if not re.match(NAME_RE, text):
     raise UsageError(
-      f"bad instance name '{text}'; allowed are up to 100 letters, digits and . _ + ~ -, "
-      "a letter or digit first"
+      f"invalid instance name '{text}': use up to 100 letters, digits and . _ + ~ -, "
+      "starting with a letter or digit"
     )
   return text
 
@@ -590,24 +591,24 @@ def parse_version(text: str) -> str:
   """A version, which becomes part of file names and URLs."""
   if not re.match(VERSION_RE, text):
     raise UsageError(
-      f"bad version '{text}'; allowed are up to 50 letters, digits and . _ + ~ -, such as 15.1"
+      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
     )
   return text
 
 
 def parse_memory(text: str) -> str:
-  """A size as QEMU's -m takes it: a whole number of MiB, or with the suffix M, G or T."""
+  """A size for QEMU's -m: an integer, in MiB or with the suffix M, G or T."""
   match = re.match(r"([0-9]{1,9})([MGT]?)\Z", text.upper())
   factor = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
   if not match or not 64 <= int(match.group(1)) * factor[match.group(2)] <= 4 * 1024 * 1024:
-    raise UsageError(f"bad memory size '{text}'; allowed are 64M to 4T, such as 512M or 6G")
+    raise UsageError(f"invalid memory size '{text}': use 64M to 4T, as in 512M or 6G")
   return match.group(1) + match.group(2)
 
 
 def parse_cpus(text: str) -> str:
   """A number of virtual CPUs."""
   if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
-    raise UsageError(f"bad number of CPUs '{text}'; allowed are 1 to 255")
+    raise UsageError(f"invalid number of CPUs '{text}': use 1 to 255")
   return str(int(text))
 
 
@@ -620,109 +621,114 @@ def parse_address(text: str) -> Address:
   good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
   if not good_host or not good_port or any(int(n) > 255 for n in numbers):
     raise UsageError(
-      f"bad ssh port '{text}'; allowed are 1 to 65535, with an IPv4 address of this host in front "
-      "if it is not to be 127.0.0.1: 2847 or 0.0.0.0:2847"
+      f"invalid ssh port '{text}': use 1 to 65535, after an IPv4 address of this host "
+      "unless that is 127.0.0.1: 2847 or 0.0.0.0:2847"
     )
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
 
 
 def parse_accel(text: str) -> str:
   """Accelerators in the order in which QEMU tries them."""
-  words = text.lower().split(":")
-  if not all(word in ACCELERATORS for word in words) or len(set(words)) < len(words):
+  names = text.lower().split(":")
+  if not all(name in ACCELERATORS for name in names) or len(set(names)) < len(names):
     raise UsageError(
-      f"bad accelerator '{text}'; allowed are hvf, kvm and tcg, several with ':' between"
+      f"invalid accelerator '{text}': use hvf, kvm or tcg, or several separated by ':'"
     )
-  return ":".join(words)
+  return ":".join(names)
 
 
 def parse_seconds(text: str) -> float:
   """A time in seconds, at most a day."""
   if not re.match(r"[0-9]{1,5}(\.[0-9]{1,3})?\Z", text) or float(text) > 86400:
-    raise UsageError(f"bad number of seconds '{text}'; allowed are 0 to 86400")
+    raise UsageError(f"invalid number of seconds '{text}': use 0 to 86400")
   return float(text)
 
 
 def parse_variable(text: str) -> str:
-  """NAME or NAME=VALUE of an environment variable."""
+  """An environment variable as NAME or NAME=VALUE."""
   if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
-    raise UsageError(f"bad variable '{text}'; it is NAME or NAME=VALUE, a letter or _ first")
+    raise UsageError(
+      f"invalid variable '{text}': use NAME or NAME=VALUE, starting with a letter or _"
+    )
   return text
 
 
 def parse_direction(text: str) -> str:
-  """Which way files go."""
+  """The direction in which files are copied."""
   if text not in DIRECTIONS:
-    raise UsageError(f"bad direction '{text}'; there are {', '.join(DIRECTIONS)}")
+    raise UsageError(f"unknown direction '{text}'; choose from {', '.join(DIRECTIONS)}")
   return text
 
 
 def parse_text(text: str) -> str:
-  """Any words."""
+  """Any text."""
   return text
 
 
 class Option(NamedTuple):
-  """One option: its spellings, the field of Options it sets, and how its value is read."""
+  """One option: its spellings, the field of Options it sets, and how its value is parsed."""
 
   flags: Tuple[str, ...]
   field: str
   metavar: str  # empty: the option takes no value
   read: Callable[[str], Any]
-  help: str
-  many: bool = False
+  help: str  # a Command's option_help can replace it
+  many: bool = False  # whether it may be repeated
 
 
 OPTIONS = (
   Option(("--platform",), "platform", "ARCH", parse_arch,
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
-  Option(("--rm",), "rm", "", bool, "throw away what the guest wrote when it ends"),
+  Option(("--rm",), "rm", "", bool, "run a temporary instance, deleted when the run ends"),
   Option(("--warm",), "warm", "", bool,
-         "start what is thrown away from a checkpoint of a booted guest,\n"
-         "which the first such run makes"),
+         "with --rm: start from a checkpoint of the booted guest,\n"
+         "which the first such run creates"),
   Option(("--dry-run",), "dry_run", "", bool,
-         "only print the QEMU command; download and change nothing"),
+         "print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,
          "name of the instance (default: OS-VERSION-ARCH)"),
   Option(("-m", "--memory"), "memory", "SIZE", parse_memory, "memory of the guest (default: 6G)"),
   Option(("--cpus",), "cpus", "N", parse_cpus, "number of virtual CPUs (default: 2)"),
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
-         "where the guest's ssh port appears (default: 127.0.0.1:2847\nor the next free port)"),
+         "host address and port for the guest's ssh\n"
+         "(default: 127.0.0.1:2847 or the next free port)"),
   Option(("--accel",), "accel", "LIST", parse_accel,
-         "accelerators to try in turn (default: hvf:kvm:tcg)"),
+         "accelerators to try, in this order (default: hvf:kvm:tcg)"),
   Option(("--qemu",), "qemu", "PATH", parse_text,
-         "use this qemu-system-… and the qemu-img beside it or on PATH"),
+         "use this qemu-system-… and the qemu-img next to it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
-         "one more argument for QEMU; may be given several times", True),
+         "extra argument for QEMU; may be repeated", True),
   Option(("-d", "--detach"), "detach", "", bool,
-         "run in the background, once ssh answers; see qvm list and qvm stop"),
+         "run in the background and return once ssh answers;\nsee qvm list and qvm stop"),
   Option(("--stream",), "stream", "", bool,
-         "boot while the image still comes: the guest runs before\nthe image's digest is checked"),
+         "boot while the image is downloading: the guest runs before\n"
+         "the image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
          "how long to wait for ssh (default: 600)"),
   Option(("--console-log",), "console_log", "FILE", parse_text,
-         "append what the guest writes to its console to FILE"),
+         "append the guest's console output to FILE"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
-         "hand a variable to the command, without VALUE as it is here;\nCI goes by itself", True),
+         "set a variable for the command, without VALUE to its value\n"
+         "here; may be repeated; CI, if set, is always passed on", True),
   Option(("--sync",), "sync", "DIR", parse_text,
-         "copy DIR to ~/work in the guest, run the command there,\nand bring back what it changed"),
+         "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
-         "both, in (only to the guest) or out (only from it)"),
+         "both (default), in (only to the guest) or out (only from it)"),
   Option(("--sync-exclude",), "sync_exclude", "PATTERN", parse_text,
-         "leave out what has this name or, with a /, this path;\nmay be given several times; "
-         ".git is always left out", True),
+         "skip files with this name or, if it has a /, this path;\nmay be repeated; "
+         ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
-         "delete here what the command has deleted there"),
-  Option(("--force",), "force", "", bool, "end what runs at once, without waiting for the guest"),
-  Option(("--offline",), "offline", "", bool, "leave the network out"),
-  Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
+         "delete in DIR what the command deleted in the guest"),
+  Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
+  Option(("--offline",), "offline", "", bool, "skip the network checks"),
+  Option(("--progress",), "progress", "", bool, "show download progress"),
   Option(("--refresh",), "refresh", "", bool,
-         "replace what is cached by the newest release,\nunless an instance needs the old image"),
+         "replace cached files with the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
-         "compare what is cached with the digests noted when it came,\nand with the release's"),
+         "compare cached files with the digests recorded at download\nand with the release's"),
   Option(("--mirror",), "mirror", "DIR", parse_text,
-         "put the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
-  Option(("--all",), "all", "", bool, "also images that no instance needs, and QEMU"),
+         "download the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
+  Option(("--all",), "all", "", bool, "also delete images that no instance needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
   Option(("-h", "--help"), "help", "", bool, "show this help"),
   Option(("--version",), "version", "", bool, "show the version of qvm"),
@@ -732,14 +738,15 @@ IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
 
 
 class Command(NamedTuple):
-  """One command word: its operands, the options it knows, and its help."""
+  """One command: its operands, the options it accepts, and its help."""
 
   operands: str
-  least: int
+  least: int  # operands
   most: int
   fields: Tuple[str, ...]
   summary: str
   examples: Tuple[str, ...]
+  option_help: Mapping[str, str] = {}  # by field, where an option means something else here
 
 
 COMMANDS = {
@@ -747,7 +754,7 @@ COMMANDS = {
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
      "qemu_args", "detach", "stream", "boot_timeout", "console_log", *IN_GUEST, "progress"),
-    "Boot a guest in this terminal, or for one command; download first what is missing.",
+    "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
       "qvm run --rm freebsd 15.1 -- uname -a",
@@ -762,7 +769,7 @@ COMMANDS = {
   "pull": Command(
     "OS [VERSION]", 1, 2,
     ("platform", "refresh", "verify", "mirror", "qemu", "progress"),
-    "Download everything that `run` needs, so that it works offline.",
+    "Download everything that `run` needs, so that `run` works offline.",
     (
       "qvm pull freebsd 15.1",
       "qvm pull --platform arm64 openbsd latest",
@@ -773,60 +780,62 @@ COMMANDS = {
   ),
   "search": Command(
     "[OS]", 0, 1, ("json",),
-    "Show the versions that can be had, by CPU, with the release each comes from.",
+    "List the available versions by CPU, with the release that each comes from.",
     ("qvm search", "qvm search --json openbsd"),
   ),
   "list": Command(
     "", 0, 0, ("json",),
-    "Show the instances: their state, address and size on disk.",
+    "List the instances with their state, address and size on disk.",
     ("qvm list", "qvm list --json"),
   ),
   "ssh": Command(
     "NAME [-- COMMAND [ARG...]]", 1, 1, ("boot_timeout", *IN_GUEST),
-    "Run a command in a running instance, or without one a shell.",
+    "Run a command in a running instance, or open a shell.",
     ("qvm ssh build", "qvm ssh build -- uname -a", "qvm ssh --sync . build -- make"),
   ),
   "stop": Command(
     "NAME...", 1, 1000, ("force",),
-    "Power instances off: over ssh, else with SIGTERM, else with SIGKILL.",
+    "Power off instances: over ssh, else with SIGTERM, else with SIGKILL.",
     ("qvm stop freebsd-15.1-x86-64", "qvm stop --force build test"),
   ),
   "rm": Command(
     "NAME...", 1, 1000, ("force",),
-    "Remove instances, with everything their guests wrote.",
+    "Delete instances, with everything their guests wrote.",
     ("qvm rm freebsd-15.1-x86-64", "qvm rm --force build test"),
+    {"force": "delete running instances too, without shutting their guests down"},
   ),
   "clean": Command(
     "", 0, 0, ("all", "dry_run"),
-    "Delete what interrupted runs left; never an instance.",
+    "Delete what interrupted runs left behind; never an instance.",
     ("qvm clean", "qvm clean --all --dry-run"),
+    {"dry_run": "print what would be deleted; delete nothing"},
   ),
   "doctor": Command(
     "", 0, 0, ("offline", "json"),
-    "Say what this host can and cannot do, and the fix for each fault.",
+    "Report what this host can and cannot do, with a fix for each problem.",
     ("qvm doctor", "qvm doctor --offline --json"),
   ),
   "config": Command(
     "print-path", 1, 1, (),
-    "Print the folder in which qvm keeps everything.",
+    "Print the path of the folder in which qvm keeps everything.",
     ("qvm config print-path", 'du -sh "$(qvm config print-path)"'),
   ),
   "completion": Command(
     "bash|zsh|fish", 1, 1000, (),
-    "Print a script with which the shell completes qvm's words.",
+    "Print a shell's completion script.",
     ('eval "$(qvm completion bash)"', "qvm completion fish | source"),
   ),
 }  # fmt: skip
 
 
 def known_options(command: str) -> List[Option]:
-  """The options that a command knows; without a command those that stand alone."""
+  """The options that a command accepts; for an empty name, those that need no command."""
   fields = EVERYWHERE + (COMMANDS[command].fields if command else ())
   return [option for option in OPTIONS if option.field in fields]
 
 
 def parse_command_line(words: Sequence[str]) -> Options:
-  """Read the arguments, options and operands in any order; UsageError for what is not allowed."""
+  """Parse the arguments; options and operands may come in any order."""
   operands, given, rest = split_words(words)
   fields = {option.field for option, _ in given}
   form = COMMANDS.get(operands[0]) if operands else None
@@ -834,12 +843,14 @@ def parse_command_line(words: Sequence[str]) -> Options:
   if not for_guest:
     operands += rest[1:]
   elif rest == ["--"]:
-    raise UsageError("there is no command after the --")
+    raise UsageError("no command after --")
   command = operands[0] if operands else ""
   if command and command not in COMMANDS:
-    raise UsageError("no such command: '{}'; there are {}".format(command, ", ".join(COMMANDS)))
+    raise UsageError("unknown command '{}'; choose from {}".format(command, ", ".join(COMMANDS)))
   if not command and not fields & set(EVERYWHERE):
-    raise UsageError("no command given; there are {} (see qvm --help)".format(", ".join(COMMANDS)))
+    raise UsageError(
+      "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
+    )
   known = known_options(command)
   for option, _ in given:
     if option not in known:
@@ -856,26 +867,26 @@ def parse_command_line(words: Sequence[str]) -> Options:
 
 
 def check_together(options: Options, fields: Set[str]) -> None:
-  """Refuse options that go with a command where there is none, or where it has no place."""
+  """Refuse options that need, or exclude, another option or a command."""
   if options.detach and options.guest_command:
     raise UsageError(
-      "--detach and a command do not go together; qvm ssh NAME -- COMMAND runs it later"
+      "--detach cannot be combined with a command; use qvm ssh NAME -- COMMAND once it runs"
     )
   if options.warm and not options.rm:
-    raise UsageError("--warm goes with --rm: what starts from a checkpoint is thrown away")
+    raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
   for option in OPTIONS:
     flag = option.flags[-1]
     if option.field in fields and option.field in IN_GUEST:
       if options.command == "run" and not options.guest_command:
-        raise UsageError(f"{flag} goes with a command: qvm run {flag} … OS VERSION -- COMMAND")
+        raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
       if option.field.startswith("sync_") and not options.sync:
-        raise UsageError(f"{flag} goes with --sync DIR")
+        raise UsageError(f"{flag} needs --sync DIR")
   if options.sync_delete and options.sync_direction == "in":
-    raise UsageError("--sync-delete deletes nothing with --sync-direction in")
+    raise UsageError("--sync-delete has no effect with --sync-direction in")
 
 
 def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str]], List[str]]:
-  """Part the operands, the options with their values, and what begins with the first `--`."""
+  """Split the arguments into operands, options with values, and everything from the first `--`."""
   operands: List[str] = []
   given: List[Tuple[Option, str]] = []
   rest = list(words)
@@ -901,13 +912,13 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
 
 
 def unknown_option(flag: str, command: str) -> UsageError:
-  """The error for an option that the command does not know, with those that it knows."""
+  """The error for an option that the command does not accept, with those that it does."""
   flags = [f for option in known_options(command) for f in option.flags]
   near = difflib.get_close_matches(flag, flags, 1)
   return UsageError(
-    "{} has no option {}{}; there are {}".format(
-      "qvm " + command if command else "qvm without a command",
+    "unknown option {} {}{}; choose from {}".format(
       flag,
+      "for qvm " + command if command else "without a command",
       f" (did you mean {near[0]}?)" if near else "",
       " ".join(flags),
     )
@@ -915,14 +926,14 @@ def unknown_option(flag: str, command: str) -> UsageError:
 
 
 def check_operands(command: str, operands: Sequence[str]) -> None:
-  """The number and the form of the words after the command word."""
+  """Check the number and the form of the operands after the command."""
   form = COMMANDS[command]
   usage = f"qvm {command} {form.operands}"
   if len(operands) < form.least:
     names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
-    raise UsageError(f"too few words; it is: {usage}{names}")
+    raise UsageError(f"missing argument; usage: {usage}{names}")
   if len(operands) > form.most:
-    raise UsageError(f"'{operands[form.most]}' is one word too many; it is: {usage.strip()}")
+    raise UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage.strip()}")
   if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
     for version in operands[1:]:
@@ -931,29 +942,30 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
     for name in operands:
       parse_name(name)
   if command == "config" and operands[0] != "print-path":
-    raise UsageError(f"config knows only print-path, not '{operands[0]}'")
+    raise UsageError(f"unknown argument '{operands[0]}'; qvm config has only print-path")
   if command == "completion" and operands[0] not in ("bash", "zsh", "fish", "words"):
-    raise UsageError(f"no such shell: '{operands[0]}'; there are bash, zsh, fish")
+    raise UsageError(f"unknown shell '{operands[0]}'; choose from bash, zsh, fish")
 
 
 def find_os(text: str) -> str:
-  """The name of an OS, in any case."""
+  """The name of an OS, which may be written in any case."""
   if text.lower() not in OS_NAMES:
-    raise UsageError("no such OS: '{}'; there are {}".format(text, ", ".join(OS_NAMES)))
+    raise UsageError("unknown OS '{}'; choose from {}".format(text, ", ".join(OS_NAMES)))
   return text.lower()
 
 
 COMMAND_HELP = [
   "",
-  "A COMMAND with ARGs reaches the guest exactly, whatever characters they hold; one word alone is",
-  "a line for the shell of the guest's user: -- 'cd /tmp && make'. Stdin, stdout, stderr and the",
-  "exit code are passed on; 125 is a failure of qvm itself. At a terminal the command gets one,",
-  "which Enter ~. leaves; elsewhere the first Ctrl-C goes to the command, a second one ends all.",
+  "qvm passes COMMAND and its ARGs to the guest unchanged, whatever characters they contain. A",
+  "single word is run by the guest user's shell: -- 'cd /tmp && make'. Stdin, stdout, stderr and",
+  "the exit code are passed through; 125 means that qvm itself failed. On a terminal the command",
+  "gets a terminal too, and Enter ~. disconnects. Otherwise the first Ctrl-C interrupts the",
+  "command and the second one ends qvm; with `run` that ends the machine too.",
 ]
 
 
 def help_text(command: str) -> str:
-  """What --help prints, for one command or for all."""
+  """The output of --help, for one command or, for an empty name, for all."""
   lines: List[str] = []
   if command:
     form = COMMANDS[command]
@@ -961,7 +973,7 @@ def help_text(command: str) -> str:
     if "OS" in form.operands:
       lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
     if "VERSION" in form.operands:
-      lines += ["Without VERSION, or with `latest`, it is the newest there is for that CPU."]
+      lines += ["VERSION defaults to `latest`, the newest version for that CPU."]
     if "COMMAND" in form.operands:
       lines += COMMAND_HELP
   else:
@@ -969,9 +981,10 @@ def help_text(command: str) -> str:
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
     lines += [f"  {name:<8} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
+  own_help = COMMANDS[command].option_help if command else {}
   for option in known_options(command):
     left = "{} {}".format(", ".join(option.flags), option.metavar)
-    for text in option.help.split("\n"):
+    for text in own_help.get(option.field, option.help).split("\n"):
       lines.append(f"  {left:<26} {text}")
       left = ""
   examples = COMMANDS[command].examples if command else (

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """qvm runs FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
 
-It downloads QEMU, qemu-img and a pre-built image, keeps them in one folder, makes a qcow2 overlay
-on the untouched image and boots it in the terminal. The file is read from top to bottom: every
-section uses only those above it.
+It downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2 overlay on
+top of the image, which it never changes, and boots the overlay in the terminal. Every section uses
+only the sections above it; `grep '^# ----' qvm.py` lists them.
 """
 
 import contextlib
@@ -73,14 +73,14 @@ if TYPE_CHECKING:
 else:
 
   class Lazy:
-    """Modules that are imported when they are first used: a cached start needs few of them."""
+    """Imports modules on first use: a cached start needs few of them."""
 
     def __init__(self, *names):
       self.__dict__["_names"] = names
 
     def __getattr__(self, attribute):
       for name in self._names:
-        module = __import__(name)  # a.b gives a, which has b from then on
+        module = __import__(name)  # importing a.b returns a, with b loaded
       globals()[module.__name__] = module
       return getattr(module, attribute)
 
@@ -98,11 +98,11 @@ else:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_OWN = 125  # qvm's own failure, where any other code is that of a command in the guest
+EXIT_OWN = 125  # qvm itself failed, where any other code comes from a command in the guest
 
 
 class QvmError(Exception):
-  """A failure that the user is told of: what failed, by name, and what to do about it."""
+  """A failure to report to the user: what failed, by name, and what to do about it."""
 
   def __init__(self, message: str, hint: str = "") -> None:
     super().__init__(message)
@@ -110,22 +110,22 @@ class QvmError(Exception):
 
 
 class UsageError(QvmError):
-  """The command line or the environment asks for something that there is not."""
+  """An invalid command line or environment variable."""
 
   def __init__(self, message: str, hint: str = "") -> None:
     super().__init__(re.sub(r"\S{300,}", lambda word: word.group()[:300] + "...", message), hint)
 
 
 class RefusedError(QvmError):
-  """A file is damaged or hostile; to fetch it again may help, to keep it does not."""
+  """A damaged or hostile file: downloading it again may help, keeping it does not."""
 
 
 class RunningError(QvmError):
-  """An instance runs, which must not."""
+  """An instance is running, and the operation needs it stopped."""
 
 
 class Interrupted(BaseException):
-  """A signal asks qvm to end; clean-up runs while this passes through."""
+  """A signal asked qvm to stop; clean-up runs as this propagates."""
 
   def __init__(self, signum: int) -> None:
     super().__init__(signum)
@@ -133,7 +133,7 @@ class Interrupted(BaseException):
 
 
 def describe(error: BaseException) -> str:
-  """An exception in words: what the system says, else its text without passwords, else its kind."""
+  """An exception as text without passwords: the system's message, else its own, else its type."""
   text = getattr(error, "strerror", None) or str(error) or type(error).__name__
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     text = f"the disk is full: {text}"
@@ -141,17 +141,17 @@ def describe(error: BaseException) -> str:
 
 
 def redacted(url: str) -> str:
-  """A URL fit for a message: no user, no password, no signed query."""
+  """A URL fit for a message: no user, password or signed query."""
   return re.sub(r"(//)[^/@]*@", r"\1", url.split("?")[0].split("#")[0])
 
 
 def ending(code: int) -> str:
-  """How a process ended, in words."""
+  """How a process ended, from its return code."""
   return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def megabytes(count: float) -> str:
-  """A number of bytes for people, in units of 1000."""
+  """A byte count for people, in units of 1000."""
   for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
     if count >= size:
       return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
@@ -159,28 +159,28 @@ def megabytes(count: float) -> str:
 
 
 def printable(text: str) -> str:
-  """The text without the control characters that a server or a file name could hold."""
+  """The text with `?` for control characters, which a server or a file name could contain."""
   return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Reporter:
-  """Lines on stderr: one per event, whole even when several threads and processes write them."""
+  """Writes one line per event to stderr; concurrent threads and processes never mix theirs."""
 
   def __init__(self) -> None:
     self.progress = False
-    self.newline = "\n"  # on a raw terminal a carriage return goes with it
-    self.log = -1  # the descriptor of a file for the lines once nobody reads stderr any more
+    self.newline = "\n"  # "\r\n" while the terminal is raw
+    self.log = -1  # the descriptor of a file that gets the lines once stderr is closed
     self.lock = threading.Lock()
     self.drawn = False
 
   def say(self, text: str) -> None:
-    """Write one `qvm: …` line; a closed stderr is no reason to fail."""
+    """Write one `qvm: …` line; a closed stderr is not an error."""
     with self.lock:
       self._write(f"qvm: {printable(text)}{self.newline}")
       self.drawn = False
 
   def draw(self, text: str) -> None:
-    """Show the progress in place on a terminal, as a line of its own elsewhere."""
+    """Show progress: on a terminal in place, elsewhere as a line of its own."""
     with self.lock:
       if os.isatty(2):
         self._write(printable(text)[: terminal_width() - 1])
@@ -195,11 +195,11 @@ class Reporter:
       os.write(2, data)
     except OSError:
       with contextlib.suppress(OSError):
-        os.write(self.log, b"\n" + data)  # the guest may be in the middle of a line
+        os.write(self.log, b"\n" + data)  # the guest may have left its line unfinished
 
 
 def terminal_width() -> int:
-  """Columns of the terminal behind stderr, 80 where it does not tell."""
+  """The columns of the terminal on stderr; 80 if unknown."""
   try:
     return os.get_terminal_size(2).columns or 80
   except OSError:
@@ -211,10 +211,10 @@ say = report.say
 
 
 def emit(text: str) -> None:
-  """Write one line of result to stdout, file names byte for byte."""
+  """Write one line of results to stdout; file names keep their bytes."""
   try:
     data = os.fsencode(text)
-  except UnicodeEncodeError:  # help in a locale without UTF-8
+  except UnicodeEncodeError:  # help text in a locale without UTF-8
     data = text.encode("utf-8", "surrogateescape")
   write_all(1, data + b"\n")
 
@@ -232,7 +232,7 @@ def show_table(table: Sequence[Sequence[str]]) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-  """Write all bytes, also to a descriptor that somebody has made non-blocking."""
+  """Write all bytes, even if another process has made the descriptor non-blocking."""
   view = memoryview(data)
   while view:
     try:
@@ -242,26 +242,26 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def open_standard_streams() -> None:
-  """Where stdin, stdout or stderr is closed, no other file may get its number."""
+  """Open /dev/null for closed standard streams, so that no other file gets their numbers."""
   for fd in (0, 1, 2):
     try:
       os.fstat(fd)
     except OSError:
-      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open() returns the lowest
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-  """Turns the first signal that asks qvm to end into an Interrupted; later ones are ignored."""
+  """Raises Interrupted for the first of STOP_SIGNALS and ignores later ones."""
 
   def __init__(self) -> None:
     self.held = False
     self.caught = 0
 
   def install(self) -> None:
-    """Listen; a signal that was ignored from the start, as under nohup, stays so."""
+    """Install the handlers; a signal that was ignored at the start (nohup) stays ignored."""
     for number in STOP_SIGNALS:
       if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, self.handle)
@@ -273,16 +273,16 @@ class Signals:
         raise Interrupted(number)
 
   def again(self) -> None:
-    """What was caught has been dealt with; the next one counts."""
+    """Forget the caught signal, which has been handled, and catch the next one."""
     self.caught = 0
 
   def finish(self) -> None:
-    """Everything is done: what comes now is too late to matter."""
+    """Ignore further signals: the work is done."""
     self.caught = self.caught or -1
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
-    """Let a signal wait until what may not be interrupted is done; other threads get none."""
+    """Delay signals until the block ends; only the main thread ever gets one."""
     if threading.current_thread() is not threading.main_thread():
       yield
       return
@@ -299,8 +299,8 @@ signals = Signals()
 
 
 # ---- Guests -------------------------------------------------------------------------------------
-# Each table is one whole QEMU command line, given by the user and complete in itself: nothing is
-# shared between them. SHARE is the share/qemu folder of that guest CPU's QEMU, DISK the overlay.
+# Each table is one complete QEMU command line, as the user gave it; tables share nothing. SHARE is
+# the share/qemu folder of that guest CPU's QEMU, DISK the overlay.
 
 FREEBSD_X86_64 = """
 qemu-system-x86_64
@@ -435,7 +435,7 @@ qemu-system-x86_64
 -device virtio-blk,drive=drive0,bootindex=0,addr=0x02
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
-# The second drive of the user's first command lines, in the same bus as drive0. KEYS is the disk.
+# The second drive of the user's original command lines, on the bus of drive0. KEYS is its file.
 KEYS_VIRTIO = """
 -device virtio-blk-pci,drive=drive1,bootindex=1
 -drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
@@ -447,28 +447,29 @@ KEYS_SCSI = """
 
 
 class KeyDisk(NamedTuple):
-  """The drive from which an image takes the key that may log in."""
+  """The drive from which an image reads the ssh key that may log in."""
 
   table: str
-  start: int  # byte at which its FAT file system begins; above 0 that is an MBR's first partition
-  until: str  # the image release from which on none is wanted; empty: all want it
+  start: int  # byte offset of its FAT file system; above 0, in the first partition of an MBR
+  until: str  # the first image release that needs no key; empty: every release needs one
 
 
 class Guest(NamedTuple):
-  """One OS on one CPU: its command line and what qvm must know of the image."""
+  """One OS on one CPU: its command line, and what qvm must know about its image."""
 
   os: str
-  arch: str  # as in the images' names: x86-64 or arm64
+  arch: str  # as in image names: x86-64 or arm64
   title: str
-  user: str  # who may log in over ssh
+  user: str  # the ssh user
   console: bool  # whether the guest writes to its serial port
-  power_off: str  # the command that ends it cleanly, for that user
-  set_clock: str  # the command that sets its clock, for that user; in UTC, as strftime(3) fills it
+  power_off: str  # the command, run as that user, that shuts the guest down cleanly
+  set_clock: str  # the command, run as that user, that sets the clock: a strftime(3) format, UTC
   key_disk: Optional[KeyDisk]
   table: str
 
 
-# From the images' release notes; OpenBSD asks for a password otherwise, the others know none.
+# From the images' release notes. Without the key OpenBSD wants a password, which qvm never types;
+# FreeBSD and NetBSD let `runner` in without either since these releases.
 FREEBSD_KEYS = KeyDisk(KEYS_VIRTIO, 1 << 20, "v0.14.0")
 OPENBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "")
 NETBSD_KEYS = KeyDisk(KEYS_SCSI, 0, "v1.0.0")
@@ -498,14 +499,14 @@ ARCHES = {
   "arm64": "arm64",
   "aarch64": "arm64",
 }
-QEMU_CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}  # as in the names of QEMU's programs
+QEMU_CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}  # as in QEMU's program names
 
 
 def find_guest(os_name: str, arch: str) -> Guest:
-  """The guest of that name on that CPU; UsageError says what there is."""
+  """The guest for an OS and a CPU; UsageError lists the known ones."""
   mine = [guest for guest in GUESTS if guest.os == os_name]
   if not mine:
-    raise UsageError("no such OS: '{}'; there are {}".format(os_name, ", ".join(OS_NAMES)))
+    raise UsageError("unknown OS '{}'; choose from {}".format(os_name, ", ".join(OS_NAMES)))
   for guest in mine:
     if guest.arch == arch:
       return guest
@@ -523,7 +524,7 @@ VERSION_RE = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,49}\Z"
 
 
 class Address(NamedTuple):
-  """Where the guest's ssh port appears on the host; with chosen=False the port may move up."""
+  """The host address and port of the guest's ssh; unless chosen, qvm may take a higher port."""
 
   host: str = "127.0.0.1"
   port: int = SSH_PORT
@@ -531,7 +532,7 @@ class Address(NamedTuple):
 
 
 class Options(NamedTuple):
-  """What the command line says, checked."""
+  """The parsed and checked command line."""
 
   command: str = ""
   operands: Tuple[str, ...] = ()
@@ -572,16 +573,16 @@ def parse_arch(text: str) -> str:
   """A CPU by any of its usual names."""
   arch = ARCHES.get(text.lower())
   if not arch:
-    raise UsageError("no such CPU: '{}'; there are {}".format(text, ", ".join(ARCHES)))
+    raise UsageError("unknown CPU '{}'; choose from {}".format(text, ", ".join(ARCHES)))
   return arch
 
 
 def parse_name(text: str) -> str:
-  """An instance's name, which is also the name of its files."""
+  """An instance's name, which becomes part of file names."""
   if not re.match(NAME_RE, text):
     raise UsageError(
-      f"bad instance name '{text}'; allowed are up to 100 letters, digits and . _ + ~ -, "
-      "a letter or digit first"
+      f"invalid instance name '{text}': use up to 100 letters, digits and . _ + ~ -, "
+      "starting with a letter or digit"
     )
   return text
 
@@ -590,24 +591,24 @@ def parse_version(text: str) -> str:
   """A version, which becomes part of file names and URLs."""
   if not re.match(VERSION_RE, text):
     raise UsageError(
-      f"bad version '{text}'; allowed are up to 50 letters, digits and . _ + ~ -, such as 15.1"
+      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
     )
   return text
 
 
 def parse_memory(text: str) -> str:
-  """A size as QEMU's -m takes it: a whole number of MiB, or with the suffix M, G or T."""
+  """A size for QEMU's -m: an integer, in MiB or with the suffix M, G or T."""
   match = re.match(r"([0-9]{1,9})([MGT]?)\Z", text.upper())
   factor = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
   if not match or not 64 <= int(match.group(1)) * factor[match.group(2)] <= 4 * 1024 * 1024:
-    raise UsageError(f"bad memory size '{text}'; allowed are 64M to 4T, such as 512M or 6G")
+    raise UsageError(f"invalid memory size '{text}': use 64M to 4T, as in 512M or 6G")
   return match.group(1) + match.group(2)
 
 
 def parse_cpus(text: str) -> str:
   """A number of virtual CPUs."""
   if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
-    raise UsageError(f"bad number of CPUs '{text}'; allowed are 1 to 255")
+    raise UsageError(f"invalid number of CPUs '{text}': use 1 to 255")
   return str(int(text))
 
 
@@ -620,109 +621,114 @@ def parse_address(text: str) -> Address:
   good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
   if not good_host or not good_port or any(int(n) > 255 for n in numbers):
     raise UsageError(
-      f"bad ssh port '{text}'; allowed are 1 to 65535, with an IPv4 address of this host in front "
-      "if it is not to be 127.0.0.1: 2847 or 0.0.0.0:2847"
+      f"invalid ssh port '{text}': use 1 to 65535, after an IPv4 address of this host "
+      "unless that is 127.0.0.1: 2847 or 0.0.0.0:2847"
     )
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
 
 
 def parse_accel(text: str) -> str:
   """Accelerators in the order in which QEMU tries them."""
-  words = text.lower().split(":")
-  if not all(word in ACCELERATORS for word in words) or len(set(words)) < len(words):
+  names = text.lower().split(":")
+  if not all(name in ACCELERATORS for name in names) or len(set(names)) < len(names):
     raise UsageError(
-      f"bad accelerator '{text}'; allowed are hvf, kvm and tcg, several with ':' between"
+      f"invalid accelerator '{text}': use hvf, kvm or tcg, or several separated by ':'"
     )
-  return ":".join(words)
+  return ":".join(names)
 
 
 def parse_seconds(text: str) -> float:
   """A time in seconds, at most a day."""
   if not re.match(r"[0-9]{1,5}(\.[0-9]{1,3})?\Z", text) or float(text) > 86400:
-    raise UsageError(f"bad number of seconds '{text}'; allowed are 0 to 86400")
+    raise UsageError(f"invalid number of seconds '{text}': use 0 to 86400")
   return float(text)
 
 
 def parse_variable(text: str) -> str:
-  """NAME or NAME=VALUE of an environment variable."""
+  """An environment variable as NAME or NAME=VALUE."""
   if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
-    raise UsageError(f"bad variable '{text}'; it is NAME or NAME=VALUE, a letter or _ first")
+    raise UsageError(
+      f"invalid variable '{text}': use NAME or NAME=VALUE, starting with a letter or _"
+    )
   return text
 
 
 def parse_direction(text: str) -> str:
-  """Which way files go."""
+  """The direction in which files are copied."""
   if text not in DIRECTIONS:
-    raise UsageError(f"bad direction '{text}'; there are {', '.join(DIRECTIONS)}")
+    raise UsageError(f"unknown direction '{text}'; choose from {', '.join(DIRECTIONS)}")
   return text
 
 
 def parse_text(text: str) -> str:
-  """Any words."""
+  """Any text."""
   return text
 
 
 class Option(NamedTuple):
-  """One option: its spellings, the field of Options it sets, and how its value is read."""
+  """One option: its spellings, the field of Options it sets, and how its value is parsed."""
 
   flags: Tuple[str, ...]
   field: str
   metavar: str  # empty: the option takes no value
   read: Callable[[str], Any]
-  help: str
-  many: bool = False
+  help: str  # a Command's option_help can replace it
+  many: bool = False  # whether it may be repeated
 
 
 OPTIONS = (
   Option(("--platform",), "platform", "ARCH", parse_arch,
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
-  Option(("--rm",), "rm", "", bool, "throw away what the guest wrote when it ends"),
+  Option(("--rm",), "rm", "", bool, "run a temporary instance, deleted when the run ends"),
   Option(("--warm",), "warm", "", bool,
-         "start what is thrown away from a checkpoint of a booted guest,\n"
-         "which the first such run makes"),
+         "with --rm: start from a checkpoint of the booted guest,\n"
+         "which the first such run creates"),
   Option(("--dry-run",), "dry_run", "", bool,
-         "only print the QEMU command; download and change nothing"),
+         "print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,
          "name of the instance (default: OS-VERSION-ARCH)"),
   Option(("-m", "--memory"), "memory", "SIZE", parse_memory, "memory of the guest (default: 6G)"),
   Option(("--cpus",), "cpus", "N", parse_cpus, "number of virtual CPUs (default: 2)"),
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
-         "where the guest's ssh port appears (default: 127.0.0.1:2847\nor the next free port)"),
+         "host address and port for the guest's ssh\n"
+         "(default: 127.0.0.1:2847 or the next free port)"),
   Option(("--accel",), "accel", "LIST", parse_accel,
-         "accelerators to try in turn (default: hvf:kvm:tcg)"),
+         "accelerators to try, in this order (default: hvf:kvm:tcg)"),
   Option(("--qemu",), "qemu", "PATH", parse_text,
-         "use this qemu-system-… and the qemu-img beside it or on PATH"),
+         "use this qemu-system-… and the qemu-img next to it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
-         "one more argument for QEMU; may be given several times", True),
+         "extra argument for QEMU; may be repeated", True),
   Option(("-d", "--detach"), "detach", "", bool,
-         "run in the background, once ssh answers; see qvm list and qvm stop"),
+         "run in the background and return once ssh answers;\nsee qvm list and qvm stop"),
   Option(("--stream",), "stream", "", bool,
-         "boot while the image still comes: the guest runs before\nthe image's digest is checked"),
+         "boot while the image is downloading: the guest runs before\n"
+         "the image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
          "how long to wait for ssh (default: 600)"),
   Option(("--console-log",), "console_log", "FILE", parse_text,
-         "append what the guest writes to its console to FILE"),
+         "append the guest's console output to FILE"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
-         "hand a variable to the command, without VALUE as it is here;\nCI goes by itself", True),
+         "set a variable for the command, without VALUE to its value\n"
+         "here; may be repeated; CI, if set, is always passed on", True),
   Option(("--sync",), "sync", "DIR", parse_text,
-         "copy DIR to ~/work in the guest, run the command there,\nand bring back what it changed"),
+         "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
-         "both, in (only to the guest) or out (only from it)"),
+         "both (default), in (only to the guest) or out (only from it)"),
   Option(("--sync-exclude",), "sync_exclude", "PATTERN", parse_text,
-         "leave out what has this name or, with a /, this path;\nmay be given several times; "
-         ".git is always left out", True),
+         "skip files with this name or, if it has a /, this path;\nmay be repeated; "
+         ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
-         "delete here what the command has deleted there"),
-  Option(("--force",), "force", "", bool, "end what runs at once, without waiting for the guest"),
-  Option(("--offline",), "offline", "", bool, "leave the network out"),
-  Option(("--progress",), "progress", "", bool, "show how far the downloads are"),
+         "delete in DIR what the command deleted in the guest"),
+  Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
+  Option(("--offline",), "offline", "", bool, "skip the network checks"),
+  Option(("--progress",), "progress", "", bool, "show download progress"),
   Option(("--refresh",), "refresh", "", bool,
-         "replace what is cached by the newest release,\nunless an instance needs the old image"),
+         "replace cached files with the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
-         "compare what is cached with the digests noted when it came,\nand with the release's"),
+         "compare cached files with the digests recorded at download\nand with the release's"),
   Option(("--mirror",), "mirror", "DIR", parse_text,
-         "put the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
-  Option(("--all",), "all", "", bool, "also images that no instance needs, and QEMU"),
+         "download the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
+  Option(("--all",), "all", "", bool, "also delete images that no instance needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
   Option(("-h", "--help"), "help", "", bool, "show this help"),
   Option(("--version",), "version", "", bool, "show the version of qvm"),
@@ -732,14 +738,15 @@ IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
 
 
 class Command(NamedTuple):
-  """One command word: its operands, the options it knows, and its help."""
+  """One command: its operands, the options it accepts, and its help."""
 
   operands: str
-  least: int
+  least: int  # operands
   most: int
   fields: Tuple[str, ...]
   summary: str
   examples: Tuple[str, ...]
+  option_help: Mapping[str, str] = {}  # by field, where an option means something else here
 
 
 COMMANDS = {
@@ -747,7 +754,7 @@ COMMANDS = {
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
      "qemu_args", "detach", "stream", "boot_timeout", "console_log", *IN_GUEST, "progress"),
-    "Boot a guest in this terminal, or for one command; download first what is missing.",
+    "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
       "qvm run --rm freebsd 15.1 -- uname -a",
@@ -762,7 +769,7 @@ COMMANDS = {
   "pull": Command(
     "OS [VERSION]", 1, 2,
     ("platform", "refresh", "verify", "mirror", "qemu", "progress"),
-    "Download everything that `run` needs, so that it works offline.",
+    "Download everything that `run` needs, so that `run` works offline.",
     (
       "qvm pull freebsd 15.1",
       "qvm pull --platform arm64 openbsd latest",
@@ -773,60 +780,62 @@ COMMANDS = {
   ),
   "search": Command(
     "[OS]", 0, 1, ("json",),
-    "Show the versions that can be had, by CPU, with the release each comes from.",
+    "List the available versions by CPU, with the release that each comes from.",
     ("qvm search", "qvm search --json openbsd"),
   ),
   "list": Command(
     "", 0, 0, ("json",),
-    "Show the instances: their state, address and size on disk.",
+    "List the instances with their state, address and size on disk.",
     ("qvm list", "qvm list --json"),
   ),
   "ssh": Command(
     "NAME [-- COMMAND [ARG...]]", 1, 1, ("boot_timeout", *IN_GUEST),
-    "Run a command in a running instance, or without one a shell.",
+    "Run a command in a running instance, or open a shell.",
     ("qvm ssh build", "qvm ssh build -- uname -a", "qvm ssh --sync . build -- make"),
   ),
   "stop": Command(
     "NAME...", 1, 1000, ("force",),
-    "Power instances off: over ssh, else with SIGTERM, else with SIGKILL.",
+    "Power off instances: over ssh, else with SIGTERM, else with SIGKILL.",
     ("qvm stop freebsd-15.1-x86-64", "qvm stop --force build test"),
   ),
   "rm": Command(
     "NAME...", 1, 1000, ("force",),
-    "Remove instances, with everything their guests wrote.",
+    "Delete instances, with everything their guests wrote.",
     ("qvm rm freebsd-15.1-x86-64", "qvm rm --force build test"),
+    {"force": "delete running instances too, without shutting their guests down"},
   ),
   "clean": Command(
     "", 0, 0, ("all", "dry_run"),
-    "Delete what interrupted runs left; never an instance.",
+    "Delete what interrupted runs left behind; never an instance.",
     ("qvm clean", "qvm clean --all --dry-run"),
+    {"dry_run": "print what would be deleted; delete nothing"},
   ),
   "doctor": Command(
     "", 0, 0, ("offline", "json"),
-    "Say what this host can and cannot do, and the fix for each fault.",
+    "Report what this host can and cannot do, with a fix for each problem.",
     ("qvm doctor", "qvm doctor --offline --json"),
   ),
   "config": Command(
     "print-path", 1, 1, (),
-    "Print the folder in which qvm keeps everything.",
+    "Print the path of the folder in which qvm keeps everything.",
     ("qvm config print-path", 'du -sh "$(qvm config print-path)"'),
   ),
   "completion": Command(
     "bash|zsh|fish", 1, 1000, (),
-    "Print a script with which the shell completes qvm's words.",
+    "Print a shell's completion script.",
     ('eval "$(qvm completion bash)"', "qvm completion fish | source"),
   ),
 }  # fmt: skip
 
 
 def known_options(command: str) -> List[Option]:
-  """The options that a command knows; without a command those that stand alone."""
+  """The options that a command accepts; for an empty name, those that need no command."""
   fields = EVERYWHERE + (COMMANDS[command].fields if command else ())
   return [option for option in OPTIONS if option.field in fields]
 
 
 def parse_command_line(words: Sequence[str]) -> Options:
-  """Read the arguments, options and operands in any order; UsageError for what is not allowed."""
+  """Parse the arguments; options and operands may come in any order."""
   operands, given, rest = split_words(words)
   fields = {option.field for option, _ in given}
   form = COMMANDS.get(operands[0]) if operands else None
@@ -834,12 +843,14 @@ def parse_command_line(words: Sequence[str]) -> Options:
   if not for_guest:
     operands += rest[1:]
   elif rest == ["--"]:
-    raise UsageError("there is no command after the --")
+    raise UsageError("no command after --")
   command = operands[0] if operands else ""
   if command and command not in COMMANDS:
-    raise UsageError("no such command: '{}'; there are {}".format(command, ", ".join(COMMANDS)))
+    raise UsageError("unknown command '{}'; choose from {}".format(command, ", ".join(COMMANDS)))
   if not command and not fields & set(EVERYWHERE):
-    raise UsageError("no command given; there are {} (see qvm --help)".format(", ".join(COMMANDS)))
+    raise UsageError(
+      "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
+    )
   known = known_options(command)
   for option, _ in given:
     if option not in known:
@@ -856,26 +867,26 @@ def parse_command_line(words: Sequence[str]) -> Options:
 
 
 def check_together(options: Options, fields: Set[str]) -> None:
-  """Refuse options that go with a command where there is none, or where it has no place."""
+  """Refuse options that need, or exclude, another option or a command."""
   if options.detach and options.guest_command:
     raise UsageError(
-      "--detach and a command do not go together; qvm ssh NAME -- COMMAND runs it later"
+      "--detach cannot be combined with a command; use qvm ssh NAME -- COMMAND once it runs"
     )
   if options.warm and not options.rm:
-    raise UsageError("--warm goes with --rm: what starts from a checkpoint is thrown away")
+    raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
   for option in OPTIONS:
     flag = option.flags[-1]
     if option.field in fields and option.field in IN_GUEST:
       if options.command == "run" and not options.guest_command:
-        raise UsageError(f"{flag} goes with a command: qvm run {flag} … OS VERSION -- COMMAND")
+        raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
       if option.field.startswith("sync_") and not options.sync:
-        raise UsageError(f"{flag} goes with --sync DIR")
+        raise UsageError(f"{flag} needs --sync DIR")
   if options.sync_delete and options.sync_direction == "in":
-    raise UsageError("--sync-delete deletes nothing with --sync-direction in")
+    raise UsageError("--sync-delete has no effect with --sync-direction in")
 
 
 def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str]], List[str]]:
-  """Part the operands, the options with their values, and what begins with the first `--`."""
+  """Split the arguments into operands, options with values, and everything from the first `--`."""
   operands: List[str] = []
   given: List[Tuple[Option, str]] = []
   rest = list(words)
@@ -901,13 +912,13 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
 
 
 def unknown_option(flag: str, command: str) -> UsageError:
-  """The error for an option that the command does not know, with those that it knows."""
+  """The error for an option that the command does not accept, with those that it does."""
   flags = [f for option in known_options(command) for f in option.flags]
   near = difflib.get_close_matches(flag, flags, 1)
   return UsageError(
-    "{} has no option {}{}; there are {}".format(
-      "qvm " + command if command else "qvm without a command",
+    "unknown option {} {}{}; choose from {}".format(
       flag,
+      "for qvm " + command if command else "without a command",
       f" (did you mean {near[0]}?)" if near else "",
       " ".join(flags),
     )
@@ -915,14 +926,14 @@ def unknown_option(flag: str, command: str) -> UsageError:
 
 
 def check_operands(command: str, operands: Sequence[str]) -> None:
-  """The number and the form of the words after the command word."""
+  """Check the number and the form of the operands after the command."""
   form = COMMANDS[command]
   usage = f"qvm {command} {form.operands}"
   if len(operands) < form.least:
     names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
-    raise UsageError(f"too few words; it is: {usage}{names}")
+    raise UsageError(f"missing argument; usage: {usage}{names}")
   if len(operands) > form.most:
-    raise UsageError(f"'{operands[form.most]}' is one word too many; it is: {usage.strip()}")
+    raise UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage.strip()}")
   if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
     for version in operands[1:]:
@@ -931,29 +942,30 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
     for name in operands:
       parse_name(name)
   if command == "config" and operands[0] != "print-path":
-    raise UsageError(f"config knows only print-path, not '{operands[0]}'")
+    raise UsageError(f"unknown argument '{operands[0]}'; qvm config has only print-path")
   if command == "completion" and operands[0] not in ("bash", "zsh", "fish", "words"):
-    raise UsageError(f"no such shell: '{operands[0]}'; there are bash, zsh, fish")
+    raise UsageError(f"unknown shell '{operands[0]}'; choose from bash, zsh, fish")
 
 
 def find_os(text: str) -> str:
-  """The name of an OS, in any case."""
+  """The name of an OS, which may be written in any case."""
   if text.lower() not in OS_NAMES:
-    raise UsageError("no such OS: '{}'; there are {}".format(text, ", ".join(OS_NAMES)))
+    raise UsageError("unknown OS '{}'; choose from {}".format(text, ", ".join(OS_NAMES)))
   return text.lower()
 
 
 COMMAND_HELP = [
   "",
-  "A COMMAND with ARGs reaches the guest exactly, whatever characters they hold; one word alone is",
-  "a line for the shell of the guest's user: -- 'cd /tmp && make'. Stdin, stdout, stderr and the",
-  "exit code are passed on; 125 is a failure of qvm itself. At a terminal the command gets one,",
-  "which Enter ~. leaves; elsewhere the first Ctrl-C goes to the command, a second one ends all.",
+  "qvm passes COMMAND and its ARGs to the guest unchanged, whatever characters they contain. A",
+  "single word is run by the guest user's shell: -- 'cd /tmp && make'. Stdin, stdout, stderr and",
+  "the exit code are passed through; 125 means that qvm itself failed. On a terminal the command",
+  "gets a terminal too, and Enter ~. disconnects. Otherwise the first Ctrl-C interrupts the",
+  "command and the second one ends qvm; with `run` that ends the machine too.",
 ]
 
 
 def help_text(command: str) -> str:
-  """What --help prints, for one command or for all."""
+  """The output of --help, for one command or, for an empty name, for all."""
   lines: List[str] = []
   if command:
     form = COMMANDS[command]
@@ -961,7 +973,7 @@ def help_text(command: str) -> str:
     if "OS" in form.operands:
       lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
     if "VERSION" in form.operands:
-      lines += ["Without VERSION, or with `latest`, it is the newest there is for that CPU."]
+      lines += ["VERSION defaults to `latest`, the newest version for that CPU."]
     if "COMMAND" in form.operands:
       lines += COMMAND_HELP
   else:
@@ -969,9 +981,10 @@ def help_text(command: str) -> str:
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
     lines += [f"  {name:<8} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
+  own_help = COMMANDS[command].option_help if command else {}
   for option in known_options(command):
     left = "{} {}".format(", ".join(option.flags), option.metavar)
-    for text in option.help.split("\n"):
+    for text in own_help.get(option.field, option.help).split("\n"):
       lines.append(f"  {left:<26} {text}")
       left = ""
   examples = COMMANDS[command].examples if command else (
@@ -988,14 +1001,14 @@ API_URL = "https://api.github.com/repos/cross-platform-actions"
 class Host(NamedTuple):
   """The machine qvm runs on."""
 
-  system: str  # as in the names of QEMU's archives: linux or macos
+  system: str  # as in the names of the QEMU archives: linux or macos
   arch: str
 
 
 class InstancePaths:
-  """The files of one instance, all in one folder and named after it."""
+  """The paths of one instance's files, which are all in one folder and named after it."""
 
-  # All that there may be; the mark goes last, so that a killed removal is repeated.
+  # All of them. The mark is removed last, so that a killed removal is repeated.
   SUFFIXES = (
     ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys", ".ephemeral",
   )  # fmt: skip
@@ -1013,7 +1026,7 @@ class InstancePaths:
 
 
 class LayerPaths:
-  """The files of one layer: a frozen disk, and for a checkpoint the guest's memory and devices."""
+  """The paths of one layer: a frozen disk, and for a checkpoint the memory and device state."""
 
   def __init__(self, folder: str, name: str) -> None:
     self.name = name
@@ -1029,23 +1042,23 @@ class LayerPaths:
 
 
 class AssetRecord(NamedTuple):
-  """What NAME.json beside a cached file says of it; empty where unknown."""
+  """What NAME.json beside a cached file says about it; empty where unknown."""
 
   release: str = ""  # the tag
   url: str = ""
-  validator: str = ""  # ETag or Last-Modified of what was downloaded
+  validator: str = ""  # ETag or Last-Modified of the download
   size: int = 0  # bytes of the asset
   asset_sha256: str = ""
-  sha256: str = ""  # of the file, or the tree, that was made of the asset
+  sha256: str = ""  # of the file or tree made from the asset
   bytes: int = 0  # the file's length
-  time: str = ""  # when it came, in UTC
-  inode: int = 0  # of the file that the record is meant for
+  time: str = ""  # of the download, in UTC
+  inode: int = 0  # of the file that the record describes
 
 
 class Instance(NamedTuple):
-  """What NAME.json says of an instance; ssh is where it listens while it runs.
+  """What NAME.json says about an instance; ssh is where it listens while it runs.
 
-  While its base image is incomplete, release and validator say which one it is.
+  While its base image is incomplete, release and validator identify the image.
   """
 
   name: str = ""
@@ -1059,21 +1072,21 @@ class Instance(NamedTuple):
 
 
 class LayerRecord(NamedTuple):
-  """What NAME.json says of a layer. With a problem it is only a note that none can be made."""
+  """What NAME.json says about a layer; a problem means there is none, and says why."""
 
   name: str = ""
   os: str = ""
   version: str = ""
   arch: str = ""
   base_sha256: str = ""
-  key: str = ""  # what it is good for, as a digest
-  accelerator: str = ""  # the one that was in use when it was made
-  parts: str = ""  # size and time of each file
+  key: str = ""  # a digest of everything it depends on
+  accelerator: str = ""  # the one in use when it was created
+  parts: str = ""  # size and modification time of each file
   problem: str = ""
 
 
 class Cache:
-  """The folder in which qvm keeps everything, and the paths in it."""
+  """The cache folder, where qvm keeps everything, and the paths in it."""
 
   def __init__(self, root: str) -> None:
     self.root = root
@@ -1089,7 +1102,7 @@ class Cache:
     return self.path("base", stem + ".qcow2")
 
   def qemu_tree(self, cpu: str) -> str:
-    """The downloaded QEMU for a guest CPU, in QEMU's spelling."""
+    """The downloaded QEMU for a guest CPU, which is spelled as in QEMU_CPUS' values."""
     return self.path("qemu", cpu)
 
   def qemu_program(self, cpu: str) -> str:
@@ -1110,7 +1123,7 @@ class Plan(NamedTuple):
   paths: InstancePaths
   ephemeral: bool
   cache: Cache
-  qemu: str  # the program to run
+  qemu: str  # the program that will run
   share: str  # the firmware of the downloaded QEMU
   qemu_img: str
   base: str
@@ -1118,8 +1131,8 @@ class Plan(NamedTuple):
   bundle_asset: str
   qemu_asset: str
   tools_asset: str
-  own_qemu: bool  # --qemu: qemu-img is the user's too
-  refresh: bool  # replace what is cached by what is newest
+  own_qemu: bool  # --qemu: qemu-img is the user's own too
+  refresh: bool  # replace cached files with the newest release
 
   @property
   def name(self) -> str:
@@ -1132,48 +1145,48 @@ class Plan(NamedTuple):
 
   @property
   def tree_program(self) -> str:
-    """The downloaded QEMU's program, whether or not it is the one that runs."""
+    """The downloaded QEMU's program, even if --qemu names another one to run."""
     return self.cache.qemu_program(QEMU_CPUS[self.guest.arch])
 
 
 def host_of(system: str, machine: str) -> Host:
-  """The host from what uname(2) says; QvmError where qvm cannot work."""
+  """The host, from uname(2); QvmError if qvm does not support it."""
   systems = {"Linux": "linux", "Darwin": "macos"}
   arch = ARCHES.get(machine.lower())
   if system not in systems or not arch:
     raise QvmError(
-      f"this is {system} on {machine}; qvm works on Linux and macOS, on x86-64 and arm64"
+      f"{system} on {machine} is not supported; qvm runs on Linux and macOS, on x86-64 and arm64"
     )
   return Host(systems[system], arch)
 
 
 def check_host(host: Host, guest: Guest, own_qemu: str) -> None:
-  """Refuse a host for which there is no QEMU to download, unless the user has one."""
+  """Refuse a host for which no QEMU can be downloaded, unless the user names one."""
   if own_qemu or host != Host("linux", "arm64"):
     return
   cpu = QEMU_CPUS[guest.arch]
   raise QvmError(
-    "there is no QEMU to download for Linux on arm64",
-    "install one (Debian: apt-get install qemu-system-{} qemu-utils) and add "
+    "no QEMU can be downloaded for Linux on arm64",
+    "install QEMU (Debian: apt-get install qemu-system-{} qemu-utils) and add "
     "--qemu /usr/bin/qemu-system-{}".format({"x86_64": "x86", "aarch64": "arm"}[cpu], cpu),
   )
 
 
 def check_own_qemu(guest: Guest, own_qemu: str) -> None:
-  """Refuse a --qemu whose name says that it emulates another CPU."""
+  """Refuse a --qemu whose name shows that it emulates another CPU."""
   found = re.match(r"qemu-system-([a-z0-9_]+)\Z", os.path.basename(own_qemu))
   cpu = QEMU_CPUS[guest.arch]
   if found and found.group(1) in QEMU_CPUS.values() and found.group(1) != cpu:
-    raise UsageError(f"--qemu {own_qemu}: {guest.arch} guests want a qemu-system-{cpu}")
+    raise UsageError(f"--qemu {own_qemu}: {guest.arch} guests need qemu-system-{cpu}")
 
 
 def image_repo(os_name: str) -> str:
-  """The repository whose releases hold the images of an OS."""
+  """The repository whose releases contain the images of an OS."""
   return os_name + "-builder"
 
 
 def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
-  """Name everything that a run needs; suffix makes the name of a --rm overlay its own."""
+  """Name everything that a run needs; suffix makes the name of a --rm instance unique."""
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
   version = parse_version(options.operands[1])
   check_host(host, guest, options.qemu)
@@ -1202,20 +1215,24 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
 
 # ---- Files, locks, programs ---------------------------------------------------------------------
 
-CHUNK_BYTES = 1 << 18  # bytes that are read or written at a time
-TERM_GRACE_SECONDS = 10.0  # seconds that QEMU has to end after SIGTERM
-POLL_SECONDS = 0.5  # seconds a thread waits at a time: a signal just before does not wake it
-OTHER_CACHE = "QVM_CACHE_DIR can name another folder"
-FORMAT = 1  # of records; those of qvm 0.1 do not name it
-MAX_RECORD_BYTES = 1 << 20
-SCRATCH = "tmp-"  # how the names of folders for unfinished things begin in downloads/
+# Per read or write: more would save few system calls and cost memory in each thread.
+CHUNK_BYTES = 1 << 18
+# From SIGTERM to SIGKILL. QEMU normally exits at once, so only a hung one makes anyone wait.
+TERM_GRACE_SECONDS = 10.0
+# The longest uninterrupted wait for a thread: a signal that arrives just before the wait does not
+# end it. Under load, 2 of 8 such signals were lost in one endless wait.
+POLL_SECONDS = 0.5
+OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
+FORMAT = 1  # of records; those of qvm 0.1 have no format field
+MAX_RECORD_BYTES = 1 << 20  # real ones have less than 1 kB; this limits what a damaged one costs
+SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
 R = TypeVar("R", bound=NamedTuple)
 T = TypeVar("T")
 Handle = Union[int, IO[bytes], None]
 
 
 def cache_from(environ: Mapping[str, str]) -> Cache:
-  """The cache that the environment names; its spec says to ignore a relative XDG_CACHE_HOME."""
+  """The cache that the environment names; the XDG spec says to ignore a relative XDG_CACHE_HOME."""
   if environ.get("QVM_CACHE_DIR"):
     return Cache(os.path.abspath(environ["QVM_CACHE_DIR"]))
   xdg = environ.get("XDG_CACHE_HOME", "")
@@ -1227,18 +1244,18 @@ def cache_from(environ: Mapping[str, str]) -> Cache:
 
 
 class RecordError(QvmError):
-  """A record that is damaged, or that a newer qvm has written."""
+  """A record that is damaged or was written by a newer qvm."""
 
 
 class NewerRecordError(RecordError):
-  """A record in a format that only a newer qvm knows."""
+  """A record whose format only a newer qvm knows."""
 
 
 def read_record(empty: R, path: str) -> Optional[R]:
-  """The record in a JSON file, with the fields and types of an empty one; None without a file.
+  """Read a record with the fields and types of `empty` from a JSON file; None without a file.
 
-  RecordError when it is damaged, a field has another type, or its format is newer than FORMAT:
-  that is never guessed at. A field that is missing is as in the empty one.
+  A missing field keeps its value from `empty`. RecordError if the file is damaged, a field has
+  another type, or the format is newer than FORMAT.
   """
   try:
     with open(path, "rb") as file:
@@ -1252,8 +1269,8 @@ def read_record(empty: R, path: str) -> Optional[R]:
   number = value.get("format", FORMAT)
   if not isinstance(number, int) or number > FORMAT:
     raise NewerRecordError(
-      f"the record {path} has the format {number}, which this qvm does not know",
-      f"a newer qvm has written it: update this one, or {OTHER_CACHE}",
+      f"the record {path} has format {number}, which this qvm does not know",
+      f"a newer qvm wrote it: update qvm, or {OTHER_CACHE}",
     )
   fields = empty._asdict()
   for name, default in fields.items():
@@ -1264,7 +1281,7 @@ def read_record(empty: R, path: str) -> Optional[R]:
 
 
 def sound_record(empty: R, path: str) -> R:
-  """The record in a file, the empty one where there is none or a damaged one."""
+  """The record in a file; `empty` if the file is missing or damaged."""
   try:
     return read_record(empty, path) or empty
   except NewerRecordError:
@@ -1274,7 +1291,7 @@ def sound_record(empty: R, path: str) -> R:
 
 
 def write_record(cache: Cache, path: str, record: NamedTuple, mode: int = 0o644) -> None:
-  """Write a record as JSON, with its format; the file is there complete or not at all."""
+  """Write a record and its format as JSON; the file appears complete or not at all."""
   text = json.dumps({**record._asdict(), "format": FORMAT}, indent=2, sort_keys=True)
   with unfinished(cache) as folder:
     aside = os.path.join(folder, "record")
@@ -1286,9 +1303,9 @@ def write_record(cache: Cache, path: str, record: NamedTuple, mode: int = 0o644)
 
 @contextlib.contextmanager
 def unfinished(cache: Cache) -> Iterator[str]:
-  """A new folder below downloads/ for what is not finished, removed at the end.
+  """A new folder in downloads/ for unfinished files, locked while it exists, removed at the end.
 
-  Its lock is held meanwhile: what lies in downloads/ unlocked is a leftover of a killed qvm.
+  Whatever is unlocked in downloads/ is a leftover of a killed qvm.
   """
   with Lock(os.path.join(cache.downloads, SCRATCH + os.urandom(6).hex()), folder=True) as lock:
     lock.hold()
@@ -1299,7 +1316,7 @@ def unfinished(cache: Cache) -> Iterator[str]:
 
 
 def remove_unlocked(path: str) -> bool:
-  """Remove a folder of downloads/ unless somebody has its lock; whether it is gone."""
+  """Remove a folder in downloads/ unless its lock is held; returns whether it is gone."""
   with Lock(path, folder=True) as lock:
     if lock.try_():
       remove_tree(path)
@@ -1307,7 +1324,7 @@ def remove_unlocked(path: str) -> bool:
 
 
 def new_sha256() -> "hashlib._Hash":
-  """A fresh SHA-256."""
+  """A new SHA-256 object."""
   return hashlib.sha256()
 
 
@@ -1321,7 +1338,7 @@ def file_sha256(path: str) -> str:
 
 
 def tree_sha256(root: str) -> str:
-  """One SHA-256 for all files below a folder and their names, but for its release.json."""
+  """One SHA-256 for the names and contents of all files below a folder, without release.json."""
   digest = new_sha256()
   for folder, folders, names in os.walk(root):
     folders.sort()
@@ -1332,14 +1349,14 @@ def tree_sha256(root: str) -> str:
 
 
 def hashed(name: str) -> str:
-  """A short name that stands for one of any length."""
+  """A short name derived from one of any length."""
   digest = new_sha256()
   digest.update(os.fsencode(name))
   return str(digest.hexdigest()[:16])
 
 
 def write_text(path: str, text: str, mode: int = 0o644) -> None:
-  """Write a file so that it is there whole or not at all."""
+  """Write a file that appears complete or not at all."""
   remove_file(path + ".tmp")
   with open(path + ".tmp", "w", encoding="utf-8") as file:
     file.write(text)
@@ -1348,7 +1365,7 @@ def write_text(path: str, text: str, mode: int = 0o644) -> None:
 
 
 def read_json(path: str) -> Dict[str, Any]:
-  """The object in a JSON file; empty when there is none, or no sound one."""
+  """The object in a JSON file; empty if the file is missing or damaged."""
   try:
     with open(path, "rb") as file:
       value = json.loads(file.read(1 << 20).decode("utf-8"))
@@ -1363,7 +1380,7 @@ def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
 
 
 def names_in(folder: str) -> List[str]:
-  """The names in a folder, sorted; none when it is not there."""
+  """The sorted names in a folder; none if it does not exist."""
   try:
     return sorted(os.listdir(folder))
   except (FileNotFoundError, NotADirectoryError):
@@ -1371,37 +1388,37 @@ def names_in(folder: str) -> List[str]:
 
 
 def paths_in(folder: str) -> List[str]:
-  """The paths in a folder, sorted; none when it is not there."""
+  """The sorted paths in a folder; none if it does not exist."""
   return [os.path.join(folder, name) for name in names_in(folder)]
 
 
 def instance_names(cache: Cache, suffix: str) -> List[str]:
-  """The names of the instances that have a file with this suffix, in the order of the files."""
+  """The names of the instances that have a file with this suffix, sorted by file name."""
   names = [name for name in names_in(cache.instances) if name.endswith(suffix)]
   return [name[: -len(suffix)] for name in names]
 
 
 def layers(cache: Cache) -> List[LayerPaths]:
-  """The layers there are; what has no record is none."""
+  """All layers; files without a record are leftovers."""
   names = [name for name in names_in(cache.path("layers")) if name.endswith(".json")]
   return [cache.layer(name[: -len(".json")]) for name in names]
 
 
 def tree_size(path: str) -> int:
-  """The bytes that a file, or a folder with all in it, takes on the disk."""
+  """The bytes on disk of a file, or of a folder with its contents."""
   folders = [] if os.path.islink(path) else os.walk(path)
   inside = [os.path.join(folder, name) for folder, _, names in folders for name in names]
   return sum(os.lstat(p).st_blocks * 512 for p in [path, *inside])
 
 
 def free_space(folder: str) -> int:
-  """The bytes that may still be written to a folder's file system."""
+  """The bytes available on a folder's file system."""
   stat = os.statvfs(folder)
   return stat.f_bavail * stat.f_frsize
 
 
 def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
-  """The error for a file or folder that was to take `wanted` bytes and cannot be written."""
+  """The error for a failed write to a file or folder that needs `wanted` bytes in all."""
   if error.errno not in (errno.ENOSPC, errno.EDQUOT):
     return QvmError(f"{path}: {describe(error)}")
   there = tree_size(path) if os.path.lexists(path) else 0
@@ -1409,40 +1426,40 @@ def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
 
 
 def disk_full(path: str, missing: int) -> QvmError:
-  """The error for a disk without room, with the bytes that are missing."""
+  """The error for a full disk, with the number of bytes that are missing."""
   return QvmError(
-    f"the disk is full: {path} takes {megabytes(max(missing, 1))} more than there is",
-    "free some space (qvm clean --all --dry-run shows what can go) and try again: "
-    "what is there is kept",
+    f"the disk is full: {path} needs {megabytes(max(missing, 1))} more",
+    "free some space (qvm clean --all --dry-run lists what can be deleted) and try again: "
+    "downloaded data is kept",
   )
 
 
 def disk_is_full(path: str) -> bool:
-  """Whether a write there fails; QEMU then stops the guest without a word (werror=enospc)."""
+  """Whether a write there would fail; QEMU then pauses the guest silently (werror=enospc)."""
   with contextlib.suppress(OSError):
-    return free_space(path) < 128 << 10  # less than two of qcow2's clusters
+    return free_space(path) < 128 << 10  # less than two qcow2 clusters
   return False
 
 
 def remove_file(path: str) -> None:
-  """Remove a file if it is there."""
+  """Remove a file if it exists."""
   with contextlib.suppress(FileNotFoundError):
     os.unlink(path)
 
 
 def remove_tree(path: str) -> None:
-  """Remove a folder if it is there, read-only parts included."""
+  """Remove a folder or file if it exists."""
   if os.path.islink(path) or os.path.isfile(path):
     return remove_file(path)
   if os.path.isdir(path):
     try:
       shutil.rmtree(path)
-    except OSError as error:  # which names the last part of the path alone
+    except OSError as error:  # it names only the last component of the path
       raise OSError(error.errno, error.strerror, path)
 
 
 def move_into_place(source: str, target: str, mode: int) -> None:
-  """Give a complete and checked file its place, on the disk before its name is."""
+  """fsync, then rename into place: the name never appears before the contents."""
   with open(source, "rb") as file:
     os.fsync(file.fileno())
   os.chmod(source, mode)
@@ -1453,54 +1470,54 @@ FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh",
 
 
 def make_folders(cache: Cache) -> None:
-  """Make the cache and its folders, for this user only."""
+  """Create the cache and its folders, accessible to this user only."""
   path = os.path.dirname(cache.root)
   try:
     os.makedirs(path, exist_ok=True)
-    with contextlib.suppress(OSError):  # there is none, or layers/ is in use already
+    with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
       os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
     for name in FOLDERS:
       path = cache.path(name) if name else cache.root
       with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
       if not os.path.isdir(path):
-        raise QvmError(f"{path} is in the way: it is not a folder")
-      if path == cache.root or os.stat(cache.root).st_mode & 0o011:  # else nobody gets in there
+        raise QvmError(f"{path} exists but is not a folder")
+      if path == cache.root or os.stat(cache.root).st_mode & 0o011:  # else only its owner gets in
         check_owner(path, cache)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
-    raise QvmError(f"{error.filename or path} cannot be made: {describe(error)}", OTHER_CACHE)
+    raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", OTHER_CACHE)
   keep_code()
 
 
 def check_owner(path: str, cache: Cache) -> None:
-  """Refuse a folder of the cache that others can change, as ssh does: what is in it gets executed.
+  """Refuse a folder of the cache that others can change, as ssh does: qvm executes what is in it.
 
-  Root need not be feared: it can change everything anyway. In a cache of one's own, folders that
-  belong to another come from a copy that root has made of it.
+  Root may own it, because root can change everything anyway. Inside the user's own cache, folders
+  of another owner are accepted: they come from a copy made by root.
   """
   stat = os.stat(path)
   if path == cache.root and stat.st_uid not in (0, os.getuid()):
     raise QvmError(
-      f"{path} belongs to another user (number {stat.st_uid}), and what is in it gets executed",
+      f"{path} belongs to another user (uid {stat.st_uid}), and qvm executes what is in it",
       f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
     )
   if stat.st_mode & 0o022:
     raise QvmError(
-      f"{path} can be written by other users, and what is in it gets executed",
+      f"{path} is writable by other users, and qvm executes what is in it",
       f"chmod go-w {path}; or {OTHER_CACHE}",
     )
 
 
-packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: where to keep its compiled code, and it
+packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: a path for its compiled code, the code
 
 
 def keep_code() -> None:
-  """Keep the compiled code of qvm.pyz, so that the next start need not compile it again."""
+  """Save the compiled code of qvm.pyz: compiling takes 90 ms at each start without it."""
   path, code = packed_code
   if path and not os.path.exists(path):
-    with contextlib.suppress(OSError):  # it goes without
+    with contextlib.suppress(OSError):  # the next start is slower, and that is all
       with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(marshal.dumps(code))
@@ -1508,26 +1525,26 @@ def keep_code() -> None:
 
 
 class Lock:
-  """An flock on a file or folder. It lasts until the last process that has its descriptor ends.
+  """An flock on a file or folder, held until the last process that has its descriptor ends.
 
-  A holder may remove what it has locked, so what was locked must still be what the path names.
+  A holder may delete the file or folder, so a new lock counts only if the path still names it.
   """
 
   def __init__(self, path: str, folder: bool = False) -> None:
     self.path, self.folder = path, folder
-    self.fd = -1  # of the lock while it is held
+    self.fd = -1  # while it is not held
 
   def try_(self, shared: bool = False) -> bool:
-    """Take the lock unless another has it; whether it was taken."""
+    """Take the lock unless another process holds it; returns whether it was taken."""
     return self._take(shared, None)
 
   def hold(self, shared: bool = False, waits: Optional[Callable[[], None]] = None) -> "Lock":
-    """Take the lock; calls waits once before it waits for another holder."""
+    """Take the lock; if another process holds it, call waits() and then wait."""
     self._take(shared, waits or (lambda: None))
     return self
 
   def is_held(self) -> bool:
-    """Whether another process has it; an instance's lock is looked at under instances_lock only."""
+    """Whether another process holds it; ask about instances only under instances_lock."""
     try:
       fd = os.open(self.path, os.O_RDONLY)
     except FileNotFoundError:
@@ -1538,13 +1555,13 @@ class Lock:
       os.close(fd)
 
   def release(self) -> None:
-    """Let go of the lock, as far as this process has it."""
+    """Release the lock if this process holds it."""
     if self.fd >= 0:
       os.close(self.fd)
     self.fd = -1
 
   def remove(self) -> None:
-    """Remove the lock's file while the lock is still held, then let go of it."""
+    """Delete the lock's file, then release the lock."""
     remove_file(self.path)
     self.release()
 
@@ -1567,8 +1584,8 @@ class Lock:
       return False
     except OSError as error:
       raise QvmError(
-        f"{self.path} cannot be locked: {describe(error)}",
-        f"its file system has no locks as qvm needs them; {OTHER_CACHE}, on a local disk",
+        f"cannot lock {self.path}: {describe(error)}",
+        f"its file system does not support flock; {OTHER_CACHE}, on a local disk",
       )
     return True
 
@@ -1586,64 +1603,64 @@ class Lock:
           self.fd, fd = fd, -1
           return True
       except FileNotFoundError:
-        pass  # its holder has removed it
+        pass  # the holder has deleted it
       finally:
         if fd >= 0:
           os.close(fd)
 
 
 def instances_lock(cache: Cache) -> Lock:
-  """Lets one process at a time look at or take the locks of instances.
+  """Serialises every look at instance locks, and every change to what instances depend on.
 
-  Whether an instance runs is told by trying its lock; two that try at once would each believe
-  that the other is a running QEMU. It also orders every change of what instances lie on.
+  qvm tries an instance's lock to learn whether it runs; two processes that try at the same time
+  would each take the other for a running QEMU.
   """
   return Lock(cache.instances, folder=True).hold()
 
 
 def own_qemu_img(own_qemu: str) -> str:
-  """The qemu-img beside the user's own QEMU, else the one on PATH."""
+  """The qemu-img next to the user's own QEMU, else the one on PATH."""
   found = find_program("qemu-img", os.path.dirname(own_qemu)) or find_program("qemu-img")
   if not found:
     raise QvmError(
-      f"there is no qemu-img beside {own_qemu} or on PATH",
-      "install it (Debian: apt-get install qemu-utils) or leave --qemu out",
+      f"no qemu-img found next to {own_qemu} or on PATH",
+      "install it (Debian: apt-get install qemu-utils) or omit --qemu",
     )
   return found
 
 
 def find_program(name: str, folder: Optional[str] = None) -> str:
-  """The absolute path of a program on PATH or in a folder; empty when there is none."""
+  """The absolute path of a program on PATH or in a folder; empty if not found."""
   path = shutil.which(name, path=folder)
   return os.path.abspath(path) if path else ""
 
 
 def resolve(options: Options) -> Options:
-  """The options with absolute paths; UsageError for a program or a folder that is not there."""
+  """The options with absolute paths; UsageError if a program or folder does not exist."""
   paths = {
     name: os.path.abspath(getattr(options, name))
     for name in ("sync", "console_log", "mirror")
     if getattr(options, name)
   }
   if options.sync and not os.path.isdir(paths["sync"]):
-    raise UsageError(f"--sync: there is no folder '{options.sync}'")
+    raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
-    raise UsageError("--sync: the root folder cannot be synchronised; name one below it")
+    raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
   if options.qemu:
     paths["qemu"] = find_program(options.qemu)
     if not paths["qemu"]:
-      raise UsageError(f"--qemu: there is no program '{options.qemu}' that can be executed")
+      raise UsageError(f"--qemu: no such executable program: '{options.qemu}'")
   return options._replace(**paths)
 
 
 class Spawn(NamedTuple):
-  """How a program is started. A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours."""
+  """How to start a program. A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours."""
 
   stdin: Handle = None
   stdout: Handle = None
   stderr: Handle = None
-  fds: Tuple[int, ...] = ()  # other descriptors that it gets
-  session: bool = False  # one of its own: no key or closed terminal reaches it
+  fds: Tuple[int, ...] = ()  # more descriptors to pass on
+  session: bool = False  # its own session: no key and no hang-up of our terminal reaches it
   folder: Optional[str] = None
   env: Optional[Mapping[str, str]] = None
 
@@ -1666,28 +1683,28 @@ def start(command: Sequence[str], spawn: Spawn) -> "Process":
 
 
 def silent() -> Spawn:
-  """For a program that reads nothing and whose words nobody wants."""
+  """For a program without input whose output is discarded."""
   return Spawn(subprocess.DEVNULL, subprocess.DEVNULL, subprocess.DEVNULL)
 
 
 def cannot_run(program: str, error: OSError) -> QvmError:
-  """Why the system does not execute a program."""
+  """The error for a program that the system cannot execute."""
   EBADARCH = 86  # macOS: "Bad CPU type in executable"
-  message = f"{program} cannot be executed: {describe(error)}"
+  message = f"cannot execute {program}: {describe(error)}"
   if error.errno == EBADARCH or (sys.platform == "darwin" and error.errno == errno.ENOEXEC):
     return QvmError(
       message,
       "the downloaded QEMU is built for Intel: install Rosetta (softwareupdate --install-rosetta) "
-      "or add --qemu with a QEMU of your own, such as Homebrew's",
+      "or use your own QEMU, such as Homebrew's, with --qemu",
     )
   if error.errno == errno.ENOEXEC:
     return QvmError(
-      message, "it is built for another CPU; add --qemu with one made for this machine"
+      message, "it is built for another CPU; use a QEMU built for this machine with --qemu"
     )
   if error.errno == errno.EACCES:
     return QvmError(
       message,
-      "is its file system mounted noexec? QVM_CACHE_DIR can name a folder on another one",
+      "is its file system mounted noexec? set QVM_CACHE_DIR to a folder on another one",
     )
   if error.errno == errno.ENOENT and os.path.exists(program):
     return QvmError(message, "its loader or interpreter is missing on this system")
@@ -1695,7 +1712,7 @@ def cannot_run(program: str, error: OSError) -> QvmError:
 
 
 def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
-  """Run a helper such as qemu-img to its end; QvmError with its words when it fails."""
+  """Run a helper such as qemu-img to completion; QvmError with its output if it fails."""
   with signals.hold():
     spawn = Spawn(subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT, fds)
     process = start(command, spawn)
@@ -1707,7 +1724,7 @@ def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
 
 
 def end_process(process: "Process") -> None:
-  """Make sure that a process has ended."""
+  """End a process that is still running: SIGTERM, then SIGKILL."""
   if process.poll() is None:
     process.terminate()
     try:
@@ -1718,28 +1735,28 @@ def end_process(process: "Process") -> None:
 
 
 def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
-  """The exit code and the words of a program that answers a question within 10 seconds."""
+  """The exit code and the output of a program that should answer within 10 seconds."""
   try:
     process = start(command, Spawn(subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT))
   except QvmError as error:
     return 127, f"{error}; {error.hint}"
   try:
-    words = process.communicate(text.encode(), timeout=10)[0].decode("utf-8", "replace")
+    output = process.communicate(text.encode(), timeout=10)[0].decode("utf-8", "replace")
   except subprocess.TimeoutExpired:
-    return 124, "no answer in 10 s"
+    return 124, "no answer within 10 s"
   finally:
     end_process(process)
-  return process.returncode, " ".join(words.split()) or ending(process.returncode)
+  return process.returncode, " ".join(output.split()) or ending(process.returncode)
 
 
 def this_host() -> Host:
-  """The host qvm runs on."""
+  """The host that qvm runs on."""
   uname = os.uname()
   return host_of(uname.sysname, uname.machine)
 
 
 def available_memory(meminfo: str) -> Optional[int]:
-  """The bytes of memory that programs can still get; all there is where nobody tells."""
+  """The bytes of memory that are available, else of all memory; None if the system says neither."""
   with contextlib.suppress(OSError, ValueError, IndexError):
     with open(meminfo) as file:
       line = next((line for line in file if line.startswith("MemAvailable:")), "")
@@ -1750,7 +1767,7 @@ def available_memory(meminfo: str) -> Optional[int]:
 
 
 class Future(Generic[T]):
-  """A call that goes on in a thread of its own; result() waits for it and raises its error."""
+  """A call running in its own thread; result() waits for its value, or raises its error."""
 
   def __init__(self, function: Callable[[], T]) -> None:
     self.function = function
@@ -1762,7 +1779,7 @@ class Future(Generic[T]):
   def work(self) -> None:
     try:
       self.value = self.function()
-    except BaseException as error:  # raised by result(), in the thread that wants it
+    except BaseException as error:  # result() raises it in the caller's thread
       self.error = error
 
   def result(self) -> T:
@@ -2817,28 +2834,28 @@ def reset_if_refused(transfer: Transfer) -> Iterator[None]:
 
 # ---- Releases -----------------------------------------------------------------------------------
 
-MAX_PAGES = 10
+MAX_PAGES = 10  # of 100 releases each: limits what a server whose list never ends can cost
 TAG_RE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
 DIGEST_RE = r"sha256:[0-9a-f]{64}\Z"
 
 
 class Release(NamedTuple):
-  """One release: its tag, and its assets by name with their SHA-256, empty where unknown."""
+  """One release: its tag, and the SHA-256 of each asset by name, empty if unknown."""
 
   tag: str
   assets: Dict[str, str]
 
 
 def unquoted(text: str) -> str:
-  """Text from a URL, without its percent signs."""
+  """Text from a URL, percent-decoded."""
   return urllib.parse.unquote(text)
 
 
 def newest_tag(net: Net, repo: str) -> str:
   """The tag of a repository's newest release, read from the redirect of releases/latest.
 
-  GitHub answers 302 to …/releases/tag/TAG, without an API quota, and skips prereleases. On a
-  plain file server releases/latest is a file that holds the tag.
+  GitHub redirects to …/releases/tag/TAG, without an API quota, and skips prereleases. On a plain
+  file server releases/latest is a file that contains the tag.
   """
   url, mark = f"{net.releases}/{repo}/releases/latest", "/releases/tag/"
   body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark), lambda: 0)
@@ -2847,23 +2864,23 @@ def newest_tag(net: Net, repo: str) -> str:
   else:
     tag = body[:200].decode("ascii", "replace").strip()
   if not re.match(TAG_RE, tag):
-    page = " but is an HTML page" if looks_like_html(body) else ""
+    page = ": it is an HTML page" if looks_like_html(body) else ""
     raise QvmError(
-      f"{redacted(url)} names no newest release{page}",
-      f"does {repo} hold releases, or does a login page of this network stand in between?",
+      f"{redacted(url)} names no release{page}",
+      f"does {repo} have releases? does this network first want a login in a browser?",
     )
   return tag
 
 
 def asset_url(net: Net, repo: str, tag: str, name: str) -> str:
-  """The address of a release's asset."""
+  """The URL of a release's asset."""
   return (
     f"{net.releases}/{repo}/releases/download/{urllib.parse.quote(tag)}/{urllib.parse.quote(name)}"
   )
 
 
 def api_release(data: Any) -> Optional[Release]:
-  """A release from the API's JSON; None for drafts, prereleases and what is no release."""
+  """A release from the API's JSON; None for drafts, prereleases and anything else."""
   if not isinstance(data, dict) or data.get("draft") or data.get("prerelease"):
     return None
   tag, assets = data.get("tag_name"), data.get("assets")
@@ -2879,23 +2896,23 @@ def api_release(data: Any) -> Optional[Release]:
 
 
 def api_data(net: Net, path: str) -> Any:
-  """One attempt at the API; QvmError says why there is no answer."""
+  """The API's answer, from a single attempt; QvmError says why there is none."""
   url = f"{net.api}/{path}"
   try:
     return json.loads(fetch_bytes(net, url)[0].decode("utf-8"))
   except (ValueError, RecursionError, MemoryError):
-    raise QvmError(f"{redacted(url)}: the answer is no JSON")
+    raise QvmError(f"{redacted(url)}: the answer is not JSON")
   except Transient as error:
     raise QvmError(str(error))
 
 
 def api_releases(net: Net, repo: str) -> List[Release]:
-  """All releases of a repository from the API, the newest first."""
+  """All releases of a repository from the API, newest first."""
   releases: List[Release] = []
   for page in range(1, MAX_PAGES + 1):
     data = api_data(net, f"{repo}/releases?per_page=100&page={page}")
     if not isinstance(data, list):
-      raise QvmError(f"{redacted(net.api)}/{repo}/releases: the answer is no list of releases")
+      raise QvmError(f"{redacted(net.api)}/{repo}/releases: the answer is not a list of releases")
     releases += [release for release in map(api_release, data) if release]
     if len(data) < 100:
       break
@@ -2903,7 +2920,7 @@ def api_releases(net: Net, repo: str) -> List[Release]:
 
 
 def page_release(net: Net, repo: str, tag: str) -> Release:
-  """A release from its page fragment, which shows the assets as links and often their digests."""
+  """A release from its page fragment, which links the assets and often shows their digests."""
   text = get_page(net, f"{net.releases}/{repo}/releases/expanded_assets/{urllib.parse.quote(tag)}")
   assets: Dict[str, str] = {}
   pieces = re.split(r'href="[^"]*/releases/download/[^"/]+/([^"/]+)"', text)
@@ -2914,10 +2931,10 @@ def page_release(net: Net, repo: str, tag: str) -> Release:
 
 
 def page_releases(net: Net, repo: str) -> List[Release]:
-  """The newest releases from the pages, one request for each; a mirror may have just one.
+  """The newest releases from the web pages, with one request each; a mirror may have only one.
 
-  The feed tells nothing of prereleases: what is newer than the newest release is one, and so
-  is what is named like one.
+  The feed does not mark prereleases. qvm skips what is newer than the newest release or is named
+  like a prerelease.
   """
   newest = newest_tag(net, repo)
   tags = [newest]
@@ -2936,7 +2953,7 @@ def page_releases(net: Net, repo: str) -> List[Release]:
 
 
 class Releases:
-  """What is known of the releases in this run, each thing asked for once by all threads."""
+  """What this run has learned about releases; threads share it, so each request is made once."""
 
   def __init__(self, net: Net) -> None:
     self.net = net
@@ -2944,7 +2961,7 @@ class Releases:
     self.asked: Dict[Tuple[str, ...], Future[Any]] = {}
 
   def once(self, key: Tuple[str, ...], function: Callable[[], T]) -> T:
-    """The result of the first call with that key."""
+    """The result of the first call with this key."""
     with self.lock:
       if key not in self.asked:
         self.asked[key] = Future(function)
@@ -2956,16 +2973,16 @@ class Releases:
     return self.once((repo,), lambda: newest_tag(self.net, repo))
 
   def digest(self, repo: str, tag: str, name: str) -> str:
-    """The SHA-256 of an asset, empty where no release data tell it."""
+    """The SHA-256 of an asset; empty if the release data does not include it."""
     return self.once((repo, tag), lambda: self.one(repo, tag)).assets.get(name, "")
 
   def forget(self, repo: str, tag: str) -> None:
-    """Ask anew for a release's data the next time."""
+    """Request a release's data again when it is next needed."""
     with self.lock:
       self.asked.pop((repo, tag), None)
 
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page, else empty: no download waits long."""
+    """A release's data from the API, else from its page, else empty: downloads do not wait long."""
     net = impatient(self.net)
     if net.api:
       with contextlib.suppress(QvmError):
@@ -2977,11 +2994,11 @@ class Releases:
     return Release(tag, {})
 
   def all(self, repo: str) -> List[Release]:
-    """All releases, the newest first, as far as the API or else the pages tell."""
+    """All releases, newest first, as far as the API or else the pages list them."""
     return self.once((repo, "", "all"), lambda: self.listed(repo))
 
   def listed(self, repo: str) -> List[Release]:
-    """What all() remembers."""
+    """Request what all() returns."""
     if self.net.api:
       try:
         releases = api_releases(self.net, repo)
@@ -2993,7 +3010,7 @@ class Releases:
 
 
 class Image(NamedTuple):
-  """An image that can be had: the newest release that has it, and the asset's name there."""
+  """An available image: the newest release that has it, and the asset's name there."""
 
   version: str
   arch: str
@@ -3002,11 +3019,11 @@ class Image(NamedTuple):
 
 
 def images_in(os_name: str, releases: Sequence[Release]) -> List[Image]:
-  """The images of an OS, the newest version first; the newest release that has one wins."""
+  """The images of an OS, newest version first, each from the newest release that has it."""
   found: Dict[Tuple[str, str], Image] = {}
   pattern = re.compile(os_name + r"-(.+)-(x86-64|arm64)\.(qcow2|tar\.zst)\Z")
   for release in releases:
-    for name in sorted(release.assets):  # the qcow2 before the tar.zst
+    for name in sorted(release.assets):  # .qcow2 before .tar.zst
       match = pattern.match(name)
       if match and re.match(VERSION_RE, match.group(1)):
         version, arch = match.group(1), match.group(2)
@@ -3015,7 +3032,7 @@ def images_in(os_name: str, releases: Sequence[Release]) -> List[Image]:
 
 
 def version_key(version: str) -> List[Tuple[int, int, str]]:
-  """Orders versions: 9.4 < 10.0, r1beta4 < r1beta6 < r1, r151056 < r151058, 15.0-rc1 < 15.0."""
+  """Sorts versions: 9.4 < 10.0, r1beta4 < r1beta6 < r1, r151056 < r151058, 15.0-rc1 < 15.0."""
   key = []
   for number, word in re.findall(r"([0-9]+)|([a-z]+)", version.lower()):
     early = word in ("alpha", "beta", "rc", "pre")
@@ -3024,7 +3041,7 @@ def version_key(version: str) -> List[Tuple[int, int, str]]:
 
 
 def is_candidate(version: str) -> bool:
-  """Whether a version is a release candidate, which `latest` never means."""
+  """Whether a version is a release candidate; `latest` never selects one."""
   return bool(re.search(r"(^|[^a-z])rc[0-9]*($|[^a-z])", version.lower()))
 
 
@@ -3810,14 +3827,14 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
 
 
 def note_holder(lock: Lock, program: str, pid: int) -> None:
-  """Write into a lock file who holds it, for people; the lock itself decides."""
-  with contextlib.suppress(OSError):  # a full disk must not keep `rm` from freeing some
+  """Note in a lock file who holds it, for messages and `stop`; only the flock itself counts."""
+  with contextlib.suppress(OSError):  # a full disk must not stop `rm` from freeing space
     os.ftruncate(lock.fd, 0)
     os.pwrite(lock.fd, f"{program} process {pid}\n".encode(), 0)
 
 
 def holder(paths: InstancePaths) -> str:
-  """Who holds an instance's lock, as noted in it."""
+  """The holder of an instance's lock, as noted in the file."""
   try:
     with open(paths.lock, "rb") as file:
       return printable(file.read(100).decode("ascii", "replace").strip()) or "unknown process"
@@ -3826,18 +3843,18 @@ def holder(paths: InstancePaths) -> str:
 
 
 def holder_pid(paths: InstancePaths) -> int:
-  """The process that holds an instance's lock, as noted in it; 0 when that cannot be read."""
+  """The process that holds an instance's lock, as noted in the file; 0 if unknown."""
   match = re.search(r"process ([0-9]+)", holder(paths))
   return int(match.group(1)) if match else 0
 
 
 def take_instance(paths: InstancePaths) -> Lock:
-  """Take an instance's lock; RunningError names the process that has it."""
+  """Take an instance's lock; RunningError names the process that holds it."""
   lock = Lock(paths.lock)
   with instances_lock(paths.cache):
     if not lock.try_():
       raise RunningError(
-        f"the instance {paths.name} is running already ({holder(paths)})",
+        f"the instance {paths.name} is already running ({holder(paths)})",
         "use another --name, or --rm, for a second machine",
       )
     note_holder(lock, "qvm", os.getpid())
@@ -3851,7 +3868,7 @@ def is_running(paths: InstancePaths) -> bool:
 
 
 def wait_released(paths: InstancePaths, seconds: float) -> bool:
-  """Wait until nobody holds the instance's lock any more."""
+  """Wait until the instance's lock is free; False if it is still held after this time."""
   deadline = time.monotonic() + seconds
   while is_running(paths):
     if time.monotonic() >= deadline:
@@ -3861,25 +3878,25 @@ def wait_released(paths: InstancePaths, seconds: float) -> bool:
 
 
 def read_instance(paths: InstancePaths) -> Instance:
-  """The record of an instance; QvmError when it is gone or damaged."""
+  """The record of an instance; QvmError if it is missing or damaged."""
   try:
-    mine = read_record(Instance(), paths.record)
+    record = read_record(Instance(), paths.record)
   except NewerRecordError:
     raise
   except RecordError:
-    mine = None
-  if not mine or mine.name != paths.name or not all((mine.os, mine.version, mine.arch)):
+    record = None
+  if not record or record.name != paths.name or not all((record.os, record.version, record.arch)):
     raise QvmError(
       f"the record of the instance {paths.name} is missing or damaged: {paths.record}",
       f"its disk is untouched; `qvm rm {paths.name}` would delete it",
     )
-  return mine
+  return record
 
 
 def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """Delete the files of an instance whose lock the caller holds; the --rm mark goes last.
 
-  A console log is kept where it is all that tells why the rest is gone.
+  keep_log keeps the console log, where only that explains why the instance is gone.
   """
   with signals.hold():
     drop_socket(socket_of(paths.disk))
@@ -3889,7 +3906,7 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
 
 
 def sweep(cache: Cache) -> None:
-  """Delete the --rm overlays whose qvm and QEMU were killed, and what they left unfinished."""
+  """Delete --rm instances whose qvm and QEMU were killed, and folders of unfinished files."""
   if not os.access(cache.instances, os.W_OK):
     return
   for name in instance_names(cache, ".ephemeral"):
@@ -3906,66 +3923,66 @@ def sweep(cache: Cache) -> None:
 
 
 def scratch_folders(cache: Cache) -> List[str]:
-  """The folders of unfinished things, but for those of downloads, which can be resumed."""
+  """The folders of unfinished files, without downloads, which can be resumed."""
   return [path for path in paths_in(cache.downloads) if os.path.basename(path).startswith(SCRATCH)]
 
 
 def check_instance(plan: Plan) -> None:
-  """Refuse to run an existing instance as something else, or on another base image."""
+  """Refuse to run an existing instance as another OS, or on another base image."""
   paths = plan.paths
   if not os.path.lexists(paths.disk):
     return
   if plan.ephemeral:
     raise QvmError(
-      f"there is an instance {paths.name} already, which --rm would throw away",
-      "choose another --name, or leave --name out",
+      f"the instance {paths.name} already exists, and --rm would delete it",
+      "choose another --name, or omit --name",
     )
-  mine = read_instance(paths)
-  if (mine.os, mine.version, mine.arch) != (plan.guest.os, plan.version, plan.guest.arch):
+  instance, wanted = read_instance(paths), (plan.guest.os, plan.version, plan.guest.arch)
+  if (instance.os, instance.version, instance.arch) != wanted:
     raise QvmError(
-      f"the instance {paths.name} is {mine.os} {mine.version} on {mine.arch}, "
+      f"the instance {paths.name} is {instance.os} {instance.version} on {instance.arch}, "
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
   streamed = is_streamed(paths.disk)
   if not os.path.isfile(plan.base):
     if streamed:
-      return  # it is to be completed
+      return  # this run downloads the rest of it
     raise QvmError(
       f"the instance {paths.name} needs its base image {plan.base}, which is gone",
-      f"put the file back; or give up what the guest wrote: qvm rm {paths.name}",
+      f"restore the file, or delete the instance with its data: qvm rm {paths.name}",
     )
-  record = record_of(plan.base)
-  other = mine.base_sha256 and record.sha256 and mine.base_sha256 != record.sha256
-  if other or (streamed and not mine.base_sha256 and mine.validator != record.validator):
-    old = f"sha256 {mine.base_sha256}" if other else mine.release
-    raise other_base(paths, f"{plan.base} now is", old)
+  record, sha256 = record_of(plan.base), instance.base_sha256
+  other = sha256 and record.sha256 and sha256 != record.sha256
+  if other or (streamed and not sha256 and instance.validator != record.validator):
+    raise other_base(paths, plan.base, f"sha256 {sha256}" if other else instance.release)
 
 
 def other_base(paths: InstancePaths, new: str, old: str) -> QvmError:
-  """The error for an overlay that does not fit its base image."""
+  """The error for an overlay that belongs to another base image."""
   return QvmError(
-    f"the instance {paths.name} was made on another base image than {new}",
-    f"put the old file ({old}) back; or give up what the guest wrote: qvm rm {paths.name}",
+    f"the instance {paths.name} was created on a different base image than {new}",
+    f"restore the old file ({old}), or delete the instance with its data: qvm rm {paths.name}",
   )
 
 
 class Base(NamedTuple):
-  """What a machine's disk lies on, and what its QEMU gets for that.
+  """What a machine's overlay is based on, and what QEMU needs to use it.
 
-  Made by cached_base, streamed_base or checkpoint_of, so that starting a machine has no flags.
+  cached_base and streamed_base make one, and Checkpoint adapts it, so that Machine.start needs no
+  flags.
   """
 
   backing: str  # as the overlay names it
-  image: Instance  # which base image that is: base_sha256, release and validator
-  needs: Tuple[str, ...] = ()  # files that must be there when the overlay is made
-  fds: Tuple[int, ...] = ()  # descriptors that QEMU gets
-  adjust: Callable[[List[str]], List[str]] = list  # QEMU's command line, from the usual one
+  image: Instance  # identifies the base image by base_sha256, release and validator
+  needs: Tuple[str, ...] = ()  # files that must exist when the overlay is created
+  fds: Tuple[int, ...] = ()  # descriptors for QEMU
+  adjust: Callable[[List[str]], List[str]] = list  # changes QEMU's usual command line
   started: Optional[Callable[[], None]] = None  # called once QEMU has the descriptors
 
 
 def cached_base(plan: Plan) -> Base:
-  """The base image in the cache; an existing overlay keeps the digest that it was begun on."""
+  """The base image in the cache; an existing overlay keeps the digest it was created on."""
   record, paths = record_of(plan.base), plan.paths
   digest = record.sha256
   if os.path.exists(paths.disk) and not is_streamed(paths.disk):
@@ -3975,7 +3992,7 @@ def cached_base(plan: Plan) -> Base:
 
 
 def record_instance(plan: Plan, ssh: str, base: Base) -> None:
-  """Note what the instance is and where it listens in this run."""
+  """Write the record of an instance: what it is, and where it listens in this run."""
   guest, image = plan.guest, base.image
   kept = {"release": image.release, "validator": image.validator} if is_served(base.backing) else {}
   record = Instance(plan.name, guest.os, plan.version, guest.arch, image.base_sha256, ssh, **kept)
@@ -3983,14 +4000,14 @@ def record_instance(plan: Plan, ssh: str, base: Base) -> None:
 
 
 def backing_name(plan: Plan, path: str) -> str:
-  """How an overlay names what it lies on: by a relative path, so that the cache may be moved."""
+  """The relative path by which an overlay names its base, so that the cache can be moved."""
   return os.path.relpath(path, os.path.dirname(plan.paths.disk))
 
 
 def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
-  """Make the instance's disk, an overlay on what backing names, if there is none.
+  """Create the instance's disk, an overlay on `backing`, if it does not exist.
 
-  One that was begun while its base image was downloaded is put on what there is now; its data stay.
+  An overlay that was created while its base image was downloading is rebased onto `backing`.
   """
   disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
   if os.path.lexists(disk):
@@ -4002,7 +4019,7 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
     aside = os.path.join(folder, "disk.qcow2")
     if is_served(backing):
       create = [*options, aside]
-    else:  # the relative name leads nowhere from there: its size is read here
+    else:  # the relative name does not resolve from there, so qemu-img cannot find the size
       create = [
         "-u",
         *options,
@@ -4011,12 +4028,12 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
       ]
     run_program(
       [plan.qemu_img, "create", *create], (lock.fd,)
-    )  # an orphan still holds the instance
+    )  # an orphaned qemu-img keeps the lock
     os.replace(aside, disk)
 
 
 def virtual_size(path: str) -> int:
-  """The bytes of the disk that a qcow2 file holds, from its header."""
+  """The size in bytes of the disk in a qcow2 file, from its header."""
   with open(path, "rb") as file:
     return int.from_bytes(file.read(32)[24:], "big")
 
@@ -4032,7 +4049,7 @@ class Row(NamedTuple):
   ssh: str
   size: int  # bytes on disk
   ephemeral: bool
-  base: int  # per cent of the base image that are there
+  base: int  # per cent of the base image that have been downloaded
 
 
 def list_instances(cache: Cache) -> List[Row]:
@@ -4045,27 +4062,27 @@ def list_instances(cache: Cache) -> List[Row]:
       with contextlib.suppress(FileNotFoundError):  # a --rm run has just ended
         rows.append(instance_row(cache, cache.instance(name)))
     for layer in layers(cache):
-      it = sound_record(LayerRecord(), layer.record)
+      record = sound_record(LayerRecord(), layer.record)
       size = sum(map(tree_size, layer_files(layer)))
-      kind = (it.os or "?", it.version or "?", it.arch or "?")
+      kind = (record.os or "?", record.version or "?", record.arch or "?")
       rows.append(Row(layer.name, *kind, "checkpoint", "", size, False, 100))
   return rows
 
 
 def instance_row(cache: Cache, paths: InstancePaths) -> Row:
-  """What `qvm list` tells of an instance, with question marks where its record is damaged."""
+  """An instance's line of `qvm list`, with question marks if its record is damaged."""
   running = Lock(paths.lock).is_held()
   try:
-    it = read_instance(paths)
+    record = read_instance(paths)
   except QvmError:
-    it = Instance(paths.name, "?", "?", "?")
+    record = Instance(paths.name, "?", "?", "?")
   return Row(
     name=paths.name,
-    os=it.os,
-    version=it.version,
-    arch=it.arch,
+    os=record.os,
+    version=record.version,
+    arch=record.arch,
     state="running" if running else "stopped",
-    ssh=it.ssh if running and not holder(paths).startswith("qvm") else "",
+    ssh=record.ssh if running and not holder(paths).startswith("qvm") else "",
     size=tree_size(paths.disk),
     ephemeral=os.path.exists(paths.mark),
     base=base_share(cache, paths.disk),
@@ -4073,7 +4090,7 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
 
 
 def base_share(cache: Cache, disk: str) -> int:
-  """How many per cent of an overlay's base image are there."""
+  """How much of an overlay's base image has been downloaded, in per cent."""
   name = os.path.basename(base_of(disk))
   if not is_streamed(disk) or os.path.isfile(cache.path("base", name)):
     return 100
@@ -4084,20 +4101,20 @@ def base_share(cache: Cache, disk: str) -> int:
 
 # ---- QEMU command -------------------------------------------------------------------------------
 
-CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"
+CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"  # see needs_cpu_mask
 
 
 class HostFacts(NamedTuple):
-  """What was found out before the start and decides on adjustments."""
+  """The facts about this host and run that decide on adjustments."""
 
   address: Address
-  linaro: bool  # the unpacked QEMU has a real linaro_uefi.fd
+  linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
-  key_disk: str = ""  # the disk with the key that may log in; empty: none is wanted
+  key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
 
 
 class Adjustment(NamedTuple):
-  """One value of a table's option that is replaced by another."""
+  """A replacement in the value of one option of a table."""
 
   option: str
   old: str
@@ -4105,7 +4122,7 @@ class Adjustment(NamedTuple):
 
 
 def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjustment]:
-  """All the ways in which what runs differs from the table; README.md says why."""
+  """All differences between the table and the command that runs; README.md says why."""
   address = facts.address
   changes = [
     Adjustment("-netdev", "hostfwd=tcp::2847-", f"hostfwd=tcp:{address.host}:{address.port}-"),
@@ -4122,43 +4139,43 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
 
 
 def table_rows(table: str) -> List[List[str]]:
-  """A table as rows of an option and its value, the program first."""
+  """A table as rows: the program, then each option with its value."""
   return [line.split() for line in table.strip().splitlines()]
 
 
 def adjusted(rows: List[List[str]], changes: Iterable[Adjustment]) -> List[List[str]]:
-  """The rows with the changes made; each must find just one place."""
+  """The rows with the changes made; each change must match exactly one row."""
   result = [list(row) for row in rows]
   for change in changes:
-    places = [row for row in result if row[0] == change.option and change.old in row[-1]]
-    assert len(places) == 1, f"{change} stands {len(places)} times"
-    places[0][-1] = places[0][-1].replace(change.old, change.new, 1)
+    matches = [row for row in result if row[0] == change.option and change.old in row[-1]]
+    assert len(matches) == 1, f"{change} matches {len(matches)} rows"
+    matches[0][-1] = matches[0][-1].replace(change.old, change.new, 1)
   return result
 
 
 def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
   """The command line that runs the guest.
 
-  In QEMU's option strings a comma within a value is written twice; -bios takes a plain path.
+  In QEMU's option strings a comma within a value is doubled; -bios takes a plain path.
   """
   rows = adjusted(table_rows(plan.guest.table), adjustments(options, plan.guest, facts))
   if facts.key_disk and plan.guest.key_disk:
     rows += table_rows(plan.guest.key_disk.table)
-  words = [plan.qemu]
+  argv = [plan.qemu]
   plain = {"SHARE": plan.share, "DISK": plan.paths.disk, "KEYS": facts.key_disk}
   doubled = {key: path.replace(",", ",,") for key, path in plain.items()}
   for row in rows[1:]:
-    words += [fill(word, plain if row[0] == "-bios" else doubled) for word in row]
-  return words + list(options.qemu_args)
+    argv += [fill(word, plain if row[0] == "-bios" else doubled) for word in row]
+  return argv + list(options.qemu_args)
 
 
 def fill(word: str, paths: Dict[str, str]) -> str:
-  """A word of a table with the paths in place of SHARE, DISK and KEYS."""
+  """A word of a table with paths in place of SHARE, DISK and KEYS."""
   return re.sub(r"\b(SHARE|DISK|KEYS)\b", lambda match: paths[match.group()], word)
 
 
 def wants_key(guest: Guest, release: str) -> bool:
-  """Whether an image of that release lets nobody in without a key; unknown counts as newest."""
+  """Whether logging in to an image of this release needs a key; unknown counts as newest."""
   keys = guest.key_disk
   return bool(
     keys and (not keys.until or release and version_key(release) < version_key(keys.until))
@@ -4168,23 +4185,23 @@ def wants_key(guest: Guest, release: str) -> bool:
 # ---- Console ------------------------------------------------------------------------------------
 
 KEY_HELP = (
-  "Ctrl-A x ends the machine at once, like pulling its plug",
-  "Ctrl-A h shows these keys",
+  "Ctrl-A x ends the machine at once, like pulling the plug",
+  "Ctrl-A h shows this help",
   "Ctrl-A Ctrl-A sends Ctrl-A; every other key goes to the guest",
 )
-# Private modes of terminals (xterm's ctlseqs) that guests change and people stumble over.
+# Private terminal modes (xterm's ctlseqs) that a guest may leave changed, to the user's surprise.
 MODES_ON = (7, 25)  # line wrap, cursor
 MODES_OFF = (1, 47, 1000, 1002, 1003, 1004, 1006, 1047, 1049, 2004)  # keys, screens, mouse, paste
-TAIL_BYTES = 8192  # bytes of QEMU's last words that are kept
-DISK_FULL = "the disk is full: QEMU has stopped the guest; free some space and start it again"
+TAIL_BYTES = 8192  # of QEMU's and ssh's messages: they explain a failure in a few lines at the end
+DISK_FULL = "the disk is full: QEMU has paused the guest; free some space and start it again"
 
 
 @contextlib.contextmanager
 def terminal_kept() -> Iterator[None]:
-  """Give the terminal back as it was, also after a QEMU that was killed and left it raw."""
+  """Restore the terminal at the end, even if a killed QEMU left it in raw mode."""
   before, flags = None, 0
   with contextlib.suppress(termios.error, OSError):
-    if os.tcgetpgrp(0) == os.getpgrp():  # in the background it is not ours to change
+    if os.tcgetpgrp(0) == os.getpgrp():  # a background process must not change it
       before, flags = termios.tcgetattr(0), fcntl.fcntl(0, fcntl.F_GETFL)
   try:
     yield
@@ -4197,7 +4214,7 @@ def terminal_kept() -> Iterator[None]:
 
 
 def is_interactive() -> bool:
-  """Whether a person sits at a terminal in front of us."""
+  """Whether qvm runs in the foreground of a terminal, for input and output."""
   try:
     return os.isatty(0) and os.isatty(1) and os.tcgetpgrp(0) == os.getpgrp()
   except OSError:
@@ -4205,13 +4222,13 @@ def is_interactive() -> bool:
 
 
 class Keyboard:
-  """Parts what is typed into what the guest gets and the commands behind Ctrl-A."""
+  """Splits typed bytes into input for the guest and commands, which follow Ctrl-A."""
 
   def __init__(self) -> None:
     self.prefix = False
 
   def feed(self, typed: bytes) -> Tuple[bytes, str]:
-    """The bytes for the guest, and the command letters among them; x ends both."""
+    """The bytes for the guest and the command letters; nothing after x counts."""
     sent, commands = bytearray(), ""
     for byte in typed:
       if not self.prefix:
@@ -4229,10 +4246,10 @@ class Keyboard:
 
 
 class Modes:
-  """Notes which modes of the terminal the guest has changed, so that they can be undone."""
+  """Tracks which modes of the terminal the guest has changed, to undo the changes."""
 
   def __init__(self) -> None:
-    self.rest = b""  # the start of a sequence that a read cut in two
+    self.rest = b""  # the start of an escape sequence whose end has not been read yet
     self.changed: Set[int] = set()
 
   def watch(self, shown: bytes) -> None:
@@ -4246,55 +4263,55 @@ class Modes:
     self.rest = text[start:] if start >= 0 else b""
 
   def undo(self) -> bytes:
-    """What sets the changed modes and the colours back."""
+    """The bytes that reset the changed modes and the colours."""
     on = b"".join(
       b"\x1b[?%d%s" % (n, b"h" if n in MODES_ON else b"l") for n in sorted(self.changed)
     )
     return on + b"\x1b[0m"
 
 
-KVM_DENIED = "/dev/kvm is there but may not be used"
+KVM_DENIED = "permission denied for /dev/kvm"
 KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"
 TCG_FIX = "add --accel tcg, which is slower"
-# What QEMU says, what that means, and what to do about it.
+QEMU_FIX = "delete QEMU with qvm clean --all; the next run downloads it again"
+# A message of QEMU, its meaning, and what to do about it.
 CAUSES = (
-  (r"kvm_\w+: Assertion", "KVM is there but broken underneath (a virtual machine in another?)",
-   TCG_FIX),
+  (r"kvm_\w+: Assertion", "KVM exists but does not work (nested virtualisation?)", TCG_FIX),
   (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
   (r"set up host forwarding rule", "the ssh port is taken by another program",
    "choose another with --ssh-port"),
   (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
-   "end that one first, or use another --name"),
+   "stop that one first, or use another --name"),
   (r"cannot set up guest memory|Cannot allocate memory", "there is not enough memory",
-   "give the guest less, such as -m 2G"),
+   "give the guest less, for example -m 2G"),
   (r"No space left on device|Disk quota exceeded", "the disk is full",
-   "free some space (qvm clean shows what can go), then run it again"),
+   "free some space (qvm clean --all --dry-run lists what can be deleted), then run it again"),
   (r"invalid accelerator|accelerator .* not found|failed to initialize", "no accelerator works",
    "add --accel tcg, which works everywhere"),
   (r"failed to find romfile|could not load PC BIOS|Could not open .*share/qemu",
-   "QEMU's firmware is incomplete", "qvm clean --all removes it; the next run fetches it again"),
+   "QEMU's firmware is incomplete", QEMU_FIX),
 )  # fmt: skip
 FELL_BACK_RE = r"initialize kvm: Permission denied(.|\n)*falling back to tcg"
 
 
-def explain(words: str) -> List[str]:
-  """What is known about QEMU's words of failure: the cause and the fix."""
-  words = re.split(r"falling back to \w+", words)[-1]  # what came before is no reason to end
+def explain(output: str) -> List[str]:
+  """The cause of QEMU's failure and the fix, from its output; empty if unknown."""
+  output = re.split(r"falling back to \w+", output)[-1]  # QEMU went on after what precedes it
   for pattern, cause, fix in CAUSES:
-    if re.search(pattern, words, re.IGNORECASE):
-      return [f"QEMU could not go on: {cause}", fix]
+    if re.search(pattern, output, re.IGNORECASE):
+      return [f"QEMU failed: {cause}", fix]
   return []
 
 
-def fell_back(words: str) -> List[str]:
-  """What to say when QEMU runs, but without the KVM that there is."""
-  if not re.search(FELL_BACK_RE, words):
+def fell_back(output: str) -> List[str]:
+  """What to report when QEMU runs, but could not use the host's KVM."""
+  if not re.search(FELL_BACK_RE, output):
     return []
   return [f"{KVM_DENIED}: the guest is emulated, which is much slower", KVM_FIX]
 
 
 class Relay:
-  """Passes the bytes between QEMU's pipes and our terminal and files until QEMU ends."""
+  """Passes bytes between QEMU's pipes, our terminal and the console log until QEMU ends."""
 
   def __init__(
     self, process: "Process", interactive: bool, log: Optional[IO[bytes]], full: Callable[[], bool]
@@ -4302,13 +4319,13 @@ class Relay:
     self.process, self.interactive, self.log, self.full = process, interactive, log, full
     self.keys = process.stdin.fileno() if process.stdin else -1
     self.keyboard, self.modes = Keyboard(), Modes()
-    self.pending = b""  # typed, but not yet taken by QEMU
-    self.words = b""  # QEMU's own last words
+    self.pending = b""  # typed, but not yet accepted by QEMU
+    self.words = b""  # the end of QEMU's own messages
     self.stdout_lost = False
     self.fell_back: List[str] = []
 
   def run(self) -> None:
-    """Relay until QEMU has ended and all that it wrote is passed on."""
+    """Relay until QEMU has ended and all its output has been passed on."""
     out, err = self.process.stdout, self.process.stderr
     sources = {stream.fileno(): stream for stream in (out, err) if stream}
     typed = {0} if self.interactive else set()
@@ -4338,7 +4355,7 @@ class Relay:
         say(DISK_FULL)
 
   def read_keys(self) -> bool:
-    """Handle what was typed; False at the end of the input."""
+    """Handle typed bytes; returns False at the end of the input."""
     try:
       data = os.read(0, CHUNK_BYTES)
     except OSError:
@@ -4355,7 +4372,7 @@ class Relay:
     return bool(data)
 
   def type(self, data: bytes) -> None:
-    """Hand typed bytes to QEMU as far as it takes them; the rest waits."""
+    """Write typed bytes to QEMU as far as it accepts them; the rest waits."""
     self.pending += data
     try:
       while self.pending:
@@ -4363,15 +4380,15 @@ class Relay:
     except BlockingIOError:
       pass
     except OSError:
-      self.pending = b""  # it has ended
+      self.pending = b""  # QEMU has ended
 
   def show(self, chunk: bytes) -> None:
-    """Pass on what the guest wrote, to our stdout and the log."""
+    """Pass the guest's output on to our stdout and the log."""
     if self.log:
       try:
         self.log.write(chunk)
       except OSError as error:
-        say(f"{self.log.name}: {describe(error)}; the console is logged no more")
+        say(f"{self.log.name}: {describe(error)}; the console is no longer logged")
         self.log = None
     if self.interactive:
       self.modes.watch(chunk)
@@ -4379,10 +4396,10 @@ class Relay:
       try:
         write_all(1, chunk)
       except OSError:
-        self.stdout_lost = True  # the machine goes on, as it would without us in between
+        self.stdout_lost = True  # the machine keeps running, as it would without qvm
 
   def complain(self, chunk: bytes) -> None:
-    """Pass on QEMU's own words, and keep the last of them."""
+    """Pass on QEMU's own messages and keep the last of them."""
     self.words = (self.words + chunk)[-TAIL_BYTES:]
     if not self.fell_back:
       self.fell_back = fell_back(self.words.decode("utf-8", "replace"))
@@ -4393,13 +4410,13 @@ class Relay:
 
 
 def go_raw() -> None:
-  """Let every key pass through our terminal untouched, Ctrl-C, Ctrl-Z and Ctrl-S included."""
+  """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S."""
   tty.setraw(0, termios.TCSADRAIN)
   report.newline = "\r\n"
 
 
 def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
-  """The last lines of a console log after its first start bytes, without control characters."""
+  """The last lines of a console log, skipping its first `start` bytes and control characters."""
   try:
     with open(path, "rb") as file:
       file.seek(max(start, os.path.getsize(path) - 65536))
@@ -4411,19 +4428,25 @@ def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
 
 
 def show_console(lines: Iterable[str]) -> None:
-  """Show the last that a guest wrote to its console."""
+  """Show lines of a guest's console."""
   for line in lines:
     say("| " + line)
 
 
 # ---- Ssh ----------------------------------------------------------------------------------------
 
-POWER_OFF_SECONDS = 120.0  # seconds that a guest has to power itself off
-KEY_LOGIN_SECONDS = 60.0  # seconds that a guest has, once ssh answers, to take over the key
+# For a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would cut
+# off a slow emulated guest while it writes to its disk.
+POWER_OFF_SECONDS = 120.0
+# For a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
+KEY_LOGIN_SECONDS = 60.0
+
+
+SSH_FIX = "install the OpenSSH client (Debian: apt-get install openssh-client)"
 
 
 class Login(NamedTuple):
-  """A running instance, and where it can be logged in to."""
+  """A running instance, and where to log in to it."""
 
   paths: InstancePaths
   guest: Guest
@@ -4431,21 +4454,21 @@ class Login(NamedTuple):
 
 
 class LoginError(QvmError):
-  """Nobody is let in; whatever was to be run has not begun."""
+  """The login failed, so the command has not started."""
 
 
 def reachable(address: Address) -> str:
-  """The host part under which this machine reaches a forwarded port."""
+  """The host name at which this machine reaches a forwarded port."""
   return "127.0.0.1" if address.host == "0.0.0.0" else address.host
 
 
 def ssh_line(guest: Guest, address: Address) -> str:
-  """The command with which a person gets in."""
+  """The command with which the user can log in."""
   return f"ssh -p {address.port} {guest.user}@{reachable(address)}"
 
 
 def has_banner(address: Address, timeout: float) -> bool:
-  """Whether an ssh server answers; QEMU's forward accepts long before the guest listens."""
+  """Whether an ssh server answers; QEMU accepts connections long before the guest does."""
   try:
     with socket.create_connection((reachable(address), address.port), timeout) as link:
       link.settimeout(timeout)
@@ -4459,7 +4482,7 @@ def has_banner(address: Address, timeout: float) -> bool:
 
 
 def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool]) -> bool:
-  """Wait for an ssh banner; False when the time is up or ended(pause) says that QEMU is gone."""
+  """Wait for an ssh banner; False on timeout, or when ended(pause) says that QEMU has ended."""
   deadline = time.monotonic() + seconds
   while time.monotonic() < deadline:
     if has_banner(address, min(3.0, deadline - time.monotonic())):
@@ -4470,12 +4493,12 @@ def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool
 
 
 def program_for_ssh(name: str) -> str:
-  """A program of OpenSSH's client."""
+  """The path of a program of the OpenSSH client."""
   program = find_program(name)
   if not program:
     raise LoginError(
-      f"there is no {name} on PATH",
-      "install OpenSSH's client (Debian: apt-get install openssh-client)",
+      f"no {name} found on PATH",
+      SSH_FIX,
     )
   return program
 
@@ -4485,44 +4508,44 @@ FAT_SECTORS = 8192  # 4 MiB: FAT12 with clusters of 8 sectors
 FAT_LAYOUT = (  # Microsoft's FAT specification, section 3: what follows the jump and the name
   "<HBHBHHBHHHIIBBBI11s8s",
   SECTOR,
-  8,  # sectors of a cluster
-  1,  # sectors before the first FAT
+  8,  # sectors per cluster
+  1,  # reserved sectors, before the first FAT
   2,  # copies of the FAT
-  512,  # entries of the root folder
+  512,  # entries in the root folder
   FAT_SECTORS,
-  0xF8,  # a fixed disk
-  4,  # sectors of a FAT
-  63,  # sectors of a track
+  0xF8,  # medium: a fixed disk
+  4,  # sectors per FAT
+  63,  # sectors per track
   255,  # heads
 )
 
 
 def key_disk(public: bytes, start: int) -> bytes:
-  """A disk with the file KEYS on a FAT file system, up to its last byte that is not 0.
+  """A disk with the file KEYS on a FAT file system, without the zeros at its end.
 
-  With start, in bytes, that is the first partition of an MBR; else it fills the bare disk.
+  start is the byte offset of the MBR's first partition; at 0 the file system fills the whole disk.
   """
   hidden = start // SECTOR
   layout = (*FAT_LAYOUT, hidden, 0, 0x80, 0, 0x29, 0x71766D, b"NO NAME    ", b"FAT12   ")
   boot = b"\xeb\x3c\x90qvm     " + struct.pack(*layout)
-  fat = bytes.fromhex("f8ffff ff0f").ljust(4 * SECTOR, b"\0")  # cluster 2 ends its chain
+  fat = bytes.fromhex("f8ffff ff0f").ljust(4 * SECTOR, b"\0")  # the chain is cluster 2 alone
   # A plain file of 1 January 1980, in cluster 2.
   entry = struct.pack("<11sB10xHHHI", b"KEYS       ", 0x20, 0, 0x21, 2, len(public))
   system = sealed(boot + b"\xeb\xfe") + fat + fat + entry.ljust(512 * 32, b"\0") + public
   if not start:
     return system
-  # Not active, type 1 (FAT12), both its ends as block numbers only.
+  # Inactive, type 1 (FAT12), with block numbers only.
   row = struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 1, b"\xfe\xff\xff", hidden, FAT_SECTORS)
   return sealed(bytes(446) + row).ljust(start, b"\0") + system
 
 
 def sealed(sector: bytes) -> bytes:
-  """A sector that ends as boot sectors and MBRs do."""
+  """A sector with the signature that ends boot sectors and MBRs."""
   return sector.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
 
 
 def make_key(cache: Cache) -> None:
-  """Make the key unless it is there; to be called under instances_lock."""
+  """Create qvm's ssh key if it does not exist; the caller holds instances_lock."""
   path = cache.ssh_key
   if not os.path.isfile(path) or not os.path.isfile(path + ".pub"):
     with unfinished(cache) as folder:
@@ -4531,17 +4554,17 @@ def make_key(cache: Cache) -> None:
       run_program([program, "-q", "-t", "ed25519", "-N", "", "-C", "qvm", "-f", aside])
       os.replace(aside + ".pub", path + ".pub")
       os.replace(aside, path)
-  os.chmod(path, 0o600)  # a copied cache may have lost that; ssh would not take it
+  os.chmod(path, 0o600)  # a copied cache may have another mode, which ssh refuses
 
 
 def public_key(cache: Cache) -> bytes:
-  """The public key that make_key made."""
+  """The public key that make_key created."""
   with open(cache.ssh_key + ".pub", "rb") as file:
     return file.read(4096)
 
 
 def write_key_disk(paths: InstancePaths, layout: KeyDisk) -> None:
-  """Make the disk that hands qvm's public key to a guest; QEMU must not run."""
+  """Write the disk that gives qvm's public key to a guest; QEMU must not be running."""
   make_key(paths.cache)
   with open(paths.key_disk, "wb") as file:
     file.write(key_disk(public_key(paths.cache), layout.start))
@@ -4549,32 +4572,32 @@ def write_key_disk(paths: InstancePaths, layout: KeyDisk) -> None:
 
 
 def ssh_command(login: Login, log: str) -> List[str]:
-  """OpenSSH's client for an instance, without the user's configuration, keys and known hosts.
+  """The ssh command for an instance, ignoring the user's configuration, keys and known hosts.
 
-  Its own words go to the file log, as does a line once it has logged in (see ssh_config(5)). It is
-  to be started in the folder of the instances: no path need be quoted for it, as versions differ.
+  ssh writes its messages to `log`, and LOGGED_IN once it has logged in (LocalCommand). Start it in
+  the instances folder: relative paths need no quoting, which differs between versions.
   """
   options = {
-    "BatchMode": "yes",  # nobody is asked for a password
+    "BatchMode": "yes",  # never ask for a password
     "ConnectTimeout": "30",
     "GlobalKnownHostsFile": "/dev/null",
-    "IdentitiesOnly": "yes",  # an agent's many keys would make the server hang up
+    "IdentitiesOnly": "yes",  # the server would hang up on an agent with many keys
     "IdentityFile": os.path.join("..", "ssh", "id_ed25519"),
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
-    "ServerAliveCountMax": "6",  # a guest that stands still for three minutes is lost
+    "ServerAliveCountMax": "6",  # 6 times 30 s: give up on a guest that is silent so long
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
     "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
   }
-  words = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
+  argv = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
   for name, value in options.items():
-    words += ["-o", f"{name}={value}"]
-  return [*words, f"{login.guest.user}@{reachable(login.address)}"]
+    argv += ["-o", f"{name}={value}"]
+  return [*argv, f"{login.guest.user}@{reachable(login.address)}"]
 
 
-KEY_HINT = "if its image wants a key: machines started with --detach or a command get qvm's"
+KEY_HINT = "if its image needs a key: only machines started with --detach or a command get qvm's"
 LOGGED_IN = "qvm-has-logged-in"
 
 
@@ -4587,32 +4610,32 @@ def in_guest(
 ) -> int:
   """Run a line in the user's shell in the guest; returns its exit code.
 
-  use(process) feeds or reads the process; it returns when ssh has nothing left. A login that
-  fails is tried again until patience seconds have passed: then LoginError. QvmError when the
-  connection is lost. Without spawn it reads nothing, and nobody sees what it writes.
+  use(process) feeds or reads the process; it returns when ssh has nothing left. A failed login is
+  retried for `patience` seconds, then raises LoginError. A lost connection raises QvmError.
+  Without spawn the line gets no input and its output is discarded.
   """
   deadline = time.monotonic() + patience
   while True:
-    code, logged_in, words = ssh_once(login, line, use, spawn or silent())
+    code, logged_in, messages = ssh_once(login, line, use, spawn or silent())
     if logged_in:
       break
     if time.monotonic() >= deadline:
       who = f"{login.guest.user} at {reachable(login.address)}:{login.address.port}"
       keyless = login.guest.key_disk and not os.path.exists(login.paths.key_disk)
       hint = KEY_HINT if keyless else ""
-      raise LoginError(f"cannot log in to {login.paths.name} as {who}: {words}", hint)
+      raise LoginError(f"cannot log in to {login.paths.name} as {who}: {messages}", hint)
     time.sleep(0.5)
-  if code < 0 or code == 255 and words:
-    raise QvmError(f"the connection to {login.paths.name} was lost: {words or ending(code)}")
+  if code < 0 or code == 255 and messages:
+    raise QvmError(f"the connection to {login.paths.name} was lost: {messages or ending(code)}")
   return code
 
 
 def ssh_once(
   login: Login, line: str, use: Callable[["Process"], None], spawn: Spawn
 ) -> Tuple[int, bool, str]:
-  """Run ssh to its end; returns its exit code, whether it logged in, and its own words.
+  """Run ssh to completion; returns its exit code, whether it logged in, and its messages.
 
-  The guest's command gets a terminal where ssh keeps ours.
+  The command in the guest gets a terminal if ssh inherits ours.
   """
   with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
     command = ssh_command(login, log.name)
@@ -4627,7 +4650,9 @@ def ssh_once(
       use(process)
       process.wait()
     words = log.read(TAIL_BYTES).decode("utf-8", "replace").split()
-  logged_in = LOGGED_IN in words or 0 <= process.returncode < 255  # no space for its line
+  logged_in = (
+    LOGGED_IN in words or 0 <= process.returncode < 255
+  )  # a full disk has no room for its line
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
@@ -4637,7 +4662,7 @@ def wait_for(process: "Process") -> None:
 
 
 def wait_up_to(seconds: float) -> Callable[["Process"], None]:
-  """Waits so long for ssh to end; subprocess.TimeoutExpired when it does not."""
+  """A function that waits this long for ssh to end, then raises subprocess.TimeoutExpired."""
 
   def wait(process: "Process") -> None:
     process.wait(seconds)
@@ -4646,7 +4671,7 @@ def wait_up_to(seconds: float) -> Callable[["Process"], None]:
 
 
 def close_streams(process: "Process") -> None:
-  """Close our ends of a process's pipes; what is still in them, nobody reads."""
+  """Close our ends of a process's pipes; unread data is lost."""
   for stream in (process.stdin, process.stdout):
     if stream:
       with contextlib.suppress(OSError):
@@ -4655,7 +4680,7 @@ def close_streams(process: "Process") -> None:
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-  """Programs that are started meanwhile never see the terminal's Ctrl-C; we do, afterwards."""
+  """Programs started meanwhile never see the terminal's Ctrl-C; qvm sees it afterwards."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield
@@ -4664,14 +4689,14 @@ def interrupts_blocked() -> Iterator[None]:
 
 
 def shell_line(script: str) -> str:
-  """A script for /bin/sh as a line that every login shell, also csh and fish, hands over whole.
+  """A script for /bin/sh as a line that every login shell, even csh or fish, passes on unchanged.
 
-  What is not plain goes as the octal numbers that POSIX's `printf %b` knows, so that there is
-  nothing to quote; in pieces, as csh's words are short.
+  All but plain characters become octal escapes for POSIX's `printf %b`, so that nothing needs
+  quoting.
   """
   data = os.fsencode(script)
   pieces = []
-  for start in range(0, len(data), 180):
+  for start in range(0, len(data), 180):  # each byte becomes up to 5; csh allows 1,024 in a word
     piece = data[start : start + 180]
     plain = re.sub(rb"[^A-Za-z0-9 _./:=@+,-]", lambda match: b"\\0%03o" % match.group()[0], piece)
     pieces.append(f"'{plain.decode('ascii')}'")
@@ -4681,13 +4706,13 @@ def shell_line(script: str) -> str:
 def command_script(
   command: Sequence[str], env: Mapping[str, str], folder: str, pid_file: str, first: str = ""
 ) -> str:
-  """The script that runs a command in the guest; it ends as the command does.
+  """The script that runs a command in the guest and ends with its exit code.
 
-  The shell stays, to make 128+N of a signal as ssh cannot, and lives through what interrupts
-  the command. pid_file, if named, holds its process group meanwhile. first is a script to run
-  before.
+  The shell stays alive, even when the command is interrupted, to turn signal N into exit code
+  128+N, which ssh cannot. While the command runs, pid_file, if named, has its process group. The
+  script `first` runs before the command.
   """
-  words = " ".join(map(shlex.quote, command))
+  line = " ".join(map(shlex.quote, command))
   lines = ["trap : INT QUIT", *filter(None, [first])]
   if folder:
     lines += [f"cd {folder} || exit"]
@@ -4696,17 +4721,17 @@ def command_script(
   for name, value in env.items():
     lines += [f"{name}={shlex.quote(value)}; export {name}"]
   if not command:
-    words = '"${SHELL:-/bin/sh}"'
+    line = '"${SHELL:-/bin/sh}"'
   elif len(command) == 1:
-    words = '"${SHELL:-/bin/sh}" -c ' + words
-  lines += [words, "qvm_code=$?"]
+    line = '"${SHELL:-/bin/sh}" -c ' + line
+  lines += [line, "qvm_code=$?"]
   if pid_file:
     lines += [f"rm -f {pid_file}"]
   return "\n".join([*lines, "exit $qvm_code"])
 
 
 def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[str, str]:
-  """The variables for a command in the guest: those given, and CI when it is set here."""
+  """The variables for a command in the guest: those given, and CI if it is set here."""
   variables = {name: environ[name] for name in ("CI",) if name in environ}
   for text in given:
     name, equals, value = text.partition("=")
@@ -4718,11 +4743,11 @@ def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[
 
 
 def refresh_script(guest: Guest) -> str:
-  """What a guest from a checkpoint must be told: the time, and something random of its own."""
+  """The script that gives a guest from a checkpoint the time and a random seed of its own."""
   seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
   root = "sudo " if guest.set_clock.startswith("sudo ") else ""
   clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
-  problem = "qvm: the clock of the guest cannot be set"
+  problem = "qvm: cannot set the guest's clock"
   lines = [
     f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
     f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
@@ -4731,18 +4756,18 @@ def refresh_script(guest: Guest) -> str:
 
 
 def refresh_guest(login: Login) -> None:
-  """Tell a guest from a checkpoint the time; that it cannot be told is said, and no more."""
+  """Give a guest from a checkpoint the time and a random seed; report a failure and go on."""
   try:
     code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for)
     problem = ending(code) if code else ""
   except QvmError as error:
     problem = str(error)
   if problem:
-    say(f"the clock of {login.paths.name} stands where its checkpoint was made: {problem}")
+    say(f"the clock of {login.paths.name} still has the time of its checkpoint: {problem}")
 
 
 def noted_address(instance: Instance, paths: InstancePaths) -> Address:
-  """Where a running instance listens; QvmError when it does not, or its record is damaged."""
+  """Where a running instance listens; QvmError if QEMU has not started or the record is damaged."""
   if holder(paths).startswith("qvm"):
     raise QvmError("its QEMU has not started yet")
   try:
@@ -4752,7 +4777,7 @@ def noted_address(instance: Instance, paths: InstancePaths) -> Address:
 
 
 def login_of(paths: InstancePaths) -> Login:
-  """How to log in to a running instance; LoginError when its record does not tell."""
+  """How to log in to a running instance; LoginError if its record does not say."""
   try:
     instance = read_instance(paths)
     guest = find_guest(instance.os, instance.arch)
@@ -4762,30 +4787,29 @@ def login_of(paths: InstancePaths) -> Login:
 
 
 def power_off(paths: InstancePaths) -> bool:
-  """Ask the guest over ssh to power itself off; whether it took the order."""
-
+  """Ask the guest over ssh to power itself off; returns whether it accepted."""
   try:
     login = login_of(paths)
-    say(f"{paths.name} is asked to power off")
+    say(f"asking {paths.name} to power off")
     code = in_guest(login, login.guest.power_off, wait_up_to(60))
   except subprocess.TimeoutExpired:
-    return True  # ssh hangs, as it may when the guest goes down
+    return True  # ssh can hang when the guest goes down
   except LoginError as error:
-    say(f"{paths.name} cannot be asked to power off: {error}")
+    say(f"cannot ask {paths.name} to power off: {error}")
     return False
   except QvmError:
-    return True  # the connection may well end before the command does
+    return True  # the connection can end before the command does
   if code not in (0, 255):
-    say(f"{paths.name} does not power off: {login.guest.power_off} ends with exit code {code}")
+    say(f"{paths.name} does not power off: {login.guest.power_off} failed (exit code {code})")
   return code in (0, 255)
 
 
 def stop_instance(paths: InstancePaths, force: bool) -> None:
-  """End a running machine: its own power-off, then SIGTERM, then SIGKILL, each said."""
+  """End a running machine and report how: by its own power-off, else SIGTERM, else SIGKILL."""
   if not force and power_off(paths):
     if wait_released(paths, POWER_OFF_SECONDS):
       return say(f"{paths.name} has powered off")
-    say(f"{paths.name} has not powered off in {POWER_OFF_SECONDS:g} s")
+    say(f"{paths.name} has not powered off within {POWER_OFF_SECONDS:g} s")
   for number, patience in (
     (signal.SIGTERM, TERM_GRACE_SECONDS + 2),
     (signal.SIGKILL, TERM_GRACE_SECONDS),
@@ -4799,7 +4823,7 @@ def stop_instance(paths: InstancePaths, force: bool) -> None:
     if wait_released(paths, patience):
       return
   if not wait_released(paths, 0):
-    raise QvmError(f"the instance {paths.name} cannot be ended ({holder(paths)})")
+    raise QvmError(f"the instance {paths.name} cannot be stopped ({holder(paths)})")
 
 
 # ---- Sync ---------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def works(run):
 
 
 def fails(run, *fragments, code=1, notes=0):
-  """An error of one or two lines that hold the fragments, after notes and what tells of downloads."""
+  """An error of one or two lines with the fragments, after notes and what tells of downloads."""
   assert (run.returncode, run.stdout) == (code, ""), (run.stdout, run.stderr)
   assert not bad_words(run.stderr), run.stderr
   events = ("qvm: downloading ", "qvm: downloaded ", "qvm: unpacking ")

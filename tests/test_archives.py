@@ -591,6 +591,15 @@ def test_any_damage_is_an_error_or_harmless(data):
 # --- The whole program ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_qemu(full):
+  """qvm that has the image and qemu-img, but no QEMU."""
+  link = full.cache / "qemu" / "x86_64"
+  shutil.rmtree(link.resolve())
+  link.unlink()
+  return full
+
+
 def check_refused(qvm, server, name, content, words=PULL):
   """The archive is refused whole; with a good one in its place, the next run works."""
   before = contents(qvm.home)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,14 @@ default_signals()
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("same")
 hypothesis.configuration.set_hypothesis_home_dir("/dev/null/none")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+  """Let the tests run a qvm.py that need not be compiled at each start."""
+  path = tmp_path_factory.mktemp("compiled") / "qvm.pyc"
+  py_compile.compile(str(ROOT / "qvm.py"), str(path), doraise=True)
+  Qvm.compiled = path
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ import struct
 import subprocess
 import tempfile
 
-SECTOR = 512
+import fat
+from fat import SECTOR, round_up
+
 DISK_SIZE = 4 << 20
 
 # The guests whose command line in the tables starts UEFI; the others start SeaBIOS.
@@ -286,8 +288,8 @@ _ARM64_CODE = _code(
 
 # For each CPU: the machine number of PE, the code, and where firmware looks for the program.
 _EFI = {
-  "x86-64": (0x8664, _X86_64_CODE, b"BOOTX64 EFI"),
-  "arm64": (0xAA64, _ARM64_CODE, b"BOOTAA64EFI"),
+  "x86-64": (0x8664, _X86_64_CODE, "BOOTX64.EFI"),
+  "arm64": (0xAA64, _ARM64_CODE, "BOOTAA64.EFI"),
 }
 
 
@@ -296,7 +298,7 @@ def efi_program(arch: str, message: str) -> bytes:
   machine, code, _ = _EFI[arch]
   assert len(code) <= _MESSAGE
   section = code.ljust(_MESSAGE, b"\0") + (message + "\r\n\0").encode("utf-16-le")
-  raw_size = _round_up(len(section), SECTOR)
+  raw_size = round_up(len(section), SECTOR)
   headers = _dos_header() + _pe_headers(machine, len(section), raw_size)
   return headers.ljust(SECTOR, b"\0") + section.ljust(raw_size, b"\0")
 
@@ -315,7 +317,7 @@ def _pe_headers(machine: int, size: int, raw_size: int) -> bytes:
   # Image base, alignment in memory and in the file; then three versions of two numbers each, and
   # a reserved word.
   windows = struct.pack("<QII", 0, 0x1000, SECTOR) + struct.pack("<HHHHHHI", *[0] * 7)
-  image_size = _SECTION + _round_up(size, 0x1000)
+  image_size = _SECTION + round_up(size, 0x1000)
   # Subsystem 10 is an EFI application. Stack and heap sizes mean nothing to firmware.
   windows += struct.pack("<IIIHH", image_size, SECTOR, 0, 10, 0)
   windows += struct.pack("<QQQQII", 0, 0, 0, 0, 0, 16) + bytes(16 * 8)
@@ -324,19 +326,11 @@ def _pe_headers(machine: int, size: int, raw_size: int) -> bytes:
   return coff + standard + windows + section + struct.pack("<IIHHI", 0, 0, 0, 0, 0x60000020)
 
 
-def _round_up(number: int, step: int) -> int:
-  """Return the smallest multiple of `step` that is not below `number`."""
-  return -(-number // step) * step
-
-
 # --- The FAT12 disk that carries an EFI program --------------------------------------------------
 
 _CLUSTER = 4096
-_RESERVED_SECTORS = 1
 _FAT_SECTORS = 4
 _ROOT_ENTRIES = 64
-_DIRECTORY = 0x10
-_ARCHIVE = 0x20
 
 
 def efi_disk(arch: str, message: str) -> bytes:
@@ -345,44 +339,19 @@ def efi_disk(arch: str, message: str) -> bytes:
   if len(program) > _CLUSTER:
     raise ValueError("the message is too long: the program has to fit into one cluster")
   # Three clusters, 2 to 4: folder EFI, folder BOOT, and the program, each the last of its chain.
-  fat = bytes.fromhex("f8 ff ff  ff ff ff  ff 0f").ljust(_FAT_SECTORS * SECTOR, b"\0")
-  root = _fat_entry(b"EFI", _DIRECTORY, 2)
-  efi = _fat_folder(2, 0) + _fat_entry(b"BOOT", _DIRECTORY, 3)
-  boot = _fat_folder(3, 2) + _fat_entry(_EFI[arch][2], _ARCHIVE, 4, len(program))
-  disk = _fat_boot_sector() + fat + fat + root.ljust(_ROOT_ENTRIES * 32, b"\0")
+  table = bytes.fromhex("f8 ff ff  ff ff ff  ff 0f").ljust(_FAT_SECTORS * SECTOR, b"\0")
+  root = fat.entry("EFI", fat.DIRECTORY, 2)
+  efi = fat.folder(2, 0) + fat.entry("BOOT", fat.DIRECTORY, 3)
+  boot = fat.folder(3, 2) + fat.entry(_EFI[arch][2], fat.ARCHIVE, 4, len(program))
+  first = fat.boot_sector(
+    "FAT12",
+    "QVM TESTS  ",
+    sectors=DISK_SIZE // SECTOR,
+    cluster=_CLUSTER,
+    fat_sectors=_FAT_SECTORS,
+    root_entries=_ROOT_ENTRIES,
+    heads=16,
+  )
+  disk = first + table + table + root.ljust(_ROOT_ENTRIES * 32, b"\0")
   disk += b"".join(cluster.ljust(_CLUSTER, b"\0") for cluster in (efi, boot, program))
   return disk.ljust(DISK_SIZE, b"\0")
-
-
-def _fat_boot_sector() -> bytes:
-  """Return the first sector of the FAT12 file system that fills the disk."""
-  # It begins with a jump, as the specification wants, to an endless loop at 0x3E.
-  sector = b"\xeb\x3c\x90" + b"qvmtests"
-  sector += struct.pack(
-    "<HBHBHHBHHHII",
-    SECTOR,
-    _CLUSTER // SECTOR,
-    _RESERVED_SECTORS,
-    2,  # copies of the FAT
-    _ROOT_ENTRIES,
-    DISK_SIZE // SECTOR,
-    0xF8,  # a fixed disk
-    _FAT_SECTORS,
-    63,  # sectors of a track
-    16,  # heads
-    0,  # sectors before the file system
-    0,  # sectors, when there are too many for two bytes
-  )
-  sector += struct.pack("<BBBI11s8s", 0x80, 0, 0x29, 0x716D, b"QVM TESTS  ", b"FAT12   ")
-  return (sector + b"\xeb\xfe").ljust(510, b"\0") + b"\x55\xaa"
-
-
-def _fat_folder(cluster: int, parent: int) -> bytes:
-  """Return the two entries that every folder but the root begins with."""
-  return _fat_entry(b".", _DIRECTORY, cluster) + _fat_entry(b"..", _DIRECTORY, parent)
-
-
-def _fat_entry(name: bytes, attributes: int, cluster: int, size: int = 0) -> bytes:
-  """Return a directory entry; `name` is 8 + 3 characters without the dot."""
-  # The date is 1 January 1980: 0 would be no date at all.
-  return struct.pack("<11sB10xHHHI", name.ljust(11), attributes, 0, 0x0021, cluster, size)

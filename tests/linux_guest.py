@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 
-SECTOR = 512
+import fat
+from fat import SECTOR, round_up
+
 # The partition begins where every tool puts it; below lie the MBR and GRUB.
 _PARTITION = 2048
 _PARTITION_SECTORS = 192 * 2048
@@ -156,8 +158,6 @@ def _mbr(code: bytes) -> bytes:
 # With 32 KB, GRUB takes longer to read the kernel through the BIOS.
 _CLUSTER = 8192
 _ROOT_ENTRIES = 512
-_DIRECTORY = 0x10
-_ARCHIVE = 0x20
 
 
 class _Clusters:
@@ -182,9 +182,19 @@ def _fat(files: "dict[str, bytes]") -> bytes:
   fat_sectors = -(-(_PARTITION_SECTORS * SECTOR // _CLUSTER + 2) * 2 // SECTOR)
   clusters = _Clusters()
   root = _fat_folder(clusters, files, "")
-  fat = struct.pack(f"<{len(clusters.fat)}H", *clusters.fat).ljust(fat_sectors * SECTOR, b"\0")
+  table = struct.pack(f"<{len(clusters.fat)}H", *clusters.fat).ljust(fat_sectors * SECTOR, b"\0")
   root = root.ljust(_ROOT_ENTRIES * 32, b"\0")
-  return _fat_boot_sector(fat_sectors) + fat + fat + root + b"".join(clusters.data)
+  first = fat.boot_sector(
+    "FAT16",
+    "QVM GUEST  ",
+    sectors=_PARTITION_SECTORS,
+    cluster=_CLUSTER,
+    fat_sectors=fat_sectors,
+    root_entries=_ROOT_ENTRIES,
+    heads=255,
+    start=_PARTITION,
+  )
+  return first + table + table + root + b"".join(clusters.data)
 
 
 def _fat_folder(clusters: _Clusters, files: "dict[str, bytes]", prefix: str) -> bytes:
@@ -194,10 +204,10 @@ def _fat_folder(clusters: _Clusters, files: "dict[str, bytes]", prefix: str) -> 
   for name in sorted(names):
     if prefix + name in files:
       data = files[prefix + name]
-      entries += _fat_entry(name, _ARCHIVE, clusters.add(data), len(data))
+      entries += fat.entry(name, fat.ARCHIVE, clusters.add(data), len(data))
     else:
       inner = _fat_folder(clusters, files, f"{prefix}{name}/")
-      entries += _fat_entry(name, _DIRECTORY, _add_folder(clusters, inner))
+      entries += fat.entry(name, fat.DIRECTORY, _add_folder(clusters, inner))
   return entries
 
 
@@ -205,37 +215,7 @@ def _add_folder(clusters: _Clusters, entries: bytes) -> int:
   """Store a folder and return its cluster."""
   # Nothing that reads these disks follows "..", so it leads to the root folder everywhere.
   own = len(clusters.fat)
-  return clusters.add(_fat_entry(".", _DIRECTORY, own) + _fat_entry("..", _DIRECTORY, 0) + entries)
-
-
-def _fat_boot_sector(fat_sectors: int) -> bytes:
-  """Return the first sector of the file system."""
-  numbers = struct.pack(
-    "<HBHBHHBHHHII",
-    SECTOR,
-    _CLUSTER // SECTOR,
-    1,  # reserved sectors
-    2,  # copies of the FAT
-    _ROOT_ENTRIES,
-    0,  # sectors, if they fit into two bytes
-    0xF8,  # a fixed disk
-    fat_sectors,
-    63,  # sectors of a track
-    255,  # heads
-    _PARTITION,
-    _PARTITION_SECTORS,
-  )
-  label = struct.pack("<BBBI11s8s", 0x80, 0, 0x29, 0x716D, b"QVM GUEST  ", b"FAT16   ")
-  sector = b"\xeb\x3c\x90" + b"qvmtests" + numbers + label + b"\xeb\xfe"
-  return sector.ljust(510, b"\0") + b"\x55\xaa"
-
-
-def _fat_entry(name: str, attributes: int, cluster: int, size: int = 0) -> bytes:
-  """Return a directory entry."""
-  base, dot, extension = (name, "", "") if name.startswith(".") else name.partition(".")
-  # The date is 1 January 1980: 0 would be no date at all.
-  packed = base.ljust(8).encode("ascii") + extension.ljust(3).encode("ascii")
-  return struct.pack("<11sB10xHHHI", packed, attributes, 0, 0x0021, cluster, size)
+  return clusters.add(fat.folder(own, 0) + entries)
 
 
 # --- The initramfs -------------------------------------------------------------------------------
@@ -276,19 +256,14 @@ class _Cpio:
     numbers = (self._inode, mode, 0, 0, links, 0, len(data), 0, 0, *device, len(raw_name), 0)
     header = b"070701" + b"".join(b"%08X" % number for number in numbers) + raw_name
     self._parts += [
-      header.ljust(_round_up(len(header)), b"\0"),
-      data.ljust(_round_up(len(data)), b"\0"),
+      header.ljust(round_up(len(header), 4), b"\0"),
+      data.ljust(round_up(len(data), 4), b"\0"),
     ]
 
   def bytes(self) -> bytes:
     """Return the archive."""
     self.add("TRAILER!!!", 0)
     return b"".join(self._parts)
-
-
-def _round_up(number: int) -> int:
-  """Return the smallest multiple of 4 that is not below `number`."""
-  return -(-number // 4) * 4
 
 
 def _add_dropbear(archive: _Cpio, root: str) -> None:

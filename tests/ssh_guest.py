@@ -258,7 +258,7 @@ def run(command, stdout, log):
     os.waitpid(spawn(command, env, files), 0)
 
 
-def furnish(play, argv, log):
+def set_up(play, argv, log):
   """Write all that sshd and its sessions need into the guest's folder."""
   folder, login = play["folder"], play.get("login", "open")
   os.makedirs(folder + "/bin", exist_ok=True)
@@ -481,7 +481,7 @@ def main(argv):
   if play.get("listen", True):
     with open(play["folder"] + "/guest.log", "a") as log, listen(argv) as server:
       fcntl.flock(log, fcntl.LOCK_EX)  # the keeper holds it; the folder serves one guest at a time
-      furnish(play, argv, log.fileno())
+      set_up(play, argv, log.fileno())
       record["keeper"] = start_keeper(play, server, reading, log.fileno())
   os.close(reading)
   if play.get("record"):

@@ -21,6 +21,7 @@ from support import (
   ROOT,
   Qvm,
   end_processes,
+  fails,
   free_port,
   furnish,
   parent_of,
@@ -169,10 +170,7 @@ def test_keys(typed, sent, commands):
 
 def test_another_key_after_ctrl_a_is_no_command():
   for byte in set(range(256)) - set(b"\x01xXhH?"):
-    assert qvm_source.Keyboard().feed(bytes([1, byte, 97])) in (
-      (b"a", ""),
-      (bytes([byte, 97]), ""),
-    ), byte
+    assert qvm_source.Keyboard().feed(bytes([1, byte, 97])) == (b"a", ""), byte
 
 
 def test_every_byte_reaches_the_guest(real):
@@ -202,7 +200,7 @@ def test_ctrl_a_in_writes_of_their_own(real):
   terminal.until(b"every other key")
   terminal.type(b"\x01nc\x01")
   terminal.until(b"<63>")
-  assert terminal.guest_got() in (b"a\x01bc", b"a\x01bnc")
+  assert terminal.guest_got() == b"a\x01bc"
   pid = real.pid()
   terminal.type(b"x")
   assert terminal.end() == 0
@@ -703,14 +701,22 @@ def test_console_log_in_a_pipe(player, tmp_path):
   assert log.read_bytes() == shown
 
 
-@pytest.mark.parametrize("path", ["missing/log", ".", "file/log", ""])
-def test_a_bad_console_log_is_told_before_anything_is_downloaded(qvm, server, tmp_path, path):
+@pytest.mark.parametrize(
+  "path, reason",
+  [
+    ("missing/log", "No such file or directory"),
+    (".", "Is a directory"),
+    ("file/log", "Not a directory"),
+    ("", "Is a directory"),
+  ],
+)
+def test_a_bad_console_log_is_told_before_anything_is_downloaded(
+  qvm, server, tmp_path, path, reason
+):
   (tmp_path / "file").write_text("")
   for more in ((), ("--detach",)):
     result = qvm(*RUN, "--console-log", path, *more, cwd=str(tmp_path))
-    assert result.returncode in (1, 2), result.stderr
-    assert "Traceback" not in result.stderr and "bug in qvm" not in result.stderr
-    assert str(tmp_path / path).rstrip("/.") in result.stderr or "--console-log" in result.stderr
+    fails(result, str(tmp_path / path), reason)
     assert server.started == 0
     assert qvm.files() == []
 

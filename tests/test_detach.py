@@ -144,7 +144,7 @@ class Machines:
     return row
 
   def running(self):
-    return processes_of(self.qvm.cache)
+    return list(processes_of(self.qvm.cache))
 
   def patient(self, *words, stop=0.3, end=0.3, timeout=60):
     """Run qvm with little patience: the constants are set from outside."""

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from support import DEADLINE, FREEBSD, ROOT, Qvm, end_processes, furnish, snapshot
@@ -144,7 +143,8 @@ def test_ssh_is_named(host):
 def test_ssh_that_does_not_start(host, bare):
   (bare / "ssh").write_text("#!/nowhere/sh\n")
   (bare / "ssh").chmod(0o755)
-  assert doctor(host, "--offline")["ssh"]["state"] != "ok"
+  check = doctor(host, "--offline")["ssh"]
+  assert check["state"] == "warning" and str(bare / "ssh") in check["text"]
 
 
 def test_no_zstd(host, bare):
@@ -161,7 +161,7 @@ def test_each_program_that_unpacks_zstd(host, bare, name):
   (bare / name).chmod(0o755)
   check = doctor(host, "--offline")["zstd"]
   assert check["state"] == "ok"
-  assert qvm_source.python_zstd() or str(bare / name) in check["text"]
+  assert check["text"] == str(bare / name)
 
 
 def test_a_python_without_tls(monkeypatch):
@@ -287,20 +287,21 @@ def test_kvm_works(host, kvm):
     ({"stderr": "kvm.c:1: kvm_buf_set_msrs: Assertion `x' failed.\n", "signal": 6}, "broken"),
     ({"stderr": "failed to initialize kvm: Permission denied\n", "exit": 1}, "may not be used"),
     ({"stderr": "something new\n", "exit": 1}, "something new"),
-    ({"signal": 9}, "KVM"),
+    ({"signal": 9}, "does not start with it: signal 9"),
   ],
 )
 def test_kvm_broken(host, kvm, monkeypatch, what, text):
   monkeypatch.setenv("DOCTOR", json.dumps({"stdout": "", **what}))
   (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
   assert check.state == "warning"
-  assert text in check.text or text == "KVM"
+  assert text in check.text
   assert check.fix
 
 
 def test_hvf():
   (check,) = qvm_source.check_accelerators("darwin", "/dev/kvm", "")
-  assert check.name == "HVF"
+  assert (check.name, check.state, check.fix) == ("HVF", "ok", "")
+  assert "built for Intel" in check.text
 
 
 # --- The cache folder ------------------------------------------------------------------------
@@ -809,7 +810,7 @@ def test_scripts_are_plain_text(offline):
     result = offline("completion", shell)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith("\n") and "\t" not in result.stdout
-    assert str(Path(offline.program)) in result.stdout
+    assert offline.command()[-1] in result.stdout
 
 
 def test_an_unknown_shell(offline):

@@ -344,7 +344,7 @@ def test_available_memory_where_nobody_tells(tmp_path, text):
   if text is not None:
     (tmp_path / "meminfo").write_text(text)
   all_there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  assert qvm_source.available_memory(str(tmp_path / "meminfo")) in (all_there_is, None)
+  assert qvm_source.available_memory(str(tmp_path / "meminfo")) == all_there_is
 
 
 def test_too_much_memory_is_said_and_tried(stand_in):
@@ -352,7 +352,7 @@ def test_too_much_memory_is_said_and_tried(stand_in):
   result = stand_in(*RUN, "-m", "4T")
   assert (result.returncode, result.stdout) == (3, "it runs\n")
   (line,) = [line for line in said(result) if "memory" in line]
-  assert "4.4 TB" in line or "4398 GB" in line
+  assert "4398 GB" in line
   assert "-m" in line
 
 
@@ -513,7 +513,7 @@ def test_an_overlay_that_has_no_room(small, disk, image, leave):
   disk.fill(leave=leave)
   result = small("run", "--name", "vm", "freebsd", "15.0")
   assert result.returncode == 1
-  assert "No space left" in result.stderr or "disk is full" in result.stderr
+  assert "No space left" in result.stderr
   assert "Traceback" not in result.stderr and "bug in qvm" not in result.stderr
   assert processes_of(small.cache) == {}
   disk.empty()

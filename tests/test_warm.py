@@ -159,7 +159,7 @@ def test_several_at_once(warm, tmp_path):
 
 def test_list_rm_and_clean(warm):
   works(run(warm))
-  (row,) = rows(warm.qvm)
+  (row,) = rows(warm.qvm).values()
   name = row["name"]
   assert row["state"] == "checkpoint" and row["os"] == "freebsd" and row["version"] == "15.1"
   assert row["size"] > 0
@@ -171,7 +171,7 @@ def test_list_rm_and_clean(warm):
   fails(warm.qvm("rm", name, "nobody"), "nobody")
   assert frozen(warm) == WHOLE
   assert works(warm.qvm("rm", name)).stdout == name + "\n"
-  assert frozen(warm) == [] and rows(warm.qvm) == []
+  assert frozen(warm) == [] and rows(warm.qvm) == {}
   works(run(warm))
   works(warm.qvm("clean", "--all", "--dry-run"))
   assert frozen(warm) == WHOLE
@@ -188,7 +188,7 @@ def test_clean_and_refresh_beside_a_running_machine(warm, fifo):
   works(warm.qvm("clean", "--all"))
   assert frozen(warm) == WHOLE
   assert (warm.qvm.cache / "base" / f"{FREEBSD}.qcow2").exists()
-  name = next(row["name"] for row in rows(warm.qvm) if row["state"] == "checkpoint")
+  name = next(row["name"] for row in rows(warm.qvm).values() if row["state"] == "checkpoint")
   works(warm.qvm("rm", name))  # by name it goes; the machine has its files open
   out, err = process.communicate("still there", timeout=30)
   assert (process.returncode, out) == (0, "still there"), err
@@ -313,7 +313,7 @@ def test_where_not_even_a_fresh_one_works_none_is_made_again(warm, way, order, w
   control(warm)
   again = works(run(warm, "echo fine"))
   assert "there are no warm starts here: " in again.stderr and orders(warm) == []
-  works(warm.qvm("rm", rows(warm.qvm)[0]["name"]))
+  works(warm.qvm("rm", *rows(warm.qvm)))
   assert "boots to make" in works(run(warm)).stderr
 
 
@@ -381,7 +381,7 @@ def test_an_orphan_that_was_to_become_a_checkpoint_can_be_stopped(warm):
   await_order(warm, "stop")
   process.kill()
   process.communicate()
-  (row,) = rows(warm.qvm)
+  (row,) = rows(warm.qvm).values()
   assert row["state"] == "running"
   works(warm.qvm("stop", "--force", row["name"]))
   assert frozen(warm) == [] and warm.nothing_left()

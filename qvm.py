@@ -6037,12 +6037,12 @@ class Export:
 
 
 def memory_bytes(memory: str) -> int:
-  """A guest's memory as -m has it, in bytes; a number alone is megabytes."""
+  """A value of -m in bytes; a number without a suffix is in MiB."""
   return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
 
 
 def memory_warning(memory: str, available: Optional[int]) -> str:
-  """A warning when a guest's memory is more than the host has to spare, both in bytes."""
+  """A warning if a guest's memory exceeds the bytes available on the host, else empty."""
   wanted = memory_bytes(memory)
   if available is None or wanted <= available:
     return ""
@@ -6053,7 +6053,7 @@ def memory_warning(memory: str, available: Optional[int]) -> str:
 
 
 def bind(kind: int, address: Address) -> Optional["socket.socket"]:
-  """A socket of this kind at an address, or None when another one is there."""
+  """A socket of this kind bound to an address; None if the port is taken."""
   taken = socket.socket(socket.AF_INET, kind)
   try:
     if kind == socket.SOCK_STREAM:
@@ -6070,10 +6070,10 @@ def bind(kind: int, address: Address) -> Optional["socket.socket"]:
 
 
 def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
-  """A free port, with the descriptor of a lock that keeps every other qvm away from it.
+  """Find a free port; returns it with the descriptor of a lock that keeps every other qvm off it.
 
-  The lock is the UDP port of the same number, which nothing is ever sent to: the system gives it
-  to one process, whatever cache and user that has, and takes it back when QEMU has ended.
+  The lock is the UDP port of the same number, to which nothing is ever sent. The kernel gives it to
+  one process, whatever its cache or user, and frees it when QEMU has ended.
   """
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
     address = wanted._replace(port=port)
@@ -6086,13 +6086,13 @@ def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address,
         return address, lock.fileno()
       lock.close()
   raise QvmError(
-    f"port {wanted.port} of {wanted.host} is taken (--ssh-port)",
-    "choose another, or leave --ssh-port out to get a free one",
+    f"port {wanted.port} on {wanted.host} is taken (--ssh-port)",
+    "choose another, or omit --ssh-port to get a free one",
   )
 
 
 def has_linaro(share: str) -> bool:
-  """Whether there is a Linaro firmware that can be one: v1.1.0 holds an HTML page in its place."""
+  """Whether there is a real Linaro firmware: release v1.1.0 has an HTML page in its place."""
   path = os.path.join(share, "linaro_uefi.fd")
   try:
     with open(path, "rb") as file:
@@ -6102,7 +6102,7 @@ def has_linaro(share: str) -> bool:
 
 
 def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
-  """Whether KVM on this CPU shows guests AMX or LA57, which older BSD kernels do not survive."""
+  """Whether KVM on this CPU exposes AMX or LA57, which crash older BSD kernels."""
   try:
     with open(cpuinfo, errors="replace") as file:
       flags = next((line.split() for line in file if line.startswith("flags")), [])
@@ -6112,7 +6112,7 @@ def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
 
 
 def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
-  """Look at what decides on adjustments; release is that of the base image, empty if unknown."""
+  """Collect what decides on adjustments; release is the base image's, empty if unknown."""
   mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
   log_in = options.detach or options.guest_command or options.warm
   key_disk = plan.paths.key_disk if log_in and wants_key(plan.guest, release) else ""
@@ -6120,10 +6120,10 @@ def host_facts(plan: Plan, options: Options, address: Address, release: str) -> 
 
 
 class Machine:
-  """An instance while a command deals with it: its lock, port, console log and QEMU.
+  """An instance while a command uses it: its lock, port, console log and QEMU.
 
-  As a context it takes the instance; what is left of the machine ends with the context, unless
-  leave_running() has let it go.
+  Entering the context takes the instance's lock; leaving it ends QEMU and releases everything,
+  unless leave_running() has let the machine go.
   """
 
   process: "Process"  # from start() on
@@ -6133,8 +6133,8 @@ class Machine:
     self.address = options.ssh
     self.port_lock = -1
     self.log: Optional[IO[bytes]] = None
-    self.log_start = 0  # where this run's part of the console log begins
-    self.resumed = False  # whether it goes on from a checkpoint
+    self.log_start = 0  # the offset in the console log at which this run begins
+    self.resumed = False  # whether it was started from a checkpoint
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -6169,16 +6169,16 @@ class Machine:
 
   @property
   def console(self) -> str:
-    """The file that gets the console of a machine in the background."""
+    """The file for the console of a machine in the background."""
     return self.options.console_log or self.paths.console
 
   def reserve_port(self, stack: contextlib.ExitStack) -> None:
-    """Take the port for ssh, unless it is taken already."""
+    """Reserve the ssh port, unless that has already been done."""
     if self.port_lock < 0:
       self.address, self.port_lock = reserve_port(self.options.ssh, stack)
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
-    """Open the file for the console, if one was asked for or nobody looks at the console."""
+    """Open the console log if the user asked for one or the console is not shown."""
     if self.options.console_log:
       self.log = open(self.options.console_log, "ab", buffering=0)  # noqa: SIM115
       self.log_start = os.fstat(self.log.fileno()).st_size
@@ -6190,12 +6190,12 @@ class Machine:
       stack.callback(self.log.close)
 
   def remove_stray_log(self) -> None:
-    """A run that got no disk leaves no console log."""
+    """Remove the console log of a run that created no disk."""
     if not os.path.lexists(self.paths.disk):
       remove_file(self.paths.console)
 
   def spawn(self) -> Spawn:
-    """How QEMU is started: pipes to us only where we have something to do with its streams."""
+    """How to start QEMU: with pipes only for the streams that qvm handles."""
     if self.options.detach or self.options.guest_command:
       return in_background(self.log)
     pipe = subprocess.PIPE
@@ -6204,13 +6204,13 @@ class Machine:
     return Spawn(None, pipe if self.log else None, pipe)
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
-    """Make the overlay on a base and start QEMU; QvmError when something of it is gone."""
+    """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
     plan, options = self.plan, self.options
     self.reserve_port(self.stack)
     with instances_lock(plan.cache):
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
-          raise QvmError(f"{path} is gone", "has somebody deleted it? run this once more")
+          raise QvmError(f"{path} is gone", "was it deleted? run this command again")
       check_instance(plan)
       check_backing(plan, base)
       record_instance(plan, f"{self.address.host}:{self.address.port}", base)
@@ -6228,17 +6228,17 @@ class Machine:
         note_holder(self.lock, "QEMU", self.process.pid)
 
   def has_ended(self, seconds: float = 0.0) -> bool:
-    """Whether QEMU has ended, or does within this time."""
+    """Whether QEMU has ended, after waiting up to this long."""
     with contextlib.suppress(subprocess.TimeoutExpired):
       self.process.wait(seconds)
     return self.process.returncode is not None
 
   def last_words(self, count: int = 20) -> List[str]:
-    """The last lines that the console log has of this run."""
+    """This run's last lines in the console log."""
     return last_lines(self.console, count, self.log_start)
 
   def wait_for_ssh(self) -> bool:
-    """Wait until ssh answers; False when it does not in time, QvmError when the machine ends."""
+    """Wait until ssh answers; False on timeout, QvmError if the machine ends."""
     answers = wait_for_ssh(self.address, self.options.boot_timeout, self.has_ended)
     lines = self.last_words()
     if self.has_ended():
@@ -6253,20 +6253,20 @@ class Machine:
     return answers
 
   def log_in(self, began: float) -> float:
-    """How many seconds from now a login may fail: the image may still take over the key."""
+    """For how many seconds to retry logins: the guest may still be installing the key."""
     left = max(0.0, began + self.options.boot_timeout - time.monotonic())
     return min(left, KEY_LOGIN_SECONDS) if os.path.exists(self.paths.key_disk) else 0.0
 
   def relay_console(self) -> int:
-    """Relay the console until QEMU ends; returns its exit code, 128+N after signal N."""
+    """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
     self.greet()
     process, folder = self.process, self.plan.cache.instances
     relay = Relay(process, bool(process.stdin), self.log, lambda: disk_is_full(folder))
     try:
       if relay.interactive:
         go_raw()
-        say("Ctrl-A x ends the machine, Ctrl-A h shows the keys; all others go to the guest")
-        relay.pending = b"\r" if self.resumed else b""  # shows a prompt that is there already
+        say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
+        relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
       relay.run()
       process.wait()
     finally:
@@ -6275,43 +6275,43 @@ class Machine:
           write_all(1, relay.modes.undo())
     causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
     if process.returncode < 0 and not causes:
-      causes = [f"QEMU has been ended from outside ({ending(process.returncode)})"]
+      causes = [f"something other than qvm killed QEMU ({ending(process.returncode)})"]
     for line in causes:
       say(line)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
   def greet(self) -> None:
-    """Say how to get in, once QEMU has started."""
+    """Say how to log in, once QEMU has started."""
     guest, port = self.plan.guest, self.address.port
     if port != SSH_PORT and not self.address.chosen:
-      say(f"port {SSH_PORT} is taken; this machine gets {port}")
+      say(f"port {SSH_PORT} is taken; this machine uses {port}")
     say(ssh_line(guest, self.address))
     if not guest.console:
-      say(f"{guest.title} writes nothing to this terminal; once it is up, ssh gets in")
+      say(f"{guest.title} writes nothing to this terminal; log in with ssh once it is up")
 
   def leave_running(self) -> int:
-    """Wait until ssh answers, then leave the machine to itself; QvmError when it ends before."""
-    verb = "runs" if self.resumed else "boots"
-    say(f"{self.plan.name} {verb} in the background, its console goes to {self.console}")
+    """Wait until ssh answers, then let the machine go; QvmError if it ends before that."""
+    verb = "is running" if self.resumed else "is booting"
+    say(f"{self.plan.name} {verb} in the background; its console goes to {self.console}")
     answers = self.wait_for_ssh()
-    self.stack.pop_all()  # QEMU has the locks, and so has what serves its base image
+    self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
     if not answers:
-      say(f"ssh has not answered in {self.options.boot_timeout:g} s; the machine goes on")
+      say(f"ssh has not answered within {self.options.boot_timeout:g} s; the machine keeps running")
     emit(self.plan.name)
     emit(ssh_line(self.plan.guest, self.address))
     return 0
 
   def run_command(self) -> int:
-    """Run the command once ssh answers, then power a persistent instance off; its exit code."""
+    """Run the command once ssh answers, then power off a persistent instance; its exit code."""
     began = time.monotonic()
     if not self.resumed:
-      say(f"{self.plan.name} boots, its console goes to {self.console}")
+      say(f"{self.plan.name} is booting; its console goes to {self.console}")
     answers = self.wait_for_ssh()
     try:
       if not answers:
         raise QvmError(
-          f"ssh has not answered in {self.options.boot_timeout:g} s; the machine is ended",
-          "--boot-timeout gives it longer",
+          f"ssh has not answered within {self.options.boot_timeout:g} s; ending the machine",
+          "--boot-timeout allows more time",
         )
       first = refresh_script(self.plan.guest) if self.resumed else ""
       code = run_command(self.login, self.options, self.log_in(began), first)
@@ -6319,12 +6319,12 @@ class Machine:
       raise self.explained(error)
     asked = not self.plan.ephemeral and not self.has_ended() and power_off(self.paths)
     if asked and not self.has_ended(POWER_OFF_SECONDS):
-      say(f"{self.plan.name} has not powered off in {POWER_OFF_SECONDS:g} s and is ended")
+      say(f"{self.plan.name} has not powered off within {POWER_OFF_SECONDS:g} s; ending it")
     return code
 
   def explained(self, error: QvmError) -> QvmError:
-    """What a failed command means, shown with the console's last lines."""
-    ended = self.has_ended(1.0)  # a lost connection may be the first sign of its end
+    """The error for a failed command, with its cause; shows the console's last lines."""
+    ended = self.has_ended(1.0)  # the connection can be lost just before QEMU ends
     lines = self.last_words()
     show_console(lines)
     if not ended:
@@ -6334,39 +6334,41 @@ class Machine:
 
 
 def check_backing(plan: Plan, base: Base) -> None:
-  """Refuse a base image that is unsafe, or another one than that an overlay was begun on."""
+  """Refuse an unsafe base image, or another one than the overlay was created on."""
   if not is_served(base.backing):
     check_base(plan)
   elif os.path.lexists(plan.paths.disk):
-    mine, image = read_instance(plan.paths), base.image
-    same = mine.base_sha256 and mine.base_sha256 == image.base_sha256
-    if not same and mine.validator != image.validator:
-      raise other_base(plan.paths, "what the server now has", mine.release)
+    instance, image = read_instance(plan.paths), base.image
+    same = instance.base_sha256 and instance.base_sha256 == image.base_sha256
+    if not same and instance.validator != image.validator:
+      raise other_base(plan.paths, "the server has now", instance.release)
 
 
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
-  """For a QEMU whose console nobody looks at."""
+  """How to start a QEMU whose console goes to a file, if any."""
   return Spawn(subprocess.DEVNULL, log, log, session=True)
 
 
 def print_command(plan: Plan, options: Options) -> int:
-  """Print the QEMU command that `run` would start."""
+  """Print the QEMU command that `run` would execute."""
   facts = host_facts(plan, options, options.ssh, record_of(plan.base).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
 
 
 # ---- Layers -------------------------------------------------------------------------------------
-# A checkpoint is what a guest's memory, devices and disk were when it had just booted. QEMU calls
-# it VM templating: the memory is a file, shared while the guest boots, private to each machine
-# that starts from it afterwards. Nothing is copied; siblings share what none of them has changed.
+# A checkpoint is the state of a guest's memory, devices and disk just after it has booted. QEMU
+# calls this VM templating: the memory is in a file, which is shared while the guest boots, and
+# private to each machine that starts from it later. Nothing is copied; machines share the pages
+# that none of them has changed.
 
-RESUME_SECONDS = 15.0  # seconds that a machine from a checkpoint has to answer
-MAX_ANSWER_BYTES = 1 << 20  # bytes of one answer of QEMU
+# For QEMU to answer, and for ssh after a resume, which takes 0.6 s: more only delays a normal boot.
+RESUME_SECONDS = 15.0
+MAX_ANSWER_BYTES = 1 << 20  # real ones have a few kB; this limits what a broken QEMU can cost
 
 
 class Reply(NamedTuple):
-  """What QEMU answers to an order, as far as qvm looks at it."""
+  """The parts of QEMU's answer to a command that qvm uses."""
 
   enabled: bool = False
   status: str = ""
@@ -6374,7 +6376,7 @@ class Reply(NamedTuple):
 
 
 class Control:
-  """QEMU's control socket (QMP); every failure is a QvmError."""
+  """QEMU's control socket (QMP); every failure raises QvmError."""
 
   def __init__(self, link: "socket.socket") -> None:
     self.link, self.rest = link, b""
@@ -6383,9 +6385,9 @@ class Control:
     ignore = {"capability": "x-ignore-shared", "state": True}  # the memory is in its file already
     self("migrate-set-capabilities", capabilities=[ignore])
 
-  def __call__(self, order: str, fds: Sequence[int] = (), **arguments: object) -> Reply:
-    """Give an order and return its result; fds go along."""
-    text = json.dumps({"execute": order, "arguments": arguments}).encode()
+  def __call__(self, command: str, fds: Sequence[int] = (), **arguments: object) -> Reply:
+    """Execute a command, passing on fds, and return its result."""
+    text = json.dumps({"execute": command, "arguments": arguments}).encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
       self.link.sendmsg([text], rights)
@@ -6394,14 +6396,14 @@ class Control:
     while True:
       answer = json.loads(self.read().decode("utf-8", "replace"))
       if "error" in answer:
-        raise QvmError(f"QEMU: {order}: {answer['error'].get('desc')}")
+        raise QvmError(f"QEMU: {command}: {answer['error'].get('desc')}")
       if "return" in answer:  # else it is an event
         result = answer["return"] if isinstance(answer["return"], dict) else {}
         status, problem = (str(result.get(key) or "") for key in ("status", "error-desc"))
         return Reply(bool(result.get("enabled")), status, problem)
 
   def read(self) -> bytes:
-    """The next thing that QEMU says, one line of JSON."""
+    """QEMU's next message, which is one line of JSON."""
     while b"\n" not in self.rest:
       try:
         chunk = self.link.recv(CHUNK_BYTES)
@@ -6409,12 +6411,12 @@ class Control:
         raise QvmError(f"QEMU does not answer: {describe(error)}")
       self.rest += chunk
       if not chunk or len(self.rest) > MAX_ANSWER_BYTES:
-        raise QvmError("QEMU has ended" if not chunk else "QEMU says more than can be")
+        raise QvmError("QEMU has ended" if not chunk else "QEMU's answer is too long")
     line, _, self.rest = self.rest.partition(b"\n")
     return line
 
   def accelerator(self) -> str:
-    """The accelerator that is in use."""
+    """The accelerator in use."""
     if self("query-kvm").enabled:
       return "kvm"
     try:
@@ -6424,18 +6426,18 @@ class Control:
     return "tcg"
 
   @contextlib.contextmanager
-  def stream(self, order: str) -> Iterator["socket.socket"]:
-    """Our end of a socket over which QEMU is ordered to send, or to take, the devices' state."""
+  def stream(self, command: str) -> Iterator["socket.socket"]:
+    """Our end of a socket over which the command makes QEMU send or receive the device state."""
     ours, theirs = socket.socketpair()
     with ours:
       with theirs:
         self("getfd", [theirs.fileno()], fdname="qvm-state")
       ours.settimeout(RESUME_SECONDS)
-      self(order, uri="fd:qvm-state")
+      self(command, uri="fd:qvm-state")
       yield ours
 
   def save(self, path: str) -> None:
-    """Stop the guest and write the state of its devices to a file."""
+    """Stop the guest and write its device state to a file."""
     self("stop")
     try:
       with self.stream("migrate") as link, open(path, "wb") as file:
@@ -6446,44 +6448,44 @@ class Control:
     self.wait_status("query-migrate", ("setup", "active", "device", "pre-switchover"), "completed")
 
   def load(self, path: str) -> None:
-    """Take the state of the devices from a file and let the guest go on."""
+    """Load the device state from a file and let the guest continue."""
     with open(path, "rb") as file:
       content = file.read()
     try:
       with self.stream("migrate-incoming") as link:
         link.sendall(content)
     except OSError as error:
-      raise QvmError(f"QEMU does not take the state: {describe(error)}")
+      raise QvmError(f"QEMU does not accept the device state: {describe(error)}")
     self.wait_status("query-status", ("inmigrate",), "paused")
     self("cont")
 
-  def wait_status(self, question: str, passing: Sequence[str], good: str) -> None:
-    """Ask until the status is none of the passing ones; QvmError unless it is the good one."""
+  def wait_status(self, query: str, passing: Sequence[str], good: str) -> None:
+    """Query the status until it is no passing one; QvmError unless it is then the good one."""
     deadline = time.monotonic() + RESUME_SECONDS
-    reply = self(question)
+    reply = self(query)
     while reply.status in passing and time.monotonic() < deadline:
       time.sleep(0.005)
-      reply = self(question)
+      reply = self(query)
     if reply.status != good:
-      raise QvmError(f"QEMU: {question}: {reply.problem or f'its status is {reply.status}'}")
+      raise QvmError(f"QEMU: {query}: {reply.problem or f'its status is {reply.status}'}")
 
 
 def host_cpu(cpuinfo: str) -> List[str]:
-  """What tells this host's CPU and kernel from others."""
+  """Lines that distinguish this host's CPU and kernel from others."""
   uname = os.uname()
-  words = [uname.sysname, uname.release, uname.machine]
+  kernel = [uname.sysname, uname.release, uname.machine]
   try:
     with open(cpuinfo, errors="replace") as file:
       lines = file.read(1 << 16).split("\n\n")[0].split("\n")
   except OSError:
-    return [*words, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
-  return words + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
+    return [*kernel, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
+  return kernel + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
 
 
 def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
-  """What a checkpoint is good for, as a digest: a base image, a command line, a QEMU, this host.
+  """A digest of what a checkpoint depends on: base image, command line, QEMU and host.
 
-  Paths, address and port may differ. Which accelerator is in use shows only once QEMU runs.
+  Paths, address and port may differ. The accelerator in use is known only once QEMU runs.
   """
   named = plan._replace(qemu="QEMU", share="SHARE", paths=Cache("").instance("DISK"))
   facts = facts._replace(address=Address(), key_disk="KEYS" if facts.key_disk else "")
@@ -6503,25 +6505,25 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
 def template_command(command: Sequence[str], memory: str, share: str, control: int) -> List[str]:
   """QEMU's command line with the guest's memory in a file, and with a control socket.
 
-  See docs/system/vm-templating.rst of QEMU. share is on for the guest that fills the file, off
-  for those that start from it.
+  See QEMU's docs/system/vm-templating.rst. share is "on" for the guest that fills the file, and
+  "off" for those that start from it.
   """
-  words = list(command)
-  words[words.index("-machine") + 1] += ",memory-backend=qvm-memory"
-  size, path = words[words.index("-m") + 1], memory.replace(",", ",,")
+  argv = list(command)
+  argv[argv.index("-machine") + 1] += ",memory-backend=qvm-memory"
+  size, path = argv[argv.index("-m") + 1], memory.replace(",", ",,")
   backend = f"memory-backend-file,id=qvm-memory,size={size},mem-path={path},share={share}"
   return [
-    *(*words, "-object", backend, "-chardev", f"socket,id=qvm-control,fd={control}"),
+    *(*argv, "-object", backend, "-chardev", f"socket,id=qvm-control,fd={control}"),
     *("-mon", "chardev=qvm-control,mode=control"),
   ]
 
 
 class BootTimeout(QvmError):
-  """A guest that does not answer: to boot it once more would not help."""
+  """The guest does not answer: booting it again would not help."""
 
 
 class Checkpoint:
-  """What a guest's memory, devices and disk were when it had just booted, kept as a layer."""
+  """The state of a guest's memory, devices and disk just after it has booted, kept as a layer."""
 
   def __init__(self, machine: Machine, base: Base) -> None:
     plan, options = machine.plan, machine.options
@@ -6535,7 +6537,7 @@ class Checkpoint:
     self.layer = plan.cache.layer(self.name)
 
   def problem(self) -> str:
-    """Why there is no checkpoint to start from; empty when there is a sound one."""
+    """Why the checkpoint cannot be used; empty if it can."""
     record = sound_record(LayerRecord(), self.layer.record)
     if record.key != self.key:
       return "there is none yet"
@@ -6545,29 +6547,29 @@ class Checkpoint:
       sound = record.parts == layer_parts(self.layer)
     except OSError as error:
       return f"{error.filename}: {describe(error)}"
-    return "" if sound else "its files have been changed"
+    return "" if sound else "its files have changed"
 
   def write_record(self, **more: str) -> None:
-    """Write the record, with which the checkpoint is complete."""
+    """Write the record, which completes the checkpoint."""
     plan = self.plan
     kind = (self.name, plan.guest.os, plan.version, plan.guest.arch)
     record = LayerRecord(*kind, record_of(plan.base).sha256, self.key, **more)
     write_record(plan.cache, self.layer.record, record, 0o600)
 
   def make(self) -> bool:
-    """Boot the machine in the background and freeze it; False, said, when that cannot be."""
+    """Boot the machine in the background and freeze it; if that fails, say so and return False."""
     machine, cache = self.machine, self.plan.cache
     free, wanted = free_space(cache.downloads), memory_bytes(machine.options.memory)
     if free < wanted:
       say(
-        f"no checkpoint is made: the disk has {megabytes(free)}, and it may take the guest's "
-        f"memory, {megabytes(wanted)} (-m)"
+        f"no checkpoint is created: it can need as much disk space as the guest has memory, "
+        f"{megabytes(wanted)} (-m), and only {megabytes(free)} are free"
       )
       return False
     with Lock(os.path.join(cache.downloads, SCRATCH + self.name), folder=True) as lock:
       with instances_lock(cache):
         if not lock.try_():
-          say(f"another qvm makes the checkpoint {self.name} just now; this run does without")
+          say(f"another qvm is creating the checkpoint {self.name}; this run boots normally")
           return False
         remove_layer(self.layer)
       try:
@@ -6577,11 +6579,11 @@ class Checkpoint:
         remove_file(machine.paths.disk)
 
   def boot_and_freeze(self, lock: Lock) -> bool:
-    """Boot the guest with its memory in the locked folder, then freeze it; False, said, if not."""
+    """Boot the guest with its memory in the locked folder, then freeze it, as make() does."""
     machine, made = self.machine, LayerPaths(lock.path, self.name)
     with contextlib.ExitStack() as stack:
       log = machine.log or stack.enter_context(open(machine.paths.console, "wb", buffering=0))
-      say(f"{machine.plan.name} boots to make the checkpoint {self.name}, "
+      say(f"{machine.plan.name} is booting to create the checkpoint {self.name}; "
           f"its console goes to {log.name}")  # fmt: skip
       ours = stack.enter_context(self.start(made.memory, "on", (lock.fd,), in_background(log)))
       try:
@@ -6590,7 +6592,7 @@ class Checkpoint:
       except BootTimeout:
         raise
       except QvmError as error:
-        say(f"no checkpoint is made: {error}")
+        say(f"no checkpoint is created: {error}")
         return False
       finally:
         end_process(machine.process)
@@ -6600,12 +6602,12 @@ class Checkpoint:
     self, memory: str, share: str, fds: Tuple[int, ...], spawn: Optional[Spawn] = None
   ) -> "socket.socket":
     """Start QEMU with its memory in a file; returns our end of its control socket."""
-    ours, theirs = socket.socketpair()  # a pair that nobody else can connect to
+    ours, theirs = socket.socketpair()  # nobody else can connect to a pair
     ours.settimeout(RESUME_SECONDS)
 
     def adjust(command: List[str]) -> List[str]:
-      words = template_command(command, memory, share, theirs.fileno())
-      return words if share == "on" else [*words, "-incoming", "defer"]  # waits for the order
+      argv = template_command(command, memory, share, theirs.fileno())
+      return argv if share == "on" else [*argv, "-incoming", "defer"]  # until migrate-incoming
 
     base = self.base._replace(adjust=adjust, fds=(theirs.fileno(), *fds))
     if share == "off":
@@ -6621,21 +6623,21 @@ class Checkpoint:
     return ours
 
   def wait_for_login(self) -> None:
-    """Wait until the guest has booted so far that it lets us in."""
+    """Wait until the guest accepts a login."""
     machine, began = self.machine, time.monotonic()
     if not machine.wait_for_ssh():
       raise BootTimeout(
-        f"ssh has not answered in {machine.options.boot_timeout:g} s, so there is no checkpoint",
-        "--boot-timeout gives it longer; without --warm nothing waits for ssh",
+        f"ssh has not answered within {machine.options.boot_timeout:g} s; no checkpoint is created",
+        "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
     if find_program("ssh"):
       in_guest(machine.login, "true", wait_for, machine.log_in(began))
 
   def freeze(self, control: Control, made: LayerPaths) -> None:
-    """Save the state of a guest that has just booted, end its QEMU, and publish the layer."""
+    """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
     machine, accelerator = self.machine, control.accelerator()
     control.save(made.state)
-    with contextlib.suppress(QvmError):  # it may be gone before it answers
+    with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
     os.rename(machine.paths.disk, made.disk)
@@ -6645,9 +6647,9 @@ class Checkpoint:
       self.write_record(accelerator=accelerator, parts=layer_parts(self.layer))
 
   def resume(self, fresh: bool) -> bool:
-    """Let the machine go on from it; False, said, when that fails, and then it is dropped.
+    """Start the machine from the checkpoint; if that fails, say so, delete it and return False.
 
-    When even a fresh one fails, that is noted, so that no later run makes one in vain.
+    If it fails although the checkpoint is fresh, a record keeps later runs from creating another.
     """
     machine = self.machine
     begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
@@ -6658,7 +6660,7 @@ class Checkpoint:
         problem = self.failed(error, begun)
       else:
         machine.resumed = True
-        say(f"{machine.plan.name} goes on from the checkpoint {self.name}")
+        say(f"{machine.plan.name} resumes from the checkpoint {self.name}")
         return True
     say(f"the checkpoint {self.name} cannot be used: {problem}")
     remove_file(machine.paths.disk)
@@ -6669,40 +6671,40 @@ class Checkpoint:
     return False
 
   def go_on(self, control: Control) -> None:
-    """Load the state; QvmError when ssh does not answer in time."""
+    """Load the state; QvmError if ssh does not answer in time."""
     machine, made = self.machine, sound_record(LayerRecord(), self.layer.record).accelerator
     if control.accelerator() != made:
-      raise QvmError(f"it was made with {made}, and QEMU now uses {control.accelerator()}")
+      raise QvmError(f"it was created with {made}, but QEMU now uses {control.accelerator()}")
     control.load(self.layer.state)
     seconds = min(RESUME_SECONDS, machine.options.boot_timeout)
     if not wait_for_ssh(
       machine.address, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
     ):
-      raise QvmError(f"ssh does not answer in {seconds:g} s")
+      raise QvmError(f"ssh has not answered within {seconds:g} s")
 
   def failed(self, error: QvmError, begun: int) -> str:
-    """End QEMU; why the machine does not go on, with QEMU's last words."""
+    """End QEMU; returns why the machine did not resume, with QEMU's last output."""
     process = self.machine.process
     end_process(process)
-    words = last_lines(self.machine.console, 3, begun)
+    output = last_lines(self.machine.console, 3, begun)
     if process.stderr:
-      words = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
-    return " ".join(" ".join([str(error), *words]).split())
+      output = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
+    return " ".join(" ".join([str(error), *output]).split())
 
 
 def layer_parts(layer: LayerPaths) -> str:
-  """Size and time of each file of a checkpoint; one that is not so any more has been changed."""
+  """The size and modification time of each file of a checkpoint, which show if it has changed."""
   stats = [os.stat(path) for path in layer.parts]
   return " ".join(f"{stat.st_size}:{int(stat.st_mtime)}" for stat in stats)
 
 
 def start_warm(machine: Machine, base: Base) -> bool:
-  """Let a machine go on from a checkpoint, which is made first if there is none.
+  """Start a machine from its checkpoint, creating that first if there is none.
 
-  False when that cannot be, for a reason that has been said: then it boots as always.
+  If that is not possible, say why and return False: the machine then boots normally.
   """
   if is_served(base.backing):
-    say("there are no warm starts while the image comes; the next run makes the checkpoint")
+    say("no warm start while the image is downloading; the next run creates the checkpoint")
     return False
   machine.reserve_port(machine.stack)
   checkpoint = Checkpoint(machine, base)
@@ -6710,7 +6712,7 @@ def start_warm(machine: Machine, base: Base) -> bool:
   if problem and os.path.exists(checkpoint.layer.record):
     name = checkpoint.name
     if sound_record(LayerRecord(), checkpoint.layer.record).problem:
-      say(f"there are no warm starts here: {problem} (qvm rm {name} makes the next run try again)")
+      say(f"no warm start: {problem} (after qvm rm {name} the next run tries again)")
       return False
     say(f"the checkpoint {name} cannot be used: {problem}")
   if not problem and checkpoint.resume(fresh=False):
@@ -6732,11 +6734,11 @@ def cmd_run(options: Options) -> int:
   make_folders(plan.cache)
   sweep(plan.cache)
   with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
-    keep.hold(shared=True, waits=lambda: say("waiting for another qvm that cleans up"))
+    keep.hold(shared=True, waits=lambda: say("waiting for another qvm to clean up"))
     base = fetch_base(machine, net)
     if not options.warm or not start_warm(machine, base):
       machine.start(base)
-    keep.release()  # what was fetched is in use, and thereby safe from `clean --all`
+    keep.release()  # what was fetched is now in use, which protects it from `clean --all`
     if options.guest_command:
       return machine.run_command()
     if machine.resumed and find_program("ssh"):
@@ -6745,7 +6747,7 @@ def cmd_run(options: Options) -> int:
 
 
 def fetch_base(machine: Machine, net: Net) -> Base:
-  """Download what is missing; with --stream all but the image, if that can come meanwhile."""
+  """Download what is missing; with --stream the image follows while the guest runs, if it can."""
   plan, options = machine.plan, machine.options
   stream = options.stream and not os.path.isfile(plan.base)
   fetch_missing(plan, net, image=not stream)
@@ -6759,12 +6761,12 @@ def fetch_base(machine: Machine, net: Net) -> Base:
 
 
 def cmd_ssh(options: Options) -> int:
-  """Run a command in a running instance, or a shell."""
+  """Run a command in a running instance, or open a shell."""
   [paths] = existing(cache_from(os.environ), options.operands, "run")
   if not is_running(paths):
     raise QvmError(
-      f"the instance {paths.name} does not run",
-      "qvm run --detach starts one in the background, see qvm list",
+      f"the instance {paths.name} is not running",
+      "start it in the background with qvm run --detach; see qvm list",
     )
   login = login_of(paths)
   if not wait_for_ssh(
@@ -6778,7 +6780,7 @@ def cmd_ssh(options: Options) -> int:
 
 
 def cmd_pull(options: Options) -> int:
-  """Download everything that `run` needs, or fill a mirror, or verify what is there."""
+  """Download everything that `run` needs, or fill a mirror, or verify cached files."""
   net = net_from(os.environ)
   plan = plan_from(options, net)
   if options.mirror:
@@ -6793,7 +6795,7 @@ def cmd_pull(options: Options) -> int:
 
 
 def verify(plan: Plan, releases: Releases) -> int:
-  """Compare what is cached with its record and its release; prints a line for each, 1 if bad."""
+  """Check cached files against their records and releases; prints a line for each, 1 if bad."""
   things = [(plan.base, image_repo(plan.guest.os)), (plan.tree_program, "resources")]
   if not plan.own_qemu:
     things.append((plan.qemu_img, "resources"))
@@ -6803,30 +6805,32 @@ def verify(plan: Plan, releases: Releases) -> int:
     emit(f"{os.path.basename(path)}: {verdicts[-1]}")
   if all(text.startswith("ok") for text in verdicts):
     return 0
-  say(f"delete what is damaged, below {plan.cache}, and pull it again")
+  say(f"delete the damaged files in {plan.cache.root} and pull again")
   return EXIT_FAILED
 
 
 def verdict(releases: Releases, path: str, repo: str) -> str:
-  """Whether a file, or the tree of a QEMU, is what its record and its release say."""
+  """Whether a file, or the tree of a QEMU, matches its record and its release."""
   record = record_of(path)
   if not record.sha256:
-    return "unknown: no digest was noted when it came"
+    return "unknown: no digest was recorded at download"
   tree = os.path.dirname(os.path.dirname(path))
   digest = tree_sha256(tree) if is_qemu_program(path) else file_sha256(path)
   if digest != record.sha256:
-    return "DAMAGED: it has not the digest that was noted when it came"
+    return "DAMAGED: its digest is not the one recorded at download"
   tag, name = record.release, unquoted(record.url.rpartition("/")[2])
   if name.endswith(".qcow2") and record.asset_sha256 != digest:
     return "DAMAGED: its record contradicts itself"
   named = releases.digest(repo, tag, name) if re.match(TAG_RE, tag) else ""
   if named and named != record.asset_sha256:
     return f"DAMAGED: {tag} names another digest"
-  return f"ok, as {tag} says" if named else "ok, as noted when it came; the release cannot be asked"
+  return (
+    f"ok, matches {tag}" if named else "ok, matches the record; the release's digest is unknown"
+  )
 
 
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
-  """Download the release's paths into a folder that can be QVM_RELEASES_URL for others."""
+  """Download release files into a folder that others can use as QVM_RELEASES_URL."""
   for name in (plan.qemu_asset, plan.tools_asset):
     mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
   repo = image_repo(plan.guest.os)
@@ -6837,7 +6841,7 @@ def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
 
 
 def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str) -> None:
-  """Put one asset into a mirror, and into the files that stand for its release's pages."""
+  """Put one asset into a mirror, and list it in the files that replace its release's pages."""
   top = os.path.join(folder, repo, "releases")
   target = os.path.join(top, "download", tag, name)
   page = os.path.join(top, "expanded_assets", tag)
@@ -6860,7 +6864,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
 
 
 def cmd_search(options: Options) -> int:
-  """Show the versions that can be had, or without a network those that are cached."""
+  """List the available versions, or without a network the cached ones."""
   cache, net = cache_from(os.environ), impatient(net_from(os.environ))
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
@@ -6874,7 +6878,7 @@ def cmd_search(options: Options) -> int:
       errors[name], images = error, []
     rows += search_rows(name, images, cached_images(cache, name))
   for name, problem in errors.items():
-    say(f"only what is cached of {name} is shown: {problem}")
+    say(f"showing only cached images of {name}: {problem}")
   if options.json:
     emit_json([row._asdict() for row in rows])
   else:
@@ -6883,7 +6887,7 @@ def cmd_search(options: Options) -> int:
 
 
 def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
-  """A call that asks for the images of an OS."""
+  """A function that requests the images of an OS."""
   return lambda: images_in(name, releases.all(image_repo(name)))
 
 
@@ -6925,7 +6929,7 @@ def show_search(rows: List[SearchRow]) -> None:
 
 
 def cmd_list(options: Options) -> int:
-  """Show the instances."""
+  """List the instances."""
   cache = cache_from(os.environ)
   sweep(cache)
   rows = list_instances(cache)
@@ -6943,23 +6947,25 @@ def cmd_list(options: Options) -> int:
 
 
 def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:
-  """The instances of these names, each once; QvmError when one is missing."""
+  """The instances of these names, each once; QvmError if one is missing."""
   chosen = [cache.instance(name) for name in dict.fromkeys(names)]
   for paths in chosen:
     if not os.path.lexists(paths.disk):
-      words = [line for line in last_lines(paths.console) if line.startswith("qvm: ")]
-      hint = f"the end of {paths.console}: {words[-1]}" if words else "see qvm list"
-      raise QvmError(f"there is no instance {paths.name}; nothing is {what}", hint)
+      lines = [line for line in last_lines(paths.console) if line.startswith("qvm: ")]
+      hint = f"the end of {paths.console}: {lines[-1]}" if lines else "see qvm list"
+      raise QvmError(f"there is no instance {paths.name}; nothing was {what}", hint)
   return chosen
 
 
 def cmd_stop(options: Options) -> int:
-  """Power running instances off; all names are looked at before any is stopped."""
+  """Power off running instances; all names are checked before any instance is stopped."""
   cache = cache_from(os.environ)
   chosen = existing(cache, options.operands, "stopped")
   for paths in chosen:
     if not is_running(paths):
-      raise QvmError(f"the instance {paths.name} does not run; nothing is stopped", "see qvm list")
+      raise QvmError(
+        f"the instance {paths.name} is not running; nothing was stopped", "see qvm list"
+      )
   for paths in chosen:
     stop_instance(paths, options.force)
     emit(paths.name)
@@ -6968,12 +6974,12 @@ def cmd_stop(options: Options) -> int:
 
 
 def cmd_rm(options: Options) -> int:
-  """Remove instances; all names are looked at before anything is removed."""
+  """Delete instances and layers; all names are checked before anything is deleted."""
   cache = cache_from(os.environ)
   sweep(cache)
   frozen = {layer.name: layer for layer in layers(cache)}
   names = [name for name in options.operands if name not in frozen]
-  chosen = existing(cache, names, "removed")
+  chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
   for paths in chosen if options.force else []:
     if is_running(paths):
@@ -6983,7 +6989,7 @@ def cmd_rm(options: Options) -> int:
       try:
         stack.callback(take_instance(paths).remove)
       except RunningError as error:
-        raise QvmError(f"{error}; nothing is removed", "qvm stop ends it, qvm rm --force as well")
+        raise QvmError(f"{error}; nothing was deleted", "use qvm stop first, or qvm rm --force")
     for paths in chosen:
       remove_instance(paths)
       emit(paths.name)
@@ -7003,7 +7009,7 @@ def cmd_clean(options: Options) -> int:
 
 
 def clean(cache: Cache, options: Options) -> int:
-  """Delete what `clean` may, or only name it; returns the bytes that it takes."""
+  """Delete what `clean` may delete, or with --dry-run only list it; returns its bytes."""
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
     alone = idle.try_()  # whether nothing is being downloaded
@@ -7012,21 +7018,21 @@ def clean(cache: Cache, options: Options) -> int:
     if alone:
       paths += strays(cache) + (unneeded(cache, orphans) if options.all else [])
     elif options.all:
-      say("something is being downloaded: images and QEMU stay")
+      say("a download is in progress: images and QEMU are kept")
     for path in paths:
       try:
         size = tree_size(path)
-      except FileNotFoundError:  # a run has just ended, and with it went its lock
+      except FileNotFoundError:  # a run has just ended and deleted its lock
         continue
       if not options.dry_run and not removed(cache, path):
-        continue  # somebody has just begun to use it
+        continue  # another process has just begun to use it
       total += size
       emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache.root)}")
   return total
 
 
 def removed(cache: Cache, path: str) -> bool:
-  """Remove something that `clean` found; whether it is gone."""
+  """Remove something that `clean` found; returns whether it is gone."""
   if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
     return remove_unlocked(path)
   remove_tree(path)
@@ -7034,12 +7040,12 @@ def removed(cache: Cache, path: str) -> bool:
 
 
 def is_taken(cache: Cache, name: str) -> bool:
-  """Whether a process holds the lock of the instance of that name; under instances_lock."""
+  """Whether a process holds an instance's lock; the caller holds instances_lock."""
   return Lock(cache.instance(name).lock).is_held()
 
 
 def unfinished_downloads(cache: Cache) -> List[str]:
-  """What lies in downloads/ and nobody has the lock of, but for what streamed overlays lie on."""
+  """The unlocked paths in downloads/, except the images that streamed overlays still need."""
   disks = [cache.instance(name).disk for name in instance_names(cache, ".qcow2")]
   begun = {os.path.basename(base_of(disk)) for disk in disks if is_streamed(disk)}
   paths = [path for path in paths_in(cache.downloads) if os.path.basename(path) not in begun]
@@ -7061,7 +7067,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
 
 
 def strays(cache: Cache) -> List[str]:
-  """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
+  """Files that belong to no image, layer, QEMU or qvm: outdated, or left by a killed process."""
   found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
   bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
   known = {end for base in bases for end in (base, record_path(base), record_path(base) + ".new")}
@@ -7076,9 +7082,9 @@ def strays(cache: Cache) -> List[str]:
 
 
 def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
-  """Layers and base images that no instance needs, and QEMU when nothing runs.
+  """Layers and base images that no instance needs, and QEMU if nothing is running.
 
-  All of it can be fetched or made again.
+  All of it can be downloaded or created again.
   """
   used = [os.path.basename(path) for n, path in base_files(cache).items() if n not in orphans]
   found = []
@@ -7090,7 +7096,7 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
-    say("an instance is running: QEMU stays")
+    say("an instance is running: QEMU is kept")
     return found
   links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
   trees = [os.path.realpath(path) for path in links if os.path.islink(path)]
@@ -7099,7 +7105,7 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
 
 
 def cmd_config(options: Options) -> int:
-  """Print the cache folder."""
+  """Print the path of the cache folder."""
   emit(cache_from(os.environ).root)
   return 0
 
@@ -7108,27 +7114,27 @@ def cmd_config(options: Options) -> int:
 
 
 class Check(NamedTuple):
-  """One line of `qvm doctor`: ok, warning or fault, what was looked at, and the fix."""
+  """One line of `qvm doctor`: what was checked, the result, and the fix."""
 
-  state: str
+  state: str  # ok, warning or fault
   name: str
   text: str
   fix: str = ""
 
 
-FIRST_RUN_BYTES = 2 << 30  # bytes that a first run takes: QEMU, an image, what the guest writes
-DOCTOR_SECONDS = 8.0  # seconds for all questions to the network together
+FIRST_RUN_BYTES = 2 << 30  # a first run's QEMU and image, and some of what the guest writes
+DOCTOR_SECONDS = 8.0  # for all network checks: enough for two slow requests, short for a user
 
 
 def cmd_doctor(options: Options) -> int:
-  """Say what this host can and cannot do, and the fix for each fault; downloads nothing."""
+  """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
   checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
   checks += [*check_qemu(cache), check_zstd()]
   checks += check_accelerators(sys.platform, "/dev/kvm", native_qemu(cache))
   checks.append(check_instances(cache))
-  checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "left out")]
+  checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
   else:
@@ -7140,11 +7146,13 @@ def cmd_doctor(options: Options) -> int:
 
 
 def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
-  """The result of a check that may hang."""
+  """The result of the network checks, or a fault if they take longer."""
   later.thread.join(seconds)
   if later.thread.is_alive():
     return [
-      Check("fault", "network", f"no answer in {seconds:g} s", "is a proxy needed? https_proxy")
+      Check(
+        "fault", "network", f"no answer within {seconds:g} s", "is a proxy needed? set https_proxy"
+      )
     ]
   try:
     return list(later.result())
@@ -7153,7 +7161,7 @@ def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
 
 
 def check_system() -> Check:
-  """Whether qvm works on this system."""
+  """Whether qvm supports this system."""
   uname = os.uname()
   text = f"{uname.sysname} {uname.release} on {uname.machine}"
   try:
@@ -7162,7 +7170,7 @@ def check_system() -> Check:
   except QvmError as error:
     return Check("fault", "host", f"{text}: {error}", error.hint)
   if host == Host("macos", "arm64") and not os.path.exists("/Library/Apple/usr/share/rosetta"):
-    fix = "softwareupdate --install-rosetta, or --qemu with a QEMU of your own"
+    fix = "softwareupdate --install-rosetta, or use your own QEMU with --qemu"
     return Check("fault", "host", f"{text}, without Rosetta, which QEMU needs", fix)
   return Check("ok", "host", text)
 
@@ -7173,24 +7181,23 @@ def check_python() -> Check:
   try:
     tls = ssl.OPENSSL_VERSION
   except ImportError:
-    return Check("fault", "Python", f"{version} without ssl", "use a Python that has TLS")
+    return Check("fault", "Python", f"{version} without ssl", "use a Python with TLS support")
   return Check("ok", "Python", f"{version}, {tls}, {sys.executable}")
 
 
 def check_ssh() -> Check:
-  """OpenSSH's client, which commands in the guest and `stop` need."""
+  """The OpenSSH client, which commands in the guest and `stop` need."""
   if not find_program("ssh"):
-    fix = "install OpenSSH's client (Debian: apt-get install openssh-client)"
-    text = "there is no ssh on PATH: no commands in guests, and stop cannot power them off"
-    return Check("warning", "ssh", text, fix)
-  code, words = ask_program([find_program("ssh"), "-V"])
+    text = "no ssh found on PATH: qvm cannot run commands in guests or power them off"
+    return Check("warning", "ssh", text, SSH_FIX)
+  code, output = ask_program([find_program("ssh"), "-V"])
   if code:
-    return Check("warning", "ssh", f"it does not start: {words}", "install OpenSSH's client again")
-  return Check("ok", "ssh", words)
+    return Check("warning", "ssh", f"ssh does not start: {output}", "reinstall the OpenSSH client")
+  return Check("ok", "ssh", output)
 
 
 def check_cache(cache: Cache) -> Check:
-  """Whether the cache folder, or what will hold it, can be written and has room."""
+  """Whether the cache folder, or where it will be created, is writable and has space."""
   root = there = cache.root
   if os.path.lexists(root) and not os.path.isdir(root):
     return Check("fault", "cache", f"{root} is not a folder", "move it out of the way")
@@ -7198,8 +7205,7 @@ def check_cache(cache: Cache) -> Check:
     there = os.path.dirname(there)
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
-    fix = "QVM_CACHE_DIR can name another folder"
-    return Check("fault", "cache", f"{text}: it cannot be written", fix)
+    return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
   if there == root:
     try:
       check_owner(root, cache)
@@ -7208,13 +7214,13 @@ def check_cache(cache: Cache) -> Check:
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
-    fix = "qvm clean --all --dry-run shows what can go"
-    return Check("warning", "cache", f"{text}; a first run takes {megabytes(FIRST_RUN_BYTES)}", fix)
+    text += f"; a first run needs {megabytes(FIRST_RUN_BYTES)}"
+    return Check("warning", "cache", text, "qvm clean --all --dry-run lists what can be deleted")
   return Check("ok", "cache", text)
 
 
 def file_system(path: str, mounts: str) -> str:
-  """The kind of file system a path lies on, as Linux tells."""
+  """The type of the file system that holds a path; Linux only."""
   best, kind = "", "its file system"
   with contextlib.suppress(OSError), open(mounts) as file:
     for fields in (line.split() for line in file):
@@ -7234,12 +7240,12 @@ def check_qemu(cache: Cache) -> List[Check]:
       checks.append(Check("ok", "QEMU " + cpu, "not downloaded yet"))
       continue
     release = record_of(program).release or "unknown release"
-    code, words = ask_program([program, "-accel", "help"])
+    code, output = ask_program([program, "-accel", "help"])
     if code:
-      fix = "qvm clean --all removes it, the next run fetches it again"
-      checks.append(Check("fault", "QEMU " + cpu, f"{release} does not start: {words}", fix))
+      text = f"{release} does not start: {output}"
+      checks.append(Check("fault", "QEMU " + cpu, text, QEMU_FIX))
     else:
-      offers = words.partition(":")[2].split()
+      offers = output.partition(":")[2].split()
       checks.append(Check("ok", "QEMU " + cpu, f"{release}, accelerators: {' '.join(offers)}"))
   return checks
 
@@ -7251,35 +7257,36 @@ TRY_KVM_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
 def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
   """Whether guests of the host's own CPU can run at full speed."""
   if platform == "darwin":
-    text = "the downloaded QEMU is built for Intel; on Apple Silicon it emulates"
+    text = "the downloaded QEMU is built for Intel; on Apple Silicon, guests are emulated"
     return [Check("ok", "HVF", text)]
   if not os.path.exists(kvm):
-    fix = "switch on virtualisation in the firmware, or take a host that offers it to guests"
-    return [Check("warning", "KVM", f"there is no {kvm}: guests are emulated, much slower", fix)]
+    fix = "enable virtualisation in the firmware, or nested virtualisation if this is a guest"
+    text = f"there is no {kvm}: guests are emulated, which is much slower"
+    return [Check("warning", "KVM", text, fix)]
   try:
     fd = os.open(kvm, os.O_RDWR)
   except OSError as error:
-    text = f"{kvm} may not be used ({describe(error)}): guests are emulated, much slower"
+    text = f"cannot open {kvm} ({describe(error)}): guests are emulated, which is much slower"
     return [Check("warning", "KVM", text, KVM_FIX)]
   try:
     version = fcntl.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION, 12 since Linux 2.6.22
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
-    text = f"{kvm} is there but makes no machine: {describe(error)}"
+    text = f"{kvm} cannot create a virtual machine: {describe(error)}"
     return [Check("warning", "KVM", text, TCG_FIX)]
   finally:
     os.close(fd)
   if not os.path.isfile(qemu):
     return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
-  code, words = ask_program([qemu, *TRY_KVM], TRY_KVM_INPUT)
+  code, output = ask_program([qemu, *TRY_KVM], TRY_KVM_INPUT)
   if code:
-    cause = explain(words) or [f"QEMU does not start with it: {words[-200:]}", TCG_FIX]
+    cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
     return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
 
 def native_qemu(cache: Cache) -> str:
-  """The path of the downloaded QEMU for the host's own CPU, whether or not it is there."""
+  """The path of the downloaded QEMU for the host's own CPU, even if it does not exist."""
   cpu = QEMU_CPUS.get(ARCHES.get(os.uname().machine.lower(), ""), "none")
   return cache.qemu_program(cpu)
 
@@ -7292,7 +7299,7 @@ def check_zstd() -> Check:
 
 
 def check_network(net: Net) -> List[Check]:
-  """The way to the release server and the quota of the API."""
+  """The proxies, the release server, and the quota of the API."""
   proxies = {
     name: proxy_name(url) for name, url in urllib.request.getproxies().items() if "://" in url
   }
@@ -7310,25 +7317,26 @@ def check_network(net: Net) -> List[Check]:
 
 
 def check_quota(net: Net) -> Check:
-  """Whether GitHub's API still answers: it tells digests and older releases."""
+  """Whether GitHub's API, which has digests and older releases, still answers."""
   url = f"{net.api}/resources/releases?per_page=1"
   try:
     with open_url(net, url) as answer:
       left = answer.headers.get("x-ratelimit-remaining")
   except (QvmError, Transient) as error:
-    hint = getattr(error, "hint", "") or "nothing need be done; GITHUB_TOKEN raises the quota"
-    return Check("warning", "API", f"{error}; the release pages are read instead", hint)
+    hint = getattr(error, "hint", "") or "no action needed; GITHUB_TOKEN raises the quota"
+    return Check("warning", "API", f"{error}; qvm reads the release pages instead", hint)
   return Check(
     "ok", "API", f"{redacted(net.api)}" + (f", {left} requests left this hour" if left else "")
   )
 
 
 def check_instances(cache: Cache) -> Check:
-  """The instances that run."""
+  """The number of instances, and those that are running."""
   try:
     rows = list_instances(cache)
   except OSError as error:
-    return Check("fault", "instances", f"{cache}: {describe(error)}", "make the folder yours again")
+    text = f"{cache.root}: {describe(error)}"
+    return Check("fault", "instances", text, "make yourself the owner of the folder again")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 
@@ -7339,7 +7347,7 @@ COMPLETIONS = {
   "bash": """\
 _qvm() {{
   local word words=("${{COMP_WORDS[@]:0:COMP_CWORD+1}}")
-  if [[ -n $COMP_LINE ]]; then # bash parts words at = and : too
+  if [[ -n $COMP_LINE ]]; then # bash also splits words at = and :
     read -ra words <<< "${{COMP_LINE:0:COMP_POINT}}"
     [[ ${{COMP_LINE:0:COMP_POINT}} == *" " ]] && words+=("")
   fi
@@ -7373,7 +7381,7 @@ end
 
 
 def cmd_completion(options: Options) -> int:
-  """Print a shell's completion script, or for it the words that may come next."""
+  """Print a shell's completion script or, for that script, the words that can come next."""
   shell = options.operands[0]
   if shell == "words":
     for word in next_words(options.operands[1:], cache_from(os.environ)):
@@ -7386,7 +7394,7 @@ def cmd_completion(options: Options) -> int:
 
 
 def next_words(before: Sequence[str], cache: Cache) -> List[str]:
-  """The words that may follow those already typed."""
+  """The words that can follow those already typed."""
   if "--" in before:
     return []  # a command for the guest
   if before and before[-1] == "--platform":
@@ -7438,7 +7446,7 @@ CALLS: Dict[str, Callable[[Options], int]] = {
 
 
 def call(options: Options) -> int:
-  """Do what the command line says."""
+  """Execute the parsed command line."""
   report.progress = options.progress
   if options.help:
     emit(help_text(options.command))
@@ -7482,15 +7490,15 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     path = error.filename2 or error.filename
     say(f"{path}: {describe(error)}" if path else describe(error))
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):
-      say(f"is the cache yours, and can it be written? {OTHER_CACHE}")
+      say(f"do you own the cache, and is it writable? if not, {OTHER_CACHE}")
   except Exception as error:
     if os.environ.get("QVM_DEBUG"):
       raise
     say(f"this is a bug in qvm {__version__}: {type(error).__name__}: {error}")
-    say("QVM_DEBUG=1 shows where; please report it")
+    say("please report it, with the traceback that QVM_DEBUG=1 shows")
   signals.finish()
   if Transfer.abandoned:
-    os._exit(code)  # Python 3.12 and 3.13 may crash when they end while a thread waits for data
+    os._exit(code)  # Python 3.12 and 3.13 can crash at exit while a thread waits for data
   return code
 
 

@@ -51,7 +51,7 @@ def test_a_folder_that_others_can_write_is_refused(full, server, tmp_path, folde
   full.play(record=str(tmp_path / "record"))
   for words in (RUN, PULL):
     result = full(*words)
-    fails(result, f"{path} can be written by other users", f"chmod go-w {path};")
+    fails(result, f"{path} is writable by other users", f"chmod go-w {path};")
   assert not (tmp_path / "record").exists() and server.started == 0
   words = re.search(r"(chmod \S+ \S+);", result.stderr).group(1).split()
   subprocess.run(words, check=True)
@@ -64,7 +64,7 @@ def test_what_executes_nothing_goes_on(full):
     works(full(*words))
   result = full("doctor", "--offline")
   assert result.returncode == 1
-  assert re.search(r"fault +cache: .* can be written by other users", result.stdout)
+  assert re.search(r"fault +cache: .* is writable by other users", result.stdout)
   assert f"→ chmod go-w {full.cache}" in result.stdout
 
 
@@ -77,7 +77,7 @@ def test_a_folder_of_another_user_is_refused(full, tmp_path):
   os.chown(path, OTHER, OTHER)
   full.play(record=str(tmp_path / "record"))
   for words in (RUN, PULL):
-    fails(full(*words), f"{path} belongs to another user (number {OTHER})", "QVM_CACHE_DIR")
+    fails(full(*words), f"{path} belongs to another user (uid {OTHER})", "QVM_CACHE_DIR")
   assert not (tmp_path / "record").exists()
 
 
@@ -128,13 +128,13 @@ def test_a_link_to_a_folder_of_ones_own(full, tmp_path):
   full.cache.symlink_to(tmp_path / "elsewhere")
   works(full(*RUN))
   (tmp_path / "elsewhere").chmod(0o777)
-  fails(full(*RUN), f"{full.cache} can be written by other users")
+  fails(full(*RUN), f"{full.cache} is writable by other users")
 
 
 def test_a_link_that_leads_nowhere(full, tmp_path):
   full.cache.rename(tmp_path / "elsewhere")
   full.cache.symlink_to(tmp_path / "nowhere")
-  fails(full(*RUN), f"{full.cache} is in the way: it is not a folder")
+  fails(full(*RUN), f"{full.cache} exists but is not a folder")
   assert not (tmp_path / "nowhere").exists()
 
 
@@ -148,7 +148,7 @@ def test_a_home_that_cannot_be_made(qvm, server):
   qvm.home.chmod(0o500)
   for words in (RUN, PULL):
     result = qvm(*words, preexec_fn=obey_modes)
-    fails(result, f"{qvm.home}/.cache cannot be made: Permission denied", "QVM_CACHE_DIR")
+    fails(result, f"cannot create {qvm.home}/.cache: Permission denied", "QVM_CACHE_DIR")
   assert server.started == 0
 
 
@@ -162,7 +162,7 @@ def test_a_file_system_without_locks(full, problem):
   before = full.files()
   for words in (RUN, (*PULL, "--refresh"), ("list",), ("clean",), ("rm", "vm"), ("stop", "vm")):
     result = below(full, injected(f"flock:error={problem}"), *words)
-    fails(result, "cannot be locked: ", "QVM_CACHE_DIR", "local disk")
+    fails(result, "cannot lock ", "QVM_CACHE_DIR", "local disk")
   assert [name for name in full.files() if not name.endswith(".lock")] == before
   works(full(*RUN))
 

@@ -693,7 +693,7 @@ REDIRECTS = {
   "to a page": (
     "{}/freebsd-builder/releases/expanded_assets/v0.16.0",
     302,
-    "releases/latest names no newest release",
+    "releases/latest names no release",
   ),
   "with no tag": ("{}/freebsd-builder/releases/tag/", 302, "releases/latest names no"),
   "with a tag only in the query": (

@@ -198,10 +198,10 @@ def test_rm_with_the_name_of_an_instance_is_refused(used):
 def test_a_second_run_is_refused_by_name(used, background):
   process, record = background(used, *RUN)
   before = state(used.cache)
-  running = f"{FREEBSD} is running already (QEMU process {record['pid']})"
+  running = f"{FREEBSD} is already running (QEMU process {record['pid']})"
   fails(used(*RUN), running, "--name", "--rm")
   fails(used(*RUN, "--rm", "--name", FREEBSD), running)
-  fails(used("rm", FREEBSD), running, "nothing is removed")
+  fails(used("rm", FREEBSD), running, "nothing was deleted")
   assert state(used.cache) == before
   assert used(*RUN, "--rm").returncode == 0
   assert used(*RUN, "--name", "other").returncode == 0
@@ -215,7 +215,7 @@ def test_a_second_run_is_refused_during_the_download_too(qvm, server):
   fault = server.fault("freebsd-15.1", stall="headers")
   with ended(qvm.start(*RUN)) as process:
     assert fault.reached.wait(30)
-    fails(qvm(*RUN), f"{FREEBSD} is running already (qvm process {process.pid})")
+    fails(qvm(*RUN), f"{FREEBSD} is already running (qvm process {process.pid})")
     fails(qvm("rm", FREEBSD), f"no instance {FREEBSD}")
     assert rows(qvm) == {}
     process.kill()
@@ -228,7 +228,7 @@ def test_an_instance_runs_as_long_as_its_qemu(used, background):
   process, record = background(used, *RUN)
   process.kill()
   process.wait()
-  running = f"running already (QEMU process {record['pid']})"
+  running = f"already running (QEMU process {record['pid']})"
   fails(used(*RUN), running)
   fails(used("rm", FREEBSD), running)
   assert rows(used)[FREEBSD]["state"] == "running"
@@ -264,7 +264,7 @@ def test_of_many_runs_at_once_one_wins(qvm, tmp_path):
       run.kill()
   outputs = [(run.communicate()[1], run) for run in runs]
   for stderr, run in outputs:
-    assert run in winners or (run.returncode == 1 and "is running already" in stderr), stderr
+    assert run in winners or (run.returncode == 1 and "is already running" in stderr), stderr
 
 
 OTHER = [
@@ -309,7 +309,7 @@ def test_an_instance_whose_base_was_replaced_is_refused_and_kept(qvm, server, im
   assert (qvm.cache / BASE).read_bytes() == other
   before = state(qvm.cache)
   old = hashlib.sha256(image).hexdigest()
-  fails(qvm(*RUN), "another base image", old, f"qvm rm {FREEBSD}")
+  fails(qvm(*RUN), "on a different base image", old, f"qvm rm {FREEBSD}")
   assert state(qvm.cache) == before
   assert qvm("rm", FREEBSD).returncode == 0
   assert qvm(*RUN).returncode == 0
@@ -502,7 +502,7 @@ def test_a_damaged_record_of_the_base_is_no_catastrophe(used, content, code):
   disk = digest(used.cache / DISK)
   run = used(*RUN)
   if code:
-    fails(run, "another base image", f"qvm rm {FREEBSD}")
+    fails(run, "on a different base image", f"qvm rm {FREEBSD}")
   else:
     works(run)
   assert digest(used.cache / DISK) == disk
@@ -564,7 +564,7 @@ def test_rm_removes_those_that_are_named(several, names, removed):
 def test_rm_of_an_unknown_one_removes_none(several, names):
   before = state(several.cache)
   unknown = next(name for name in names if name != "a")
-  fails(several("rm", *names), f"no instance {unknown}", "nothing is removed", "qvm list")
+  fails(several("rm", *names), f"no instance {unknown}", "nothing was deleted", "qvm list")
   assert state(several.cache) == before
 
 
@@ -572,7 +572,7 @@ def test_rm_of_an_unknown_one_removes_none(several, names):
 def test_rm_of_a_running_one_removes_none(several, background, names):
   process, record = background(several, *RUN, "--name", "a")
   before = state(several.cache)
-  fails(several("rm", *names), f"a is running already (QEMU process {record['pid']})", "nothing")
+  fails(several("rm", *names), f"a is already running (QEMU process {record['pid']})", "nothing")
   assert state(several.cache) == before
   assert process.poll() is None
 

@@ -347,7 +347,7 @@ def test_the_next_free_port_is_used_and_told(used, first_port, tmp_path, taken):
   port = first_port + taken
   assert run.returncode == 0
   assert run.stderr.splitlines() == [
-    f"qvm: port {first_port} is taken; this machine gets {port}",
+    f"qvm: port {first_port} is taken; this machine uses {port}",
     f"qvm: ssh -p {port} runner@127.0.0.1",
   ]
   assert forwarded(used.record(tmp_path / "record")) == f"127.0.0.1:{port}"
@@ -458,7 +458,7 @@ NOT_FOR_HERE = {
   "empty": (b"", "another CPU", "--qemu"),
   "another machine": (elf(0xBEEF), "another CPU", "--qemu"),
   "no interpreter": (b"#!/no/such/interpreter\n", "interpreter is missing"),
-  "interpreter a folder": (b"#!/tmp\n", "cannot be executed"),
+  "interpreter a folder": (b"#!/tmp\n", "cannot execute"),
 }
 
 
@@ -675,7 +675,7 @@ def test_own_qemu_with_the_qemu_img_on_path(qvm, server, own, tmp_path):
 def test_own_qemu_without_any_qemu_img(qvm, server, own, path):
   program = own("qemu-system-x86_64")
   run = qvm(*RUN, "--qemu", program, env={"PATH": path})
-  fails(run, f"no qemu-img beside {program}", "PATH", "qemu-utils")
+  fails(run, f"no qemu-img found next to {program}", "PATH", "qemu-utils")
   assert (server.started, list(qvm.home.iterdir())) == (0, [])
 
 
@@ -683,7 +683,7 @@ def test_own_qemu_img_that_is_no_program(qvm, server, own):
   program = own("qemu-system-x86_64", "qemu-img")
   Path(program).with_name("qemu-img").chmod(0o644)
   run = qvm(*RUN, "--qemu", program, env={"PATH": "/nowhere"})
-  fails(run, f"no qemu-img beside {program}")
+  fails(run, f"no qemu-img found next to {program}")
 
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "dot", "link", "on PATH"])
@@ -715,7 +715,7 @@ def test_ways_to_name_the_own_qemu(used, own, tmp_path, form):
 @pytest.mark.parametrize("command", ["run", "pull"])
 def test_own_qemu_for_another_cpu(qvm, server, own, command, name, words):
   run = qvm(command, *RUN[1:], *words, "--qemu", own(name, "qemu-img"))
-  fails(run, name, f"{words[1]} guests want a qemu-system-", code=2)
+  fails(run, name, f"{words[1]} guests need qemu-system-", code=2)
   assert (server.started, list(qvm.home.iterdir())) == (0, [])
 
 

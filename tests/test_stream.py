@@ -480,14 +480,14 @@ def test_another_object_under_the_same_name(streamer, server, tmp_path, packed):
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
   for words in (STREAM, RUN):
     result = streamer(*words)
-    assert result.returncode == 1 and "was made on another base image" in result.stderr
+    assert result.returncode == 1 and "was created on a different base image" in result.stderr
     assert backing(streamer).startswith("nbd+unix:")
     settled(streamer)
 
 
 def test_clean_and_rm_know_of_it(streamer, server, tmp_path):
   process, pid = begun(streamer, server, tmp_path, *STREAM)
-  assert "something is being downloaded" in works(streamer("clean", "--all")).stderr
+  assert "a download is in progress" in works(streamer("clean", "--all")).stderr
   assert streamer("rm", "vm").returncode == 1
   works(streamer("rm", "--force", "vm"))
   finished(process)

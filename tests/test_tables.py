@@ -479,7 +479,7 @@ def test_dry_run_in_a_home_that_is_read_only(qvm, server):
   assert argv == tcg(filled(GUESTS[0], qvm.cache))
   assert server.started == 0
   run = qvm("pull", *guest_words(GUESTS[0]), preexec_fn=obey_modes)
-  fails(run, f"{qvm.home}/.cache cannot be made: Permission denied", "QVM_CACHE_DIR")
+  fails(run, f"cannot create {qvm.home}/.cache: Permission denied", "QVM_CACHE_DIR")
   assert server.started == 0
 
 

@@ -1353,8 +1353,8 @@ CROWD = (
 )
 # What a command may say when it fails because of what the others do.
 HONEST = (
-  r"there is no instance a; nothing is removed",
-  r"the instance a is running already \(.*\)(; nothing is removed)?",
+  r"there is no instance a; nothing was deleted",
+  r"the instance a is already running \(.*\)(; nothing was deleted)?",
   r"/\S*\.qcow2 cannot be refreshed: these instances depend on it: \S+(, \S+)*",
   r"/\S* loses files as soon as they are there",
 )

@@ -42,7 +42,8 @@ for name; do
   case $name in
     kern.hv_support) case $DARWIN_MACHINE in *vm) value=0;; *) value=1;; esac;;
     hw.optional.arm64) value=$apple;;
-    sysctl.proc_translated) [ -z "$apple" ] || value=0; [ "$DARWIN_MACHINE" != rosetta ] || value=1;;
+    sysctl.proc_translated)
+      case $DARWIN_MACHINE in intel*) ;; rosetta) value=1;; *) value=0;; esac;;
     machdep.cpu.brand_string)
       value='Apple M2'
       case $DARWIN_MACHINE in

@@ -83,7 +83,7 @@ LACKS["_socket"] = LACKS["socket"]
 
 real_stat, real_lstat, real_listdir = os.stat, os.lstat, os.listdir
 real_open, real_readlink, real_access = os.open, os.readlink, os.access
-real_realpath, real_getcwd = os.path.realpath, os.getcwd
+real_realpath, real_getcwd, real_builtin_open = os.path.realpath, os.getcwd, io.open
 
 
 def lose(name, module):
@@ -173,7 +173,7 @@ def where(path, dir_fd=None):
     elif dir_fd is None:
       base = real_getcwd()
     else:
-      base = real_readlink("/proc/self/fd/%d" % dir_fd)
+      base = real_readlink(f"/proc/self/fd/{dir_fd}")
     moved = spelt(moved, base)
   if moved == text:
     return path
@@ -212,7 +212,7 @@ def look_at_dir_fd(more, names):
     if more.get(name) is None:
       more.pop(name, None)
     elif not DIR_FD:
-      raise NotImplementedError("%s unavailable on this platform" % name)
+      raise NotImplementedError(f"{name} unavailable on this platform")
 
 
 def one_path(name, real):
@@ -226,7 +226,13 @@ def one_path(name, real):
     makes = name in ("mkdir", "mkfifo", "mknod")
     if makes or name == "open" and len(args) > 1 and args[1] & os.O_CREAT:
       check_tmp(path)
-    return call(real, path, where(path, more.get("dir_fd")), args[1:], more)
+    try:
+      moved = where(path, more.get("dir_fd"))
+    except OSError:
+      if name == "access":
+        return False
+      raise
+    return call(real, path, moved, args[1:], more)
 
   return wrapped
 
@@ -243,8 +249,8 @@ def two_paths(name, real):
       return call(lambda path: real(src, path, **more), dst, target, (), {})
     source = where(src, more.get("src_dir_fd"))
     if name in ("rename", "replace") and target is not dst:
-      same = dict(dir_fd=more.get("src_dir_fd")), dict(dir_fd=target_fd)
-      if os.path.samestat(real_lstat(source, **same[0]), real_lstat(target, **same[1])):
+      there = real_lstat(target, dir_fd=target_fd)
+      if os.path.samestat(real_lstat(source, dir_fd=more.get("src_dir_fd")), there):
         text = os.fsdecode(os.fspath(dst)).rstrip("/")
         moved = os.fsdecode(os.fspath(target)).rstrip("/")
         target = os.path.join(os.path.dirname(moved), os.path.basename(text))
@@ -270,16 +276,28 @@ def two_paths_safely(name, real):
   return safely
 
 
-ONE_PATH = ("open stat lstat mkdir unlink remove rmdir readlink scandir listdir access chmod chown "
-            "utime truncate statvfs mkfifo mknod chdir lchown pathconf chroot").split()  # fmt: skip
+ONE_PATH = ("open", "stat", "lstat", "mkdir", "unlink", "remove", "rmdir", "readlink", "scandir",
+            "listdir", "access", "chmod", "chown", "utime", "truncate", "statvfs", "mkfifo",
+            "mknod", "chdir", "lchown", "pathconf", "chroot")  # fmt: skip
 TWO_PATHS = ("rename", "replace", "link", "symlink")
+
+
+class Builtin:
+  """A function that no class binds to its instances, as those written in C: pathlib has some."""
+
+  def __init__(self, name, function, like):
+    self.function = function
+    self.__name__ = self.__qualname__ = name
+    self.__doc__ = like.__doc__
+
+  def __call__(self, *args, **more):
+    return self.function(*args, **more)
 
 
 def put(name, wrapped):
   """Set a function of os, also in its lists of what it supports."""
   real = getattr(os, name)
-  wrapped.__name__ = wrapped.__qualname__ = name
-  wrapped.__doc__ = real.__doc__
+  wrapped = Builtin(name, wrapped, real)
   for supports in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks,
                    os.supports_effective_ids):  # fmt: skip
     if real in supports:
@@ -308,7 +326,7 @@ def uname():
   """What uname(2) says: Rosetta lies about the machine, but not about the kernel's name."""
   machine = "x86_64" if INTEL or MACHINE == "rosetta" else "arm64"
   kernel = {"vm": "ARM64_VMAPPLE", "intel": "X86_64", "intel-vm": "X86_64"}.get(MACHINE)
-  version = "%s/RELEASE_%s" % (VERSION, kernel or "ARM64_T6000")
+  version = VERSION + "/RELEASE_" + (kernel or "ARM64_T6000")
   return os.uname_result(("Darwin", "mac.local", "24.6.0", version, machine))
 
 
@@ -324,7 +342,7 @@ def note(*words):
 
 def path_of(fd):
   try:
-    return real_readlink("/proc/self/fd/%d" % fd)
+    return real_readlink(f"/proc/self/fd/{fd}")
   except OSError:
     return "?"
 
@@ -346,8 +364,7 @@ def change_open():
       check_tmp(file)
     return call(real, file, where(file), (mode, *args), more)
 
-  open.__doc__ = real.__doc__
-  builtins.open = io.open = open
+  builtins.open = io.open = Builtin("open", open, real)
 
 
 # --- Modules that are changed when they are loaded ------------------------------------------------
@@ -446,20 +463,23 @@ def is_free_on_a_mac(module, link, where_to):
     return False
   if where_to[0] in ("", "0.0.0.0"):
     return False
-  wanted = "%08X:%04X" % (int.from_bytes(module.inet_aton(where_to[0]), sys.byteorder), where_to[1])
+  number = int.from_bytes(module.inet_aton(where_to[0]), sys.byteorder)
+  wanted = f"{number:08X}:{where_to[1]:04X}"
   lines = []
   for table in ("/proc/net/tcp", "/proc/net/tcp6"):
     if exists(table):
-      fd = real_open(table, os.O_RDONLY)
-      lines += b"".join(iter(lambda: os.read(fd, 1 << 16), b"")).decode().splitlines()[1:]
-      os.close(fd)
+      with real_builtin_open(table) as file:
+        lines += file.read().splitlines()[1:]
   listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
   return wanted not in listening and any(one.endswith(wanted[8:]) for one in listening)
 
 
 # Starts what is behind a Mach-O header, which is Python.
-LOADER = "import sys\ndel sys.argv[0]\n__file__ = sys.argv[0]\n" \
-  "with open(__file__, 'rb') as file: exec(compile(file.read()[32:], __file__, 'exec'))"  # fmt: skip
+LOADER = """import sys
+del sys.argv[0]
+__file__ = sys.argv[0]
+with open(__file__, 'rb') as file: exec(compile(file.read()[32:], __file__, 'exec'))
+"""
 
 
 def change_subprocess(module):

@@ -3,8 +3,11 @@
 What Python sees there is tests/darwin/sitecustomize.py's; the kinds of machine are named there.
 """
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -135,7 +138,8 @@ select.select([], [], [])
 # QEMU as far as a Mac matters, then the guest that $SSH_GUEST or $MAC_QEMU describes. $MAC_QEMU,
 # JSON: {"stdout", "stderr", "exit", "signal"}, "hvf": "broken" or "denied" where it should work,
 # "terminal": true sets the modes of a terminal on stdin, and makes streams non-blocking, as QEMU
-# does, "stdin": a file that gets what can be read from stdin, "wait": a FIFO to wait for.
+# does, "stdin": a file that gets what can be read from stdin, "wait": a FIFO to wait for,
+# "convert": a file that gets the content of the disk.
 QEMU = """\
 import json, os, resource, signal, sys
 CPU = {cpu!r}
@@ -201,6 +205,13 @@ if play.get("stdin"):
       file.write(repr(os.read(0, 100)))
     except OSError as error:
       file.write(repr(error))
+if play.get("convert"):
+  import subprocess
+  drive = next(word for word in sys.argv if word.startswith("if=none,file="))
+  disk = drive[len("if=none,file="):].rpartition(",id=")[0].replace(",,", ",")
+  code = subprocess.call([{qemu_img!r}, "convert", "-O", "raw", disk, play["convert"]])
+  if code:
+    sys.exit(77)
 if play.get("wait"):
   open(play["wait"]).read()
 if os.environ.get("SSH_GUEST") and not play.get("plain"):
@@ -235,9 +246,13 @@ def macho(cpu, text):
   return (b"\xcf\xfa\xed\xfe" + kind).ljust(31) + b"\n" + textwrap.dedent(text).encode()
 
 
+def qemu_text(cpu=INTEL):
+  return QEMU.format(cpu=cpu, ssh_guest=str(SSH_GUEST), qemu_img=shutil.which("qemu-img"))
+
+
 def qemu(cpu=INTEL):
   """A QEMU built for that CPU; what it emulates its name says."""
-  return macho(cpu, QEMU.format(cpu=cpu, ssh_guest=str(SSH_GUEST)))
+  return macho(cpu, qemu_text(cpu))
 
 
 def qemu_tar(**files):
@@ -289,10 +304,11 @@ class Mac(Qvm):
     home.mkdir(parents=True, exist_ok=True)
     super().__init__(home, ROOT / "qvm.py", server)
     self.machine, self.root, self.calls_file = machine, Path(folder) / "mac", Path(folder) / "calls"
-    (Path(folder) / "tmp").mkdir()
+    self.guest, self.tmp = Path(folder) / "guest", Path(folder) / "tmp"
+    self.tmp.mkdir()
     path = furnish_root(self.root, machine)
     self.env.update(PATH=path, PYTHONPATH=str(DARWIN), LC_ALL="C.UTF-8")
-    self.env.update(TMPDIR=str(Path(folder) / "tmp"), DARWIN_ROOT=str(self.root))
+    self.env.update(TMPDIR=str(self.tmp), DARWIN_ROOT=str(self.root))
     self.env.update(DARWIN_FOLDS=str(folder), DARWIN_CALLS=str(self.calls_file))
     self.env.update(DARWIN_PYTHON=sys.executable)
     self.env.update(DARWIN_MACHINE="silicon" if machine == "silicon-bare" else machine)
@@ -310,6 +326,27 @@ class Mac(Qvm):
   def accelerators(self):
     """What each QEMU has used that has come so far."""
     return [call[2] for call in self.calls("qemu")]
+
+  def guest_plays(self, **play):
+    """Let QEMU boot a guest with a real sshd, which behaves so; its files are in self.guest."""
+    self.env["SSH_GUEST"] = json.dumps({"folder": str(self.guest), **play})
+
+  def end_processes(self):
+    """Kill what is left over that has the folder of this Mac on its command line."""
+    for pid in self.processes():
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+  def processes(self):
+    """What runs with the home on its command line: QEMU, and what serves it."""
+    found = []
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
+      with contextlib.suppress(OSError):
+        if (
+          entry.isdigit() and os.fsencode(self.home) in Path("/proc", entry, "cmdline").read_bytes()
+        ):
+          found.append(int(entry))
+    return found
 
   def own_qemu(self, arch, cpu):
     """A QEMU as Homebrew's, built for that CPU; on PATH from now on, as is its qemu-img."""

@@ -18,6 +18,8 @@ The environment says which Mac it is (tests/darwin_host.py sets it up):
   DARWIN_DIR_FD   no: os has no dir_fd, as in python.org's Python 3.6 to 3.8
   DARWIN_FLOCK    no: flock lets everybody in, as on some network file systems
   DARWIN_TMP      no: nothing can be made in the folders for temporary files
+  DARWIN_CERTIFICATES  no: Python has no certificates to trust, as python.org's before its
+                  "Install Certificates.command" has run
   DARWIN_PROXIES  the proxies of System Settings, JSON: {"https": "http://host:port"}
   DARWIN_STARTED  is set by the first Python: its soft limit of open files becomes 256
 
@@ -536,13 +538,42 @@ def macho_cpu(path):
 
 
 def change_ssl(module):
-  """Certificates of the Mac's own root are found at their paths."""
-  real = module.SSLContext.load_verify_locations
+  """Certificates of the Mac's own root are found at their paths; python.org's Python has none."""
+  context = module.SSLContext
+  load, defaults, paths = (
+    context.load_verify_locations, context.set_default_verify_paths, module.get_default_verify_paths
+  )  # fmt: skip
+  bare = os.environ.get("DARWIN_CERTIFICATES") == "no"
 
   def load_verify_locations(self, cafile=None, capath=None, cadata=None):
-    return real(self, where(cafile), where(capath), cadata)
+    return load(self, where(cafile), where(capath), cadata)
 
-  module.SSLContext.load_verify_locations = load_verify_locations
+  def set_default_verify_paths(self):
+    found = [where_if_any(os.environ.get(name)) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")]
+    if any(found):
+      load(self, *found)
+    elif not bare:
+      defaults(self)
+
+  def get_default_verify_paths():
+    found = paths()
+    if not bare:
+      return found
+    at = "/Library/Frameworks/Python.framework/Versions/3.x/etc/openssl/"
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    file, folder = file if where_if_any(file) else None, folder if where_if_any(folder) else None
+    return found._replace(
+      cafile=file, capath=folder, openssl_cafile=at + "cert.pem", openssl_capath=at + "certs"
+    )
+
+  context.load_verify_locations = load_verify_locations
+  context.set_default_verify_paths = set_default_verify_paths
+  module.get_default_verify_paths = get_default_verify_paths
+
+
+def where_if_any(path):
+  """The real path of a file that is there, else None."""
+  return where(path) if path and os.path.exists(path) else None
 
 
 def change_time(module):

@@ -17,7 +17,7 @@ from conftest import ROOT, Qvm, tar_of
 DARWIN = Path(__file__).resolve().parent / "darwin"
 SSH_GUEST = Path(__file__).resolve().parent / "ssh_guest.py"
 INTEL, APPLE = "x86_64", "arm64"
-MACHINES = ("silicon", "silicon-bare", "rosetta", "vm", "intel", "intel-vm")
+MACHINES = ("silicon", "silicon-bare", "rosetta", "vm", "runner", "intel", "intel-vm")
 WITHOUT_ROSETTA = ("silicon-bare", "intel", "intel-vm")
 
 # Every stand-in adds a line to $DARWIN_CALLS: its name and arguments, with tabs between.
@@ -43,14 +43,14 @@ case ${DARWIN_MACHINE:-silicon} in intel*) intel=1;; *) apple=1;; esac
 for name; do
   value=
   case $name in
-    kern.hv_support) case $DARWIN_MACHINE in *vm) value=0;; *) value=1;; esac;;
+    kern.hv_support) case $DARWIN_MACHINE in *vm) value=0;; runner) ;; *) value=1;; esac;;
     hw.optional.arm64) value=$apple;;
     sysctl.proc_translated)
       case $DARWIN_MACHINE in intel*) ;; rosetta) value=1;; *) value=0;; esac;;
     machdep.cpu.brand_string)
       value='Apple M2'
       case $DARWIN_MACHINE in
-        vm) value='Apple M1 (Virtual)';;
+        vm|runner) value='Apple M1 (Virtual)';;
         intel*) value='Intel(R) Core(TM) i7-8700B CPU @ 3.20GHz';;
       esac;;
     machdep.cpu.features) [ -z "$intel" ] || value='FPU VME DE PSE TSC MSR PAE VMX';;
@@ -170,7 +170,7 @@ for option, value in zip(sys.argv, sys.argv[1:]):
     asked = [w[6:] for w in value.split(",") if w.startswith("accel=")][-1:] or asked
 asked = asked[0].split(":")
 native = "x86_64" if machine.startswith("intel") else "arm64"
-works = CPU == native and not machine.endswith("vm") and play.get("hvf") is None
+works = CPU == native and not machine.endswith(("vm", "runner")) and play.get("hvf") is None
 used = None
 for accelerator in asked:
   if used:
@@ -180,6 +180,8 @@ for accelerator in asked:
     if play.get("hvf") == "denied":
       die("-machine accel=hvf: Could not access HVF. Is the executable signed with "
           "com.apple.security.hypervisor entitlement?")
+    if not works and machine == "runner":  # QEMU 8
+      die("Error: HV_UNSUPPORTED", "abort")
     if not works:
       die("Error: ret = HV_UNSUPPORTED (0xfae9400f, at ../accel/hvf/hvf-accel-ops.c:339)", "abort")
     break

@@ -21,7 +21,7 @@ import time
 import darwin_host
 import pytest
 import ssh_guest
-from conftest import FREEBSD, fill, free_port, tar_of, works
+from conftest import ROOT, Qvm, fill, free_port, tar_of, works
 from darwin_host import APPLE, INTEL, MACHINES, Mac, put_program
 from release_server import ReleaseServer
 from test_zipapp import MODERN
@@ -225,6 +225,8 @@ CHOICES = [
   ("rosetta", X86, None, {"tcg"}),
   ("vm", X86, None, {"tcg"}),
   ("vm", ARM, None, {"tcg"}),
+  ("runner", X86, None, {"tcg"}),
+  ("runner", ARM, APPLE, {"tcg"}),
   ("intel", X86, None, {"hvf:tcg"}),
   ("intel-vm", X86, None, {"tcg"}),
   ("silicon", ARM, APPLE, {"hvf:tcg"}),
@@ -260,6 +262,7 @@ def test_m1_who_asks_for_an_accelerator_gets_it(new_mac):
   pytest.param("silicon", X86, None, "tcg", marks=fault("M1")),
   pytest.param("rosetta", X86, None, "tcg", marks=fault("M1")),
   pytest.param("vm", X86, None, "tcg", marks=fault("M1")),
+  pytest.param("runner", X86, None, "tcg", marks=fault("M1")),
   pytest.param("intel-vm", X86, None, "tcg", marks=fault("M1")),
   pytest.param("vm", ARM, APPLE, "tcg", marks=fault("M1")),
   ("silicon", ARM, None, "tcg"),
@@ -276,10 +279,10 @@ def test_m1_guests_boot(mac_of, machine, guest, own, used):
 
 
 @fault("M1")
-@pytest.mark.parametrize("how", ["", "denied"])
-def test_m1_hvf_that_was_asked_for_and_fails_is_explained(mac_of, how):
-  mac = mac_of("intel" if how else "silicon")
-  mac.qemu_plays(hvf=how) if how else None
+@pytest.mark.parametrize("machine, how", [("silicon", None), ("runner", None), ("intel", "denied")])
+def test_m1_hvf_that_was_asked_for_and_fails_is_explained(mac_of, machine, how):
+  mac = mac_of(machine)
+  mac.qemu_plays(hvf=how)
   result = mac("run", "--rm", "--accel", "hvf", *X86)
   assert result.returncode in (1, 134) and mac.accelerators() == []
   said = own_lines(result.stderr)
@@ -781,8 +784,35 @@ def test_m15_warm_starts_with_hvf_are_said_to_be_untried(mac_of):
   assert re.search(r"HVF.*(untried|tried|tested)", own_lines(result.stderr)), result.stderr
 
 
-def test_names_of_the_cache(mac_of):
-  """The stock is what both CPUs' guests need: or the tests above would download."""
-  mac = mac_of("silicon")
-  names = {path.name for path in (mac.cache / "base").iterdir()}
-  assert {f"{FREEBSD}.qcow2", "freebsd-15.1-arm64.qcow2"} <= names
+# --- On this very Mac ----------------------------------------------------------------------------
+
+
+def asks(*words):
+  """What a program of this Mac answers."""
+  run = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+  return run.stdout.strip()
+
+
+@pytest.fixture
+def native(tmp_path, server):
+  """qvm on this Mac as it is, without any stand-in but for the servers and QEMU."""
+  home = tmp_path / "home"
+  home.mkdir()
+  return Qvm(home, ROOT / "qvm.py", server)
+
+
+@pytest.mark.skipif(not REAL_MAC, reason="only on a Mac")
+def test_this_mac_gets_the_accelerator_that_it_has(native):
+  hvf = asks("sysctl", "-n", "kern.hv_support") == "1"
+  apple = asks("sysctl", "-n", "hw.optional.arm64") == "1"
+  shown = works(native("run", "--dry-run", *X86)).stdout
+  expected = "hvf:tcg" if hvf and not apple else "tcg"
+  assert re.search(r"[ ,]accel[ =]([a-z:]+)", shown).group(1) == expected
+  checks = {c["name"]: c for c in json.loads(native("doctor", "--offline", "--json").stdout)}
+  assert checks["cache"]["state"] == checks["ssh"]["state"] == "ok"
+
+
+@pytest.mark.skipif(not REAL_MAC, reason="only on a Mac")
+def test_this_macs_time_machine_leaves_the_cache_alone(native):
+  native("pull", *X86)
+  assert "[Excluded]" in asks("tmutil", "isexcluded", str(native.cache))

@@ -7,7 +7,9 @@ The environment says which Mac it is (tests/darwin_host.py sets it up):
 
   DARWIN_MACHINE  silicon    Apple Silicon and a native Python; Rosetta if DARWIN_ROOT has it
                   rosetta    the same, but the Python is Intel's: uname says x86_64
-                  vm         a virtual machine on Apple Silicon: no HVF, as GitHub's runners
+                  vm         a virtual machine on Apple Silicon: no HVF
+                  runner     the same, where sysctl does not even know kern.hv_support: GitHub's
+                             (actions/runner-images issue 9460)
                   intel      an Intel Mac
                   intel-vm   a virtual machine on an Intel Mac: no HVF
   DARWIN_ROOT     a folder shaped like /: what is in it is found at its path in /, and is what
@@ -327,8 +329,9 @@ def change_os():
 def uname():
   """What uname(2) says: Rosetta lies about the machine, but not about the kernel's name."""
   machine = "x86_64" if INTEL or MACHINE == "rosetta" else "arm64"
-  kernel = {"vm": "ARM64_VMAPPLE", "intel": "X86_64", "intel-vm": "X86_64"}.get(MACHINE)
-  version = VERSION + "/RELEASE_" + (kernel or "ARM64_T6000")
+  kernel = "X86_64" if INTEL else "ARM64_T6000"
+  kernel = "ARM64_VMAPPLE" if MACHINE in ("vm", "runner") else kernel
+  version = VERSION + "/RELEASE_" + kernel
   return os.uname_result(("Darwin", "mac.local", "24.6.0", version, machine))
 
 

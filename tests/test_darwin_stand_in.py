@@ -451,7 +451,8 @@ WORKING = [("intel", INTEL, "x86_64"), ("silicon", APPLE, "aarch64"), ("rosetta"
 WITHOUT = [("silicon", APPLE, "x86_64"), ("silicon", INTEL, "aarch64"), ("vm", APPLE, "x86_64"),
            ("intel-vm", INTEL, "aarch64")]  # fmt: skip
 ABORTS = [("silicon", INTEL, "x86_64"), ("rosetta", INTEL, "x86_64"), ("vm", APPLE, "aarch64"),
-          ("vm", INTEL, "x86_64"), ("intel-vm", INTEL, "x86_64"), ("runner", INTEL, "x86_64")]  # fmt: skip
+          ("vm", INTEL, "x86_64"), ("intel-vm", INTEL, "x86_64"),
+          ("runner", INTEL, "x86_64")]  # fmt: skip
 
 
 @pytest.mark.parametrize("machine, cpu, arch", [*WORKING, *WITHOUT, *ABORTS])

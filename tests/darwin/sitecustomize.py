@@ -419,10 +419,6 @@ def change_fcntl(module):
     module.flock = lambda fd, how: flock(fd, module.LOCK_UN)
 
 
-def change_select(module):
-  lose("select", module)
-
-
 def change_selectors(module):
   if hasattr(module, "EpollSelector"):
     del module.EpollSelector
@@ -579,25 +575,24 @@ def where_if_any(path):
   return where(path) if path and os.path.exists(path) else None
 
 
-def change_time(module):
-  lose("time", module)
-
-
-def change_signal(module):
-  lose("signal", module)
+def change_tempfile(module):
+  """When a .pth file has loaded it before."""
+  if hasattr(module, "_O_TMPFILE_WORKS"):
+    module._O_TMPFILE_WORKS = False
 
 
 CHANGES = {
   "resource": change_resource,
   "fcntl": change_fcntl,
-  "select": change_select,
+  "select": lambda module: lose("select", module),
   "selectors": change_selectors,
   "_socket": lambda module: lose("_socket", module),
   "socket": change_socket,
   "subprocess": change_subprocess,
   "ssl": change_ssl,
-  "time": change_time,
-  "signal": change_signal,
+  "time": lambda module: lose("time", module),
+  "signal": lambda module: lose("signal", module),
+  "tempfile": change_tempfile,
 }
 
 

@@ -1,5 +1,7 @@
 """Stand-ins for find(1) of FreeBSD, OpenBSD, NetBSD and OmniOS: GNU find with the right face.
 
+"gnu" is GNU find as it is, for Haiku and as OmniOS' gfind, but with the guest's clock.
+
 Each knows the primaries that the system's find knows, wants a path, and -cnewer compares with what
 GUESTS.md says: on FreeBSD with FILE's mtime, on OpenBSD and NetBSD with its ctime; illumos has no
 -cnewer at all, and its -newer counts whole seconds.
@@ -37,6 +39,7 @@ NEWER = {
   "openbsd": {"-newer": "mm", "-cnewer": "cc", "-anewer": "aa"},
   "netbsd": {"-newer": "mm", "-cnewer": "cc", "-anewer": "aa"},
   "omnios": {"-newer": "mm"},
+  "gnu": {"-newer": "mm", "-cnewer": "cm", "-anewer": "am", "-newercc": "cc", "-newercm": "cm"},
 }
 COMMANDS = ("-exec", "-ok", "-execdir")
 GNU_NAMES = {"-d": "-depth", "-x": "-xdev", "-local": "-true", "-mnewer": "-newer"}
@@ -129,8 +132,22 @@ def with_value(system, folder, clock, word, value):
   return ["-newer" + letters, value]
 
 
+def with_clock(folder, words):
+  """GNU find's own arguments, with what looks at the clock replaced where that has been set."""
+  clock, found = segments(folder), []
+  while words:
+    word = words.pop(0)
+    if clock and words and word in NEWER["gnu"]:
+      found += with_value("gnu", folder, clock, word, words.pop(0))
+    else:
+      found.append(word)
+  return found
+
+
 def main(system, folder, arguments):
-  command = [FIND, *translated(system, folder, list(arguments))]
+  words = list(arguments)
+  change = with_clock(folder, words) if system == "gnu" else translated(system, folder, words)
+  command = [FIND, *change]
   os.execv(FIND, command)
 
 

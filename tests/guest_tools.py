@@ -55,8 +55,8 @@ PACKAGES = {"bsdtar": "libarchive-tools", "paxtar": "pax", "mksh": "mksh", "ksh9
 PLAIN = """awk basename cat chgrp chmod chown cksum cmp comm cp cut dd df diff dirname du egrep
 fgrep file fold grep head id join ln ls mkdir mkfifo mktemp mv nl od paste readlink rm
 rmdir sed sort split tail tee touch tr tsort uniq uudecode uuencode wc xargs"""
-FREE = """clear echo env expr false getconf gzip gunzip hostname kill logname nice nohup ps pwd sleep
-stty sync test [ time true tty yes"""
+FREE = """clear echo env expr false getconf gzip gunzip hostname kill logname nice nohup ps pwd
+sleep stty sync test [ time true tty yes"""
 # What of Debian's must not be taken for granted: the letters are GNU's, or another's, alone.
 REFUSED = {
   "comm": "z", "cut": "z", "head": "z", "tail": "z", "wc": "L", "sort": "z", "touch": "", "rm": "",
@@ -148,8 +148,8 @@ esac
 case $v in *[!0-9.]*|"") echo "date: illegal time format" >&2; exit 1 ;; esac
 echo "$u $*" >>{folder}/dates
 """
-BSD_DATE = """  [0-9]*.[0-9][0-9]) [ ${#1} = 15 ] || { echo "date: illegal time format" >&2; exit 1; }
-    [ "$1" \\> 19 ] && [ "$1" \\< 21 ] || { echo "date: illegal time format" >&2; exit 1; }; v=$1 ;;
+BSD_DATE = """  [12][0-9]*.[0-9][0-9])
+    [ ${#1} = 15 ] && [ "$1" \\> 19 ] && [ "$1" \\< 21 ] && v=$1 || v=no ;;
   -r) [ $# -ge 2 ] || exit 1; t=$2; shift 2; exec /bin/date $u -d "@$t" "$@" ;;"""
 OMNIOS_DATE = """  [0-9]*.[0-9][0-9]) [ ${#1} = 15 ] || { echo "date: bad conversion" >&2; exit 1; }
     case $1 in 0[1-9]*|1[0-2]*) v=$1 ;; *) echo "date: bad conversion" >&2; exit 1 ;; esac ;;"""
@@ -193,7 +193,7 @@ def furnish(folder, name):
   for tool in FREE.split():
     link(tools, tool)
   if family == "haiku":
-    put_gnu(tools)
+    put_gnu(tools, words)
   else:
     put_plain(tools, family, words)
     put_special(tools, family, words)
@@ -204,9 +204,10 @@ def furnish(folder, name):
   return put_shells(folder, system, words)
 
 
-def put_gnu(tools):
+def put_gnu(tools, words):
   """Haiku's: GNU's, as Debian has them."""
-  for tool in PLAIN.split() + ["find", "tar", "printf", "stat", "seq", "sha256sum", "bash"]:
+  stand_in(tools, "find", "guest_find", "gnu", words["folder"])
+  for tool in PLAIN.split() + ["tar", "printf", "stat", "seq", "sha256sum", "bash"]:
     link(tools, tool)
 
 
@@ -225,29 +226,30 @@ def put_plain(tools, family, words):
     write(os.path.join(tools, tool), text)
 
 
-def put_special(tools, family, words):
-  def stand_in(name, module, *arguments):
-    text = CALLER.format(
-      python=sys.executable, here=HERE, module=module, arguments=", ".join(map(repr, arguments))
-    )
-    write(os.path.join(tools, name), text)
+def stand_in(tools, name, module, *arguments):
+  """A tool that is a Python module of ours."""
+  words = ", ".join(map(repr, arguments))
+  text = CALLER.format(python=sys.executable, here=HERE, module=module, arguments=words)
+  write(os.path.join(tools, name), text)
 
-  stand_in("find", "guest_find", family, words["folder"])
+
+def put_special(tools, family, words):
+  stand_in(tools, "find", "guest_find", family, words["folder"])
   if family == "freebsd":
     link(tools, "tar", "bsdtar")
     link(tools, "bsdtar")
-    stand_in("printf", "guest_small", "printf")
+    stand_in(tools, "printf", "guest_small", "printf")
   elif family == "openbsd":
     link(tools, "tar", "paxtar")
     link(tools, "pax", "pax")
   else:
-    stand_in("tar", "guest_tar", family, "tar")
-    stand_in("pax", "guest_tar", family, "pax")
+    stand_in(tools, "tar", "guest_tar", family, "tar")
+    stand_in(tools, "pax", "guest_tar", family, "pax")
   if family == "omnios":
-    link(tools, "gfind", "find")
+    stand_in(tools, "gfind", "guest_find", "gnu", words["folder"])
     link(tools, "gtar", "tar")
   else:
-    stand_in("stat", "guest_small", "stat", words["folder"])
+    stand_in(tools, "stat", "guest_small", "stat", words["folder"])
     link(tools, "bash")
   link(tools, "printf")
 

@@ -316,6 +316,7 @@ ANY_WORDS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, database=None)
 @given(ANY_WORDS)
 def test_any_words_are_options_or_a_usage_error(words):

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK
+from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
 from types import FrameType, TracebackType
 from typing import (
   IO,
@@ -46,11 +46,13 @@ if TYPE_CHECKING:
   import fcntl
   import fnmatch
   import glob
+  import grp
   import hashlib
   import http.client
   import json
   import lzma
   import marshal
+  import pwd
   import queue
   import random
   import select
@@ -85,9 +87,9 @@ else:
       return getattr(module, attribute)
 
   for _name in (
-    *("array", "difflib", "fcntl", "fnmatch", "glob", "hashlib", "json", "lzma", "marshal"),
-    *("queue", "random", "select", "shlex", "shutil", "socket", "ssl", "struct", "subprocess"),
-    *("tarfile", "tempfile", "termios", "tty", "zlib"),
+    *("array", "difflib", "fcntl", "fnmatch", "glob", "grp", "hashlib", "json", "lzma", "marshal"),
+    *("pwd", "queue", "random", "select", "shlex", "shutil", "socket", "ssl", "struct"),
+    *("subprocess", "tarfile", "tempfile", "termios", "tty", "zlib"),
   ):
     globals()[_name] = Lazy(_name)
   email, http = Lazy("email.utils"), Lazy("http.client")
@@ -794,9 +796,10 @@ COMMANDS = {
     ("qvm ssh build", "qvm ssh build -- uname -a", "qvm ssh --sync . build -- make"),
   ),
   "stop": Command(
-    "NAME...", 1, 1000, ("force",),
+    "NAME...", 1, 1000, ("force", "boot_timeout"),
     "Power off instances: over ssh, else with SIGTERM, else with SIGKILL.",
     ("qvm stop freebsd-15.1-x86-64", "qvm stop --force build test"),
+    {"boot_timeout": "how long to try to log in before SIGTERM (default: 600)"},
   ),
   "rm": Command(
     "NAME...", 1, 1000, ("force",),
@@ -1471,38 +1474,109 @@ FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh",
 
 def make_folders(cache: Cache) -> None:
   """Create the cache and its folders, accessible to this user only."""
-  path = os.path.dirname(cache.root)
+  path = cache.root
   try:
-    os.makedirs(path, exist_ok=True)
+    for path in reversed(list(missing_above(cache.root))):
+      make_folder(path)
     with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
       os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
     for name in FOLDERS:
       path = cache.path(name) if name else cache.root
-      with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
+      make_folder(path)
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
-      if path == cache.root or os.stat(cache.root).st_mode & 0o011:  # else only its owner gets in
-        check_owner(path, cache)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
     raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", OTHER_CACHE)
+  check_owners(cache)
   keep_code()
 
 
+def make_folder(path: str) -> None:
+  """Create a folder for this user only, whatever the umask, unless something is there."""
+  with contextlib.suppress(FileExistsError):
+    os.mkdir(path, 0o700)
+
+
+def missing_above(path: str) -> Iterator[str]:
+  """The folders above a path that do not exist, from the bottom up."""
+  above = os.path.dirname(path)
+  while not os.path.isdir(above):
+    yield above
+    above = os.path.dirname(above)
+
+
+def check_owners(cache: Cache) -> None:
+  """Refuse a cache that others can change or replace: the one check for all commands.
+
+  qvm executes what is in it, and believes what its records say.
+  """
+  for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):
+    check_above(end)
+  for name in FOLDERS:
+    path = cache.path(name) if name else cache.root
+    if os.path.isdir(path) and (not name or os.stat(cache.root).st_mode & 0o011):
+      check_owner(path, cache)  # in a root without these bits only its owner gets in
+
+
+def check_above(path: str) -> None:
+  """Refuse a path where others can rename what it leads through, as ssh does.
+
+  In a folder with the sticky bit, such as /tmp, they cannot, but could have come first. Below a
+  folder that only this user can enter nothing is looked at.
+  """
+  mine, shared = (0, os.getuid()), False
+  names = path.split("/")
+  for count in range(1, len(names)):
+    above = "/".join(names[:count]) or "/"
+    try:
+      stat = os.stat(above)
+    except OSError:
+      return  # what is not there is made for this user only
+    if shared and stat.st_uid not in mine:
+      raise foreign(above, stat.st_uid)
+    shared = others_can_write(stat)
+    if shared and not stat.st_mode & S_ISVTX:
+      raise QvmError(
+        f"{above} is writable by other users, who could replace what is in it",
+        f"chmod go-w {above}; or {OTHER_CACHE}",
+      )
+    if stat.st_uid in mine and not stat.st_mode & 0o011:
+      return
+
+
+def others_can_write(stat: os.stat_result) -> bool:
+  """Whether a folder's mode lets others than root and this user write.
+
+  Where each user has a group of their own, the umask often lets that group write.
+  """
+  if stat.st_mode & 0o022 != 0o020 or not stat.st_gid:
+    return bool(stat.st_mode & 0o002)
+  try:
+    group, user = grp.getgrgid(stat.st_gid), pwd.getpwuid(os.getuid())
+  except KeyError:
+    return True
+  return group.gr_name != user.pw_name or bool(set(group.gr_mem) - {user.pw_name})
+
+
+def foreign(path: str, uid: int) -> QvmError:
+  """The error for a folder of another user."""
+  return QvmError(
+    f"{path} belongs to another user (uid {uid}), and qvm executes what is in it",
+    f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
+  )
+
+
 def check_owner(path: str, cache: Cache) -> None:
-  """Refuse a folder of the cache that others can change, as ssh does: qvm executes what is in it.
+  """Refuse a folder of the cache that others can change.
 
   Root may own it, because root can change everything anyway. Inside the user's own cache, folders
   of another owner are accepted: they come from a copy made by root.
   """
   stat = os.stat(path)
   if path == cache.root and stat.st_uid not in (0, os.getuid()):
-    raise QvmError(
-      f"{path} belongs to another user (uid {stat.st_uid}), and qvm executes what is in it",
-      f"if you trust it: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}",
-    )
+    raise foreign(path, stat.st_uid)
   if stat.st_mode & 0o022:
     raise QvmError(
       f"{path} is writable by other users, and qvm executes what is in it",
@@ -3826,26 +3900,70 @@ def latest_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
 # ---- Instances ----------------------------------------------------------------------------------
 
 
+class Holder(NamedTuple):
+  """The process that holds an instance's lock, as noted in the lock's file; empty: unknown."""
+
+  program: str = ""  # qvm or QEMU
+  pid: int = 0
+  started: str = ""  # in clock ticks since the host booted, from /proc
+  place: str = ""  # as from this_place()
+  host: str = ""  # its name, for messages
+
+  def __str__(self) -> str:
+    return f"{self.program} process {self.pid}" if self.pid else "unknown process"
+
+  def is_here(self) -> bool:
+    """Whether its process and its address mean the same here; unknown counts as yes."""
+    here = this_place()
+    return not (self.place and here) or self.place == here
+
+
 def note_holder(lock: Lock, program: str, pid: int) -> None:
   """Note in a lock file who holds it, for messages and `stop`; only the flock itself counts."""
+  note = (f"{program} process {pid}", start_time(pid), this_place(), os.uname().nodename)
   with contextlib.suppress(OSError):  # a full disk must not stop `rm` from freeing space
     os.ftruncate(lock.fd, 0)
-    os.pwrite(lock.fd, f"{program} process {pid}\n".encode(), 0)
+    os.pwrite(lock.fd, ("\n".join(note) + "\n").encode(), 0)
 
 
-def holder(paths: InstancePaths) -> str:
+def holder(paths: InstancePaths) -> Holder:
   """The holder of an instance's lock, as noted in the file."""
   try:
     with open(paths.lock, "rb") as file:
-      return printable(file.read(100).decode("ascii", "replace").strip()) or "unknown process"
+      lines = file.read(1000).decode("ascii", "replace").split("\n")
   except OSError:
-    return "unknown process"
+    return Holder()
+  match = re.match(r"(qvm|QEMU) process ([0-9]{1,10})\Z", lines[0])
+  return Holder(match.group(1), int(match.group(2)), *lines[1:4]) if match else Holder()
 
 
-def holder_pid(paths: InstancePaths) -> int:
-  """The process that holds an instance's lock, as noted in the file; 0 if unknown."""
-  match = re.search(r"process ([0-9]+)", holder(paths))
-  return int(match.group(1)) if match else 0
+def start_time(pid: int) -> str:
+  """When a process started, in clock ticks since boot, as proc(5) says; empty if unknown."""
+  try:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+      return file.read().rpartition(b")")[2].split()[19].decode("ascii")
+  except (OSError, IndexError):
+    return ""
+
+
+def this_place() -> str:
+  """What tells this container and host from others: process ids and loopback are theirs alone."""
+  words = []
+  with contextlib.suppress(OSError):  # there is no /proc on macOS
+    with open("/proc/sys/kernel/random/boot_id") as file:
+      words = [file.read().strip()]
+    words += [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
+  return " ".join(words)
+
+
+def check_here(paths: InstancePaths) -> None:
+  """Refuse to reach or end a machine from another container or host that shares the cache."""
+  noted = holder(paths)
+  if not noted.is_here():
+    raise QvmError(
+      f"the instance {paths.name} runs in another container or on another host ({noted.host})",
+      "use qvm there: its address and its process mean something else here",
+    )
 
 
 def take_instance(paths: InstancePaths) -> Lock:
@@ -4015,6 +4133,7 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
+  remove_file(plan.paths.known_hosts)  # the host keys of a guest that is no more
   with unfinished(plan.cache) as folder:
     aside = os.path.join(folder, "disk.qcow2")
     if is_served(backing):
@@ -4071,7 +4190,7 @@ def list_instances(cache: Cache) -> List[Row]:
 
 def instance_row(cache: Cache, paths: InstancePaths) -> Row:
   """An instance's line of `qvm list`, with question marks if its record is damaged."""
-  running = Lock(paths.lock).is_held()
+  running, noted = Lock(paths.lock).is_held(), holder(paths)
   try:
     record = read_instance(paths)
   except QvmError:
@@ -4082,7 +4201,7 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     version=record.version,
     arch=record.arch,
     state="running" if running else "stopped",
-    ssh=record.ssh if running and not holder(paths).startswith("qvm") else "",
+    ssh=record.ssh if running and noted.program != "qvm" and noted.is_here() else "",
     size=tree_size(paths.disk),
     ephemeral=os.path.exists(paths.mark),
     base=base_share(cache, paths.disk),
@@ -4440,6 +4559,16 @@ def show_console(lines: Iterable[str]) -> None:
 POWER_OFF_SECONDS = 120.0
 # For a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
 KEY_LOGIN_SECONDS = 60.0
+# Before the next login, the last one repeated. OpenSSH 9.8 and newer add 5 s of penalty for each
+# login that fails, and refuse their source from 15 s on: at this pace it never has more than 14.
+LOGIN_PAUSES = (1.0, 2.0, 4.0, 5.0)
+# For QEMU to listen. Once it does, only the guest decides whether a connection is accepted.
+REFUSED_SECONDS = 30.0
+QUIET_SECONDS = 3.0  # of failed logins before they are reported
+# For one look at whether ssh answers while a guest boots. libslirp goes on trying for 75 s to
+# reach a guest for a connection that we have closed: 15 of them at most come in at once when its
+# network comes up, and OpenSSH adds 1 s of penalty for each.
+PROBE_SECONDS = 5.0
 
 
 SSH_FIX = "install the OpenSSH client (Debian: apt-get install openssh-client)"
@@ -4451,10 +4580,16 @@ class Login(NamedTuple):
   paths: InstancePaths
   guest: Guest
   address: Address
+  patience: float  # seconds in which a login that fails is tried again
+  ended: Callable[[float], bool]  # whether the machine ends within so many seconds
 
 
 class LoginError(QvmError):
   """The login failed, so the command has not started."""
+
+
+class HostKeyError(LoginError):
+  """Something else than the instance's guest answers at its address, or it has new host keys."""
 
 
 def reachable(address: Address) -> str:
@@ -4482,10 +4617,14 @@ def has_banner(address: Address, timeout: float) -> bool:
 
 
 def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool]) -> bool:
-  """Wait for an ssh banner; False on timeout, or when ended(pause) says that QEMU has ended."""
+  """Wait for an ssh banner; False on timeout, or when ended(pause) says that QEMU has ended.
+
+  Only for a guest that boots or resumes. Once it is up a connection without a login would count
+  against qvm: OpenSSH 9.8 and newer refuse a source after 15 of them in a row.
+  """
   deadline = time.monotonic() + seconds
   while time.monotonic() < deadline:
-    if has_banner(address, min(3.0, deadline - time.monotonic())):
+    if has_banner(address, min(PROBE_SECONDS, deadline - time.monotonic())):
       return True
     if ended(0.3):
       return False
@@ -4579,8 +4718,9 @@ def ssh_command(login: Login, log: str) -> List[str]:
   """
   options = {
     "BatchMode": "yes",  # never ask for a password
-    "ConnectTimeout": "30",
+    "ConnectTimeout": f"{max(1.0, min(30.0, login.patience)):.0f}",
     "GlobalKnownHostsFile": "/dev/null",
+    "HostKeyAlias": HOST_ALIAS,  # whatever port it has in this run
     "IdentitiesOnly": "yes",  # the server would hang up on an agent with many keys
     "IdentityFile": os.path.join("..", "ssh", "id_ed25519"),
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
@@ -4588,7 +4728,7 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "PermitLocalCommand": "yes",
     "ServerAliveCountMax": "6",  # 6 times 30 s: give up on a guest that is silent so long
     "ServerAliveInterval": "30",
-    "StrictHostKeyChecking": "no",
+    "StrictHostKeyChecking": "yes" if knows_host_key(login.paths) else "no",
     "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
   }
   argv = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
@@ -4597,8 +4737,26 @@ def ssh_command(login: Login, log: str) -> List[str]:
   return [*argv, f"{login.guest.user}@{reachable(login.address)}"]
 
 
+HOST_ALIAS = "qvm"
+
+
+def knows_host_key(paths: InstancePaths) -> bool:
+  """Whether an earlier login has noted the guest's host key, which must then be the same.
+
+  This is OpenSSH's accept-new, which releases before 7.6 do not know.
+  """
+  with contextlib.suppress(OSError), open(paths.known_hosts, "rb") as file:
+    return any(line.startswith(HOST_ALIAS.encode() + b" ") for line in file)
+  return False
+
+
 KEY_HINT = "if its image needs a key: only machines started with --detach or a command get qvm's"
 LOGGED_IN = "qvm-has-logged-in"
+
+
+# What ssh says of a login that will not succeed later either, and of a connection that has ended.
+FINAL_RE = r"no matching|command-line|No user exists"
+LOST_RE = r"Timeout, server|closed by|[Rr]eset by peer|Broken pipe|disconnect|ssh_dispatch_run"
 
 
 def in_guest(
@@ -4610,24 +4768,61 @@ def in_guest(
 ) -> int:
   """Run a line in the user's shell in the guest; returns its exit code.
 
-  use(process) feeds or reads the process; it returns when ssh has nothing left. A failed login is
-  retried for `patience` seconds, then raises LoginError. A lost connection raises QvmError.
-  Without spawn the line gets no input and its output is discarded.
+  use(process) feeds or reads the process; it returns when ssh has nothing left. A login that fails
+  is retried for login.patience seconds, one that the guest denies for `patience`; then LoginError
+  is raised. A lost connection raises QvmError. Without spawn the line gets no input and its output
+  is discarded.
   """
-  deadline = time.monotonic() + patience
+  began, failures, said = time.monotonic(), 0, False
   while True:
     code, logged_in, messages = ssh_once(login, line, use, spawn or silent())
     if logged_in:
       break
-    if time.monotonic() >= deadline:
-      who = f"{login.guest.user} at {reachable(login.address)}:{login.address.port}"
-      keyless = login.guest.key_disk and not os.path.exists(login.paths.key_disk)
-      hint = KEY_HINT if keyless else ""
-      raise LoginError(f"cannot log in to {login.paths.name} as {who}: {messages}", hint)
-    time.sleep(0.5)
-  if code < 0 or code == 255 and messages:
-    raise QvmError(f"the connection to {login.paths.name} was lost: {messages or ending(code)}")
+    waited, failures = time.monotonic() - began, failures + 1
+    if code < 0 or waited >= retry_seconds(login, messages, patience):
+      raise login_failure(login, messages or ending(code))
+    if waited > QUIET_SECONDS and not said:
+      said = True
+      left = login.patience - waited
+      say(
+        f"{login.paths.name} lets nobody log in yet ({messages}); qvm tries for {left:.0f} s more"
+      )
+    pause = LOGIN_PAUSES[min(failures, len(LOGIN_PAUSES)) - 1] * random.uniform(1.0, 1.25)
+    if login.ended(0.3 if "Connection refused" in messages else pause):
+      raise QvmError(f"the instance {login.paths.name} has ended before a login ({messages})")
+  if code < 0 or code == 255 and re.search(LOST_RE, messages):
+    raise lost(login, messages or ending(code))
   return code
+
+
+def retry_seconds(login: Login, messages: str, patience: float) -> float:
+  """For how long a login that failed with these messages is worth a retry."""
+  if "Permission denied" in messages:
+    return patience
+  if re.search(FINAL_RE, messages) or "Host key verification failed" in messages:
+    return 0.0
+  return min(login.patience, REFUSED_SECONDS if "Connection refused" in messages else 1e9)
+
+
+def login_failure(login: Login, messages: str) -> LoginError:
+  """The error for a login that failed for good."""
+  paths = login.paths
+  if "Host key verification failed" in messages:
+    return HostKeyError(
+      f"{paths.name} has another host key than at the last login: is it another machine?",
+      f"if its guest has made new ones: rm {shlex.quote(paths.known_hosts)}",
+    )
+  who = f"{login.guest.user} at {reachable(login.address)}:{login.address.port}"
+  keyless = login.guest.key_disk and not os.path.exists(paths.key_disk)
+  denied = keyless and "Permission denied" in messages
+  return LoginError(
+    f"cannot log in to {paths.name} as {who}: {messages}", KEY_HINT if denied else ""
+  )
+
+
+def lost(login: Login, why: str) -> QvmError:
+  """The error for a connection that ended before the command did."""
+  return QvmError(f"the connection to {login.paths.name} was lost: {why}")
 
 
 def ssh_once(
@@ -4713,7 +4908,7 @@ def command_script(
   script `first` runs before the command.
   """
   line = " ".join(map(shlex.quote, command))
-  lines = ["trap : INT QUIT", *filter(None, [first])]
+  lines = ["trap : INT QUIT TERM HUP", *filter(None, [first])]
   if folder:
     lines += [f"cd {folder} || exit"]
   if pid_file:
@@ -4768,7 +4963,8 @@ def refresh_guest(login: Login) -> None:
 
 def noted_address(instance: Instance, paths: InstancePaths) -> Address:
   """Where a running instance listens; QvmError if QEMU has not started or the record is damaged."""
-  if holder(paths).startswith("qvm"):
+  check_here(paths)
+  if holder(paths).program == "qvm":
     raise QvmError("its QEMU has not started yet")
   try:
     return parse_address(instance.ssh)
@@ -4776,51 +4972,69 @@ def noted_address(instance: Instance, paths: InstancePaths) -> Address:
     raise QvmError(f"its record is damaged: {paths.record}")
 
 
-def login_of(paths: InstancePaths) -> Login:
+def login_of(paths: InstancePaths, patience: float) -> Login:
   """How to log in to a running instance; LoginError if its record does not say."""
   try:
     instance = read_instance(paths)
     guest = find_guest(instance.os, instance.arch)
-    return Login(paths, guest, noted_address(instance, paths))
+    address = noted_address(instance, paths)
   except QvmError as error:
     raise LoginError(str(error), error.hint)
+  return Login(paths, guest, address, patience, lambda pause: wait_released(paths, pause))
 
 
-def power_off(paths: InstancePaths) -> bool:
-  """Ask the guest over ssh to power itself off; returns whether it accepted."""
+def power_off(login: Login) -> bool:
+  """Ask the guest over ssh to power itself off; returns whether it accepted.
+
+  HostKeyError is raised: then a guest that has new keys would be cut off while ssh answers.
+  """
+  name, command = login.paths.name, login.guest.power_off
   try:
-    login = login_of(paths)
-    say(f"asking {paths.name} to power off")
-    code = in_guest(login, login.guest.power_off, wait_up_to(60))
+    say(f"asking {name} to power off")
+    code = in_guest(login, command, wait_up_to(60))
   except subprocess.TimeoutExpired:
     return True  # ssh can hang when the guest goes down
+  except HostKeyError:
+    raise
   except LoginError as error:
-    say(f"cannot ask {paths.name} to power off: {error}")
+    say(f"cannot ask {name} to power off: {error}")
     return False
   except QvmError:
     return True  # the connection can end before the command does
   if code not in (0, 255):
-    say(f"{paths.name} does not power off: {login.guest.power_off} failed (exit code {code})")
+    say(f"{name} does not power off: {command} failed (exit code {code})")
   return code in (0, 255)
 
 
-def stop_instance(paths: InstancePaths, force: bool) -> None:
+def is_powering_off(paths: InstancePaths, patience: float) -> bool:
+  """Ask a running instance to power itself off; returns whether it accepted."""
+  try:
+    login = login_of(paths, patience)
+  except LoginError as error:
+    say(f"cannot ask {paths.name} to power off: {error}")
+    return False
+  return power_off(login)
+
+
+def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> None:
   """End a running machine and report how: by its own power-off, else SIGTERM, else SIGKILL."""
-  if not force and power_off(paths):
+  check_here(paths)
+  if not force and is_powering_off(paths, patience):
     if wait_released(paths, POWER_OFF_SECONDS):
       return say(f"{paths.name} has powered off")
     say(f"{paths.name} has not powered off within {POWER_OFF_SECONDS:g} s")
-  for number, patience in (
+  for number, seconds in (
     (signal.SIGTERM, TERM_GRACE_SECONDS + 2),
     (signal.SIGKILL, TERM_GRACE_SECONDS),
   ):
-    pid = holder_pid(paths)
-    if not pid or wait_released(paths, 0):
+    noted = holder(paths)
+    another = noted.started and start_time(noted.pid) not in ("", noted.started)
+    if not noted.pid or another or wait_released(paths, 0):
       break
-    say(f"{paths.name}: sending {number.name} to {holder(paths)}")
+    say(f"{paths.name}: sending {number.name} to {noted}")
     with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, number)
-    if wait_released(paths, patience):
+      os.kill(noted.pid, number)
+    if wait_released(paths, seconds):
       return
   if not wait_released(paths, 0):
     raise QvmError(f"the instance {paths.name} cannot be stopped ({holder(paths)})")
@@ -5349,9 +5563,9 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
 
 
 def run_line(login: Login, options: Options, patience: float, first: str = "") -> int:
-  """Run the command, with our stdin, stdout and stderr; a first SIGINT is handed on to it.
+  """Run the command, with our stdin, stdout and stderr; a first signal is handed on to it.
 
-  At a terminal Ctrl-C gets there by itself, as any other key does.
+  At a terminal Ctrl-C gets there by itself, as any other key does, and a hang-up with it.
   """
   terminal = is_interactive()
   folder = guest_folder(options.sync) if options.sync else ""
@@ -5365,26 +5579,75 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
     try:
       process.wait()
     except Interrupted as stop:
-      if stop.signum != signal.SIGINT or terminal or not line:
+      if terminal or not line:
         raise
       signals.again()
+      if not hand_on(login, pid_file, stop.signum) and process.poll() is None:
+        raise stop
       try:
-        interrupt = shell_line(INTERRUPT.format(pid_file))
-        in_guest(login, interrupt, wait_up_to(30))
-      except LoginError:
-        raise stop  # the command has not begun
-      except (QvmError, subprocess.TimeoutExpired):
-        pass
-      process.wait()
+        process.wait(None if stop.signum == signal.SIGINT else TERM_GRACE_SECONDS)
+      except subprocess.TimeoutExpired:
+        raise stop
 
   code = in_guest(login, line, wait, patience, Spawn())
-  if code == 255 and not has_banner(login.address, 10.0):
-    raise QvmError(f"the connection to {login.paths.name} was lost: no answer any more")
+  if code == 255 and (login.ended(1.0) or not has_finished(login, pid_file if line else "")):
+    raise lost(login, "no answer any more")
   return code
 
 
-# OpenSSH's server makes each command the leader of a process group.
-INTERRUPT = "read leader <{0} && rm -f {0} && kill -s INT -- -$leader"
+# OpenSSH's server makes each command the leader of a process group. The file names it while the
+# command runs, and may not be there yet.
+HAND_ON = """
+tries=0
+exec 2>/dev/null
+until read leader <{file}; do
+  tries=$((tries + 1))
+  [ $tries -lt 3 ] || exit 1
+  sleep 1
+done
+kill -s {name} -- -$leader || exit
+"""
+THEN_KILL = """
+tries=0
+while [ -e {file} ]; do
+  tries=$((tries + 1))
+  if [ $tries -gt 10 ]; then
+    rm -f {file}
+    kill -s KILL -- -$leader
+    exit 1
+  fi
+  sleep 1
+done
+"""
+
+
+def hand_on(login: Login, pid_file: str, number: int) -> bool:
+  """Give a signal to a command in the guest; returns whether that ended it or will.
+
+  Whoever sends SIGTERM expects an end: what is still there 10 s later is killed.
+  """
+  script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
+  if number == signal.SIGTERM:
+    script += THEN_KILL.format(file=pid_file)
+  try:
+    return not in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
+  except (QvmError, subprocess.TimeoutExpired):
+    return False
+
+
+def has_finished(login: Login, pid_file: str) -> bool:
+  """Whether a command whose ssh ended with 255 has ended itself with this code.
+
+  If it has not, the connection was lost, and the command gets the SIGHUP of a lost terminal.
+  """
+  if not pid_file:
+    return True  # ssh has said on the terminal what happened
+  script = f"read leader <{pid_file} && rm -f {pid_file} && kill -s HUP -- -$leader"
+  try:
+    line = shell_line(script + " 2>/dev/null")
+    return in_guest(login._replace(patience=REFUSED_SECONDS), line, wait_up_to(60)) != 0
+  except (QvmError, subprocess.TimeoutExpired):
+    return False
 
 
 # ---- Image server -------------------------------------------------------------------------------
@@ -5792,9 +6055,9 @@ class Server:
     fail_with(error, hint)
     number: int = signal.SIGTERM
     while not self.gone.wait(POLL_SECONDS):
-      if holder(self.files).startswith("QEMU"):
+      if holder(self.files).program == "QEMU":
         with contextlib.suppress(ProcessLookupError):
-          os.kill(holder_pid(self.files), number)
+          os.kill(holder(self.files).pid, number)
         number = 0 if self.gone.wait(TERM_GRACE_SECONDS) else signal.SIGKILL
     if self.fresh:
       remove_instance(self.files, report.log >= 0)
@@ -6165,7 +6428,9 @@ class Machine:
 
   @property
   def login(self) -> Login:
-    return Login(self.paths, self.plan.guest, self.address)
+    return Login(
+      self.paths, self.plan.guest, self.address, self.options.boot_timeout, self.has_ended
+    )
 
   @property
   def console(self) -> str:
@@ -6317,7 +6582,7 @@ class Machine:
       code = run_command(self.login, self.options, self.log_in(began), first)
     except QvmError as error:
       raise self.explained(error)
-    asked = not self.plan.ephemeral and not self.has_ended() and power_off(self.paths)
+    asked = not self.plan.ephemeral and not self.has_ended() and power_off(self.login)
     if asked and not self.has_ended(POWER_OFF_SECONDS):
       say(f"{self.plan.name} has not powered off within {POWER_OFF_SECONDS:g} s; ending it")
     return code
@@ -6768,13 +7033,7 @@ def cmd_ssh(options: Options) -> int:
       f"the instance {paths.name} is not running",
       "start it in the background with qvm run --detach; see qvm list",
     )
-  login = login_of(paths)
-  if not wait_for_ssh(
-    login.address, options.boot_timeout, lambda pause: wait_released(paths, pause)
-  ):
-    raise QvmError(
-      f"the instance {paths.name} does not answer at {ssh_line(login.guest, login.address)}"
-    )
+  login = login_of(paths, options.boot_timeout)
   with terminal_kept():
     return run_command(login, options, KEY_LOGIN_SECONDS if os.path.exists(paths.key_disk) else 0.0)
 
@@ -6967,7 +7226,7 @@ def cmd_stop(options: Options) -> int:
         f"the instance {paths.name} is not running; nothing was stopped", "see qvm list"
       )
   for paths in chosen:
-    stop_instance(paths, options.force)
+    stop_instance(paths, options.force, options.boot_timeout)
     emit(paths.name)
   sweep(cache)
   return 0
@@ -7130,10 +7389,16 @@ def cmd_doctor(options: Options) -> int:
   """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
-  checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
-  checks += [*check_qemu(cache), check_zstd()]
-  checks += check_accelerators(sys.platform, "/dev/kvm", native_qemu(cache))
-  checks.append(check_instances(cache))
+  refused = refusal(cache)
+  checks = [
+    check_system(),
+    check_python(),
+    check_ssh(),
+    refused or check_cache(cache),
+    check_zstd(),
+  ]
+  checks += [] if refused else [*check_qemu(cache), check_instances(cache)]  # it runs QEMU
+  checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -7196,6 +7461,15 @@ def check_ssh() -> Check:
   return Check("ok", "ssh", output)
 
 
+def refusal(cache: Cache) -> Optional[Check]:
+  """The fault of a cache that others can change, which no command uses."""
+  try:
+    check_owners(cache)
+  except QvmError as error:
+    return Check("fault", "cache", str(error), error.hint)
+  return None
+
+
 def check_cache(cache: Cache) -> Check:
   """Whether the cache folder, or where it will be created, is writable and has space."""
   root = there = cache.root
@@ -7206,11 +7480,6 @@ def check_cache(cache: Cache) -> Check:
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
     return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
-  if there == root:
-    try:
-      check_owner(root, cache)
-    except QvmError as error:
-      return Check("fault", "cache", str(error), error.hint)
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
@@ -7445,6 +7714,10 @@ CALLS: Dict[str, Callable[[Options], int]] = {
 }
 
 
+# Commands that read nothing of the cache but names, or check it themselves.
+OWN_CHECKS = ("completion", "config", "doctor")
+
+
 def call(options: Options) -> int:
   """Execute the parsed command line."""
   report.progress = options.progress
@@ -7454,6 +7727,8 @@ def call(options: Options) -> int:
   if options.version:
     emit("qvm " + __version__)
     return 0
+  if options.command not in OWN_CHECKS:
+    check_owners(cache_from(os.environ))
   return CALLS[options.command](resolve(options))
 
 

@@ -8,6 +8,10 @@ $SSH_GUEST, JSON, says how the guest behaves:
   login     open: no password; key, key-mbr: by the file KEYS of drive1, a bare FAT file system or
             one at 1 MiB; refuse: nobody gets in (open)
   banner    false: whoever connects is never answered (true)
+  daemon    true: sshd itself listens, with its MaxStartups and, from 9.8 on, its penalties; a
+            path: that sshd does (false)
+  punish    true: the keeper does as OpenSSH 10 does by default, see Punisher; a number: so many
+            seconds of penalty are there at the start (false)
   listen    false: nothing listens (true)
   delay     seconds until sshd listens (0)
   console   what the serial console shows at the start (ssh guest boots)
@@ -32,6 +36,7 @@ import fcntl
 import json
 import os
 import pwd
+import random
 import re
 import select
 import shutil
@@ -137,6 +142,109 @@ def missing():
 # --- the keeper: sshd and its descendants ----------------------------------------------------
 
 
+class Punisher:
+  """What sshd(8) of OpenSSH 10 does to whoever does not log in, as its sshd_config(5) has it.
+
+  PerSourcePenalties: 1 s for each connection that ends without a login having been tried, 5 s for
+  one with failed logins. From 15 s on (min), and until they have passed, the source is refused;
+  600 s are the most. MaxStartups 10:30:100: of the connections that have not logged in yet, the
+  11th and following are refused with a probability that grows from 30 to 100 per cent.
+  What it has done is in punished.log, a line for each.
+  """
+
+  NOAUTH, AUTHFAIL, LEAST, MOST = 1.0, 5.0, 15.0, 600.0
+  BEGIN, RATE, FULL = 10, 30, 100
+
+  def __init__(self, folder, seconds=0.0):
+    self.folder = folder
+    self.until = time.monotonic() + seconds
+    self.active = seconds >= self.LEAST
+    self.logs = {}  # of connections that have not logged in: the pipe with sshd's messages
+    self.rest = {}  # of the others
+    self.random = random.Random(1)
+
+  def note(self, text):
+    with open(os.path.join(self.folder, "punished.log"), "a") as file:
+      file.write(text + "\n")
+
+  def refuses(self):
+    """Why a new connection is refused, as sshd says it on the wire; empty: it is not."""
+    self.active = self.active and time.monotonic() < self.until
+    if self.active:
+      return "Not allowed at this time"
+    count = len(self.logs)
+    share = self.RATE + (100 - self.RATE) * (count - self.BEGIN) / (self.FULL - self.BEGIN)
+    if count >= self.FULL or (count >= self.BEGIN and self.random.uniform(0, 100) < share):
+      return "Exceeded MaxStartups"
+    return ""
+
+  def take(self, folder, link):
+    """Answer a connection."""
+    refused = self.refuses()
+    if refused:
+      self.note(refused)
+      link.sendall(refused.encode() + b"\r\n")
+      return link.close()
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    self.logs[reading] = b""
+    serve(folder, link, writing)
+    os.close(writing)
+
+  def read(self, fd):
+    """Take in what an sshd says; its end is judged."""
+    try:
+      data = os.read(fd, 65536)
+    except BlockingIOError:
+      return
+    if data and fd in self.logs:
+      self.logs[fd] += data
+      if b"Accepted " in self.logs[fd]:
+        self.rest[fd] = self.logs.pop(fd)
+    elif not data:
+      os.close(fd)
+      self.rest.pop(fd, None)
+      text = self.logs.pop(fd, None)
+      if text is not None:
+        tried = b"authenticating user" in text or b"Failed " in text
+        self.punish("authfail" if tried else "noauth", self.AUTHFAIL if tried else self.NOAUTH)
+
+  def punish(self, reason, seconds):
+    now = time.monotonic()
+    self.until = min(max(self.until, now) + seconds, now + self.MOST)
+    self.active = self.active or self.until - now >= self.LEAST
+    self.note(reason)
+
+
+def keep_punishing(folder, server, seconds):
+  """As keep(), with the manners of OpenSSH 10."""
+  punisher = Punisher(folder, seconds)
+  while True:
+    ready = select.select([0, 3, *punisher.logs, *punisher.rest], [], [])[0]
+    if 0 in ready:
+      return
+    for fd in ready:
+      if fd != 3:
+        punisher.read(fd)
+    if 3 in ready:
+      with contextlib.suppress(OSError):
+        punisher.take(folder, server.accept()[0])
+
+
+def keep_daemon(folder, server, program):
+  """A daemon of sshd's own at the address of the socket."""
+  host, port = server.getsockname()
+  server.close()
+  more = []
+  for option, name in (("SshdSessionPath", "sshd-session"), ("SshdAuthPath", "sshd-auth")):
+    beside = os.path.join(os.path.dirname(program), name)  # a part of sshd from 9.8 or 10.0 on
+    more += ["-o", f"{option}={beside}"] if os.path.isfile(beside) else []
+  log = os.path.join(folder, "sshd.log")
+  command = [program, "-D", "-f", os.path.join(folder, "sshd_config"), "-E", log, *more]
+  spawn([*command, "-o", f"ListenAddress={host}:{port}"], sshd_env(folder), [2, 2, 2])
+  select.select([0], [], [])
+
+
 def keep(folder, answers):
   """Descriptor 0 says when to end; whoever connects to 3 gets an sshd, or silence."""
   os.setsid()
@@ -148,6 +256,19 @@ def keep(folder, answers):
   signal.signal(signal.SIGCHLD, lambda number, frame: reap())
   server = socket.socket(fileno=3)
   server.setblocking(False)  # who connected may have gone before accept()
+  kind, _, detail = answers.partition("=")
+  if kind == "punish":
+    keep_punishing(folder, server, float(detail))
+  elif kind == "daemon":
+    keep_daemon(folder, server, detail)
+  else:
+    keep_serving(folder, server, answers == "answer")
+  server.close()
+  end_descendants()
+
+
+def keep_serving(folder, server, answers):
+  """An sshd, or silence, for each connection, until descriptor 0 says to end."""
   held = []
   while 0 not in select.select([0, 3], [], [])[0]:
     with contextlib.suppress(OSError):
@@ -156,8 +277,6 @@ def keep(folder, answers):
         serve(folder, link)
       else:
         held.append(link)
-  server.close()
-  end_descendants()
 
 
 def own_run(libc, folder):
@@ -177,15 +296,20 @@ def own_run(libc, folder):
       libc.mount(os.fsencode(own), os.fsencode(path), None, MOUNT_BIND, None)
 
 
-def serve(folder, link):
-  """Start an sshd for one connection."""
+def sshd_env(folder):
+  """The environment of sshd: its users are the guest's."""
   env = {"PATH": PATH, "LD_PRELOAD": LIBRARY}
   for name in ("passwd", "group", "shadow"):
     env["NSS_WRAPPER_" + name.upper()] = os.path.join(folder, name)
-  log = os.path.join(folder, "sshd.log")
-  command = [find("sshd"), "-i", "-f", os.path.join(folder, "sshd_config"), "-E", log]
+  return env
+
+
+def serve(folder, link, messages=None):
+  """Start an sshd for one connection; its messages go to a log, or to a descriptor."""
+  log = ["-E", os.path.join(folder, "sshd.log")] if messages is None else ["-e"]
+  command = [find("sshd"), "-i", "-f", os.path.join(folder, "sshd_config"), *log]
   with link:
-    spawn(command, env, [link.fileno(), link.fileno(), 2])
+    spawn(command, sshd_env(folder), [link.fileno(), link.fileno(), messages or 2])
 
 
 def reap():
@@ -354,6 +478,10 @@ def start_keeper(play, server, pipe, log):
   with open(os.path.abspath(__file__), encoding="utf-8") as file:
     write(play["folder"] + "/keeper.py", file.read())
   answers = "answer" if play.get("banner", True) else "hang"
+  if play.get("daemon"):
+    answers = "daemon=" + (find("sshd") if play["daemon"] is True else play["daemon"])
+  if play.get("punish"):
+    answers = f"punish={float(play['punish']) if play['punish'] is not True else 0.0}"
   command = [sys.executable, "-I", "-S", play["folder"] + "/keeper.py", "--keep", answers]
   return spawn(command, {"PATH": PATH}, [pipe, log, log, server.fileno()])
 
@@ -494,6 +622,6 @@ def main(argv):
 
 if __name__ == "__main__":
   if sys.argv[1:2] == ["--keep"]:
-    keep(os.path.dirname(os.path.abspath(__file__)), sys.argv[2] == "answer")
+    keep(os.path.dirname(os.path.abspath(__file__)), sys.argv[2])
   else:
     sys.exit(main(sys.argv))

@@ -1,13 +1,17 @@
 """The cache's folder in somebody else's hands, and on file systems that cannot do everything."""
 
+import contextlib
 import os
 import re
 import shutil
 import stat
 import subprocess
+import types
 
 import pytest
 from support import FREEBSD, fails, obey_modes, works
+
+import qvm as qvm_source
 
 RUN = ("run", "--rm", "freebsd", "15.1")
 PULL = ("pull", "freebsd", "15.1")
@@ -58,14 +62,131 @@ def test_a_folder_that_others_can_write_is_refused(full, server, tmp_path, folde
   works(full(*RUN))
 
 
-def test_what_executes_nothing_goes_on(full):
+COMMANDS = (
+  *(RUN, PULL, ("list",), ("clean",), ("stop", "vm"), ("rm", "vm"), ("search",)),
+  ("ssh", "vm", "--", "true"),
+)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_no_command_uses_what_others_can_change(full, words):
+  """Records name addresses and processes, so that even reading them is trust."""
+  works(full("run", "--name", "vm", "freebsd", "15.1"))
   full.cache.chmod(0o777)
-  for words in (("list",), ("config", "print-path"), ("--dry-run", *RUN), ("clean", "--dry-run")):
-    works(full(*words))
+  before = full.files()
+  result = full(*words)
+  fails(result, "is writable by other users", code=125 if words[0] == "ssh" else 1)
+  assert full.files() == before
+  works(full("config", "print-path"))
+
+
+def test_doctor_runs_nothing_of_what_it_calls_a_fault(full, tmp_path):
+  full.cache.chmod(0o777)
+  full.play(record=str(tmp_path / "record"))
+  program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  program.write_text(f"#!/bin/sh\n: >{tmp_path}/ran\n")
   result = full("doctor", "--offline")
   assert result.returncode == 1
   assert re.search(r"fault +cache: .* is writable by other users", result.stdout)
   assert f"→ chmod go-w {full.cache}" in result.stdout
+  assert not (tmp_path / "ran").exists() and "instances" not in result.stdout
+  full.cache.chmod(0o700)
+  full("doctor", "--offline")
+  assert (tmp_path / "ran").exists()
+
+
+# --- What lies above it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode, refused", [
+  (0o755, False), (0o700, False), (0o1777, False), (0o777, True), (0o757, True), (0o702, True),
+])  # fmt: skip
+def test_a_folder_above_that_others_can_write(full, tmp_path, mode, refused):
+  """Who may rename the cache away can put another in its place; not so with the sticky bit."""
+  with entered(tmp_path):
+    full.home.chmod(mode)
+    (full.home / ".cache").chmod(0o755)
+    result = full(*RUN)
+    if refused:
+      fails(
+        result, f"{full.home} is writable by other users, who could", f"chmod go-w {full.home};"
+      )
+      subprocess.run(["chmod", "go-w", str(full.home)], check=True)
+    works(full(*RUN))
+
+
+@contextlib.contextmanager
+def entered(path):
+  """Others can enter what pytest has closed for them."""
+  before = {each: each.stat().st_mode for each in (path, *path.parents)}
+  for each, mode in before.items():
+    each.chmod(mode | 0o011)
+  try:
+    yield
+  finally:
+    for each, mode in before.items():
+      each.chmod(mode)
+
+
+def test_what_nobody_else_can_enter_is_not_looked_at(full, tmp_path):
+  full.home.chmod(0o777)
+  tmp_path.chmod(0o700)
+  works(full(*RUN))
+
+
+def test_the_folders_above_where_a_link_leads(full, tmp_path):
+  other = tmp_path / "open"
+  other.mkdir()
+  full.cache.rename(other / "cache")
+  full.cache.symlink_to(other / "cache")
+  with entered(tmp_path):
+    full.home.chmod(0o755)
+    other.chmod(0o777)
+    fails(full(*RUN), f"{other} is writable by other users, who could")
+    other.chmod(0o1777)
+    works(full(*RUN))
+
+
+@as_root
+def test_a_folder_in_tmp_that_another_has_made(full, tmp_path):
+  """The sticky bit protects what is there, not a name that is free."""
+  with entered(tmp_path):
+    full.home.chmod(0o1777)
+    (full.home / ".cache").chmod(0o755)
+    os.chown(full.home / ".cache", OTHER, OTHER)
+    fails(full(*RUN), f"{full.home}/.cache belongs to another user (uid {OTHER})")
+
+
+@as_root
+@pytest.mark.parametrize("group, refused", [(0, False), (OTHER, True)])
+def test_a_folder_above_that_a_group_can_write(full, tmp_path, group, refused):
+  with entered(tmp_path):
+    os.chown(full.home, 0, group)
+    full.home.chmod(0o775)
+    (full.home / ".cache").chmod(0o755)
+    (fails if refused else works)(full(*RUN))
+
+
+@pytest.mark.parametrize("name, gid, members, others", [
+  ("me", 1000, [], False),
+  ("me", 1000, ["me"], False),
+  ("me", 1000, ["me", "you"], True),
+  ("staff", 20, [], True),
+  (None, 1000, [], True),
+])  # fmt: skip
+def test_a_group_of_ones_own(monkeypatch, name, gid, members, others):
+  """The umask 002 of many systems lets it write, and nobody else is in it."""
+
+  def group(number):
+    if name is None:
+      raise KeyError(number)
+    return types.SimpleNamespace(gr_name=name, gr_mem=members)
+
+  monkeypatch.setattr(qvm_source, "grp", types.SimpleNamespace(getgrgid=group))
+  user = types.SimpleNamespace(pw_name="me")
+  monkeypatch.setattr(qvm_source, "pwd", types.SimpleNamespace(getpwuid=lambda number: user))
+  folder = types.SimpleNamespace(st_mode=0o40775, st_gid=gid)
+  assert qvm_source.others_can_write(folder) is others
 
 
 @as_root
@@ -115,9 +236,15 @@ def test_a_folder_of_roots_will_do(full, tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o000])
-def test_a_generous_umask_breaks_nothing(qvm, mask):
+def test_a_generous_umask_opens_nothing(qvm, mask):
   for _ in range(2):
     works(qvm(*RUN, preexec_fn=lambda: os.umask(mask)))
+  for path in (
+    qvm.cache.parent,
+    qvm.cache,
+    *(each for each in qvm.cache.iterdir() if each.is_dir()),
+  ):
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
 
 
 # --- Where it is -----------------------------------------------------------------------------

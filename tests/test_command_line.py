@@ -357,7 +357,7 @@ KNOWN = {
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),
-  "stop": SHARED + ("--force",),
+  "stop": SHARED + ("--force", "--boot-timeout"),
   "rm": SHARED + ("--force",),
   "clean": SHARED + ("--all", "--dry-run"),
   "doctor": SHARED + ("--offline", "--json"),

@@ -559,7 +559,7 @@ def test_a_connection_that_the_guest_closes_is_no_failure(machines):
 def test_a_guest_that_cannot_be_asked(machines, ssh):
   machines.up()
   machines.ssh(**ssh)
-  result = machines.qvm("stop", "vm")
+  result = machines.qvm("stop", "--boot-timeout", "0", "vm")
   assert (result.returncode, result.stdout) == (0, "vm\n"), result.stderr
   said = lines_of(result)
   assert len(machines.calls()) == 1
@@ -605,7 +605,7 @@ def test_no_ssh_on_the_path(machines, tmp_path):
 def test_several(machines):
   for name in ("one", "two", "three"):
     machines.up(name)
-  machines.ssh(exit=255, log="")
+  machines.ssh(exit=255, log="Permission denied (publickey).")
   result = machines.qvm("stop", "two", "one", "two")
   assert (result.returncode, result.stdout) == (0, "two\none\n"), result.stderr
   assert machines.states() == {"one": "stopped", "two": "stopped", "three": "running"}
@@ -683,7 +683,7 @@ def test_a_run_that_still_downloads_is_not_asked_over_ssh(machines, server):
   import threading
 
   machines.up()
-  machines.ssh(exit=255, log="")
+  machines.ssh(exit=255, log="Permission denied (publickey).")
   assert machines.qvm("stop", "vm").returncode == 0
   before = len(machines.calls())
   qvm, tree = machines.qvm, machines.qvm.cache / "qemu" / "x86_64"

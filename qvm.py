@@ -1274,7 +1274,9 @@ TERM_GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.5
 OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
 FORMAT = 1  # of records; those of qvm 0.1 have no format field
-MAX_RECORD_BYTES = 1 << 20  # real ones have less than 1 kB; this limits what a damaged one costs
+MAX_RECORD_BYTES = (
+  1 << 20
+)  # records are below 1 kB; this limits the memory that a damaged one takes
 SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
 R = TypeVar("R", bound=NamedTuple)
 T = TypeVar("T")
@@ -4489,10 +4491,10 @@ def show_console(lines: Iterable[str]) -> None:
 
 # ---- Ssh ----------------------------------------------------------------------------------------
 
-# For a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would cut
-# off a slow emulated guest while it writes to its disk.
+# Time for a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would
+# cut off a slow emulated guest while it writes to its disk.
 POWER_OFF_SECONDS = 120.0
-# For a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
+# Time for a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
 KEY_LOGIN_SECONDS = 60.0
 
 
@@ -4640,7 +4642,7 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
-    "ServerAliveCountMax": "6",  # 6 times 30 s: give up on a guest that is silent so long
+    "ServerAliveCountMax": "6",  # 6 * 30 s: a guest silent for three minutes is lost
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
     "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
@@ -6416,9 +6418,10 @@ def print_command(plan: Plan, options: Options) -> int:
 # private to each machine that starts from it later. Nothing is copied; machines share the pages
 # that none of them has changed.
 
-# For QEMU to answer, and for ssh after a resume, which takes 0.6 s: more only delays a normal boot.
+# Time for QEMU to answer, and for ssh after a resume, which normally takes 0.6 s. More would only
+# delay the normal boot that follows a failure.
 RESUME_SECONDS = 15.0
-MAX_ANSWER_BYTES = 1 << 20  # real ones have a few kB; this limits what a broken QEMU can cost
+MAX_ANSWER_BYTES = 1 << 20  # answers have a few kB; this limits the memory for a broken QEMU's
 
 
 class Control:
@@ -6504,7 +6507,7 @@ class Control:
     self("cont")
 
   def wait_status(self, query: str, passing: Sequence[str], good: str) -> None:
-    """Query the status until it is no passing one; QvmError unless it is then the good one."""
+    """Poll until the status is not in `passing`; QvmError unless it is then `good`."""
     deadline = time.monotonic() + RESUME_SECONDS
     answer = self(query)
     while answer.get("status") in passing and time.monotonic() < deadline:
@@ -7375,7 +7378,7 @@ def check_instances(cache: Cache) -> Check:
     rows = list_instances(cache)
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
-    return Check("fault", "instances", text, "make yourself the owner of the folder again")
+    return Check("fault", "instances", text, "restore your ownership of the folder")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 

@@ -621,8 +621,8 @@ def parse_address(text: str) -> Address:
   good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
   if not good_host or not good_port or any(int(n) > 255 for n in numbers):
     raise UsageError(
-      f"invalid ssh port '{text}': use 1 to 65535, after an IPv4 address of this host "
-      "unless that is 127.0.0.1: 2847 or 0.0.0.0:2847"
+      f"invalid ssh port '{text}': use a port from 1 to 65535, or ADDRESS:PORT with an IPv4 "
+      "address of this host, as in 2847 or 0.0.0.0:2847"
     )
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
 
@@ -979,7 +979,7 @@ def help_text(command: str) -> str:
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
-    lines += [f"  {name:<8} {form.summary}" for name, form in COMMANDS.items()]
+    lines += [f"  {name:<10} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
   own_help = COMMANDS[command].option_help if command else {}
   for option in known_options(command):
@@ -1265,7 +1265,7 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
 
 # ---- Files, locks, programs ---------------------------------------------------------------------
 
-# Per read or write: more would save few system calls and cost memory in each thread.
+# For one read or write: more would save few system calls and cost memory in each thread.
 CHUNK_BYTES = 1 << 18
 # From SIGTERM to SIGKILL. QEMU normally exits at once, so only a hung one makes anyone wait.
 TERM_GRACE_SECONDS = 10.0
@@ -1274,9 +1274,7 @@ TERM_GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.5
 OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
 FORMAT = 1  # of records; those of qvm 0.1 have no format field
-MAX_RECORD_BYTES = (
-  1 << 20
-)  # records are below 1 kB; this limits the memory that a damaged one takes
+MAX_RECORD_BYTES = 1 << 20  # records are below 1 kB; this bounds a damaged one
 SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
 R = TypeVar("R", bound=NamedTuple)
 T = TypeVar("T")

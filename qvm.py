@@ -681,8 +681,8 @@ OPTIONS = (
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
   Option(("--rm",), "rm", "", bool, "run a temporary instance, deleted when the run ends"),
   Option(("--warm",), "warm", "", bool,
-         "with --rm: start from a checkpoint of the booted guest,\n"
-         "which the first such run creates"),
+         "start the temporary instance from a checkpoint of a booted\n"
+         "guest, which the first such run creates"),
   Option(("--dry-run",), "dry_run", "", bool,
          "print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,

@@ -621,8 +621,8 @@ def parse_address(text: str) -> Address:
   good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
   if not good_host or not good_port or any(int(n) > 255 for n in numbers):
     raise UsageError(
-      f"invalid ssh port '{text}': use 1 to 65535, after an IPv4 address of this host "
-      "unless that is 127.0.0.1: 2847 or 0.0.0.0:2847"
+      f"invalid ssh port '{text}': use a port from 1 to 65535, or ADDRESS:PORT with an IPv4 "
+      "address of this host, as in 2847 or 0.0.0.0:2847"
     )
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
 
@@ -681,8 +681,8 @@ OPTIONS = (
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
   Option(("--rm",), "rm", "", bool, "run a temporary instance, deleted when the run ends"),
   Option(("--warm",), "warm", "", bool,
-         "with --rm: start from a checkpoint of the booted guest,\n"
-         "which the first such run creates"),
+         "start the temporary instance from a checkpoint of a booted\n"
+         "guest, which the first such run creates"),
   Option(("--dry-run",), "dry_run", "", bool,
          "print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,
@@ -981,7 +981,7 @@ def help_text(command: str) -> str:
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
-    lines += [f"  {name:<8} {form.summary}" for name, form in COMMANDS.items()]
+    lines += [f"  {name:<10} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
   own_help = COMMANDS[command].option_help if command else {}
   for option in known_options(command):
@@ -1217,7 +1217,7 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
 
 # ---- Files, locks, programs ---------------------------------------------------------------------
 
-# Per read or write: more would save few system calls and cost memory in each thread.
+# For one read or write: more would save few system calls and cost memory in each thread.
 CHUNK_BYTES = 1 << 18
 # From SIGTERM to SIGKILL. QEMU normally exits at once, so only a hung one makes anyone wait.
 TERM_GRACE_SECONDS = 10.0
@@ -1226,7 +1226,7 @@ TERM_GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.5
 OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
 FORMAT = 1  # of records; those of qvm 0.1 have no format field
-MAX_RECORD_BYTES = 1 << 20  # real ones have less than 1 kB; this limits what a damaged one costs
+MAX_RECORD_BYTES = 1 << 20  # records are below 1 kB; this bounds a damaged one
 SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
 R = TypeVar("R", bound=NamedTuple)
 T = TypeVar("T")
@@ -4437,10 +4437,10 @@ def show_console(lines: Iterable[str]) -> None:
 
 # ---- Ssh ----------------------------------------------------------------------------------------
 
-# For a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would cut
-# off a slow emulated guest while it writes to its disk.
+# Time for a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would
+# cut off a slow emulated guest while it writes to its disk.
 POWER_OFF_SECONDS = 120.0
-# For a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
+# Time for a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
 KEY_LOGIN_SECONDS = 60.0
 
 
@@ -4588,7 +4588,7 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
-    "ServerAliveCountMax": "6",  # 6 times 30 s: give up on a guest that is silent so long
+    "ServerAliveCountMax": "6",  # 6 * 30 s: a guest silent for three minutes is lost
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
     "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
@@ -6364,9 +6364,10 @@ def print_command(plan: Plan, options: Options) -> int:
 # private to each machine that starts from it later. Nothing is copied; machines share the pages
 # that none of them has changed.
 
-# For QEMU to answer, and for ssh after a resume, which takes 0.6 s: more only delays a normal boot.
+# Time for QEMU to answer, and for ssh after a resume, which normally takes 0.6 s. More would only
+# delay the normal boot that follows a failure.
 RESUME_SECONDS = 15.0
-MAX_ANSWER_BYTES = 1 << 20  # real ones have a few kB; this limits what a broken QEMU can cost
+MAX_ANSWER_BYTES = 1 << 20  # answers have a few kB; this limits the memory for a broken QEMU's
 
 
 class Reply(NamedTuple):
@@ -6462,7 +6463,7 @@ class Control:
     self("cont")
 
   def wait_status(self, query: str, passing: Sequence[str], good: str) -> None:
-    """Query the status until it is no passing one; QvmError unless it is then the good one."""
+    """Poll until the status is not in `passing`; QvmError unless it is then `good`."""
     deadline = time.monotonic() + RESUME_SECONDS
     reply = self(query)
     while reply.status in passing and time.monotonic() < deadline:
@@ -7338,7 +7339,7 @@ def check_instances(cache: Cache) -> Check:
     rows = list_instances(cache)
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
-    return Check("fault", "instances", text, "make yourself the owner of the folder again")
+    return Check("fault", "instances", text, "restore your ownership of the folder")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 

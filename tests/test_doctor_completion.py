@@ -222,7 +222,11 @@ def impatient(monkeypatch):
 def test_qemu_that_hangs(host, impatient, monkeypatch, code):
   """Real QEMU ends with 0 when it gets SIGTERM: that is no sign of health."""
   monkeypatch.setenv("DOCTOR", json.dumps({"hang": True, "exit": code, "stdout": ""}))
-  (check,) = [it for it in qvm_source.check_qemu(qvm_source.Cache(str(host.cache))) if it.name == "QEMU x86_64"]
+  (check,) = [
+    it
+    for it in qvm_source.check_qemu(qvm_source.Cache(str(host.cache)))
+    if it.name == "QEMU x86_64"
+  ]
   assert check.state == "fault"
   assert "no answer" in check.text
 

@@ -555,6 +555,7 @@ class Options(NamedTuple):
   stream: bool = False
   boot_timeout: float = 600.0
   console_log: str = ""
+  no_network: bool = False
   guest_command: Tuple[str, ...] = ()
   env: Tuple[str, ...] = ()
   sync: str = ""
@@ -711,6 +712,8 @@ OPTIONS = (
          "how long to wait for ssh (default: 600)"),
   Option(("--console-log",), "console_log", "FILE", parse_text,
          "append the guest's console output to FILE"),
+  Option(("--no-network",), "no_network", "", bool,
+         "let the guest reach nothing, not even this host; its ssh stays"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
@@ -757,7 +760,8 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
-     "qemu_args", "detach", "stream", "boot_timeout", "console_log", *IN_GUEST, "progress"),
+     "qemu_args", "detach", "stream", "boot_timeout", "console_log", "no_network", *IN_GUEST,
+     "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -1090,6 +1094,7 @@ class LayerRecord(NamedTuple):
   accelerator: str = ""  # the one in use when it was created
   parts: str = ""  # size and modification time of each file
   problem: str = ""
+  failures: int = 0  # in a row, to go on from a checkpoint just made
 
 
 class Cache:
@@ -1540,6 +1545,8 @@ def check_above(path: str) -> None:
       stat = os.stat(above)
     except OSError:
       return  # what is not there is made for this user only
+    if not S_ISDIR(stat.st_mode):
+      return
     if shared and stat.st_uid not in mine:
       raise foreign(above, stat.st_uid)
     shared = others_can_write(stat)
@@ -1925,6 +1932,10 @@ def net_from(environ: Mapping[str, str]) -> Net:
   token = (environ.get("GITHUB_TOKEN") or environ.get("GH_TOKEN") or "").strip()
   if not re.match(r"[!-~]*\Z", token):
     raise UsageError("GITHUB_TOKEN or GH_TOKEN: the token has characters that no token has")
+  if token and api and is_open(api):
+    raise UsageError(
+      f"QVM_API_URL: {redacted(api)} is not https: GITHUB_TOKEN would go there for all to read"
+    )
   return Net(
     releases,
     api.rstrip("/"),
@@ -1934,6 +1945,12 @@ def net_from(environ: Mapping[str, str]) -> Net:
     ATTEMPTS,
     threading.Event(),
   )
+
+
+def is_open(url: str) -> bool:
+  """Whether what goes to and comes from a URL can be read and changed on its way."""
+  loopback = r"http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|\Z)"
+  return url.startswith("http:") and not re.match(loopback, url)
 
 
 def seconds_from(environ: Mapping[str, str], name: str, default: float, least: float) -> float:
@@ -3785,6 +3802,11 @@ def fetch_asset(
     expected = Future(lambda: releases.digest(repo, tag, name))
     transfer = download(releases.net, url, name, folder)
     digest, wanted = transfer.hash.hexdigest(), expected.result()
+    if not wanted and repo == "resources" and is_open(releases.net.releases):
+      raise QvmError(
+        f"{redacted(url)} comes over http and without a digest, and qvm would execute it",
+        "qvm pull --mirror makes a mirror with digests; or use an https address",
+      )
     if not wanted:
       say(f"no digest is known for {name}: only its length could be checked")
     if not wanted or digest == wanted:
@@ -3817,10 +3839,21 @@ def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   if not os.path.isfile(path) or not plan.refresh:
     return os.path.isfile(path)
   url = asset_url(releases.net, "resources", releases.tag("resources"), name)
-  newest = record_of(path).url == url
-  if newest:
+  if record_of(path).url == url:
     say(f"{name} is the newest")
-  return newest
+    return True
+  return is_newer(record_of(path), releases.tag("resources"), name)
+
+
+def is_newer(record: AssetRecord, tag: str, name: str) -> bool:
+  """Whether a cached file is of a newer release than the server has; says that it is kept.
+
+  Whoever can offer an older release could bring back its faults.
+  """
+  newer = re.match(TAG_RE, record.release) and version_key(record.release) > version_key(tag)
+  if newer:
+    say(f"the server's newest {name} is {tag}, older than {record.release} here, which is kept")
+  return bool(newer)
 
 
 def fetch_resource(releases: Releases, name: str, folder: str) -> Tuple[Transfer, AssetRecord]:
@@ -3943,6 +3976,8 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       if there and record_of(plan.base).url == url:
         say(f"{name} of {tag} is the newest")
         return
+      if there and is_newer(record_of(plan.base), tag, name):
+        return
       if there:
         if not asset_exists(releases.net, url):
           continue
@@ -4028,6 +4063,8 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
     jobs.append(tools)
   if image and (plan.refresh or not os.path.isfile(plan.base)):
     jobs.append(lambda: fetch_image(plan, releases, tools))
+  if jobs and is_open(net.releases):
+    say(f"{redacted(net.releases)} is not https: whoever is on the way can change what comes")
   if jobs:
     in_parallel(net, jobs)
 
@@ -4431,6 +4468,8 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
     Adjustment("-m", "6G", options.memory),
     Adjustment("-smp", "2", options.cpus),
   ]
+  if options.no_network:
+    changes.append(Adjustment("-netdev", "id=user.0,", "id=user.0,restrict=on,"))
   if "linaro_uefi.fd" in guest.table and not facts.linaro:
     changes.append(Adjustment("-bios", "linaro_uefi.fd", "uefi.fd"))
     changes.append(Adjustment("-machine", "type=virt,", "type=virt,acpi=off,"))
@@ -4570,6 +4609,96 @@ class Modes:
     return on + b"\x1b[0m"
 
 
+# What a guest may not do to the user's terminal (xterm's ctlseqs, and screen's ESC k): set titles
+# and the clipboard, and make it type its answerback (ENQ). In UTF-8, C2 9D and 9C are OSC and ST.
+HARM_RE = rb"\x05|\x1b[k]|(?:\x1b\]|\xc2\x9d)(?:[lLI]|0*(?:[012]?|52|5522|1337);)"
+HARM_BEGINS_RE = rb"(?:\x1b|\xc2|(?:\x1b\]|\xc2\x9d)[0-9]{0,4000})\Z"
+HARM_ENDS_RE = rb"\x07|\x18|\x1a|\x1b\\|\xc2\x9c|\x1b(?=[^\\])"
+TITLE_ENDS_RE = HARM_ENDS_RE + rb"|[\r\n]"  # of ESC k, which most terminals do not know
+# Questions that a terminal answers as if the user had typed, and the answers.
+QUERY_RE = (
+  rb"\x1b(?:\[[>=?]?[0-9;]*[cn]|\[[?0-9;]*\$p|\[[12][0-9]t|\[\?u|\[>[0-9]*q|\][0-9;]+;\?|P[+$]q)"
+)
+ANSWER_RE = rb"\x1b(?:\[[?>=]?[0-9;]*[cnRtuy]|[P\]])"
+ANSWER_SECONDS = 1.0  # for late answers
+
+
+class Screen:
+  """Passes a guest's output on to the user's terminal without what could harm the user.
+
+  Everything else stays as it is, byte for byte. It also counts the answers that are due.
+  """
+
+  def __init__(self) -> None:
+    self.held = b""  # the beginning of what may become harmful
+    self.dropping = b""  # the pattern that ends a harmful string of which the rest is to come
+    self.asked = 0
+    self.tail = b""  # the beginning of what may become a question
+
+  def show(self, chunk: bytes) -> bytes:
+    """The part of a chunk that may be shown now."""
+    data, shown, place = self.held + chunk, bytearray(), 0
+    self.held = b""
+    while place < len(data):
+      if self.dropping:
+        end = re.compile(self.dropping).search(data, place)
+        if not end:
+          self.held = data[-1:] if data[-1:] in (b"\x1b", b"\xc2") else b""
+          break
+        self.dropping = b""
+        place = end.start() if end.group() in (b"\x1b", b"\r", b"\n") else end.end()
+        continue
+      harm = re.compile(HARM_RE).search(data, place)
+      stop = harm.start() if harm else len(data)
+      shown += data[place:stop]
+      place = harm.end() if harm else stop
+      if harm and harm.group() != b"\x05":
+        self.dropping = TITLE_ENDS_RE if harm.group() == b"\x1bk" else HARM_ENDS_RE
+    begin = re.compile(HARM_BEGINS_RE).search(shown, max(0, len(shown) - 4010))
+    if begin and not self.dropping:
+      self.held = bytes(shown[begin.start() :])
+      del shown[begin.start() :]
+    self.count(bytes(shown))
+    return bytes(shown)
+
+  def count(self, shown: bytes) -> None:
+    """Count the questions to the terminal."""
+    end, text = 0, self.tail + shown
+    for match in re.finditer(QUERY_RE, text):
+      self.asked, end = self.asked + 1, match.end()
+    start = text.rfind(b"\x1b", max(end, len(text) - 40))
+    self.tail = text[start:] if start >= 0 else b""
+
+  def typed(self, data: bytes) -> None:
+    """Count the terminal's answers."""
+    self.asked = max(0, self.asked - len(re.findall(ANSWER_RE, data)))
+
+  def rest(self) -> bytes:
+    """What is held back when nothing can follow any more."""
+    held, self.held = b"" if self.dropping else self.held, b""
+    return held
+
+  def swallow_answers(self) -> None:
+    """Read the answers that are still to come, which the user's shell would take for typed words.
+
+    Terminals answer in order: one more question, for device attributes, shows where they end.
+    """
+    if not self.asked:
+      return
+    typed, deadline = b"", time.monotonic() + ANSWER_SECONDS
+    with contextlib.suppress(OSError, termios.error):
+      write_all(1, b"\x1b[c")
+      while self.asked or not re.search(rb"\x1b\[\?[0-9;]*c", typed):
+        if not select.select([0], [], [], max(0.0, deadline - time.monotonic()))[0]:
+          break
+        data = os.read(0, CHUNK_BYTES)
+        if not data:
+          break
+        self.typed(data)
+        typed += data
+      termios.tcflush(0, termios.TCIFLUSH)
+
+
 KVM_DENIED = "permission denied for /dev/kvm"
 KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo chmod o+rw /dev/kvm"
 TCG_FIX = "add --accel tcg, which is slower"
@@ -4618,7 +4747,8 @@ class Relay:
   ) -> None:
     self.process, self.interactive, self.log, self.full = process, interactive, log, full
     self.keys = process.stdin.fileno() if process.stdin else -1
-    self.keyboard, self.modes = Keyboard(), Modes()
+    self.keyboard, self.modes, self.screen = Keyboard(), Modes(), Screen()
+    self.on_terminal = os.isatty(1)
     self.pending = b""  # typed, but not yet accepted by QEMU
     self.words = b""  # the end of QEMU's own messages
     self.stdout_lost = False
@@ -4653,6 +4783,7 @@ class Relay:
       if not ready and not told and self.full():
         told = True
         say(DISK_FULL)
+    self.print(self.screen.rest())
 
   def read_keys(self) -> bool:
     """Handle typed bytes; returns False at the end of the input."""
@@ -4660,6 +4791,7 @@ class Relay:
       data = os.read(0, CHUNK_BYTES)
     except OSError:
       data = b""
+    self.screen.typed(data)
     sent, commands = self.keyboard.feed(data)
     self.type(sent)
     for command in commands:
@@ -4692,9 +4824,13 @@ class Relay:
         self.log = None
     if self.interactive:
       self.modes.watch(chunk)
+    self.print(self.screen.show(chunk) if self.on_terminal else chunk)
+
+  def print(self, shown: bytes) -> None:
+    """Write to our stdout for as long as it takes anything."""
     if not self.stdout_lost:
       try:
-        write_all(1, chunk)
+        write_all(1, shown)
       except OSError:
         self.stdout_lost = True  # the machine keeps running, as it would without qvm
 
@@ -4746,9 +4882,8 @@ LOGIN_PAUSES = (1.0, 2.0, 4.0, 5.0)
 # For QEMU to listen. Once it does, only the guest decides whether a connection is accepted.
 REFUSED_SECONDS = 30.0
 QUIET_SECONDS = 3.0  # of failed logins before they are reported
-# For one look at whether ssh answers while a guest boots. libslirp goes on trying for 75 s to
-# reach a guest for a connection that we have closed: 15 of them at most come in at once when its
-# network comes up, and OpenSSH adds 1 s of penalty for each.
+# For one look at whether ssh answers while a guest boots. QEMU's libslirp goes on trying to reach
+# the guest for connections that we have closed; each that gets through later costs 1 s of penalty.
 PROBE_SECONDS = 5.0
 
 
@@ -6464,18 +6599,20 @@ def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address,
   The lock is the UDP port of the same number, to which nothing is ever sent. The kernel gives it to
   one process, whatever its cache or user, and frees it when QEMU has ended.
   """
+  kind = ""
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
     address = wanted._replace(port=port)
-    lock = bind(socket.SOCK_DGRAM, address)
+    lock, kind = bind(socket.SOCK_DGRAM, address), "UDP"
     if lock:
-      probe = bind(socket.SOCK_STREAM, address)
+      probe, kind = bind(socket.SOCK_STREAM, address), "TCP"
       if probe:
         probe.close()
         stack.callback(lock.close)
         return address, lock.fileno()
       lock.close()
   raise QvmError(
-    f"port {wanted.port} on {wanted.host} is taken (--ssh-port)",
+    f"port {wanted.port} on {wanted.host} is taken (--ssh-port): something uses its {kind} port"
+    + (", by which qvm locks it" if kind == "UDP" else ""),
     "choose another, or omit --ssh-port to get a free one",
   )
 
@@ -6664,6 +6801,7 @@ class Machine:
       if relay.interactive:
         with contextlib.suppress(OSError):
           write_all(1, relay.modes.undo())
+        relay.screen.swallow_answers()
     causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
     if process.returncode < 0 and not causes:
       causes = [f"something other than qvm killed QEMU ({ending(process.returncode)})"]
@@ -6688,8 +6826,12 @@ class Machine:
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
     if not answers:
       say(f"ssh has not answered within {self.options.boot_timeout:g} s; the machine keeps running")
-    emit(self.plan.name)
-    emit(ssh_line(self.plan.guest, self.address))
+    try:
+      emit(self.plan.name)
+      emit(ssh_line(self.plan.guest, self.address))
+    except OSError as error:  # it runs as asked; an error code would hide that
+      line = ssh_line(self.plan.guest, self.address)
+      say(f"{self.plan.name} runs in the background ({line}), but stdout: {describe(error)}")
     return 0
 
   def run_command(self) -> int:
@@ -6756,6 +6898,7 @@ def print_command(plan: Plan, options: Options) -> int:
 # Time for QEMU to answer, and for ssh after a resume, which normally takes 0.6 s. More would only
 # delay the normal boot that follows a failure.
 RESUME_SECONDS = 15.0
+MAX_FAILURES = 3  # in a row, to go on from a new checkpoint; one may be a slow moment of the host
 MAX_ANSWER_BYTES = 1 << 20  # answers have a few kB; this limits the memory for a broken QEMU's
 
 
@@ -6927,10 +7070,16 @@ class Checkpoint:
     self.key = checkpoint_key(plan, options, facts)
     self.name = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}-warm-{self.key[:10]}"
     self.layer = plan.cache.layer(self.name)
+    record = self.record
+    self.failures = record.failures if record.key == self.key else 0
+
+  @property
+  def record(self) -> LayerRecord:
+    return sound_record(LayerRecord(), self.layer.record)
 
   def problem(self) -> str:
     """Why the checkpoint cannot be used; empty if it can."""
-    record = sound_record(LayerRecord(), self.layer.record)
+    record = self.record
     if record.key != self.key:
       return "there is none yet"
     if record.problem:
@@ -6945,7 +7094,9 @@ class Checkpoint:
     """Write the record, which completes the checkpoint."""
     plan = self.plan
     kind = (self.name, plan.guest.os, plan.version, plan.guest.arch)
-    record = LayerRecord(*kind, record_of(plan.base).sha256, self.key, **more)
+    record = LayerRecord(
+      *kind, record_of(plan.base).sha256, self.key, failures=self.failures, **more
+    )
     write_record(plan.cache, self.layer.record, record, 0o600)
 
   def make(self) -> bool:
@@ -7041,7 +7192,7 @@ class Checkpoint:
   def resume(self, fresh: bool) -> bool:
     """Start the machine from the checkpoint; if that fails, say so, delete it and return False.
 
-    If it fails although the checkpoint is fresh, a record keeps later runs from creating another.
+    If it fails although the checkpoint is fresh, a record counts that for later runs.
     """
     machine = self.machine
     begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
@@ -7053,18 +7204,29 @@ class Checkpoint:
       else:
         machine.resumed = True
         say(f"{machine.plan.name} resumes from the checkpoint {self.name}")
+        self.has_worked()
         return True
     say(f"the checkpoint {self.name} cannot be used: {problem}")
     remove_file(machine.paths.disk)
     with instances_lock(self.plan.cache):
       remove_layer(self.layer)
       if fresh:
+        self.failures += 1
         self.write_record(problem=problem)
     return False
 
+  def has_worked(self) -> None:
+    """Forget earlier failures: only so many in a row count."""
+    if self.failures:
+      with instances_lock(self.plan.cache):
+        record = self.record
+        if record.key == self.key:
+          cleared = record._replace(failures=0)
+          write_record(self.plan.cache, self.layer.record, cleared, 0o600)
+
   def go_on(self, control: Control) -> None:
     """Load the state; QvmError if ssh does not answer in time."""
-    machine, made = self.machine, sound_record(LayerRecord(), self.layer.record).accelerator
+    machine, made = self.machine, self.record.accelerator
     if control.accelerator() != made:
       raise QvmError(f"it was created with {made}, but QEMU now uses {control.accelerator()}")
     control.load(self.layer.state)
@@ -7103,7 +7265,7 @@ def start_warm(machine: Machine, base: Base) -> bool:
   problem = checkpoint.problem()
   if problem and os.path.exists(checkpoint.layer.record):
     name = checkpoint.name
-    if sound_record(LayerRecord(), checkpoint.layer.record).problem:
+    if checkpoint.failures >= MAX_FAILURES:
       say(f"no warm start: {problem} (after qvm rm {name} the next run tries again)")
       return False
     say(f"the checkpoint {name} cannot be used: {problem}")

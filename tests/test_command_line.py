@@ -356,7 +356,7 @@ KNOWN = {
   "": SHARED,
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
-  + ("--warm", "--stream", "--boot-timeout", "--console-log") + IN_GUEST,
+  + ("--warm", "--stream", "--boot-timeout", "--console-log", "--no-network") + IN_GUEST,
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
   "search": SHARED + ("--json",),

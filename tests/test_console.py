@@ -70,6 +70,11 @@ sys.exit(play.get("exit", 0))
 """
 
 
+def on_screen(data):
+  """What a terminal gets of it; test_screen.py has what that is."""
+  return qvm_source.Screen().show(data)
+
+
 def flood_bytes(size):
   """What PLAYER writes as a flood: all numbers from 0, so that each byte has its place."""
   return array.array("I", range(size // 4)).tobytes()
@@ -426,7 +431,7 @@ def test_screen_modes_cut_between_writes(player, opened, end):
   play(player, pieces=CUT, wait=end != "exit")
   terminal = opened(player, *RUN)
   for piece in CUT:
-    terminal.until(piece.encode())
+    terminal.until(piece.encode().rstrip(b"\x1b"))  # what an ESC begins is not yet known
     terminal.type(b" ")
   if end == "ctrl-a x":
     terminal.type(b"\x01x")
@@ -525,7 +530,7 @@ def test_twenty_megabytes_out_and_one_in(player, opened):
   assert terminal.end() == 0
   got = terminal.shown.partition(b"BEGIN")[2]
   want = b"typed " + hashlib.sha256(TYPED).hexdigest().encode()
-  assert got[:SIZE] == flood_bytes(SIZE)
+  assert got[: len(on_screen(flood_bytes(SIZE)))] == on_screen(flood_bytes(SIZE))
   assert got[SIZE : SIZE + len(want)] == want
 
 
@@ -537,14 +542,15 @@ def test_a_slow_reader_loses_nothing(player, opened, fifo, tmp_path):
   terminal.type(b" ")
   fifo.read_text()  # all between the guest and us is full
   assert terminal.end() == 0
-  assert terminal.shown.partition(b"BEGIN")[2][:size] == flood_bytes(size)
+  shown = on_screen(flood_bytes(size))
+  assert terminal.shown.partition(b"BEGIN")[2][: len(shown)] == shown
   assert log.read_bytes()[:-70] == b"BEGIN" + flood_bytes(size)
 
 
 def test_a_guest_that_floods(real, tmp_path):
   terminal = real.terminal(FLOODING, "--console-log", str(tmp_path / "log"))
   assert terminal.end() == 0
-  assert FLOOD in terminal.shown
+  assert on_screen(FLOOD) in terminal.shown
   assert FLOOD in (tmp_path / "log").read_bytes()
 
 

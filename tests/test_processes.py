@@ -364,6 +364,18 @@ def test_a_chosen_port_that_is_taken(qvm, server, tmp_path, host, wanted):
   assert instance_names(qvm) == []
 
 
+@pytest.mark.parametrize("kind, name", [(socket.SOCK_STREAM, "TCP"), (socket.SOCK_DGRAM, "UDP")])
+def test_which_port_is_taken(used, kind, name):
+  with socket.socket(socket.AF_INET, kind) as other:
+    other.bind(("127.0.0.1", 0))
+    if name == "TCP":
+      other.listen(1)
+    port = other.getsockname()[1]
+    result = used(*RUN, "--ssh-port", str(port))
+    fails(result, f"port {port} on 127.0.0.1 is taken", f"its {name} port")
+    assert ("TCP" in result.stderr) != ("UDP" in result.stderr)
+
+
 def test_a_chosen_port_of_another_qvm(used, background, tmp_path):
   """Its QEMU may not listen yet, so only the lock tells."""
   port = free_port()

@@ -201,6 +201,7 @@ ADJUSTMENTS = [
     ("--ssh-port", "127.9.8.7:65535"),
     {"hostfwd=tcp:127.0.0.1:2847-:22": "hostfwd=tcp:127.9.8.7:65535-:22"},
   ),
+  (("--no-network",), {"id=user.0": "id=user.0,restrict=on"}),
 ]
 
 

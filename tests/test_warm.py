@@ -306,15 +306,32 @@ def test_a_saving_that_fails_boots_as_always(warm, way, order):
 ])  # fmt: skip
 def test_where_not_even_a_fresh_one_works_none_is_made_again(warm, way, order, words):
   control(warm, **{way: order})
-  result = works(run(warm, "echo fine", options=("--boot-timeout", "5")))
-  assert result.stdout == "fine\n" and words in result.stderr.replace("\n", " ")
-  assert frozen(warm) == WHOLE[:1] and warm.nothing_left()
+  for _ in range(3):
+    result = works(run(warm, "echo fine", options=("--boot-timeout", "5")))
+    assert result.stdout == "fine\n" and words in result.stderr.replace("\n", " ")
+    assert "is booting to create" in result.stderr
+    assert frozen(warm) == WHOLE[:1] and warm.nothing_left()
   orders(warm)
   control(warm)
   again = works(run(warm, "echo fine"))
   assert "no warm start: " in again.stderr and orders(warm) == []
   works(warm.qvm("rm", *rows(warm.qvm)))
   assert "is booting to create" in works(run(warm)).stderr
+
+
+def test_a_slow_moment_is_forgotten(warm):
+  """Only failures in a row count, so two of them, a success and two more are not enough."""
+  for _ in range(2):
+    control(warm, fail="cont")
+    for _ in range(2):
+      assert "told to fail" in works(run(warm)).stderr
+    control(warm)
+    assert "resumes from the checkpoint" in works(run(warm)).stderr
+    (record,) = (warm.qvm.cache / "layers").glob("*.json")
+    assert json.loads(record.read_text())["failures"] == 0
+    assert "is booting to create" not in works(run(warm)).stderr
+    for path in (warm.qvm.cache / "layers").glob("*.memory"):
+      path.unlink()  # so that the next run makes another
 
 
 def test_a_machine_that_never_answers(warm):

@@ -5843,7 +5843,8 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
       if terminal or not line:
         raise
       signals.again()
-      if not hand_on(login, pid_file, stop.signum) and process.poll() is None:
+      problem = hand_on(login, pid_file, stop.signum)
+      if problem == KILLED or problem and process.poll() is None:
         raise stop
       try:
         process.wait(None if stop.signum == signal.SIGINT else TERM_GRACE_SECONDS)
@@ -5872,28 +5873,31 @@ THEN_KILL = """
 tries=0
 while [ -e {file} ]; do
   tries=$((tries + 1))
-  if [ $tries -gt 10 ]; then
+  if [ $tries -gt {seconds} ]; then
     rm -f {file}
     kill -s KILL -- -$leader
-    exit 1
+    exit {killed}
   fi
   sleep 1
 done
 """
 
 
-def hand_on(login: Login, pid_file: str, number: int) -> bool:
-  """Give a signal to a command in the guest; returns whether that ended it or will.
+KILLED = 9
 
-  Whoever sends SIGTERM expects an end: what is still there 10 s later is killed.
+
+def hand_on(login: Login, pid_file: str, number: int) -> int:
+  """Give a signal to a command in the guest; returns 0, KILLED, or 1 if there is no command.
+
+  Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
   """
   script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
   if number == signal.SIGTERM:
-    script += THEN_KILL.format(file=pid_file)
+    script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
   try:
-    return not in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
+    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
   except (QvmError, subprocess.TimeoutExpired):
-    return False
+    return 1
 
 
 def has_finished(login: Login, pid_file: str) -> bool:

@@ -10,8 +10,8 @@ $SSH_GUEST, JSON, says how the guest behaves:
   banner    false: whoever connects is never answered (true)
   daemon    true: sshd itself listens, with its MaxStartups and, from 9.8 on, its penalties; a
             path: that sshd does (false)
-  punish    true: the keeper does as OpenSSH 10 does by default, see Punisher; a number: so many
-            seconds of penalty are there at the start (false)
+  punish    true: the keeper does as OpenSSH 10 does by default, see Punisher; a number: with all
+            times that many times as long (false)
   listen    false: nothing listens (true)
   delay     seconds until sshd listens (0)
   console   what the serial console shows at the start (ssh guest boots)
@@ -155,10 +155,9 @@ class Punisher:
   NOAUTH, AUTHFAIL, LEAST, MOST = 1.0, 5.0, 15.0, 600.0
   BEGIN, RATE, FULL = 10, 30, 100
 
-  def __init__(self, folder, seconds=0.0):
-    self.folder = folder
-    self.until = time.monotonic() + seconds
-    self.active = seconds >= self.LEAST
+  def __init__(self, folder, scale):
+    self.folder, self.scale = folder, scale
+    self.until, self.active = 0.0, False
     self.logs = {}  # of connections that have not logged in: the pipe with sshd's messages
     self.rest = {}  # of the others
     self.random = random.Random(1)
@@ -211,14 +210,14 @@ class Punisher:
 
   def punish(self, reason, seconds):
     now = time.monotonic()
-    self.until = min(max(self.until, now) + seconds, now + self.MOST)
-    self.active = self.active or self.until - now >= self.LEAST
+    self.until = min(max(self.until, now) + seconds * self.scale, now + self.MOST * self.scale)
+    self.active = self.active or self.until - now >= self.LEAST * self.scale
     self.note(reason)
 
 
-def keep_punishing(folder, server, seconds):
-  """As keep(), with the manners of OpenSSH 10."""
-  punisher = Punisher(folder, seconds)
+def keep_punishing(folder, server, scale):
+  """As keep_serving(), with the manners of OpenSSH 10."""
+  punisher = Punisher(folder, scale)
   while True:
     ready = select.select([0, 3, *punisher.logs, *punisher.rest], [], [])[0]
     if 0 in ready:
@@ -481,7 +480,7 @@ def start_keeper(play, server, pipe, log):
   if play.get("daemon"):
     answers = "daemon=" + (find("sshd") if play["daemon"] is True else play["daemon"])
   if play.get("punish"):
-    answers = f"punish={float(play['punish']) if play['punish'] is not True else 0.0}"
+    answers = f"punish={float(play['punish'])}"
   command = [sys.executable, "-I", "-S", play["folder"] + "/keeper.py", "--keep", answers]
   return spawn(command, {"PATH": PATH}, [pipe, log, log, server.fileno()])
 

@@ -530,8 +530,9 @@ def test_twenty_megabytes_out_and_one_in(player, opened):
   assert terminal.end() == 0
   got = terminal.shown.partition(b"BEGIN")[2]
   want = b"typed " + hashlib.sha256(TYPED).hexdigest().encode()
-  assert got[: len(on_screen(flood_bytes(SIZE)))] == on_screen(flood_bytes(SIZE))
-  assert got[SIZE : SIZE + len(want)] == want
+  shown = on_screen(flood_bytes(SIZE))
+  assert got[: len(shown)] == shown
+  assert got[len(shown) :].startswith(want)
 
 
 def test_a_slow_reader_loses_nothing(player, opened, fifo, tmp_path):

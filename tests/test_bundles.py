@@ -192,7 +192,6 @@ def image_files(qvm):
 
 
 DONE = [f"base/{STEM}.json", f"base/{STEM}.qcow2"]
-WITH_KERNEL = [f"base/{STEM}.json", f"base/{STEM}.kernel", f"base/{STEM}.qcow2"]
 
 
 # --- Formats and holes -----------------------------------------------------------------------
@@ -208,11 +207,11 @@ FORMATS = {
   "ustar": ("--format=ustar",),
 }
 MEMBERS = {
-  "plain": (("disk.img", "kernel"), WITH_KERNEL),
-  "kernel first": (("kernel", "disk.img"), WITH_KERNEL),
-  "dots": (("./disk.img", "./kernel"), WITH_KERNEL),
-  "folder": ((".",), WITH_KERNEL),
-  "no kernel": (("./disk.img",), DONE),
+  "plain": ("disk.img", "kernel"),
+  "kernel first": ("kernel", "disk.img"),
+  "dots": ("./disk.img", "./kernel"),
+  "folder": (".",),
+  "no kernel": ("./disk.img",),
 }
 
 
@@ -222,18 +221,13 @@ MEMBERS = {
   + [("old GNU, sparse", members) for members in MEMBERS if members != "plain"],
 )
 def test_formats(stocked, server, small, form, members):
-  names, files = MEMBERS[members]
-  bundle = gnu_bundle(small, *FORMATS[form], *names)
+  bundle = gnu_bundle(small, *FORMATS[form], *MEMBERS[members])
   serve(server, bundle)
   run = works(stocked(*PULL))
-  assert image_files(stocked) == files
+  assert image_files(stocked) == DONE
   base = stocked.cache / "base" / f"{STEM}.qcow2"
   assert same_disk(small / "disk.img", base)
   assert base.stat().st_mode & 0o777 == 0o444
-  if files == WITH_KERNEL:
-    kernel = stocked.cache / "base" / f"{STEM}.kernel"
-    assert kernel.read_bytes() == KERNEL
-    assert kernel.stat().st_mode & 0o777 == 0o444
   assert "no digest" not in run.stderr
   record = json.loads((stocked.cache / "base" / f"{STEM}.json").read_text())
   assert record["url"].endswith(f"/v1.0.0/{STEM}.tar.zst")
@@ -329,9 +323,8 @@ def test_each_unpacker(stocked, server, small, tmp_path, zstd_package, image, un
   serve(server, gnu_bundle(small, *FORMATS[form], "disk.img", "kernel"), image)
   use(stocked, unpacker, tmp_path, zstd_package)
   works(stocked(*PULL))
-  assert image_files(stocked) == WITH_KERNEL
+  assert image_files(stocked) == DONE
   assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
-  assert (stocked.cache / "base" / f"{STEM}.kernel").read_bytes() == KERNEL
 
 
 @pytest.mark.parametrize("unpacker", UNPACKERS)
@@ -659,7 +652,7 @@ def test_killed_while_unpacking(stocked, server, small, stopped, where, signum):
   assert not list((stocked.cache / "base").glob("*.qcow2"))
   server.clear_log()
   works(stocked(*PULL))
-  assert image_files(stocked) == WITH_KERNEL
+  assert image_files(stocked) == DONE
   assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
   assert not server.requests("tar.zst", "cdn"), "the bundle was complete"
 
@@ -694,7 +687,7 @@ def test_failing_qemu_img_leaves_no_disk(stocked, server, sound, small):
   qemu_img.write_text(f"#!{sys.executable}\nraise SystemExit('qemu-img: no space left')\n")
   serve(server, sound)
   fails(stocked(*PULL), "qemu-img", "no space left")
-  assert [name for name in image_files(stocked) if ".tmp" in name] == []
+  assert [name for name in image_files(stocked) if "unpacked" in name] == []
   qemu_img.write_bytes(content)
   works(stocked(*PULL))
   assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
@@ -706,7 +699,7 @@ def test_no_space_for_the_disk(stocked, server, sound, small):
   limit = (10 * MB, 10 * MB)
   run = stocked(*PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
   fails(run, STEM)
-  assert [name for name in image_files(stocked) if ".tmp" in name] == []
+  assert [name for name in image_files(stocked) if "unpacked" in name] == []
   works(stocked(*PULL))
   assert same_disk(small / "disk.img", stocked.cache / "base" / f"{STEM}.qcow2")
 
@@ -745,7 +738,7 @@ def test_bundle_when_qemu_img_does_not_come(qvm, server, sound):
 
 
 def test_refresh_from_and_to_a_bundle(stocked, server, sound, small, image):
-  """The base image is always that of the newest release, and so is the kernel."""
+  """The base image is always that of the newest release."""
   server.repos[REPO] = {}
   base = stocked.cache / "base" / f"{STEM}.qcow2"
   steps = (("v1", ".qcow2", image), ("v2", ".tar.zst", sound), ("v3", ".qcow2", image + b"3"))
@@ -754,14 +747,14 @@ def test_refresh_from_and_to_a_bundle(stocked, server, sound, small, image):
     server.add_release(REPO, tag, {STEM + suffix: content}, published=published)
     works(stocked(*PULL, "--refresh"))
     assert same_disk(small / "disk.img", base) if tag == "v2" else base.read_bytes() == content
-    assert image_files(stocked) == (WITH_KERNEL if tag == "v2" else DONE)
+    assert image_files(stocked) == DONE
     server.clear_log()
     works(stocked(*PULL, "--refresh"))
     assert not [r for r in server.requests(STEM, "cdn") if r.status == 200], "it is the newest"
 
 
-def test_bundle_with_a_kernel_only_is_no_kernel(stocked, server):
-  """A refused bundle leaves no kernel beside the base images."""
+def test_bundle_with_a_kernel_and_an_empty_disk(stocked, server):
+  """A refused bundle leaves nothing."""
   serve(server, squeeze(member("kernel") + member(content=b"") + END))
   fails(stocked(*PULL), STEM)
   assert image_files(stocked) == []

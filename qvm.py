@@ -5083,7 +5083,7 @@ def refresh_script(guest: Guest) -> str:
   seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
   root = "sudo " if guest.set_clock.startswith("sudo ") else ""
   clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
-  problem = "qvm: cannot set the guest's clock"
+  problem = "qvm: cannot set the clock of the guest"
   lines = [
     f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
     f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",

@@ -7139,41 +7139,65 @@ def is_taken(cache: Cache, name: str) -> bool:
   return Lock(cache.instance(name).lock).is_held()
 
 
+# What qvm may have left, by folder. The cache may be a folder that holds other things, too.
+LEFTOVER_RES = {
+  "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
+  "bin": r"resources\.tmp|qemu-img\.json\..+",
+  "qemu": r"(x86_64|aarch64)\.(tmp|new)|\.(x86_64|aarch64)-[0-9a-f]{8}",
+  "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
+  "downloads": SCRATCH + r".+|.+\.(qcow2|tar)|" + OLDER_DOWNLOAD_RE,
+}
+
+
+def named_leftovers(cache: Cache, folder: str) -> List[str]:
+  """The paths in one of the cache's folders whose names are those of leftovers."""
+  pattern = re.compile(LEFTOVER_RES[folder])
+  return [
+    path for path in paths_in(cache.path(folder)) if pattern.fullmatch(os.path.basename(path))
+  ]
+
+
 def unfinished_downloads(cache: Cache) -> List[str]:
-  """The unlocked paths in downloads/, except the images that streamed overlays still need."""
+  """Whatever in downloads/ nobody has locked, except what streamed overlays lie on."""
   disks = [cache.instance(name).disk for name in instance_names(cache, ".qcow2")]
   begun = {os.path.basename(base_of(disk)) for disk in disks if is_streamed(disk)}
-  paths = [path for path in paths_in(cache.downloads) if os.path.basename(path) not in begun]
-  return [path for path in paths if not Lock(path).is_held()]
+  paths = named_leftovers(cache, "downloads")
+  return [p for p in paths if os.path.basename(p) not in begun and not Lock(p).is_held()]
 
 
 def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
-  """The files of orphans and of instances without a disk, and locks that nobody holds."""
+  """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
   found = []
   for path in paths_in(cache.instances):
     name = os.path.basename(path)
-    suffix = next((end for end in (".lock", *InstancePaths.SUFFIXES) if name.endswith(end)), "")
-    instance = cache.instance(name[: -len(suffix)])
+    suffix = next(
+      (end for end in (".lock", ".tmp", *InstancePaths.SUFFIXES) if name.endswith(end)), ""
+    )
+    stem = name[: -len(suffix)]
+    instance = cache.instance(re.sub(r"\.(qcow2|json)\Z", "", stem) if suffix == ".tmp" else stem)
     if not suffix or is_taken(cache, instance.name):
       continue
-    if suffix == ".lock" or instance.name in orphans or not os.path.lexists(instance.disk):
+    useless = suffix in (".lock", ".tmp") or instance.name in orphans
+    if suffix == ".json":
+      mine = sound_record(Instance(), path).name == instance.name
+      useless = useless or (mine and not os.path.lexists(instance.disk))
+    if useless or not (suffix == ".json" or os.path.lexists(instance.disk)):
       found.append(path)
   return found
 
 
 def strays(cache: Cache) -> List[str]:
-  """Files that belong to no image, layer, QEMU or qvm: outdated, or left by a killed process."""
-  found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
+  """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
-  known = {end for base in bases for end in (base, record_path(base), record_path(base) + ".new")}
-  found += [path for path in paths_in(cache.path("base")) if path not in known]
-  known = {path for layer in layers(cache) for path in layer_files(layer)}
-  found += [path for path in paths_in(cache.path("layers")) if path not in known]
   links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
-  known = {*links, *(os.path.realpath(link) for link in links)}
-  found += [path for path in paths_in(cache.path("qemu")) if os.path.realpath(path) not in known]
-  known = {cache.qemu_img, record_path(cache.qemu_img), record_path(cache.qemu_img) + ".new"}
-  return found + [path for path in paths_in(cache.path("bin")) if path not in known]
+  used = {record_path(base) + end for base in bases for end in ("", ".new")}
+  used.update(path for layer in layers(cache) for path in layer_files(layer))
+  used.update(os.path.realpath(link) for link in links)
+  found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
+  for folder in ("base", "bin", "qemu", "layers"):
+    paths = named_leftovers(cache, folder)
+    found += [path for path in paths if path not in used and os.path.realpath(path) not in used]
+  return found
 
 
 def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:

@@ -281,7 +281,7 @@ def test_wrong_once(qvm, server, name):
   assert sum("digest" in line and name in line for line in run.stderr.splitlines()) == 1
   assert not any("Range" in request.headers for request in server.requests(name, "cdn"))
   assert leftovers(qvm) == []
-  assert works(qvm("pull", "--verify", "freebsd", "15.1")).stdout.count(": ok, as v") == 3
+  assert works(qvm("pull", "--verify", "freebsd", "15.1")).stdout.count(": ok, matches v") == 3
 
 
 @every_asset

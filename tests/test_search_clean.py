@@ -296,7 +296,7 @@ def test_refresh_takes_the_newest(pulled, server, image, tools_tar):
   assert (pulled.cache / FIRMWARE).read_bytes() == b"v0.17.0"
   assert [name for name in pulled.files() if name.startswith("downloads/")] == []
   works(pulled(*RUN))
-  assert works(pulled("pull", "--verify", *PULL[1:])).stdout.count(": ok, as v0.17.0") == 3
+  assert works(pulled("pull", "--verify", *PULL[1:])).stdout.count(": ok, matches v0.17.0") == 3
 
 
 @pytest.mark.parametrize("api", ["up", "gone"])
@@ -878,7 +878,7 @@ def test_mirror(connect, mirror, server, image, kind):
   assert (client.cache / BASE).read_bytes() == image
   assert "no digest" not in run.stderr
   run = works(client(*COMING[BUNDLE], "--verify"))
-  assert run.stdout.count(": ok, as v") == 3
+  assert run.stdout.count(": ok, matches v") == 3
   assert table(works(client("search", "freebsd")).stdout)[1:] == [
     ["freebsd", "15.1", "v0.16.0 (cached)", "-"],
     ["freebsd", "15.0", "v0.16.0", "-"],

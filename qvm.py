@@ -1319,7 +1319,7 @@ def replace_by_record(path: str, record: NamedTuple, mode: int, aside: str) -> N
   with open(aside, "w", encoding="utf-8") as file:
     file.write(text + "\n")
   os.chmod(aside, mode)
-  os.replace(aside, path)
+  rename(aside, path)
 
 
 @contextlib.contextmanager
@@ -1469,7 +1469,21 @@ def move_into_place(source: str, target: str, mode: int) -> None:
   with open(source, "rb") as file:
     os.fsync(file.fileno())
   os.chmod(source, mode)
-  os.replace(source, target)
+  rename(source, target)
+
+
+def rename(source: str, target: str) -> None:
+  """Give a file its place in one step, also where that is a mount of another file system."""
+  try:
+    os.replace(source, target)
+  except OSError as error:
+    if error.errno != errno.EXDEV:
+      raise
+    aside = target + ".tmp"
+    shutil.copyfile(source, aside)
+    shutil.copymode(source, aside)
+    os.replace(aside, target)
+    os.unlink(source)
 
 
 FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code")
@@ -3542,14 +3556,14 @@ def python_zstd() -> Any:
   return zstd
 
 
-def unpack_bundle(path: str, folder: str) -> None:
+def unpack_bundle(path: str, folder: str, name: str) -> None:
   """Unpack disk.img and kernel, and nothing else, from a bundle into a new folder.
 
   ValueError or TarError when the bundle is damaged or hostile.
   """
   zstd = python_zstd()
   if not zstd:
-    return unpack_by_program(path, folder)
+    return unpack_by_program(path, folder, name)
   try:
     with zstd.open(path) as stream:
       unpack_disk(stream, folder)
@@ -3557,7 +3571,7 @@ def unpack_bundle(path: str, folder: str) -> None:
     raise ValueError(str(error))
 
 
-def unpack_by_program(path: str, folder: str) -> None:
+def unpack_by_program(path: str, folder: str, name: str) -> None:
   """As unpack_bundle(), by a program; QvmError with its words when that fails.
 
   Such a failure does not say whether the bundle is damaged or the program at fault.
@@ -3575,7 +3589,6 @@ def unpack_by_program(path: str, folder: str) -> None:
         if ended and process.wait():
           words.seek(0)
           text = " ".join(words.read(TAIL_BYTES).decode("utf-8", "replace").split())
-          name = os.path.basename(os.path.dirname(path))
           raise QvmError(
             f"{command[0]} cannot unpack {name} ({ending(process.returncode)}): {text}",
             "the download is kept, should the program be at fault; qvm clean deletes it",
@@ -3951,7 +3964,7 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   remove_tree(aside)
   say(f"unpacking {name}")
   try:
-    unpack_bundle(part, aside)
+    unpack_bundle(part, aside, name)
   except (tarfile.TarError, ValueError, EOFError) as error:
     raise RefusedError(f"{name} is refused: {error}")
   except OSError as error:
@@ -4366,7 +4379,7 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
     run_program(
       [plan.qemu_img, "create", *create], (lock.fd,)
     )  # an orphaned qemu-img keeps the lock
-    os.replace(aside, disk)
+    rename(aside, disk)
 
 
 def virtual_size(path: str) -> int:
@@ -6738,7 +6751,7 @@ class Checkpoint:
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
-    os.rename(machine.paths.disk, made.disk)
+    rename(machine.paths.disk, made.disk)
     with instances_lock(self.plan.cache):
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)

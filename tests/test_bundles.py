@@ -166,7 +166,7 @@ def image_files(qvm):
 
 
 # What stays of a bundle that a program cannot unpack: it may be the program that is at fault.
-KEPT = [f"downloads/{STEM}.tar.zst.json", f"downloads/{STEM}.tar.zst.part"]
+KEPT = [f"downloads/{STEM}.qcow2/{name}" for name in ("map", "note.json", "part")]
 DONE = [f"base/{STEM}.json", f"base/{STEM}.qcow2"]
 
 

@@ -718,7 +718,7 @@ def test_nothing_of_a_file_name_is_executed(stocked, complete, tmp_path, shell):
 def test_a_broken_cache_does_not_disturb_the_prompt(offline, complete, tmp_path, shell):
   (tmp_path / "file").write_text("")
   offline.env["QVM_CACHE_DIR"] = str(tmp_path / "file")
-  answers = complete(offline, shell, ["qvm ru", "qvm stop bu", "qvm run freebsd 1"])
+  answers = complete(offline, shell, ["qvm ru", "qvm stop qqq", "qvm run freebsd 1"])
   assert answers == [["run"], [], []]
 
 

@@ -1607,10 +1607,12 @@ class Lock:
     self.release()
 
   def _open(self) -> int:
-    if self.folder:
+    while self.folder:
       with contextlib.suppress(FileExistsError):
         os.mkdir(self.path, 0o700)
-    return os.open(self.path, os.O_RDONLY if self.folder else os.O_RDWR | os.O_CREAT, 0o600)
+      with contextlib.suppress(FileNotFoundError):  # a holder has just removed it
+        return os.open(self.path, os.O_RDONLY)
+    return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
   def _flock(self, fd: int, how: int, wait: bool = False) -> bool:
     try:

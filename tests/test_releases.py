@@ -357,7 +357,8 @@ def test_resumed_download_is_hashed_whole(stocked, server, image):
 @pytest.mark.parametrize("place", [200, 100000, -1])
 def test_earlier_bytes_are_wrong(stocked, server, image, place):
   part = kill_at(stocked, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
-  content = bytearray(part.read_bytes())
+  kept = (part.parent / "map").read_bytes().count(1) * source.BLOCK_BYTES
+  content = bytearray(part.read_bytes()[:kept])
   content[place] ^= 1
   part.write_bytes(content)
   run = works(stocked("pull", "freebsd", "15.1"))
@@ -856,7 +857,7 @@ PAGES = {
 
 
 def page_release(monkeypatch, text):
-  monkeypatch.setattr(source, "get", lambda net, url: text)
+  monkeypatch.setattr(source, "get_page", lambda net, url: text)
   return source.page_release(source.net_from({}), "r", "v1")
 
 

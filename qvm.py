@@ -2010,9 +2010,7 @@ BLOCK_BYTES = 1 << 16  # qcow2's cluster, which is what QEMU reads at a time; 8 
 MISSING, THERE, COMING = 0, 1, 2  # states of a block; COMING is never written to the map
 UNKNOWN = 1 << 62  # the end of a file whose length is not known
 HELPERS = 3  # beside the lead: 256 MB at 20 MB/s a connection take 0.34 of one connection's time
-SLOW_RATE = (
-  50e6  # bytes a second: a lead below it gets helpers, above it their requests gain little
-)
+SLOW_RATE = 50e6  # bytes a second; at that an image takes 8 s, of which helpers would save few
 SLOW_AFTER_SECONDS = 1.0  # before that TCP may not have found the rate of the line
 PARALLEL_MIN_BYTES = 32 << 20  # less is there before further connections have gathered speed
 MIN_SPLIT_BLOCKS = 8  # half of it, 256 KiB, is one read: less is not worth a request
@@ -2540,6 +2538,7 @@ class Download:
     if self.file.done:
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
+    self.resumed = 0
     length = headers.get("Content-Length") or ""
     chunked = (headers.get("Transfer-Encoding") or "").lower() == "chunked"
     sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
@@ -2571,8 +2570,8 @@ class Download:
 
   def check_space(self, done: int, total: int) -> None:
     """Refuse a download for which there is no room, counting those that go on beside it."""
-    others = [file for file in list(progress.files) if file is not self.file]
-    missing = total - done + sum((file.total or file.done) - file.done for file in others)
+    others = [file for file in list(progress.files) if file is not self.file and file.total]
+    missing = total - done + sum((file.total or 0) - file.done for file in others)
     free = free_space(self.file.folder)
     if missing > free:
       raise disk_full(self.file.part, missing - free)
@@ -2582,7 +2581,7 @@ class Download:
     looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
-      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.end - span.position))
+      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.left))
       if not chunk:
         if span.end == UNKNOWN:
           span.end = span.position
@@ -5422,12 +5421,9 @@ def start_stream(
   ours, life = os.pipe()
   program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
   command = [sys.executable, program, SERVE, f"{lock},{ours},{log}", "run", "--stream"]
-  command += ["--platform", plan.guest.arch, "--name", plan.name, *["--rm"] * plan.ephemeral]
-  command += [
-    *(["--qemu", options.qemu] if options.qemu else []),
-    *["--progress"] * options.progress,
-  ]
-  command += [plan.guest.os, plan.version]
+  command += ["--platform", plan.guest.arch, "--name", plan.name]
+  command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
+  command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
       process = start(
@@ -6625,7 +6621,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
   page = os.path.join(top, "expanded_assets", tag)
   for path in (target, page):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-  with download_lock(os.path.dirname(target), name + ".part") as place:
+  with download_lock(os.path.dirname(target), name + ".download") as place:
     if not os.path.isfile(target):
       download = fetch_asset(releases, repo, tag, name, place)
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
@@ -6633,7 +6629,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
       download.file.remove()
-  with download_lock(folder, repo + ".part"):
+  with download_lock(folder, repo + ".download"):
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
     for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):

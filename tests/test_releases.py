@@ -327,7 +327,8 @@ def test_resumed_download_is_hashed_whole(no_image, server, image):
 @pytest.mark.parametrize("place", [200, 100000, -1])
 def test_earlier_bytes_are_wrong(no_image, server, image, place):
   part = kill_at(no_image, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
-  content = bytearray(part.read_bytes())
+  kept = (part.parent / "map").read_bytes().count(1) * qvm_source.BLOCK_BYTES
+  content = bytearray(part.read_bytes()[:kept])
   content[place] ^= 1
   part.write_bytes(content)
   run = works(no_image("pull", "freebsd", "15.1"))

@@ -1100,7 +1100,8 @@ def test_a_command_that_sigterm_ends(guest, project):
 
 # --- anything at all -------------------------------------------------------------------------
 
-NAMES = st.sampled_from(["a", "b", "c d", "é", "-e", LONG])
+# Few names, so that the changes meet.
+NAMES = st.sampled_from(["a", "b", "a", "b", "a", "b", "c d", "é", "-e", LONG])
 PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
 CHANGES = st.one_of(
   st.tuples(st.just("write"), PATHS, st.sampled_from(["1", "22", ""])),
@@ -1109,10 +1110,11 @@ CHANGES = st.one_of(
   st.tuples(st.just("link"), PATHS, st.sampled_from(["a", "t" * 120])),
   st.tuples(st.just("rm"), PATHS, st.just("")),
   st.tuples(st.just("mv"), PATHS, PATHS),
+  st.tuples(st.just("over"), PATHS, PATHS),
   st.tuples(st.just("chmod"), PATHS, st.sampled_from(["755", "700", "555"])),
 )
 ROUNDS = st.lists(
-  st.tuples(st.lists(CHANGES, max_size=4), st.lists(CHANGES, max_size=4), st.booleans()),
+  st.tuples(st.lists(CHANGES, max_size=8), st.lists(CHANGES, max_size=4), st.booleans()),
   min_size=1,
   max_size=3,
 )
@@ -1134,6 +1136,7 @@ def as_script(changes):
         "mkdir": f"mkdir -p {p}",
         "link": f"mkdir -p {above} && rm -rf {p} && ln -s {v} {p}",
         "rm": f"rm -rf {p}",
+        "over": f"rm -rf {quoted('./' + value)} && mv {p} {quoted('./' + value)}",
         "mv": f"[ ! -e {quoted('./' + value)} ] && mv {p} {quoted('./' + value)}",
         "chmod": f"[ ! -h {p} ] && chmod {value} {p}",
       }[what]

@@ -2,8 +2,49 @@
 """qvm runs FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
 
 It downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2 overlay on
-top of the image, which it never changes, and boots the overlay in the terminal. Every section uses
-only the sections above it; `grep '^# ----' qvm.py` lists them.
+top of the image, which it never changes, and boots the overlay in the terminal.
+
+Contents; every section uses only the sections above it:
+
+  Errors and output         reporter, signals, sizes and URLs for people
+  Guests                    the literal command lines, and the facts of each image
+  Command line              options and commands as tables, the parser, help
+  Plan                      what a run needs, by name and path; the cache's paths; records
+  Files, locks, programs    Lock, records on disk, unfinished files; the only start of programs
+  HTTP                      the only opener of URLs: redirects, retries, proxies
+  Download                  one file on its way, by up to four connections
+  Releases                  newest tag, assets and digests, the choice of image
+  Unpack                    untrusted archives and streams onto the disk
+  Store                     QEMU, qemu-img and base images in the cache
+  Instances                 overlays: what they lie on, their records, their list
+  QEMU command              a table, its adjustments, the command line
+  Console                   the relay between QEMU and the terminal
+  Ssh                       key disk, login, commands in the guest
+  Sync                      a folder to the guest and back
+  Image server              a base image served while it is downloaded (NBD)
+  Machine                   an instance while a command deals with it
+  Layers                    checkpoints: starts from the memory of a booted guest
+  Commands, Doctor, Completion and main
+
+How it stays right:
+
+Locks between processes are flocks, which end with the last process that has the descriptor, and
+are taken in this order: instances/NAME.lock (qvm, then its QEMU, for as long as either lives);
+downloads/ (shared by whoever fetches or starts something, alone by `clean --all`); downloads/NAME
+(whoever makes that unfinished thing; an image's may wait for qemu-img's); instances/
+(instances_lock, for moments only: every look at an instance's lock, and every change of what
+instances lie on). The lock of an ssh port is the UDP port of the same number.
+
+Publishing: everything unfinished is made in downloads/ under a lock; what lies there unlocked is a
+leftover. A file is flushed, then renamed to its place; a base image's record waits beside it until
+both are there. QEMU's tree is swapped by a symbolic link.
+
+Threads: the main thread gets the signals, prints errors and chooses the exit code. The others are
+daemons that fetch, or feed and read a program; the result of each is raised where it is awaited.
+
+Who outlives whom: a detached QEMU outlives qvm and keeps the instance's lock and port. An image
+server outlives qvm too; it ends when nobody holds the other end of its pipe, which QEMU has. An
+orphaned qemu-img keeps the instance's lock until it has ended.
 """
 
 import contextlib
@@ -2175,9 +2216,7 @@ def looks_like_html(head: bytes) -> bool:
 # before the first byte, and a block is marked only after it has been written. A file moves to its
 # place before its map and note go. Without a part, a map and a note that fit, all starts anew.
 #
-# Locks between processes, in the order in which they are taken: downloads/ (shared; `clean --all`
-# wants it alone), downloads/NAME (an image's may wait for qemu-img's), then instances/. Locks
-# between threads, in order: PartFile.hashing, PartFile.lock, Connections.lock. close() and
+# Locks between threads, in order: PartFile.hashing, PartFile.lock, Connections.lock. close() and
 # discard() take the first two, so nobody calls them while holding `lock`, and nobody waits for
 # the network while holding any.
 #

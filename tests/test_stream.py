@@ -141,7 +141,7 @@ def is_ordinary(qvm, packed):
   base_is(qvm, packed)
   assert backing(qvm) == f"../base/{IMAGE}"
   assert instance(qvm)["base_sha256"] == sha256(packed)
-  assert instance(qvm)["release"] == instance(qvm)["validator"] == ""
+  assert (instance(qvm)["release"], instance(qvm)["validator"]) == ("v0.16.0", "")
 
 
 def ours(qvm):
@@ -468,7 +468,7 @@ def test_the_release_is_gone(streamer, server, tmp_path):
   for words in (RUN, STREAM, PULL):
     result = streamer(*words)
     assert result.returncode == 1
-    assert re.search("of v0.16.0, which these instances were begun on.*: vm\n", result.stderr)
+    assert re.search("of v0.16.0, on which these instances were created.*: vm\n", result.stderr)
   works(streamer("rm", "vm"))
   assert "FreeBSD 15.1" in streamer(*PULL).stderr
 
@@ -549,7 +549,7 @@ def test_a_wrong_digest_once_qvm_has_left(streamer, server, tmp_path, options):
   pids = ours(streamer)
   go.set()
   settled(streamer)
-  assert len(pids) == 2
+  assert len(pids) == (2 if own else 3)  # QEMU, the server, and what keeps the log within bounds
   left = [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/vm."))]
   left.remove("instances/vm.lock")  # nobody was there to remove it
   assert left == ([] if own else ["instances/vm.console.log"])

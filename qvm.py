@@ -41,11 +41,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
   import array
+  import bz2
   import difflib
   import email.utils
   import fcntl
   import fnmatch
   import glob
+  import gzip
   import hashlib
   import http.client
   import json
@@ -85,8 +87,19 @@ else:
       return getattr(module, attribute)
 
   for _name in (
-    *("array", "difflib", "fcntl", "fnmatch", "glob", "hashlib", "json", "lzma", "marshal"),
-    *("queue", "random", "select", "shlex", "shutil", "socket", "ssl", "struct", "subprocess"),
+    *("array", "bz2", "difflib", "fcntl", "fnmatch", "glob", "gzip", "hashlib", "json", "lzma"),
+    *(
+      "marshal",
+      "queue",
+      "random",
+      "select",
+      "shlex",
+      "shutil",
+      "socket",
+      "ssl",
+      "struct",
+      "subprocess",
+    ),
     *("tarfile", "tempfile", "termios", "tty", "zlib"),
   ):
     globals()[_name] = Lazy(_name)
@@ -621,8 +634,8 @@ def parse_address(text: str) -> Address:
   good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
   if not good_host or not good_port or any(int(n) > 255 for n in numbers):
     raise UsageError(
-      f"invalid ssh port '{text}': use 1 to 65535, after an IPv4 address of this host "
-      "unless that is 127.0.0.1: 2847 or 0.0.0.0:2847"
+      f"invalid ssh port '{text}': use a port from 1 to 65535, or ADDRESS:PORT with an IPv4 "
+      "address of this host, as in 2847 or 0.0.0.0:2847"
     )
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
 
@@ -681,8 +694,8 @@ OPTIONS = (
          "CPU of the guest: x86-64 or arm64 (default: the host's)"),
   Option(("--rm",), "rm", "", bool, "run a temporary instance, deleted when the run ends"),
   Option(("--warm",), "warm", "", bool,
-         "with --rm: start from a checkpoint of the booted guest,\n"
-         "which the first such run creates"),
+         "start the temporary instance from a checkpoint of a booted\n"
+         "guest, which the first such run creates"),
   Option(("--dry-run",), "dry_run", "", bool,
          "print the QEMU command; download and change nothing"),
   Option(("--name",), "name", "NAME", parse_name,
@@ -907,6 +920,8 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
       if not rest:
         raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
       value = rest.pop(0)
+    if option.metavar in ("PATH", "FILE", "DIR") and not value:
+      raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
     given.append((option, value))
   return operands, given, rest
 
@@ -979,7 +994,7 @@ def help_text(command: str) -> str:
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
-    lines += [f"  {name:<8} {form.summary}" for name, form in COMMANDS.items()]
+    lines += [f"  {name:<10} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
   own_help = COMMANDS[command].option_help if command else {}
   for option in known_options(command):
@@ -1220,16 +1235,18 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
 
 # ---- Files, locks, programs ---------------------------------------------------------------------
 
-# Per read or write: more would save few system calls and cost memory in each thread.
+# For one read or write: more would save few system calls and cost memory in each thread.
 CHUNK_BYTES = 1 << 18
 # From SIGTERM to SIGKILL. QEMU normally exits at once, so only a hung one makes anyone wait.
 TERM_GRACE_SECONDS = 10.0
 # The longest uninterrupted wait for a thread: a signal that arrives just before the wait does not
 # end it. Under load, 2 of 8 such signals were lost in one endless wait.
 POLL_SECONDS = 0.5
+# Of the messages of QEMU, ssh and others: they explain a failure in a few lines at the end.
+TAIL_BYTES = 8192
 OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
 FORMAT = 1  # of records; those of qvm 0.1 have no format field
-MAX_RECORD_BYTES = 1 << 20  # real ones have less than 1 kB; this limits what a damaged one costs
+MAX_RECORD_BYTES = 1 << 20  # records are below 1 kB; this bounds a damaged one
 SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
 COPIED = ".copy"  # suffix of a file on its way to another file system
 R = TypeVar("R", bound=NamedTuple)
@@ -3106,19 +3123,47 @@ def is_candidate(version: str) -> bool:
 
 
 # ---- Unpack -------------------------------------------------------------------------------------
+# Tar streams are not trusted, wherever they come from: QEMU's archives, bundles, and guests. Each
+# step down goes through a descriptor of the folder above and follows no link, so nothing is ever
+# written outside. Owners and times in an archive do not matter, nor does the version of tarfile,
+# which only reads headers, and no more of them than an honest archive has.
 
-MAX_MEMBERS = 20000  # of a QEMU archive, which has some hundred
-MAX_QEMU_BYTES = 1 << 30
+MAX_PATH_BYTES = 4095  # what Linux lets a path have; no system of ours allows more
 MAX_DISK_BYTES = 1 << 40  # bytes of a bundle's disk, holes included
+MAX_HEADER_BYTES = 1 << 20  # of one member; names and a map of holes take some kilobytes
+MAX_HEADERS = 8  # of one member: honest tars write at most three before the real one
+MAX_REST_BYTES = 1 << 30  # what may come behind the end of an archive: padding
 BAD_NAME_ERRORS = (
   errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
   errno.ENOTDIR,
 )  # fmt: skip
 
 
+class Limits(NamedTuple):
+  """How much an honest archive has at most."""
+
+  members: int
+  size: int  # bytes of all members, holes included
+  headers: int  # bytes of the headers of one member
+
+
+QEMU_LIMITS = Limits(20000, 1 << 30, MAX_HEADER_BYTES)  # a QEMU has some hundred members
+BUNDLE_LIMITS = Limits(3, MAX_DISK_BYTES, 16 << 20)  # 24 bytes for each piece of a disk
+
+
+def in_utf8(name: str) -> str:
+  """A name of this system as tarfile has it: its bytes read as UTF-8, whatever the locale."""
+  return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def from_utf8(name: str) -> str:
+  """The reverse of in_utf8."""
+  return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 def safe_name(name: str) -> List[str]:
   """The parts of an archive member's name; ValueError when it could lead out of the tree."""
-  if name.startswith("/") or "\0" in name or len(name) > 1000:
+  if name.startswith("/") or "\0" in name or len(os.fsencode(name)) > MAX_PATH_BYTES:
     raise ValueError("is not a plain path")
   parts = [part for part in name.split("/") if part not in ("", ".")]
   if any(len(os.fsencode(part)) > 255 for part in parts):
@@ -3128,9 +3173,9 @@ def safe_name(name: str) -> List[str]:
   return parts
 
 
-def check_link(parts: List[str], target: str) -> None:
+def check_link(parts: Sequence[str], target: str) -> None:
   """A symbolic link may only climb within the tree, and only at the start of its target."""
-  if not target or target.startswith("/") or "\0" in target or len(target) > 1000:
+  if not target or target.startswith("/") or "\0" in target or len(target) > MAX_PATH_BYTES:
     raise ValueError(f"is a link to {target[:100]}")
   words = [word for word in target.split("/") if word not in ("", ".")]
   climbs = 0
@@ -3140,79 +3185,246 @@ def check_link(parts: List[str], target: str) -> None:
     raise ValueError(f"is a link out of its folder, to {target[:100]}")
 
 
-def check_member(member: Any, plain: Set[Tuple[str, ...]]) -> List[str]:
-  """The parts of one member's name; ValueError when it is not a plain file, folder or link."""
-  parts = safe_name(member.name)
-  if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
-    raise ValueError("has a set-uid or set-gid bit")
-  if member.issym():
-    check_link(parts, member.linkname)
-  elif member.islnk():
-    if tuple(safe_name(member.linkname)) not in plain:
-      raise ValueError("is a link to what is no file of the archive")
-  elif not member.isreg() and not member.isdir():
-    raise ValueError("is a device or another special file")
-  if not parts and not member.isdir():
-    raise ValueError("has no name")
-  return parts
+class Meter:
+  """A stream that ends with a ValueError where more is read than tarfile has a reason to."""
+
+  def __init__(self, stream: IO[bytes], allowed: int) -> None:
+    self.stream, self.position, self.allowed = stream, 0, allowed
+
+  def read(self, size: int) -> bytes:
+    data = self.stream.read(size)
+    self.position += len(data)
+    if self.position > self.allowed:
+      raise ValueError("it has headers without end")
+    return data
 
 
-def check_members(archive: Any) -> List[Tuple[Any, List[str]]]:
-  """The members of a tar archive with the parts of their names; ValueError for a hostile one."""
-  members: List[Tuple[Any, List[str]]] = []
-  files: Set[Tuple[str, ...]] = set()
-  plain: Set[Tuple[str, ...]] = set()
-  folders: Set[Tuple[str, ...]] = set()
-  size = 0
-  for member in archive:
-    size += member.size
-    if member.size < 0:
-      raise ValueError("it is damaged")
-    if len(members) >= MAX_MEMBERS or size > MAX_QEMU_BYTES:
-      raise ValueError("it holds more than any QEMU")
-    try:
-      parts = check_member(member, plain)
-    except ValueError as error:
-      raise ValueError(f"its member '{member.name[:100]}' {error}")
-    members.append((member, parts))
-    if not member.isdir():
-      files.add(tuple(parts))
-    if member.isreg() or member.islnk():
-      plain.add(tuple(parts))
-    folders.update(tuple(parts[:n]) for n in range(len(parts) + member.isdir()))
-  archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header for the end
-  if archive.fileobj.read(512) != bytes(512):
-    raise ValueError("it is cut short or damaged")
-  clash = files & folders  # something would be written through a link or over a file
-  if clash:
-    raise ValueError("'{}' is both a folder and something else".format("/".join(min(clash))))
-  return members
+def header_class(several: bool) -> Any:
+  """A TarInfo that looks at each header before tarfile believes it; for one stream.
 
-
-def unpack(path: str, folder: str) -> None:
-  """Unpack a tar archive into a new folder; a hostile one is refused before anything is written.
-
-  Everything is written by hand, so that owners, times and modes in the archive do not matter,
-  whatever the version of tarfile. Links come last: nothing is ever written through one.
+  tarfile takes a damaged or cut header for the end of an archive, and follows headers that
+  announce further ones until the stack or the memory is used up.
   """
-  with tarfile.open(path, "r:*") as archive:
-    members = check_members(archive)
-    os.mkdir(folder, 0o755)
-    for member, parts in members:
-      target = os.path.join(folder, *parts)
-      if member.issym():
-        continue
-      os.makedirs(target if member.isdir() else os.path.dirname(target), exist_ok=True)
-      if not member.isdir():
-        source = archive.extractfile(member)
-        with open(target, "wb") as file:
-          shutil.copyfileobj(source, file, CHUNK_BYTES)  # type: ignore[arg-type]
-        os.chmod(target, 0o755 if member.mode & 0o100 else 0o644)
-    for member, parts in members:
-      if member.issym():
-        target = os.path.join(folder, *parts)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.symlink(member.linkname, target)
+
+  class Header(tarfile.TarInfo):
+    chain = 0
+    ended = several  # whether the last block was one of zeros, as at an archive's end
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+      if len(buf) not in (0, 512) or (not buf and not (several and cls.ended)):
+        raise ValueError("it is cut short")
+      cls.ended = buf.count(0) == len(buf)
+      try:
+        member = super().frombuf(buf, encoding, errors)
+      except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"it is no tar stream, or damaged: {error}")
+      more = not member.isreg() and not member.isdev() and not member.isdir()
+      cls.chain = cls.chain + 1 if more and member.type not in b"12" else 0
+      if not 0 <= member.size <= MAX_DISK_BYTES or (more and member.size > MAX_HEADER_BYTES):
+        raise ValueError(f"it has a header of {member.size} bytes")
+      if cls.chain > MAX_HEADERS:
+        raise ValueError("it has headers without end")
+      return member
+
+  return Header
+
+
+def tar_members(
+  stream: IO[bytes], headers: int, several: bool = False
+) -> Iterator[Tuple["tarfile.TarFile", "tarfile.TarInfo"]]:
+  """The members of an untrusted tar stream, or of several one behind the other.
+
+  Each comes with its archive, whose fileobj is at the content. ValueError or TarError when the
+  stream is damaged, cut short, or has more than so many bytes of headers for one member.
+  """
+  meter: Any = Meter(stream, headers + CHUNK_BYTES)
+  archive: Any
+  with tarfile.open(
+    fileobj=meter, mode="r|", bufsize=CHUNK_BYTES, ignore_zeros=several,
+    tarinfo=header_class(several), encoding="utf-8", errors="surrogateescape",
+  ) as archive:  # fmt: skip
+    while True:
+      try:
+        member = archive.next()
+      except (LookupError, OverflowError, RecursionError, MemoryError):
+        raise ValueError("it is damaged")  # which tarfile has not foreseen
+      if member is None:
+        return
+      archive.members = []  # it would grow with each
+      archive.pax_headers.clear()  # so would these
+      member.name, member.linkname = from_utf8(member.name), from_utf8(member.linkname)
+      meter.allowed = archive.offset + headers + CHUNK_BYTES
+      if not 0 <= member.size <= MAX_DISK_BYTES:
+        raise ValueError(f"it has a member of {member.size} bytes")
+      yield archive, member
+
+
+def pieces_of(member: "tarfile.TarInfo") -> List[Tuple[int, int]]:
+  """The (offset, size) of what a member has between its holes; ValueError when they overlap."""
+  sparse: Any = member.sparse if member.issparse() else [(0, member.size)]
+  pieces, end = [(offset, size) for offset, size in sparse if size], 0  # tarfile adds (0, 0)
+  for offset, size in pieces:
+    if size < 0 or offset < end or offset + size > member.size:
+      raise ValueError("has pieces out of place")
+    end = offset + size
+  return pieces
+
+
+def write_member(archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]) -> None:
+  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
+
+  The pieces of a sparse member lie one behind the other in the stream, which is at the first.
+  """
+  zeros = bytes(CHUNK_BYTES)
+  for offset, size in pieces_of(member):
+    while size > 0:
+      chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
+      if not chunk:
+        raise ValueError("is cut short")
+      if chunk != zeros[: len(chunk)]:
+        file.seek(offset)
+        file.write(chunk)
+      offset, size = offset + len(chunk), size - len(chunk)
+  file.truncate(member.size)
+
+
+class Folder:
+  """A folder, opened once; what is below it is reached step by step and through no link."""
+
+  def __init__(self, path: str) -> None:
+    self.path = path
+    self.root = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    self.inner, self.inner_parts = os.dup(self.root), ()  # type: int, Tuple[str, ...]
+
+  def __enter__(self: "AnyFolder") -> "AnyFolder":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    os.close(self.inner)
+    os.close(self.root)
+
+  def enter(self, parts: Sequence[str]) -> int:
+    """A descriptor of a folder below, good until the next call; OSError where there is none."""
+    parts, known = tuple(parts), len(self.inner_parts)
+    if parts[:known] != self.inner_parts:
+      known = 0
+    fd = os.dup(self.inner if known else self.root)
+    try:
+      for name in parts[known:]:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        inner = os.open(name, flags, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+      fd, self.inner, self.inner_parts = self.inner, fd, parts
+    finally:
+      os.close(fd)
+    return self.inner
+
+  def make(self, parts: Sequence[str]) -> int:
+    """As enter(), but a folder that is missing is made."""
+    with contextlib.suppress(FileNotFoundError):
+      return self.enter(parts)
+    for number, name in enumerate(parts):
+      with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o755, dir_fd=self.enter(parts[:number]))
+    return self.enter(parts)
+
+  def open_file(self, parts: Sequence[str]) -> IO[bytes]:
+    """A plain file below, for reading; OSError or ValueError when there is none."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would let us wait for ever
+    file = os.fdopen(os.open(parts[-1], flags, dir_fd=self.enter(parts[:-1])), "rb", 0)
+    if S_ISREG(os.fstat(file.fileno()).st_mode):
+      return file
+    file.close()
+    raise ValueError("is no file")
+
+
+AnyFolder = TypeVar("AnyFolder", bound=Folder)
+
+
+class Unpacker(Folder):
+  """A new folder into which an archive is unpacked, or refused whole with a ValueError.
+
+  Then the caller throws the folder away. Section Sync has one that leaves out what it refuses.
+  """
+
+  def __init__(self, path: str, limits: Limits, expected: Sequence[str] = ()) -> None:
+    os.mkdir(path, 0o755)
+    super().__init__(path)
+    self.limits, self.expected, self.size = limits, expected, 0
+
+  def unpack(self, stream: IO[bytes]) -> None:
+    """Unpack all of a tar stream; expected names, if given, are all that it may hold."""
+    for number, (archive, member) in enumerate(tar_members(stream, self.limits.headers)):
+      self.size += member.size
+      if number >= self.limits.members or self.size > self.limits.size:
+        raise ValueError("it holds more than an honest one")
+      try:
+        self.put(archive, member)
+      except ValueError as error:
+        raise ValueError(f"its member '{member.name[:100]}' {error}")
+      except OSError as error:
+        if error.errno not in BAD_NAME_ERRORS:
+          raise
+        raise ValueError(f"its member '{member.name[:100]}' finds no place: {describe(error)}")
+
+  def put(self, archive: "tarfile.TarFile", member: "tarfile.TarInfo") -> None:
+    """Give one member its place; ValueError when it is not a plain file, folder or link."""
+    parts = safe_name(member.name)
+    if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
+      raise ValueError("has a set-uid or set-gid bit")
+    if self.expected and parts and not (member.isreg() and "/".join(parts) in self.expected):
+      raise ValueError("is not expected")
+    if member.isdir():
+      self.make(parts)
+    elif not parts:
+      raise ValueError("has no name")
+    elif member.issym():
+      check_link(parts, member.linkname)
+      os.symlink(member.linkname, parts[-1], dir_fd=self.make(parts[:-1]))
+    elif member.islnk() or member.isreg():
+      self.put_file(archive, member, parts)
+    else:
+      raise ValueError("is a device or another special file")
+
+  def put_file(
+    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", parts: Sequence[str]
+  ) -> None:
+    """Write a file, or a copy of the file that a hard link leads to."""
+    source = None
+    if member.islnk():
+      source = self.open_linked(member.linkname)
+      self.size += os.fstat(source.fileno()).st_size
+      if self.size > self.limits.size:
+        raise ValueError("is one copy too many")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    fd = os.open(parts[-1], flags, 0o600, dir_fd=self.make(parts[:-1]))
+    with os.fdopen(fd, "wb") as file:
+      if source:
+        with source:
+          shutil.copyfileobj(source, file, CHUNK_BYTES)
+      else:
+        write_member(archive, member, file)
+      os.fchmod(fd, 0o755 if member.mode & 0o100 else 0o644)
+
+  def open_linked(self, name: str) -> IO[bytes]:
+    """The file that a hard link leads to, which has come before it; ValueError without."""
+    parts = safe_name(name)
+    try:
+      return self.open_file(parts)
+    except (OSError, IndexError):
+      raise ValueError(f"is a link to {name[:100]}, which is no file that has come")
+
+
+def open_packed(path: str) -> IO[bytes]:
+  """The unpacked bytes of a file that gzip, bzip2, xz or nothing has packed, as a stream."""
+  with open(path, "rb") as file:
+    start = file.read(6)
+  for magic, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
+    if start.startswith(magic):
+      return module.open(path)  # type: ignore[no-any-return]
+  return open(path, "rb")
 
 
 def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
@@ -3223,17 +3435,17 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
   """
   remove_tree(folder)
   try:
-    unpack(path, folder)
+    with open_packed(path) as stream, Unpacker(folder, QEMU_LIMITS) as unpacker:
+      unpacker.unpack(stream)
     return find_unpacked(folder, names)
-  except (tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, EOFError,
-          OverflowError, RecursionError, MemoryError) as error:  # fmt: skip
+  except (tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, EOFError) as error:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
   except OSError as error:
-    if error.errno is not None and error.errno not in BAD_NAME_ERRORS:
+    if error.errno is not None:
       failure = write_failure(folder, os.path.getsize(path), error)  # a plain tar is no smaller
       remove_tree(folder)
       raise failure
-    problem = describe(error)
+    problem = describe(error)  # of a damaged gzip or bzip2 file
   remove_tree(folder)
   remove_file(path)
   raise RefusedError(f"{os.path.basename(path)[: -len('.part')]} is refused: {problem}")
@@ -3268,8 +3480,8 @@ ZSTD_HINT = "install zstd (Debian: apt-get install zstd, macOS: brew install zst
 def unzstd_command() -> List[str]:
   """A program that unpacks zstd from stdin to stdout; empty where there is none."""
   for name, *words in UNZSTD:
-    path = find_program(name)
-    if path:
+    path = find_program(name)  # macOS has a bsdtar that knows no zstd
+    if path and (name != "bsdtar" or "zstd" in ask_program([path, "--version"])[1]):
       return [path, *words]
   return []
 
@@ -3288,77 +3500,59 @@ def python_zstd() -> Any:
   return zstd
 
 
-@contextlib.contextmanager
-def unzstd(path: str) -> Iterator[Any]:
-  """The unpacked bytes of a zstd file, as a stream; ValueError when the file is damaged."""
+def unpack_bundle(path: str, folder: str) -> None:
+  """Unpack disk.img and kernel, and nothing else, from a bundle into a new folder.
+
+  ValueError or TarError when the bundle is damaged or hostile.
+  """
   zstd = python_zstd()
-  if zstd:
-    try:
-      with zstd.open(path) as stream:
-        yield stream
-        while stream.read(CHUNK_BYTES):  # the end is looked at too
-          pass
-    except zstd.ZstdError as error:
-      raise ValueError(str(error))
-    return
-  with open(path, "rb") as packed:
-    process = start(unzstd_command(), Spawn(packed, subprocess.PIPE, subprocess.DEVNULL))
-  assert process.stdout
+  if not zstd:
+    return unpack_by_program(path, folder)
   try:
-    yield process.stdout
-    while process.stdout.read(CHUNK_BYTES):  # so that the program sees and checks the end
-      pass
-    if process.wait():
-      raise ValueError(f"it is damaged, says {unzstd_command()[0]}")
-  finally:
-    process.stdout.close()
-    end_process(process)
+    with zstd.open(path) as stream:
+      unpack_disk(stream, folder)
+  except zstd.ZstdError as error:
+    raise ValueError(str(error))
 
 
-def unpack_bundle(stream: Any, folder: str) -> None:
-  """Unpack disk.img and kernel, and nothing else, from a tar stream into a new folder."""
-  os.mkdir(folder)
-  with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES) as archive:
-    for member in archive:
-      name = "/".join(safe_name(member.name))
-      if not name and member.isdir():
-        continue
-      path = os.path.join(folder, name)
-      if name not in ("disk.img", "kernel") or not member.isreg() or os.path.lexists(path):
-        raise ValueError(f"its member '{member.name[:100]}' is not expected")
-      if not 0 <= member.size <= MAX_DISK_BYTES:
-        raise ValueError("its disk is larger than any")
-      write_sparse(archive, member, path)
+def unpack_by_program(path: str, folder: str) -> None:
+  """As unpack_bundle(), by a program; QvmError with its words when that fails.
+
+  Such a failure does not say whether the bundle is damaged or the program at fault.
+  """
+  with open(path, "rb") as packed, tempfile.TemporaryFile() as words:
+    command = unzstd_command()
+    process = start(command, Spawn(packed, subprocess.PIPE, words))
+    assert process.stdout
+    try:
+      try:
+        unpack_disk(process.stdout, folder)
+      finally:
+        ended = not process.stdout.read(1)  # else it is ended because of what it has unpacked
+        process.stdout.close()
+        if ended and process.wait():
+          words.seek(0)
+          text = " ".join(words.read(TAIL_BYTES).decode("utf-8", "replace").split())
+          raise QvmError(
+            f"{command[0]} cannot unpack {os.path.basename(path)} ({ending(process.returncode)}): "
+            f"{text}",
+            "the download is kept, should the program be at fault; qvm clean deletes it",
+          )
+    finally:
+      end_process(process)
+
+
+def unpack_disk(stream: IO[bytes], folder: str) -> None:
+  """Unpack the tar stream of a bundle, and look at all that follows: the checksum comes last."""
+  with Unpacker(folder, BUNDLE_LIMITS, ("disk.img", "kernel")) as unpacker:
+    unpacker.unpack(stream)
+  for _ in range(MAX_REST_BYTES // CHUNK_BYTES):
+    if not stream.read(CHUNK_BYTES):
+      break
+  else:
+    raise ValueError("it does not end")
   if not os.path.isfile(os.path.join(folder, "disk.img")):
     raise ValueError("it holds no disk.img")
-
-
-def write_sparse(archive: Any, member: Any, path: str) -> None:
-  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
-
-  A sparse member's pieces lie one behind the other in the stream, which is at the first.
-  """
-  zeros, end = bytes(CHUNK_BYTES), 0
-  pieces = member.sparse if member.issparse() else [(0, member.size)]
-  pieces = [(offset, size) for offset, size in pieces if size]  # tarfile fills up with (0, 0)
-  for offset, size in pieces:
-    if size < 0 or offset < end or offset + size > member.size:
-      raise ValueError("its disk has pieces out of place")
-    end = offset + size
-  try:
-    with open(path, "wb") as file:
-      for offset, size in pieces:
-        while size > 0:
-          chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
-          if not chunk:
-            raise ValueError("it is cut short")
-          if chunk != zeros[: len(chunk)]:
-            file.seek(offset)
-            file.write(chunk)
-          offset, size = offset + len(chunk), size - len(chunk)
-      file.truncate(member.size)
-  except OSError as error:
-    raise write_failure(path, sum(size for _, size in pieces), error)
 
 
 # ---- Store --------------------------------------------------------------------------------------
@@ -3768,9 +3962,8 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   remove_tree(aside)
   say(f"unpacking {name}")
   try:
-    with unzstd(part) as stream:
-      unpack_bundle(stream, aside)
-  except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+    unpack_bundle(part, aside)
+  except (tarfile.TarError, ValueError, EOFError) as error:
     raise RefusedError(f"{name} is refused: {error}")
   except OSError as error:
     raise write_failure(aside, os.path.getsize(part), error)
@@ -4407,7 +4600,6 @@ KEY_HELP = (
 # Private terminal modes (xterm's ctlseqs) that a guest may leave changed, to the user's surprise.
 MODES_ON = (7, 25)  # line wrap, cursor
 MODES_OFF = (1, 47, 1000, 1002, 1003, 1004, 1006, 1047, 1049, 2004)  # keys, screens, mouse, paste
-TAIL_BYTES = 8192  # of QEMU's and ssh's messages: they explain a failure in a few lines at the end
 DISK_FULL = "the disk is full: QEMU has paused the guest; free some space and start it again"
 
 
@@ -4650,10 +4842,10 @@ def show_console(lines: Iterable[str]) -> None:
 
 # ---- Ssh ----------------------------------------------------------------------------------------
 
-# For a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would cut
-# off a slow emulated guest while it writes to its disk.
+# Time for a guest to power itself off. More only delays SIGTERM for a guest that hangs; less would
+# cut off a slow emulated guest while it writes to its disk.
 POWER_OFF_SECONDS = 120.0
-# For a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
+# Time for a guest to install the key once ssh answers: OpenBSD's rc.local may still be copying it.
 KEY_LOGIN_SECONDS = 60.0
 
 
@@ -4801,7 +4993,7 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
-    "ServerAliveCountMax": "6",  # 6 times 30 s: give up on a guest that is silent so long
+    "ServerAliveCountMax": "6",  # 6 * 30 s: a guest silent for three minutes is lost
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "no",
     "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
@@ -5099,16 +5291,6 @@ def walk_folder(folder: str, patterns: Sequence[str], above: str = "") -> Iterat
       yield from walk_folder(folder, patterns, path + "/")
 
 
-def in_utf8(name: str) -> str:
-  """A name of this system as tarfile has it: its bytes read as UTF-8, whatever the locale."""
-  return os.fsencode(name).decode("utf-8", "surrogateescape")
-
-
-def from_utf8(name: str) -> str:
-  """The reverse of in_utf8."""
-  return os.fsdecode(name.encode("utf-8", "surrogateescape"))
-
-
 def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
   """The header of a file in a tar stream; None for what is no file, folder or symbolic link.
 
@@ -5276,7 +5458,7 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]
   """Bring what has changed in the guest's copy of the folder."""
   problem = f"what changed in {login.paths.name} cannot be brought to {options.sync}"
   pipe = subprocess.PIPE
-  with Unpacker(
+  with Receiver(
     options.sync, left_out(options), sent
   ) as landing, tempfile.TemporaryFile() as words:
     begun = False
@@ -5308,64 +5490,32 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]
       landing.delete_missing(bytes(names))
 
 
-class Unpacker:
-  """A folder into which an untrusted tar stream is unpacked, and never out of it.
+class Receiver(Folder):
+  """A folder into which an untrusted tar stream is unpacked, but for what has no place there.
 
-  Every step down goes through a descriptor of the folder above and follows no link. A file that
-  was changed here since it was sent stays as it is; sent=None takes all that comes.
+  A file that was changed here since it was sent stays as it is; sent=None takes all that comes.
   """
 
   def __init__(
     self, folder: str, patterns: Sequence[str], sent: Optional[Dict[str, FileStamp]]
   ) -> None:
+    super().__init__(folder)
     self.folder, self.patterns, self.sent = folder, patterns, sent
-    self.root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    self.inner, self.inner_path = os.dup(self.root), ""
     self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
     self.aside = ".qvm-" + os.urandom(6).hex()
 
-  def __enter__(self) -> "Unpacker":
-    return self
-
-  def __exit__(self, *error: Any) -> None:
-    os.close(self.inner)
-    os.close(self.root)
-
   def take(self, stream: IO[bytes]) -> None:
     """Unpack all that comes; RefusedError for a stream that no honest tar makes."""
-
-    class Member(tarfile.TarInfo):
-      @classmethod
-      def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
-        try:
-          member = super().frombuf(buf, encoding, errors)
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
-          raise RefusedError(f"the guest sends what is no tar stream: {error}")
-        extended = not member.isreg() and not member.isdev() and not member.isdir()
-        if member.size < 0 or member.size > MAX_DISK_BYTES or extended and member.size > 1 << 20:
-          raise RefusedError(f"the guest sends a tar header of {member.size} bytes")
-        return member
-
-    with contextlib.ExitStack() as stack:
-      try:
-        archive = stack.enter_context(
-          tarfile.open(
-            fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, ignore_zeros=True, tarinfo=Member,
-            encoding="utf-8", errors="surrogateescape",
-          )
-        )  # fmt: skip
-      except tarfile.ReadError:
-        return  # nothing came at all: the guest's own words tell why
-      try:
-        for member in archive:
-          archive.members = []  # type: ignore[attr-defined] # or it grows with each
-          self.put(archive, member)
-      except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise RefusedError(f"what the guest sends is refused: {error}")
+    if not stream.peek(1):  # type: ignore[attr-defined]
+      return  # nothing came at all: the guest's own words tell why
+    try:
+      for archive, member in tar_members(stream, MAX_HEADER_BYTES, several=True):
+        self.put(archive, member)
+    except (tarfile.TarError, ValueError) as error:
+      raise RefusedError(f"what the guest sends is refused: {error}")
 
   def put(self, archive: Any, member: Any) -> None:
     """Give one member its place, unless that is out of bounds or taken."""
-    member.name, member.linkname = from_utf8(member.name), from_utf8(member.linkname)
     try:
       parts = safe_name(member.name)
     except ValueError as error:
@@ -5374,16 +5524,18 @@ class Unpacker:
     if not parts or is_left_out(path, self.patterns):
       return
     try:
-      if not self.enter(parts[:-1]):
+      if not self.make_folders(parts[:-1]):
         return
       if member.isdir():
         self.put_folder(path, parts[-1], member.mode & 0o777)
       elif member.issym():
         self.put_link(path, parts, member.linkname)
       elif member.islnk():
-        self.put_file(path, parts[-1], member, self.open_again(member.linkname))
+        source = self.open_again(member.linkname)
+        if self.make_folders(parts[:-1]):
+          self.put_file(path, parts[-1], archive, member, source)
       elif member.isreg():
-        self.put_file(path, parts[-1], member, archive.extractfile(member))
+        self.put_file(path, parts[-1], archive, member, None)
       else:
         raise ValueError("is no file, folder or link")
     except ValueError as error:
@@ -5391,29 +5543,20 @@ class Unpacker:
     except OSError as error:
       raise QvmError(f"{os.path.join(self.folder, path)}: {describe(error)}")
 
-  def enter(self, parts: Sequence[str]) -> bool:
-    """Open a folder, made if there is none; False when something of ours is in its place."""
-    path = "/".join(parts)
-    if path == self.inner_path:
-      return True
-    fd = os.dup(self.root)
-    try:
-      for n, name in enumerate(parts):
-        above = "/".join(parts[: n + 1])
-        try:
-          if not self.is_folder(fd, name):
-            if not self.make_way(fd, above, name):
-              return False
-            os.mkdir(name, 0o755, dir_fd=fd)
-          inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-        except OSError as error:
-          raise QvmError(f"{os.path.join(self.folder, above)}: {describe(error)}")
-        os.close(fd)
-        fd = inner
-      fd, self.inner, self.inner_path = self.inner, fd, path
-      return True
-    finally:
-      os.close(fd)
+  def make_folders(self, parts: Sequence[str]) -> bool:
+    """Enter a folder, made if there is none; False when something of ours is in its place."""
+    for number, name in enumerate(parts):
+      above = "/".join(parts[: number + 1])
+      try:
+        fd = self.enter(parts[:number])
+        if not self.is_folder(fd, name):
+          if not self.make_way(fd, above, name):
+            return False
+          os.mkdir(name, 0o755, dir_fd=fd)
+      except OSError as error:
+        raise QvmError(f"{os.path.join(self.folder, above)}: {describe(error)}")
+    self.enter(parts)
+    return True
 
   def is_folder(self, fd: int, name: str) -> bool:
     """Whether there is a folder of that name, and no link to one."""
@@ -5466,23 +5609,14 @@ class Unpacker:
     parts = safe_name(name)
     if not parts or is_left_out("/".join(parts), self.patterns):
       raise ValueError(f"is a link to {name[:100]}")
-    fd = os.dup(self.root)
     try:
-      for n, part in enumerate(parts):
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        flags |= os.O_DIRECTORY if n < len(parts) - 1 else 0
-        inner = os.open(part, flags, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-      if S_ISREG(os.fstat(fd).st_mode):
-        return os.fdopen(os.dup(fd), "rb")
-      raise ValueError(f"is a link to {name[:100]}, which is no file")
+      return self.open_file(parts)
     except OSError:
       raise ValueError(f"is a link to {name[:100]}, which has not come")
-    finally:
-      os.close(fd)
 
-  def put_file(self, path: str, name: str, member: Any, content: IO[bytes]) -> None:
+  def put_file(
+    self, path: str, name: str, archive: Any, member: Any, source: Optional[IO[bytes]]
+  ) -> None:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
     aside, mode, free = self.aside, member.mode & 0o777, free_space(self.folder)
     if member.size > free:
@@ -5490,12 +5624,13 @@ class Unpacker:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     fd = os.open(aside, flags, 0o600, dir_fd=self.inner)
     try:
-      with contextlib.closing(content), os.fdopen(fd, "w+b") as file:
-        for chunk in iter(lambda: content.read(CHUNK_BYTES), b""):
-          file.write(chunk)
+      with os.fdopen(fd, "w+b") as file:
+        if source:
+          with source:
+            shutil.copyfileobj(source, file, CHUNK_BYTES)
+        else:
+          write_member(archive, member, file)
         file.flush()
-        if not member.islnk() and file.tell() != member.size:
-          raise RefusedError(f"{path} comes cut short from the guest")
         if self.is_same(name, mode, file):
           return
         os.fchmod(fd, mode)
@@ -5518,7 +5653,9 @@ class Unpacker:
     try:
       there = os.fstat(fd)
       if (
-        not S_ISREG(there.st_mode) or there.st_mode & 0o7777 != mode or there.st_size != new.tell()
+        not S_ISREG(there.st_mode)
+        or there.st_mode & 0o7777 != mode
+        or there.st_size != os.fstat(new.fileno()).st_size
       ):
         return False
       new.seek(0)
@@ -5531,15 +5668,15 @@ class Unpacker:
   def finish(self) -> None:
     """Set the modes of the folders, the innermost first."""
     for path in sorted(self.modes, reverse=True):
-      if self.enter(path.split("/")):
-        os.fchmod(self.inner, self.modes[path])
+      with contextlib.suppress(OSError):
+        os.fchmod(self.enter(path.split("/")), self.modes[path])
 
   def delete_missing(self, names: bytes) -> None:
     """Delete what was sent, has not been changed here, and is not named any more."""
     there = set(os.fsdecode(names).split("\n"))
     for path in sorted(self.sent or {}, reverse=True):
       gone = not all(line in there for line in ("./" + path).split("\n"))
-      if gone and self.enter(path.split("/")[:-1]):
+      if gone and self.make_folders(path.split("/")[:-1]):
         self.make_way(self.inner, path, path.rpartition("/")[2])
 
 
@@ -6650,9 +6787,10 @@ def print_command(plan: Plan, options: Options) -> int:
 # private to each machine that starts from it later. Nothing is copied; machines share the pages
 # that none of them has changed.
 
-# For QEMU to answer, and for ssh after a resume, which takes 0.6 s: more only delays a normal boot.
+# Time for QEMU to answer, and for ssh after a resume, which normally takes 0.6 s. More would only
+# delay the normal boot that follows a failure.
 RESUME_SECONDS = 15.0
-MAX_ANSWER_BYTES = 1 << 20  # real ones have a few kB; this limits what a broken QEMU can cost
+MAX_ANSWER_BYTES = 1 << 20  # answers have a few kB; this limits the memory for a broken QEMU's
 
 
 class Reply(NamedTuple):
@@ -6748,7 +6886,7 @@ class Control:
     self("cont")
 
   def wait_status(self, query: str, passing: Sequence[str], good: str) -> None:
-    """Query the status until it is no passing one; QvmError unless it is then the good one."""
+    """Poll until the status is not in `passing`; QvmError unless it is then `good`."""
     deadline = time.monotonic() + RESUME_SECONDS
     reply = self(query)
     while reply.status in passing and time.monotonic() < deadline:
@@ -7672,7 +7810,7 @@ def check_instances(cache: Cache) -> Check:
     rows = list_instances(cache)
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
-    return Check("fault", "instances", text, "make yourself the owner of the folder again")
+    return Check("fault", "instances", text, "restore your ownership of the folder")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 

@@ -41,6 +41,38 @@ hypothesis.settings.load_profile("same")
 hypothesis.configuration.set_hypothesis_home_dir("/dev/null/none")
 
 
+# Fixtures that bring the whole program, or real QEMU, into a test; a test without them is pure.
+WHOLE = {"image", "offline", "pyz", "tools_tar"}
+REAL = {"archives", "real_cache"}
+# Modules whose tests start programs without such a fixture.
+MODULES = {"test_torture": "program", "test_zipapp": "program", "test_release": "program",
+           "test_ssh_guest": "program", "test_real_qemu": "real"}  # fmt: skip
+
+
+def layer_of(item):
+  """The layer that a test belongs to: pure, program or real."""
+  used = set(item.fixturenames)
+  if used & REAL:
+    return "real"
+  return MODULES.get(item.path.stem, "program" if used & WHOLE else "pure")
+
+
+def rank(item):
+  """The place of a test: real QEMU, then torture, the whole program, and pure ones."""
+  layer = "torture" if item.path.stem == "test_torture" else layer_of(item)
+  return ("real", "torture", "program", "pure").index(layer)
+
+
+def pytest_collection_modifyitems(items):
+  """Mark each test with its layer, so that `-m pure` and the like choose.
+
+  The slowest come first, so that no worker is left alone with them in the end.
+  """
+  for item in items:
+    item.add_marker(layer_of(item))
+  items.sort(key=rank)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
   """Let the tests run a qvm.py that need not be compiled at each start."""

@@ -165,6 +165,8 @@ def image_files(qvm):
   return [name for name in qvm.files() if name.startswith(("base/", "downloads/"))]
 
 
+# What stays of a bundle that a program cannot unpack: it may be the program that is at fault.
+KEPT = [f"downloads/{STEM}.tar.zst.json", f"downloads/{STEM}.tar.zst.part"]
 DONE = [f"base/{STEM}.json", f"base/{STEM}.qcow2"]
 WITH_KERNEL = [f"base/{STEM}.json", f"base/{STEM}.kernel", f"base/{STEM}.qcow2"]
 
@@ -404,10 +406,13 @@ def test_damaged(no_image, server, sound, small, tmp_path, zstd_package, image, 
   bad = DAMAGED[case](sound, small)
   serve(server, bad, image)
   use(no_image, unpacker, tmp_path, zstd_package)
-  fails(no_image(*PULL), f"{STEM}.tar.zst")
-  assert image_files(no_image) == []
+  run = no_image(*PULL)
+  fails(run, f"{STEM}.tar.zst")
+  blamed = unpacker != "python" and f"/{unpacker} cannot unpack" in run.stderr
+  assert image_files(no_image) == (KEPT if blamed else [])
   if unpacker != "zstd":
     return  # the next pull is the same for all
+  assert blamed == (not case.startswith(("zstd of", "tar cut")))
   server.replace_asset(REPO, "v1.0.0", f"{STEM}.tar.zst", sound)
   works(no_image(*PULL))
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
@@ -423,7 +428,36 @@ def test_damaged_behind_the_end(
   serve(server, DAMAGED[case](bundle, small))
   use(no_image, unpacker, tmp_path, zstd_package)
   fails(no_image(*PULL), f"{STEM}.tar.zst")
-  assert image_files(no_image) == []
+  assert image_files(no_image) == ([] if unpacker == "python" else KEPT)
+
+
+def test_a_program_that_fails_is_no_damaged_bundle(no_image, server, small, sound, tmp_path):
+  """Its words are shown, and the download need not be repeated."""
+  serve(server, sound)
+  only(no_image, tmp_path / "bin")
+  program = tmp_path / "bin" / "zstd"
+  program.write_text("#!/bin/sh\necho 'Frame requires too much memory' >&2; exit 3\n")
+  program.chmod(0o755)
+  fails(no_image(*PULL), f"{program} cannot unpack {STEM}.tar.zst", "exit code 3", "too much memory")
+  assert image_files(no_image) == KEPT
+  program.unlink()
+  program.symlink_to(shutil.which("zstd"))
+  server.clear_log()
+  works(no_image(*PULL))
+  assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
+  assert not server.requests("tar.zst", "cdn")
+
+
+def test_a_bsdtar_without_zstd(no_image, server, small, sound, tmp_path, image):
+  """As every Mac has: it is no unpacker, and an older qcow2 is taken."""
+  serve(server, sound, image)
+  only(no_image, tmp_path / "bin")
+  program = tmp_path / "bin" / "bsdtar"
+  program.write_text("#!/bin/sh\necho 'bsdtar 3.5.3 - libarchive 3.7.4 zlib/1.2.12 bz2lib/1.0.8'\n")
+  program.chmod(0o755)
+  run = works(no_image(*PULL))
+  assert (no_image.cache / "base" / f"{STEM}.qcow2").read_bytes() == image
+  assert "v0.7.0" in run.stderr and "zstd" in run.stderr
 
 
 # --- Hostile ---------------------------------------------------------------------------------
@@ -529,8 +563,9 @@ def hostile(qvm, server, tmp_path, tar):
   """The tar is refused, by its name, and nothing of it stays."""
   serve(server, squeeze(tar + END))
   before = below(tmp_path, qvm.cache)
-  fails(qvm(*PULL), STEM)
-  assert image_files(qvm) == []
+  run = qvm(*PULL)
+  fails(run, STEM)
+  assert image_files(qvm) == (KEPT if "bsdtar cannot unpack" in run.stderr else [])
   assert below(tmp_path, qvm.cache) == before
   assert not os.path.exists("/tmp/evil-of-qvm")
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import guests
 import pytest
@@ -217,7 +218,7 @@ def test_falling_back_is_said_while_it_runs(stand_in):
 def test_falling_back_is_said_once_however_it_comes(capfd):
   text = (FELL_BACK + ME + "warning: more\n").encode()
   for cut in range(0, len(text), 7):
-    relay = qvm_source.Relay(None, False, None, lambda: False)
+    relay = qvm_source.Relay(SimpleNamespace(stdin=None), False, None, lambda: False)
     for piece in (text[:cut], text[cut:], text[:cut]):
       relay.complain(piece)
     captured = capfd.readouterr().err

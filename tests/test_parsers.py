@@ -179,13 +179,12 @@ def test_huge_release_data_take_no_huge_memory(qvm, server, body):
 # --- Archives ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 1 << 20], ids=["empty", "1 MB each"])
-def test_an_archive_of_a_million_members(tmp_path, size):
+@pytest.mark.slow
+def test_an_archive_of_a_million_members(tmp_path):
   """Gzip streams may follow one another: these are 100 of 10,000 headers each."""
   info = tarfile.TarInfo("./share/x")
-  info.size = size
-  block = info.tobuf(tarfile.GNU_FORMAT) + bytes(size)
-  packed = gzip.compress(block * (10_000 if not size else 100), 1)
+  info.type = tarfile.DIRTYPE
+  packed = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) * 10_000, 1)
   with open(tmp_path / "x.tar.part", "wb") as file:
     for _ in range(100):
       file.write(packed)
@@ -195,7 +194,7 @@ def test_an_archive_of_a_million_members(tmp_path, size):
   command = [sys.executable, "-c", script.format(root=str(ROOT))]
   paths = [str(tmp_path / "x.tar.part"), str(tmp_path / "x.tmp")]
   result = subprocess.run([*command, *paths], capture_output=True, text=True, timeout=60)
-  assert "qvm.RefusedError: x.tar is refused: it holds more than any QEMU" in result.stderr
+  assert "qvm.RefusedError: x.tar is refused: it holds more than an honest one" in result.stderr
   assert os.listdir(tmp_path) == []
 
 
@@ -215,6 +214,7 @@ records = st.dictionaries(fields, json_value, max_size=8)
 sound = {"name": "vm", "os": "freebsd", "version": "15.1", "arch": "x86-64"}
 
 
+@pytest.mark.slow
 @many
 @given(records, st.booleans())
 @example({"ssh": "\ud800"}, True)

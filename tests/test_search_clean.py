@@ -423,7 +423,7 @@ def stepped():
   def start(qvm, pattern, number, action, *words):
     command = [sys.executable, "-c", STEPS, str(qvm.cache), pattern, str(number), action]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command += [str(qvm.program), *words]
+    command += qvm.command(*words)[1:]
     started.append(subprocess.Popen(command, env=qvm.env, text=True, **pipes))
     return started[-1]
 

@@ -6745,7 +6745,7 @@ def new_console_log(paths: InstancePaths) -> IO[bytes]:
 # and at least as many bytes of the end. A process of its own, because QEMU outlives qvm.
 KEEP_ENDS = """
 import os
-head, tail, left = 1 << 20, 10 << 20, 0
+head, tail, left, mark = 1 << 20, 10 << 20, 0, b""
 data = os.read(0, 1 << 16)
 while data:
   try:
@@ -6754,9 +6754,10 @@ while data:
     size = os.fstat(1).st_size
     if size > head + 2 * tail:
       end = os.pread(1, tail, size - tail)
-      left += size - head - len(end)
+      left += size - head - len(mark) - len(end)
+      mark = b"\\n[qvm left out %d bytes]\\n" % left
       os.ftruncate(1, head)
-      os.write(1, b"\\n[qvm left out %d bytes]\\n" % left)
+      os.write(1, mark)
       data = end
       continue
   except OSError:

@@ -168,7 +168,6 @@ def image_files(qvm):
 # What stays of a bundle that a program cannot unpack: it may be the program that is at fault.
 KEPT = [f"downloads/{STEM}.tar.zst.json", f"downloads/{STEM}.tar.zst.part"]
 DONE = [f"base/{STEM}.json", f"base/{STEM}.qcow2"]
-WITH_KERNEL = [f"base/{STEM}.json", f"base/{STEM}.kernel", f"base/{STEM}.qcow2"]
 
 
 # --- Formats and holes -----------------------------------------------------------------------
@@ -184,11 +183,11 @@ FORMATS = {
   "ustar": ("--format=ustar",),
 }
 MEMBERS = {
-  "plain": (("disk.img", "kernel"), WITH_KERNEL),
-  "kernel first": (("kernel", "disk.img"), WITH_KERNEL),
-  "dots": (("./disk.img", "./kernel"), WITH_KERNEL),
-  "folder": ((".",), WITH_KERNEL),
-  "no kernel": (("./disk.img",), DONE),
+  "plain": ("disk.img", "kernel"),
+  "kernel first": ("kernel", "disk.img"),
+  "dots": ("./disk.img", "./kernel"),
+  "folder": (".",),
+  "no kernel": ("./disk.img",),
 }
 
 
@@ -198,18 +197,13 @@ MEMBERS = {
   + [("old GNU, sparse", members) for members in MEMBERS if members != "plain"],
 )
 def test_formats(no_image, server, small, form, members):
-  names, files = MEMBERS[members]
-  bundle = gnu_bundle(small, *FORMATS[form], *names)
+  bundle = gnu_bundle(small, *FORMATS[form], *MEMBERS[members])
   serve(server, bundle)
   run = works(no_image(*PULL))
-  assert image_files(no_image) == files
+  assert image_files(no_image) == DONE
   base = no_image.cache / "base" / f"{STEM}.qcow2"
   assert same_disk(small / "disk.img", base)
   assert base.stat().st_mode & 0o777 == 0o444
-  if files == WITH_KERNEL:
-    kernel = no_image.cache / "base" / f"{STEM}.kernel"
-    assert kernel.read_bytes() == KERNEL
-    assert kernel.stat().st_mode & 0o777 == 0o444
   assert "no digest" not in run.stderr
   record = json.loads((no_image.cache / "base" / f"{STEM}.json").read_text())
   assert record["url"].endswith(f"/v1.0.0/{STEM}.tar.zst")
@@ -305,9 +299,8 @@ def test_each_unpacker(no_image, server, small, tmp_path, zstd_package, image, u
   serve(server, gnu_bundle(small, *FORMATS[form], "disk.img", "kernel"), image)
   use(no_image, unpacker, tmp_path, zstd_package)
   works(no_image(*PULL))
-  assert image_files(no_image) == WITH_KERNEL
+  assert image_files(no_image) == DONE
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
-  assert (no_image.cache / "base" / f"{STEM}.kernel").read_bytes() == KERNEL
 
 
 @pytest.mark.parametrize("unpacker", UNPACKERS)
@@ -438,7 +431,9 @@ def test_a_program_that_fails_is_no_damaged_bundle(no_image, server, small, soun
   program = tmp_path / "bin" / "zstd"
   program.write_text("#!/bin/sh\necho 'Frame requires too much memory' >&2; exit 3\n")
   program.chmod(0o755)
-  fails(no_image(*PULL), f"{program} cannot unpack {STEM}.tar.zst", "exit code 3", "too much memory")
+  fails(
+    no_image(*PULL), f"{program} cannot unpack {STEM}.tar.zst", "exit code 3", "too much memory"
+  )
   assert image_files(no_image) == KEPT
   program.unlink()
   program.symlink_to(shutil.which("zstd"))
@@ -668,7 +663,7 @@ def test_killed_while_unpacking(no_image, server, small, stopped, where, signum)
   assert not list((no_image.cache / "base").glob("*.qcow2"))
   server.clear_log()
   works(no_image(*PULL))
-  assert image_files(no_image) == WITH_KERNEL
+  assert image_files(no_image) == DONE
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
   assert not server.requests("tar.zst", "cdn"), "the bundle was complete"
 
@@ -703,7 +698,7 @@ def test_failing_qemu_img_leaves_no_disk(no_image, server, sound, small):
   qemu_img.write_text(f"#!{sys.executable}\nraise SystemExit('qemu-img: no space left')\n")
   serve(server, sound)
   fails(no_image(*PULL), "qemu-img", "no space left")
-  assert [name for name in image_files(no_image) if ".tmp" in name] == []
+  assert [name for name in image_files(no_image) if "unpacked" in name] == []
   qemu_img.write_bytes(content)
   works(no_image(*PULL))
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
@@ -715,7 +710,7 @@ def test_no_space_for_the_disk(no_image, server, sound, small):
   limit = (10 * MB, 10 * MB)
   run = no_image(*PULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
   fails(run, STEM)
-  assert [name for name in image_files(no_image) if ".tmp" in name] == []
+  assert [name for name in image_files(no_image) if "unpacked" in name] == []
   works(no_image(*PULL))
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 
@@ -754,7 +749,7 @@ def test_bundle_when_qemu_img_does_not_come(qvm, server, sound):
 
 
 def test_refresh_from_and_to_a_bundle(no_image, server, sound, small, image):
-  """The base image is always that of the newest release, and so is the kernel."""
+  """The base image is always that of the newest release."""
   server.repos[REPO] = {}
   base = no_image.cache / "base" / f"{STEM}.qcow2"
   steps = (("v1", ".qcow2", image), ("v2", ".tar.zst", sound), ("v3", ".qcow2", image + b"3"))
@@ -763,14 +758,14 @@ def test_refresh_from_and_to_a_bundle(no_image, server, sound, small, image):
     server.add_release(REPO, tag, {STEM + suffix: content}, published=published)
     works(no_image(*PULL, "--refresh"))
     assert same_disk(small / "disk.img", base) if tag == "v2" else base.read_bytes() == content
-    assert image_files(no_image) == (WITH_KERNEL if tag == "v2" else DONE)
+    assert image_files(no_image) == DONE
     server.clear_log()
     works(no_image(*PULL, "--refresh"))
     assert not [r for r in server.requests(STEM, "cdn") if r.status == 200], "it is the newest"
 
 
-def test_bundle_with_a_kernel_only_is_no_kernel(no_image, server):
-  """A refused bundle leaves no kernel beside the base images."""
+def test_bundle_with_a_kernel_and_an_empty_disk(no_image, server):
+  """A refused bundle leaves nothing."""
   serve(server, squeeze(member("kernel") + member(content=b"") + END))
   fails(no_image(*PULL), STEM)
   assert image_files(no_image) == []

@@ -218,7 +218,8 @@ BAD += [
   (("ssh", "a", "--sync", ".", "--sync-direction", "up"), ["'up'", "both, in, out"]),
   (("ssh", "a", "--sync", ".", "--sync-direction", "in", "--sync-delete"), ["no effect"]),
   *(
-    (("ssh", "a", "-e", word), ["invalid variable", "NAME=VALUE"]) for word in ("", "=", "1A", "A-B=c")
+    (("ssh", "a", "-e", word), ["invalid variable", "NAME=VALUE"])
+    for word in ("", "=", "1A", "A-B=c")
   ),
   (("pull", "freebsd", "-e", "A=b"), ["unknown option --env for qvm pull", "-"]),
 ]

@@ -158,7 +158,7 @@ def test_a_command_and_warm_starts(mac_of, machine):
   words = ("run", "--rm", "--warm", *guest_of(mac), "--")
   made = mac(*words, "echo out; echo err >&2; exit 7")
   assert (made.returncode, made.stdout) == (7, "out\n"), made.stderr
-  assert "boots to make" in made.stderr
+  assert "is booting to create" in made.stderr
   again = works(mac(*words, "echo again"))
   assert again.stdout == "again\n" and "boots" not in again.stderr
   assert mac.processes() == [] and os.listdir(mac.tmp) == []

@@ -409,7 +409,7 @@ def test_what_may_not_be_read_here_is_told_before_the_boot(guest, project):
   finally:
     (project / "closed").chmod(0o755)
   fails(result)
-  assert "boots" not in result.stderr
+  assert "is booting" not in result.stderr
   assert "closed" in result.stderr and "--sync-exclude" in result.stderr
 
 

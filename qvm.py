@@ -3928,15 +3928,18 @@ def pinned_release(plan: Plan, releases: Releases) -> str:
   return tags[0] if tags else ""
 
 
-def condemn(plan: Plan, problem: str, but: str = "") -> None:
-  """Let the instances not be started any more that were begun on bytes which are no good."""
+def condemn(plan: Plan, problem: str, validator: str, but: str = "") -> None:
+  """Let the instances not be started any more that have run on an object which is no good."""
   names = []
-  for name in dependants(plan.cache, plan.base):
-    paths = plan.cache.instance(name)
-    if is_streamed(paths.disk) and name != but and not os.path.exists(paths.mark):
-      record = read_instance(paths)._replace(problem=problem[:1000])
-      write_record(plan.cache, paths.record, record, keep=True)
-      names.append(name)
+  with instances_lock(plan.cache):
+    for name in dependants(plan.cache, plan.base):
+      paths = plan.cache.instance(name)
+      record = sound_record(Instance(), paths.record)
+      mine = record.validator == validator and is_streamed(paths.disk)
+      if mine and name != but and not os.path.exists(paths.mark):
+        record = record._replace(problem=problem[:1000])
+        write_record(plan.cache, paths.record, record, keep=True)
+        names.append(name)
   if names:
     say(f"what was downloaded of {plan.image_asset} is no good, and these instances have run on "
         f"it; they are kept, but not started any more: {', '.join(names)}")  # fmt: skip
@@ -3974,22 +3977,23 @@ def fetch_asset(
   tag: str,
   name: str,
   folder: str,
-  condemned: Callable[[str], None] = lambda problem: None,
+  condemned: Callable[[str, str], None] = lambda problem, validator: None,
 ) -> Download:
   """Download an asset into a folder and check its digest; one that differs is fetched once more.
 
-  If some of what differs was there before, condemned(problem) is called.
+  If some of what differs was there before, condemned(problem, validator) is called.
   """
   url = asset_url(releases.net, repo, tag, name)
   for last in (False, True):
     expected = Future(lambda: releases.digest(repo, tag, name))
     result = download(releases.net, url, name, folder)
+    validator = result.file.note.validator
     try:
       check_digest(result, expected.result())
       break
     except RefusedError as problem:
       if result.resumed:
-        condemned(str(problem))
+        condemned(str(problem), validator)
       if last:
         raise
       say(f"{problem}; fetching it once more")
@@ -4190,7 +4194,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
         return say(f"{name} of {tag} is the newest")
       check_exists(releases.net, url)
       check_unused(plan)  # before the download; install_image looks again
-    download = fetch_asset(releases, repo, tag, name, folder, lambda why: condemn(plan, why))
+    download = fetch_asset(releases, repo, tag, name, folder, lambda *why: condemn(plan, *why))
     if tag not in (pinned, releases.tag(repo)):
       say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
     if name == plan.bundle_asset:
@@ -6112,7 +6116,7 @@ class Server:
     self.fresh = not os.path.lexists(self.paths.disk)
     self.ready = False  # whether QEMU may have been started
     self.gone = threading.Event()  # set when QEMU and qvm have ended
-    self.folder = self.socket_folder = self.tag = ""
+    self.folder = self.socket_folder = self.tag = self.validator = ""
     self.fd, self.size = -1, 0  # of the image
     threading.Thread(target=self.watch_pipe, daemon=True).start()
 
@@ -6134,8 +6138,8 @@ class Server:
       find_image(self.plan, self.releases, pinned, self.begin)
       stack.callback(self.stop_fetching)
       self.check_header()
-      validator = self.download.file.note.validator
-      served = (self.listen(), self.tag, validator, self.known_digest())
+      self.validator = self.download.file.note.validator
+      served = (self.listen(), self.tag, self.validator, self.known_digest())
       say("the guest runs while its image comes; the digest is checked when all of it is there")
       with self.download.file.lock:
         if self.download.error:
@@ -6251,7 +6255,7 @@ class Server:
 
   def end_machine(self, error: BadImageError) -> None:
     """End the machine, discard what was made in this run, and condemn what earlier ones made."""
-    condemn(self.plan, str(error), self.plan.name if self.fresh else "")
+    condemn(self.plan, str(error), self.validator, self.plan.name if self.fresh else "")
     report_failure(error, error.hint)
     number: int = signal.SIGTERM
     while not self.gone.wait(POLL_SECONDS):

@@ -195,7 +195,8 @@ def test_clean_all_keeps_what_an_unreadable_streamed_overlay_is_to_go_on_with(ke
   replace(kept.cache / DISK, b"")
   shutil.rmtree(kept.cache / "base")
   (kept.cache / "base").mkdir()
-  part = kept.cache / "downloads" / f"{IMAGE}.part"
+  part = kept.cache / "downloads" / IMAGE / "part"
+  part.parent.mkdir()
   part.write_bytes(b"half")
   works(kept("clean", "--all"))
   assert part.exists()

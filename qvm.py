@@ -2,8 +2,49 @@
 """qvm runs FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
 
 It downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2 overlay on
-top of the image, which it never changes, and boots the overlay in the terminal. Every section uses
-only the sections above it; `grep '^# ----' qvm.py` lists them.
+top of the image, which it never changes, and boots the overlay in the terminal.
+
+Contents; every section uses only the sections above it:
+
+  Errors and output         reporter, signals, sizes and URLs for people
+  Guests                    the literal command lines, and the facts of each image
+  Command line              options and commands as tables, the parser, help
+  Plan                      what a run needs, by name and path; the cache's paths; records
+  Files, locks, programs    Lock, records on disk, unfinished files; the only start of programs
+  HTTP                      the only opener of URLs: redirects, retries, proxies
+  Download                  one file on its way, by up to four connections
+  Releases                  newest tag, assets and digests, the choice of image
+  Unpack                    untrusted archives and streams onto the disk
+  Store                     QEMU, qemu-img and base images in the cache
+  Instances                 overlays: what they lie on, their records, their list
+  QEMU command              a table, its adjustments, the command line
+  Console                   the relay between QEMU and the terminal
+  Ssh                       key disk, login, commands in the guest
+  Sync                      a folder to the guest and back
+  Image server              a base image served while it is downloaded (NBD)
+  Machine                   an instance while a command deals with it
+  Layers                    checkpoints: starts from the memory of a booted guest
+  Commands, Doctor, Completion and main
+
+How it stays right:
+
+Locks between processes are flocks, which end with the last process that has the descriptor, and
+are taken in this order: instances/NAME.lock (qvm, then its QEMU, for as long as either lives);
+downloads/ (shared by whoever fetches or starts something, alone by `clean --all`); downloads/NAME
+(whoever makes that unfinished thing; an image's may wait for qemu-img's); instances/
+(instances_lock, for moments only: every look at an instance's lock, and every change of what
+instances lie on). The lock of an ssh port is the UDP port of the same number.
+
+Publishing: everything unfinished is made in downloads/ under a lock; what lies there unlocked is a
+leftover. A file is flushed, then renamed to its place; a base image's record waits beside it until
+both are there. QEMU's tree is swapped by a symbolic link.
+
+Threads: the main thread gets the signals, prints errors and chooses the exit code. The others are
+daemons that fetch, or feed and read a program; the result of each is raised where it is awaited.
+
+Who outlives whom: a detached QEMU outlives qvm and keeps the instance's lock and port. An image
+server outlives qvm too; it ends when nobody holds the other end of its pipe, which QEMU has. An
+orphaned qemu-img keeps the instance's lock until it has ended.
 """
 
 import contextlib
@@ -1252,7 +1293,7 @@ OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
 FORMAT = 1  # of records; those of qvm 0.1 have no format field
 MAX_RECORD_BYTES = 1 << 20  # records are below 1 kB; this bounds a damaged one
 SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
-COPIED = ".copy"  # suffix of a file on its way to another file system
+COPIED = ".tmp"  # suffix of a file on its way to another file system
 R = TypeVar("R", bound=NamedTuple)
 T = TypeVar("T")
 Handle = Union[int, IO[bytes], None]
@@ -1667,10 +1708,12 @@ class Lock:
     self.release()
 
   def _open(self) -> int:
-    if self.folder:
+    while self.folder:
       with contextlib.suppress(FileExistsError):
         os.mkdir(self.path, 0o700)
-    return os.open(self.path, os.O_RDONLY if self.folder else os.O_RDWR | os.O_CREAT, 0o600)
+      with contextlib.suppress(FileNotFoundError):  # a holder has just removed it
+        return os.open(self.path, os.O_RDONLY)
+    return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
   def _flock(self, fd: int, how: int, wait: bool = False) -> bool:
     try:
@@ -2233,24 +2276,21 @@ def looks_like_html(head: bytes) -> bool:
 # before the first byte, and a block is marked only after it has been written. A file moves to its
 # place before its map and note go. Without a part, a map and a note that fit, all starts anew.
 #
-# Locks between processes, in the order in which they are taken: downloads/ (shared; `clean --all`
-# wants it alone), downloads/NAME (an image's may wait for qemu-img's), then instances/. Locks
-# between threads, in order: PartFile.hashing, PartFile.lock, Connections.lock. close() and
+# Locks between threads, in order: PartFile.hashing, PartFile.lock, Connections.lock. close() and
 # discard() take the first two, so nobody calls them while holding `lock`, and nobody waits for
 # the network while holding any.
 #
 # Threads: the lead runs fetch(); it alone may start the file over, until readers depend on the
 # object. Helpers join a lead that is slow. A reader's wait_for() sends a thread of its own for
-# what no connection is about to bring. Whatever a thread fetches is a Span that it has claimed;
-# one that is cancelled is nobody's or another thread's, and what still arrives for it is dropped.
+# what no connection is about to bring. Whatever a thread fetches is a Span that it has claimed.
+# Others may cut it, down to nothing, and what still arrives behind its end is dropped; one that is
+# not in PartFile.spans any more is dead.
 
 BLOCK_BYTES = 1 << 16  # qcow2's cluster, which is what QEMU reads at a time; 8 kB of map for 500 MB
 MISSING, THERE, COMING = 0, 1, 2  # states of a block; COMING is never written to the map
 UNKNOWN = 1 << 62  # the end of a file whose length is not known
 HELPERS = 3  # beside the lead: 256 MB at 20 MB/s a connection take 0.34 of one connection's time
-SLOW_RATE = (
-  50e6  # bytes a second: a lead below it gets helpers, above it their requests gain little
-)
+SLOW_RATE = 50e6  # bytes a second; at that an image takes 8 s, of which helpers would save few
 SLOW_AFTER_SECONDS = 1.0  # before that TCP may not have found the rate of the line
 PARALLEL_MIN_BYTES = 32 << 20  # less is there before further connections have gathered speed
 MIN_SPLIT_BLOCKS = 8  # half of it, 256 KiB, is one read: less is not worth a request
@@ -2312,8 +2352,11 @@ class Span:
   def __init__(self, position: int, end: int) -> None:
     self.position, self.end = position, end
     self.urgent_until = 0  # the position up to which a reader waits for it
-    self.cancelled = False  # what arrives for it is dropped
     self.moved = time.monotonic()
+
+  @property
+  def left(self) -> int:
+    return self.end - self.position
 
 
 class PartFile:
@@ -2384,8 +2427,6 @@ class PartFile:
   def close(self, remove: bool = False, forget: bool = False) -> None:
     """Write no more, whatever still arrives; remove the files, and forget what was in them."""
     with self.hashing, self.lock:
-      for span in self.spans:
-        span.cancelled = True
       self.spans = []
       for fd in (self.part_fd, self.map_fd):
         if fd >= 0:
@@ -2451,35 +2492,26 @@ class PartFile:
       self.spans.append(Span(start, min((first + count) * BLOCK_BYTES, self.total or 0)))
       return self.spans[-1]
 
-  def claim_half(self) -> Optional[Span]:
-    """The second half of the largest span, which is cut; None where that is not worth a request."""
+  def steal(self, split: bool) -> Optional[Span]:
+    """What is left of a span whose connection is silent; with split, else half of the largest."""
     with self.lock:
-      largest = max(self.spans, key=lambda span: span.end - span.position, default=None)
-      if not largest or largest.end - largest.position < MIN_SPLIT_BLOCKS * BLOCK_BYTES:
+      old = max(self.spans, key=lambda span: span.left, default=None)
+      silent = time.monotonic() - STALL_SECONDS
+      stalled = [span for span in self.spans if span.left and span.moved < silent]
+      if stalled:
+        old, start = stalled[0], stalled[0].position
+      elif split and old and old.left >= MIN_SPLIT_BLOCKS * BLOCK_BYTES:
+        start = (old.position + old.end) // 2 // BLOCK_BYTES * BLOCK_BYTES
+      else:
         return None
-      middle = (largest.position + largest.end) // 2 // BLOCK_BYTES * BLOCK_BYTES
-      self.spans.append(Span(middle, largest.end))
-      largest.end = middle
+      self.spans.append(Span(start, old.end))
+      self.spans[-1].urgent_until, old.end = old.urgent_until, start
       return self.spans[-1]
-
-  def steal_stalled(self) -> Optional[Span]:
-    """What is left of a span whose connection has been silent for a while."""
-    with self.lock:
-      for old in self.spans:
-        if time.monotonic() > old.moved + STALL_SECONDS:
-          old.cancelled = True
-          span = Span(old.position, old.end)
-          span.urgent_until = old.urgent_until
-          self.spans[self.spans.index(old)] = span
-          return span
-      self.lock.wait(0.1)
-    return None
 
   def release(self, span: Span) -> None:
     """A connection fetches no more of its span; what is left of it is a gap."""
     with self.lock:
       if span in self.spans:
-        span.cancelled = True
         self.spans.remove(span)
         self.cut(span, span.position)
         self.lock.notify_all()
@@ -2506,7 +2538,7 @@ class PartFile:
   def write(self, span: Span, chunk: bytes) -> None:
     """Take in the next bytes of a span."""
     with self.lock:
-      if span.cancelled:
+      if span not in self.spans:
         raise Cancelled()
       before = span.position
       chunk = chunk[: span.end - before]
@@ -2522,8 +2554,7 @@ class PartFile:
       self.lock.notify_all()
     if self.hashing.acquire(False):  # else whoever has it gets there
       try:
-        if not span.cancelled:
-          self.hash_step()
+        self.hash_step()
       finally:
         self.hashing.release()
 
@@ -2595,14 +2626,10 @@ class Progress:
     finally:
       self.files.remove(file)
 
-  @property
-  def pause(self) -> float:
-    """Seconds from one line to the next: on a terminal it moves, a log it must not fill."""
-    return 0.2 if os.isatty(2) else 5.0
-
   def show(self) -> None:
     """With --progress, now and then: one line with how far each download is."""
-    if not report.progress or not self.files or time.monotonic() < self.shown + self.pause:
+    pause = 0.2 if os.isatty(2) else 5.0  # on a terminal it moves, a log it must not fill
+    if not report.progress or not self.files or time.monotonic() < self.shown + pause:
       return
     self.shown = time.monotonic()
     texts = []
@@ -2616,12 +2643,8 @@ class Progress:
 progress = Progress()
 
 
-class Response(NamedTuple):
-  """An open HTTP response, and the connection to keep once it has been read to its end."""
-
-  body: "http.client.HTTPResponse"
-  link: "Optional[http.client.HTTPConnection]" = None  # None: it is urllib's, and not kept
-  end: int = 0  # the position in the file where it ends
+# An open answer, and its connection if that may be used again, which urllib's may not.
+OpenBody = Tuple["http.client.HTTPResponse", "Optional[http.client.HTTPConnection]"]
 
 
 class Connections:
@@ -2633,27 +2656,28 @@ class Connections:
     self.lock = threading.Lock()
     self.idle: List[Tuple[http.client.HTTPConnection, float]] = []  # and since when
 
-  def open(self, start: int, end: int, headers: Dict[str, str]) -> Response:
-    """Request the file; where the headers have a Range, it is from start to end."""
-    if self.address and "Range" in headers:
+  def open(self, headers: Dict[str, str], count: int) -> OpenBody:
+    """Request the file, or the range of so many bytes that the headers ask for."""
+    address = self.address  # which other threads change
+    if address and "Range" in headers:
       with contextlib.suppress(QvmError):
-        if proxy_used(self.address):
-          return Response(open_url(self.net, self.address, headers))
-        response = self.open_address(start, end, headers)
-        if response:
-          return response
+        if proxy_used(address):
+          return open_url(self.net, address, headers), None
+        opened = self.open_address(address, headers, count)
+        if opened:
+          return opened
       self.address = ""  # it has expired
     body = open_url(self.net, self.url, headers)
     self.address = body.geturl()
-    return Response(body)
+    return body, None
 
-  def open_address(self, start: int, end: int, headers: Dict[str, str]) -> Optional[Response]:
+  def open_address(self, address: str, headers: Dict[str, str], count: int) -> Optional[OpenBody]:
     """Request a range where the last answer came from; None unless the answer is just that long.
 
     It saves the redirects, and where an earlier connection is idle the round trips of a new one:
     100 scattered reads at 50 Mbit/s, 150 ms to connect and 50 ms an answer took 8.9 s, not 19.6.
     """
-    parts = urllib.parse.urlsplit(self.address)
+    parts = urllib.parse.urlsplit(address)
     if parts.scheme not in ("http", "https") or "@" in parts.netloc:
       return None
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -2667,11 +2691,11 @@ class Connections:
       except Exception as error:
         link.close()
         if not old:
-          raise connection_failure(self.address, error)
+          raise connection_failure(address, error)
         continue  # the server has closed it meanwhile
       length, coding = map(body.getheader, ("Content-Length", "Content-Encoding"))
-      if body.status == 206 and length == str(end - start) and not coding:
-        return Response(body, link, end)
+      if body.status == 206 and length == str(count) and not coding:
+        return body, link
       link.close()
       return None
 
@@ -2685,12 +2709,12 @@ class Connections:
         link.close()
     return None
 
-  def keep(self, response: Response, position: int) -> None:
-    """Keep the connection of a response that has been read to its end; close any other."""
-    response.body.close()
-    link = response.link
+  def keep(self, opened: OpenBody, complete: bool) -> None:
+    """Keep the connection of a body that has been read completely; close any other."""
+    body, link = opened
+    body.close()
     with self.lock:
-      if link and position == response.end and link.sock:
+      if link and complete and link.sock:
         self.idle.append((link, time.monotonic()))
       elif link:
         link.close()
@@ -2731,21 +2755,18 @@ class Download:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
     span = self.file.claim()
     while span:
-      try:
-        self.fetch_span(span, lead=True)
-      except Cancelled:  # a reader's thread has taken it over
-        if self.net.cancelled.is_set():
-          raise
+      self.fetch_span(span, lead=True)
       span = self.next_span()
 
   def next_span(self) -> Optional[Span]:
     """What is left to fetch, if need be once the others are done; None when there is nothing."""
     while True:
-      busy = bool(self.file.spans)  # asked first: what they do not fetch after all is claimed then
-      span = self.file.claim_gap() or (self.file.claim_half() if self.helpers else None)
-      span = span or (self.file.steal_stalled() if busy else None)
+      busy = any(span.left for span in self.file.spans)  # asked first: they may leave a gap
+      span = self.file.claim_gap() or self.file.steal(split=not self.streamed)
       if span or not busy:
         return span
+      with self.file.lock:
+        self.file.lock.wait(0.1)
       if self.net.cancelled.is_set():
         raise Cancelled()
 
@@ -2757,15 +2778,15 @@ class Download:
     restart = lead and not (self.streamed and self.accepted)
     try:
       start, end = span.position, span.end  # which others may cut meanwhile
-      response = self.connections.open(start, end, self.range_headers(start, end))
+      opened = self.connections.open(self.range_headers(start, end), end - start)
       try:
-        span = self.accept(response.body, span, restart)
-        self.copy_body(response.body, span, lead)
+        span = self.accept(opened[0], span, restart)
+        self.copy_body(opened[0], span, lead)
       except OSError as error:
         raise write_failure(self.file.part, self.file.total or self.file.done, error)
       finally:
-        self.connections.keep(response, span.position)
-      if span.position < span.end:
+        self.connections.keep(opened, span.position == end)
+      if span.left:
         done, total = megabytes(self.file.done), megabytes(self.file.total or 0)
         raise Transient(f"{redacted(self.url)}: the connection ended after {done} of {total}")
       self.down = False
@@ -2810,6 +2831,7 @@ class Download:
     if self.file.done:
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
+    self.resumed = 0
     length = headers.get("Content-Length") or ""
     chunked = (headers.get("Transfer-Encoding") or "").lower() == "chunked"
     sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
@@ -2841,18 +2863,18 @@ class Download:
 
   def check_space(self, done: int, total: int) -> None:
     """Refuse a download for which there is no room, counting those that go on beside it."""
-    others = [file for file in list(progress.files) if file is not self.file]
-    missing = total - done + sum((file.total or file.done) - file.done for file in others)
+    others = [file for file in list(progress.files) if file is not self.file and file.total]
+    missing = total - done + sum((file.total or 0) - file.done for file in others)
     free = free_space(self.file.folder)
     if missing > free:
       raise disk_full(self.file.part, missing - free)
 
   def copy_body(self, body: "http.client.HTTPResponse", span: Span, lead: bool) -> None:
     """Write a body to the part, looking at the file's first bytes on the way."""
-    looked = self.file.hashed >= HEAD_BYTES
+    looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
-      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.end - span.position))
+      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.left))
       if not chunk:
         if span.end == UNKNOWN:
           span.end = span.position
@@ -2905,7 +2927,7 @@ class Download:
   def helper_loop(self) -> None:
     """Fetch gaps beside the lead until there are none, or the server wants no more."""
     with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
-      span = self.file.claim_gap() or self.file.claim_half()
+      span = self.file.claim_gap() or self.file.steal(split=True)
       while span:
         start = span.position
         try:
@@ -2913,7 +2935,7 @@ class Download:
         except Transient:
           if span.position == start:
             return
-        span = self.file.claim_gap() or self.file.claim_half()
+        span = self.file.claim_gap() or self.file.steal(split=True)
 
   # Readers.
 
@@ -2941,7 +2963,7 @@ class Download:
     for span in self.file.spans:
       if span.position // BLOCK_BYTES <= first and start < span.end:
         if time.monotonic() > span.moved + STALL_SECONDS:
-          self.file.release(span)
+          self.file.cut(span, span.position)
         elif start < span.position + JOIN_BLOCKS * BLOCK_BYTES:
           span.urgent_until = max(span.urgent_until, min(start + BLOCK_BYTES, span.end))
           return
@@ -3629,14 +3651,14 @@ def python_zstd() -> Any:
   return zstd
 
 
-def unpack_bundle(path: str, folder: str) -> None:
+def unpack_bundle(path: str, folder: str, name: str) -> None:
   """Unpack disk.img and kernel, and nothing else, from a bundle into a new folder.
 
   ValueError or TarError when the bundle is damaged or hostile.
   """
   zstd = python_zstd()
   if not zstd:
-    return unpack_by_program(path, folder)
+    return unpack_by_program(path, folder, name)
   try:
     with zstd.open(path) as stream:
       unpack_disk(stream, folder)
@@ -3644,7 +3666,7 @@ def unpack_bundle(path: str, folder: str) -> None:
     raise ValueError(str(error))
 
 
-def unpack_by_program(path: str, folder: str) -> None:
+def unpack_by_program(path: str, folder: str, name: str) -> None:
   """As unpack_bundle(), by a program; QvmError with its words when that fails.
 
   Such a failure does not say whether the bundle is damaged or the program at fault.
@@ -3662,7 +3684,6 @@ def unpack_by_program(path: str, folder: str) -> None:
         if ended and process.wait():
           words.seek(0)
           text = " ".join(words.read(TAIL_BYTES).decode("utf-8", "replace").split())
-          name = os.path.basename(os.path.dirname(path))
           raise QvmError(
             f"{command[0]} cannot unpack {name} ({ending(process.returncode)}): {text}",
             "the download is kept, should the program be at fault; qvm clean deletes it",
@@ -4137,7 +4158,7 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   remove_tree(aside)
   say(f"unpacking {name}")
   try:
-    unpack_bundle(part, aside)
+    unpack_bundle(part, aside, name)
   except (tarfile.TarError, ValueError, EOFError) as error:
     raise RefusedError(f"{name} is refused: {error}")
   except OSError as error:
@@ -4270,7 +4291,7 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   left = list(futures)
   try:
     while left:
-      ended.wait(min(progress.pause, POLL_SECONDS))
+      ended.wait(0.2)  # so often is the progress drawn
       ended.clear()
       for future in [each for each in left if each.done]:
         left.remove(future)
@@ -6044,12 +6065,9 @@ def streamed_base(
   lock, log = fds
   program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
   command = [sys.executable, program, SERVE, f"{lock},{ours},{log}", "run", "--stream"]
-  command += ["--platform", plan.guest.arch, "--name", plan.name, *["--rm"] * plan.ephemeral]
-  command += [
-    *(["--qemu", options.qemu] if options.qemu else []),
-    *["--progress"] * options.progress,
-  ]
-  command += [plan.guest.os, plan.version]
+  command += ["--platform", plan.guest.arch, "--name", plan.name]
+  command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
+  command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
       kept = tuple(fd for fd in (lock, ours, log) if fd >= 0)
@@ -7109,7 +7127,7 @@ class Checkpoint:
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
-    os.rename(machine.paths.disk, made.disk)
+    move(machine.paths.disk, made.disk, False)
     with instances_lock(self.plan.cache):
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)
@@ -7342,7 +7360,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
   page = os.path.join(top, "expanded_assets", tag)
   for path in (target, page):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-  with download_lock(os.path.dirname(target), name + ".part") as place:
+  with download_lock(os.path.dirname(target), name + ".download") as place:
     if not os.path.isfile(target):
       download = fetch_asset(releases, repo, tag, name, place)
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
@@ -7350,7 +7368,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
       download.file.remove()
-  with download_lock(folder, repo + ".part"):
+  with download_lock(folder, repo + ".download"):
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
     for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
@@ -7539,45 +7557,65 @@ def is_taken(cache: Cache, name: str) -> bool:
   return Lock(cache.instance(name).lock).is_held()
 
 
+# What qvm may have left, by folder. The cache may be a folder that holds other things, too.
+LEFTOVER_RES = {
+  "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
+  "bin": r"resources\.tmp|qemu-img\.json\..+",
+  "qemu": r"(x86_64|aarch64)\.(tmp|new)|\.(x86_64|aarch64)-[0-9a-f]{8}",
+  "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
+  "downloads": SCRATCH + r".+|.+\.(qcow2|tar)|" + OLDER_DOWNLOAD_RE,
+}
+
+
+def named_leftovers(cache: Cache, folder: str) -> List[str]:
+  """The paths in one of the cache's folders whose names are those of leftovers."""
+  pattern = re.compile(LEFTOVER_RES[folder])
+  return [
+    path for path in paths_in(cache.path(folder)) if pattern.fullmatch(os.path.basename(path))
+  ]
+
+
 def unfinished_downloads(cache: Cache) -> List[str]:
-  """The unlocked paths in downloads/, except the images that streamed overlays still need."""
+  """Whatever in downloads/ nobody has locked, except what streamed overlays lie on."""
   backings = [(paths, backing_file(paths.disk)) for paths in overlays(cache)]
   kept = [base_needed(paths) for paths, name in backings if name is None or is_served(name)]
-  paths = paths_in(cache.downloads) if None not in kept else scratch_folders(cache)
-  paths = [path for path in paths if os.path.basename(path) not in kept]
-  return [path for path in paths if not Lock(path).is_held()]
+  paths = named_leftovers(cache, "downloads") if None not in kept else scratch_folders(cache)
+  return [p for p in paths if os.path.basename(p) not in kept and not Lock(p).is_held()]
 
 
 def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
-  """The files of orphans and of instances without a disk, and locks that nobody holds."""
+  """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
   found = []
   for path in paths_in(cache.instances):
     name = os.path.basename(path)
-    half = name.endswith(COPIED)
-    name = name[: -len(COPIED)] if half else name
-    suffix = next((end for end in (".lock", *InstancePaths.SUFFIXES) if name.endswith(end)), "")
-    instance = cache.instance(name[: -len(suffix)])
+    suffix = next(
+      (end for end in (".lock", ".tmp", *InstancePaths.SUFFIXES) if name.endswith(end)), ""
+    )
+    stem = name[: -len(suffix)]
+    instance = cache.instance(re.sub(r"\.(qcow2|json)\Z", "", stem) if suffix == ".tmp" else stem)
     if not suffix or is_taken(cache, instance.name):
       continue
-    gone = instance.name in orphans or not os.path.lexists(instance.disk)
-    if suffix == ".lock" or half or gone:
+    useless = suffix in (".lock", ".tmp") or instance.name in orphans
+    if suffix == ".json":
+      mine = sound_record(Instance(), path).name == instance.name
+      useless = useless or (mine and not os.path.lexists(instance.disk))
+    if useless or not (suffix == ".json" or os.path.lexists(instance.disk)):
       found.append(path)
   return found
 
 
 def strays(cache: Cache) -> List[str]:
-  """Files that belong to no image, layer, QEMU or qvm: outdated, or left by a killed process."""
-  found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
+  """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
-  known = {end for base in bases for end in (base, record_path(base), record_path(base) + ".new")}
-  found += [path for path in paths_in(cache.path("base")) if path not in known]
-  known = {path for layer in layers(cache) for path in layer_files(layer)}
-  found += [path for path in paths_in(cache.path("layers")) if path not in known]
   links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
-  known = {*links, *(os.path.realpath(link) for link in links)}
-  found += [path for path in paths_in(cache.path("qemu")) if os.path.realpath(path) not in known]
-  known = {cache.qemu_img, record_path(cache.qemu_img), record_path(cache.qemu_img) + ".new"}
-  return found + [path for path in paths_in(cache.path("bin")) if path not in known]
+  used = {record_path(base) + end for base in bases for end in ("", ".new")}
+  used.update(path for layer in layers(cache) for path in layer_files(layer))
+  used.update(os.path.realpath(link) for link in links)
+  found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
+  for folder in ("base", "bin", "qemu", "layers"):
+    paths = named_leftovers(cache, folder)
+    found += [path for path in paths if path not in used and os.path.realpath(path) not in used]
+  return found
 
 
 def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:

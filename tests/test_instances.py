@@ -99,9 +99,12 @@ def test_names_make_instances_of_their_own(used, tmp_path):
 
 def test_a_half_made_overlay_is_made_anew(used):
   (used.cache / f"instances/{FREEBSD}.json").unlink()
-  (used.cache / DISK).rename(used.cache / f"{DISK}.tmp")
-  (used.cache / f"{DISK}.tmp").write_bytes(b"half")
+  (used.cache / DISK).unlink()
+  half = used.cache / "downloads/tmp-0123456789ab"
+  half.mkdir()
+  (half / "disk.qcow2").write_bytes(b"half")
   assert used(*RUN).returncode == 0
+  assert not half.exists()
   assert image_info(used.cache / DISK)["backing-filename"] == f"../{BASE}"
   assert instance_names(used) == [f"{FREEBSD}.json", f"{FREEBSD}.qcow2"]
 

@@ -363,7 +363,7 @@ def test_a_folder_on_another_file_system(qvm, folder, image):
     works(qvm(*PULL))
     works(qvm("pull", "--verify", *PULL[1:]))
     assert read_from(qvm.cache / DISK) and (qvm.cache / BASE).read_bytes() == image
-    (qvm.cache / f"{DISK}.copy").write_bytes(b"half")
+    (qvm.cache / f"{DISK}.tmp").write_bytes(b"half")
     works(qvm("clean"))
     assert instance_names(qvm) == [f"{FREEBSD}.json", f"{FREEBSD}.qcow2"]
   finally:

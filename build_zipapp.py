@@ -39,16 +39,34 @@ def code_path():
   return os.path.join(os.path.abspath(cache), "code", "%s-%x-%d-%s" % python)
 
 
+def opened(name, flags, above, owners):
+  # The descriptor of what is in a folder, if nobody but these owners can have changed it.
+  fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=above)
+  stat = os.fstat(fd)
+  if stat.st_uid in owners and not stat.st_mode & 0o022:
+    return fd
+  os.close(fd)
+  raise OSError(name)
+
+
 def kept_code(path):
-  # The code that an earlier start has kept, if nobody else can have written it.
+  # The code that an earlier start has kept, if nobody else can have written it: marshal executes
+  # what it is given. Only the cache itself may be a link; each step starts from the folder before.
+  folder, name = os.path.split(path)
+  cache, code = os.path.split(folder)
+  fds = []
   try:
-    with open(path, "rb") as file:
-      stat = os.fstat(file.fileno())
-      if stat.st_uid == os.getuid() and not stat.st_mode & 0o022:
-        return marshal.loads(file.read())  # load() reads in many small pieces, seven times slower
+    owners = (0, os.getuid())
+    fds.append(opened(cache, os.O_DIRECTORY, None, owners))
+    fds.append(opened(code, os.O_DIRECTORY | os.O_NOFOLLOW, fds[0], owners))
+    fds.append(opened(name, os.O_NOFOLLOW | os.O_NONBLOCK, fds[1], owners[1:]))
+    with open(fds.pop(), "rb") as file:
+      return marshal.loads(file.read())  # load() reads in many small pieces, seven times slower
   except (OSError, EOFError, ValueError, TypeError):
-    pass
-  return None
+    return None
+  finally:
+    for fd in fds:
+      os.close(fd)
 
 
 def main():

@@ -165,6 +165,10 @@ class RefusedError(QvmError):
   """A damaged or hostile file: downloading it again may help, keeping it does not."""
 
 
+class BadImageError(QvmError):
+  """An image on which guests have run is not the one that its release names, or is unsafe."""
+
+
 class RunningError(QvmError):
   """An instance is running, and the operation needs it stopped."""
 
@@ -1102,7 +1106,8 @@ class AssetRecord(NamedTuple):
   size: int = 0  # bytes of the asset
   asset_sha256: str = ""
   sha256: str = ""  # of the file or tree made from the asset
-  bytes: int = 0  # the file's length
+  bytes: int = 0  # the file's length, or that of all files of a tree
+  mtime: int = 0  # the file's, in seconds: a file with another one is hashed again
   time: str = ""  # of the download, in UTC
   inode: int = 0  # of the file that the record describes
 
@@ -1110,7 +1115,8 @@ class AssetRecord(NamedTuple):
 class Instance(NamedTuple):
   """What NAME.json says about an instance; ssh is where it listens while it runs.
 
-  While its base image is incomplete, release and validator identify the image.
+  release is where its base image can be had again. While that is incomplete, the validator
+  identifies it. A problem means that the instance must not be started, and says why.
   """
 
   name: str = ""
@@ -1121,6 +1127,8 @@ class Instance(NamedTuple):
   ssh: str = ""
   release: str = ""
   validator: str = ""
+  asset_sha256: str = ""  # of the asset that the base image was made of
+  problem: str = ""
 
 
 class LayerRecord(NamedTuple):
@@ -1186,6 +1194,7 @@ class Plan(NamedTuple):
   tools_asset: str
   own_qemu: bool  # --qemu: qemu-img is the user's own too
   refresh: bool  # replace cached files with the newest release
+  damaged: Tuple[str, ...] = ()  # cached files to download again
 
   @property
   def name(self) -> str:
@@ -1281,6 +1290,7 @@ OTHER_CACHE = "set QVM_CACHE_DIR to another folder"
 FORMAT = 1  # of records; those of qvm 0.1 have no format field
 MAX_RECORD_BYTES = 1 << 20  # records are below 1 kB; this bounds a damaged one
 SCRATCH = "tmp-"  # prefix of the folders for unfinished files in downloads/
+COPIED = ".tmp"  # suffix of a file on its way to another file system
 R = TypeVar("R", bound=NamedTuple)
 T = TypeVar("T")
 Handle = Union[int, IO[bytes], None]
@@ -1345,19 +1355,26 @@ def sound_record(empty: R, path: str) -> R:
     return empty
 
 
-def write_record(cache: Cache, path: str, record: NamedTuple, mode: int = 0o644) -> None:
-  """Write a record as JSON, with its format; the file is complete or absent at any time."""
+def write_record(
+  cache: Cache, path: str, record: NamedTuple, mode: int = 0o644, keep: bool = False
+) -> None:
+  """Write a record as JSON, with its format; the file is complete or absent at any time.
+
+  With keep it is on the disk when this returns.
+  """
   with unfinished(cache) as folder:
-    replace_by_record(path, record, mode, os.path.join(folder, "record"))
+    replace_by_record(path, record, mode, os.path.join(folder, "record"), keep)
 
 
-def replace_by_record(path: str, record: NamedTuple, mode: int, aside: str) -> None:
+def replace_by_record(
+  path: str, record: NamedTuple, mode: int, aside: str, keep: bool = False
+) -> None:
   """Write a record aside, and then give it its place in one step."""
   text = json.dumps({**record._asdict(), "format": FORMAT}, indent=2, sort_keys=True)
   with open(aside, "w", encoding="utf-8") as file:
     file.write(text + "\n")
   os.chmod(aside, mode)
-  rename(aside, path)
+  move(aside, path, keep)
 
 
 @contextlib.contextmanager
@@ -1405,6 +1422,12 @@ def tree_sha256(root: str) -> str:
       digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
       digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
   return str(digest.hexdigest())
+
+
+def tree_bytes(root: str) -> int:
+  """The bytes in all files below a folder, without release.json."""
+  paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+  return sum(os.lstat(p).st_size for p in paths if os.path.basename(p) != "release.json")
 
 
 def hashed(name: str) -> str:
@@ -1502,26 +1525,55 @@ def remove_tree(path: str) -> None:
       raise OSError(error.errno, error.strerror, path)
 
 
-def move_into_place(source: str, target: str, mode: int) -> None:
-  """fsync, then rename into place: the name never appears before the contents."""
-  with open(source, "rb") as file:
-    os.fsync(file.fileno())
-  os.chmod(source, mode)
-  rename(source, target)
+def flush(path: str) -> None:
+  """Have a file or folder written from the system's memory to the disk; OSError if that fails."""
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync(2) leaves it in the disk's memory
+    if full is not None:
+      with contextlib.suppress(OSError):  # not every file system has it
+        fcntl.fcntl(fd, full)
+        return
+    os.fsync(fd)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot be told
+      raise OSError(error.errno, error.strerror, path)
+  finally:
+    os.close(fd)
 
 
-def rename(source: str, target: str) -> None:
-  """Give a file its place in one step, also where that is a mount of another file system."""
+def flush_tree(root: str) -> None:
+  """flush() for a folder and everything in it."""
+  for folder, _, names in os.walk(root):
+    for path in [*(os.path.join(folder, name) for name in names), folder]:
+      if not os.path.islink(path):
+        flush(path)
+
+
+def move(source: str, target: str, keep: bool) -> None:
+  """Rename a file; with keep its contents are on the disk before its name, and then the name is.
+
+  A folder of the cache may be a link to another file system: then through a copy beside the target.
+  """
+  if keep:
+    flush(source)
   try:
     os.replace(source, target)
   except OSError as error:
     if error.errno != errno.EXDEV:
       raise
-    aside = target + ".tmp"
-    shutil.copyfile(source, aside)
-    shutil.copymode(source, aside)
-    os.replace(aside, target)
+    shutil.copy2(source, target + COPIED)
+    flush(target + COPIED)
+    os.replace(target + COPIED, target)
     os.unlink(source)
+  if keep:
+    flush(os.path.dirname(target))
+
+
+def move_into_place(source: str, target: str, mode: int) -> None:
+  """Publish a file: its name never appears before its contents, even after a power failure."""
+  os.chmod(source, mode)
+  move(source, target, True)
 
 
 FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code")
@@ -1668,6 +1720,14 @@ def keep_code() -> None:
         os.fchmod(file.fileno(), 0o600)
         file.write(marshal.dumps(code))
       os.replace(file.name, path)
+
+
+def boot_id() -> str:
+  """What tells this boot of the host from others; another one each time if that is not known."""
+  with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+    return file.read().strip()
+  code, output = ask_program(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"])
+  return os.urandom(8).hex() if code else output
 
 
 class Lock:
@@ -2333,6 +2393,7 @@ class DownloadNote(NamedTuple):
   validator: str  # a strong ETag, else Last-Modified; empty: no resume
   total: Optional[int]  # bytes; None: not known
   block: int = BLOCK_BYTES
+  boot: str = ""  # of the host, if not all that the map tells is surely on the disk
 
 
 def read_note(folder: str) -> Optional[DownloadNote]:
@@ -2387,6 +2448,7 @@ class PartFile:
     self.lock = threading.Condition()  # for everything here but the hash
     self.hashing = threading.Lock()  # for the hash
     self.part_fd = self.map_fd = -1
+    self.boot = boot_id()
     self.spans: List[Span] = []
     self.forget()
     self.load(url)
@@ -2404,6 +2466,8 @@ class PartFile:
     note = read_note(self.folder)
     if not note or note.url != url or not note.validator:
       return
+    if note.boot not in ("", self.boot):
+      return say(f"the host went down while {self.name} was downloaded; starting anew")
     total = note.total or 0
     try:
       size = os.path.getsize(self.part)
@@ -2415,19 +2479,25 @@ class PartFile:
     fits = len(states) == count_blocks(total) and not states.strip(b"\0\1")
     if not fits or not end <= size <= total:
       return
-    self.note, self.blocks = note, bytearray(states)
+    self.blocks = bytearray(states)
+    self.write_note(note._replace(boot=self.boot), keep=True)
     surplus = -total % BLOCK_BYTES if states.endswith(b"\1") else 0
     self.done = states.count(THERE) * BLOCK_BYTES - surplus
     self.open_files()
 
   def create(self, note: DownloadNote) -> None:
     """Begin an object; discard() has removed what there was of another."""
-    path = os.path.join(self.folder, "note.json")
-    replace_by_record(path, note, 0o600, path + ".tmp")
+    self.write_note(note._replace(boot=self.boot), keep=False)
     with self.lock:
-      self.note, self.blocks = note, bytearray(count_blocks(note.total or 0))
+      self.blocks = bytearray(count_blocks(note.total or 0))
       self.open_files()
       write_at(self.map_fd, self.blocks, 0)
+
+  def write_note(self, note: DownloadNote, keep: bool) -> None:
+    """Note what a resume needs."""
+    path = os.path.join(self.folder, "note.json")
+    replace_by_record(path, note, 0o600, path + ".tmp", keep)
+    self.note = note
 
   def open_files(self) -> None:
     """Open the part and the map."""
@@ -2445,6 +2515,11 @@ class PartFile:
       if remove:
         for path in (self.part, self.map, os.path.join(self.folder, "note.json")):
           remove_file(path)
+      elif self.note.boot and self.done and not self.complete():
+        with contextlib.suppress(OSError):  # then a resume after a reboot starts anew
+          for path in (self.part, self.map):
+            flush(path)
+          self.write_note(self.note._replace(boot=""), keep=True)
       if forget:
         self.forget()
 
@@ -2799,8 +2874,8 @@ class Download:
       self.connections.address = ""  # the next attempt asks for a new one
       if restart and error.code in (CHANGED, NO_SUCH_RANGE):
         self.file.discard()
-      if self.streamed and self.accepted and error.code == CHANGED:
-        raise RefusedError(f"{redacted(self.url)}: the image has changed while it was streamed")
+      if self.streamed and self.accepted and error.code == CHANGED:  # or a node has another ETag
+        raise Transient(f"{redacted(self.url)}: the server has another image now", code=CHANGED)
       raise
     finally:
       self.file.release(span)
@@ -2993,8 +3068,6 @@ class Download:
 
     try:
       with_retries(self.net, self.url, attempt, lambda: self.file.done)
-    except RefusedError as error:
-      self.abort(error)
     except (QvmError, OSError) as error:
       self.fail(error)
     except Cancelled:
@@ -3735,10 +3808,11 @@ def publish_with_record(
   Until the file has its place, its record waits beside the old one and tells by the inode
   which of the two files it is meant for; record_of takes the one that fits.
   """
-  waiting = record_path(target) + ".new"
-  write_record(cache, waiting, record._replace(inode=os.stat(source).st_ino), 0o444)
+  waiting, stat = record_path(target) + ".new", os.stat(source)
+  record = record._replace(inode=stat.st_ino, mtime=int(stat.st_mtime))
+  write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
-  os.replace(waiting, record_path(target))
+  move(waiting, record_path(target), True)
 
 
 def record_of(path: str) -> AssetRecord:
@@ -3810,23 +3884,28 @@ def check_image(path: str) -> None:
     raise RefusedError(f"the image {path} is refused: {problem}")
 
 
-def backing_file(path: str) -> str:
-  """The name of the backing file that an overlay's header tells; empty when there is none."""
+def backing_file(path: str) -> Optional[str]:
+  """The name of the backing file in an overlay's header; empty: it has none, None: unknown.
+
+  An overlay of which this is unknown may need any base image and layer.
+  """
   try:
     with open(path, "rb") as file:
       head = file.read(20)
       file.seek(int.from_bytes(head[8:16], "big"))
-      return os.fsdecode(file.read(min(int.from_bytes(head[16:20], "big"), 1023)))
+      name, length = file.read(1023), int.from_bytes(head[16:20], "big")
   except (OSError, OverflowError, ValueError):
-    return ""
+    return None
+  sound = head[:4] == b"QFI\xfb" and len(head) == 20 and length <= len(name)
+  return os.fsdecode(name[:length]) if sound else None
 
 
 STREAMED = "nbd+unix:"  # the backing of an overlay that was begun while its base image came
 
 
-def is_served(backing: str) -> bool:
+def is_served(backing: Optional[str]) -> bool:
   """Whether a backing is a base image that is incomplete, at the socket of its server."""
-  return backing.startswith(STREAMED)
+  return bool(backing) and str(backing).startswith(STREAMED)
 
 
 def is_streamed(disk: str) -> bool:
@@ -3836,7 +3915,8 @@ def is_streamed(disk: str) -> bool:
 
 def socket_of(disk: str) -> str:
   """The path of the socket at which an overlay's base image was served; empty if it was not."""
-  return backing_file(disk).partition("socket=")[2] if is_streamed(disk) else ""
+  backing = backing_file(disk) or ""
+  return backing.partition("socket=")[2] if is_served(backing) else ""
 
 
 def drop_socket(path: str) -> None:
@@ -3860,52 +3940,117 @@ def drop_dead_sockets(folder: str) -> None:
             drop_socket(path)
 
 
-def base_of(disk: str) -> str:
-  """The path of the base image of an overlay, relative to its folder."""
-  backing = backing_file(disk)
-  if not backing.startswith(STREAMED):
-    return backing
-  mine = sound_record(Instance(), disk[: -len("qcow2")] + "json")
-  return f"../base/{mine.os}-{mine.version}-{mine.arch}.qcow2"
+def recorded_base(paths: InstancePaths) -> Optional[str]:
+  """The file name of the base image that an instance's record tells; None: unknown."""
+  try:
+    mine = read_record(Instance(), paths.record) or Instance()
+  except (RecordError, OSError):
+    return None
+  return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
-def base_files(cache: Cache) -> Dict[str, str]:
-  """The paths on which the overlays of the instances lie, by the instances' names."""
-  disks = {name: cache.instance(name).disk for name in instance_names(cache, ".qcow2")}
-  return {name: os.path.join(cache.instances, base_of(disk)) for name, disk in disks.items()}
+def base_needed(paths: InstancePaths) -> Optional[str]:
+  """The file name of the base image that an instance needs; empty: none, None: unknown."""
+  backing = backing_file(paths.disk)
+  if backing and os.path.basename(os.path.dirname(backing)) == "layers":
+    backing = backing_file(paths.cache.path("layers", os.path.basename(backing)))
+  if is_served(backing):
+    named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
+    return named.group(1) + ".qcow2" if named else recorded_base(paths)
+  return recorded_base(paths) if backing is None else os.path.basename(backing)
+
+
+def overlays(cache: Cache) -> List[InstancePaths]:
+  """The instances that have a disk, even if that cannot be read."""
+  return [cache.instance(name) for name in instance_names(cache, ".qcow2")]
 
 
 def dependants(cache: Cache, base: str) -> List[str]:
-  """The names of the instances that need a base image: they lie on it, or on a layer on it, or
-  will lie on it once it is complete."""
-  needed = os.path.join("..", "base", os.path.basename(base))
-  found = []
-  for name, path in base_files(cache).items():
-    if os.path.basename(os.path.dirname(path)) == "layers":
-      path = backing_file(path)
-    if path.endswith(needed):
-      found.append(name)
-  return found
+  """The names of the instances that need a base image, or may: unknown counts as needed.
+
+  They lie on it, or on a layer on it, or will lie on it once it is complete.
+  """
+  needed = (os.path.basename(base), None)
+  mine = [paths for paths in overlays(cache) if base_needed(paths) in needed]
+  return [paths.name for paths in mine if os.path.lexists(paths.disk)]  # else it has just ended
 
 
-def pinned_release(plan: Plan) -> str:
-  """The release from which the rest of the base image must come, as overlays were begun on it."""
-  if os.path.isfile(plan.base):
-    return ""
+def fits(instance: Instance, record: AssetRecord) -> bool:
+  """Whether an overlay can be on a base image: it was created on the same contents."""
+  if not instance.base_sha256:  # it was begun while the image was incomplete
+    return bool(instance.validator) and instance.validator == record.validator
+  same_asset = bool(instance.asset_sha256) and instance.asset_sha256 == record.asset_sha256
+  return same_asset or instance.base_sha256 == record.sha256
+
+
+def check_dependants(plan: Plan, record: AssetRecord) -> None:
+  """Refuse to put an image in the place of the base image if instances need another one."""
+  names = []
+  for name in dependants(plan.cache, plan.base):
+    try:
+      instance = read_record(Instance(), plan.cache.instance(name).record) or Instance()
+    except (RecordError, OSError):
+      instance = Instance()
+    if not instance.problem and not fits(instance, record):
+      names.append(name)
+  if names:
+    raise needed_by(plan, names, "replaced by another image")
+
+
+def needed_by(plan: Plan, names: Sequence[str], verb: str) -> QvmError:
+  """The error for a base image that cannot be replaced."""
+  return QvmError(
+    f"{plan.base} cannot be {verb}: these instances depend on it: {', '.join(names)}",
+    "qvm rm deletes them, with all that their guests wrote",
+  )
+
+
+def pinned_release(plan: Plan, releases: Releases) -> str:
+  """The release from which a base image must come that instances depend on; empty: any.
+
+  Their records name it, or the digest of the image. QvmError if it cannot be found out.
+  """
   names = dependants(plan.cache, plan.base)
-  records = [sound_record(Instance(), plan.cache.instance(name).record) for name in names]
+  records = []
+  for name in list(names):
+    with contextlib.suppress(RecordError, OSError):
+      record = read_record(Instance(), plan.cache.instance(name).record) or Instance()
+      if record.problem:
+        names.remove(name)  # it does not run any more
+      else:
+        records.append(record)
   tags = [record.release for record in records if re.match(TAG_RE, record.release)]
+  digests = {record.base_sha256 for record in records if record.base_sha256}
+  if names and not tags and digests:
+    every = releases.all(image_repo(plan.guest.os))
+    tags = [each.tag for each in every if each.assets.get(plan.image_asset) in digests]
+  if names and not tags:
+    raise gone_image(plan, "a release that is not known")
   return tags[0] if tags else ""
+
+
+def condemn(plan: Plan, problem: str, validator: str, but: str = "") -> None:
+  """Let the instances not be started any more that have run on an object which is no good."""
+  names = []
+  with instances_lock(plan.cache):
+    for name in dependants(plan.cache, plan.base):
+      paths = plan.cache.instance(name)
+      record = sound_record(Instance(), paths.record)
+      mine = record.validator == validator and is_streamed(paths.disk)
+      if mine and name != but and not os.path.exists(paths.mark):
+        record = record._replace(problem=problem[:1000])
+        write_record(plan.cache, paths.record, record, keep=True)
+        names.append(name)
+  if names:
+    say(f"what was downloaded of {plan.image_asset} is no good, and these instances have run on "
+        f"it; they are kept, but not started any more: {', '.join(names)}")  # fmt: skip
 
 
 def check_unused(plan: Plan) -> None:
   """Refuse to replace a base image on which instances depend."""
   names = dependants(plan.cache, plan.base)
   if names:
-    raise QvmError(
-      f"{plan.base} cannot be refreshed: these instances depend on it: {', '.join(names)}",
-      "qvm rm deletes them, with all that their guests wrote",
-    )
+    raise needed_by(plan, names, "refreshed")
 
 
 def layer_files(layer: LayerPaths) -> List[str]:
@@ -3922,17 +4067,28 @@ def remove_layer(layer: LayerPaths) -> None:
 def drop_layers(plan: Plan, digest: str) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
   for layer in layers(plan.cache):
-    mine = backing_file(layer.disk).endswith("/" + os.path.basename(plan.base))
+    mine = os.path.basename(backing_file(layer.disk) or "") == os.path.basename(plan.base)
     if mine and sound_record(LayerRecord(), layer.record).base_sha256 != digest:
       remove_layer(layer)
 
 
-def fetch_asset(releases: Releases, repo: str, tag: str, name: str, folder: str) -> Download:
-  """Download an asset into a folder and check its digest; one that differs is fetched once more."""
+def fetch_asset(
+  releases: Releases,
+  repo: str,
+  tag: str,
+  name: str,
+  folder: str,
+  condemned: Callable[[str, str], None] = lambda problem, validator: None,
+) -> Download:
+  """Download an asset into a folder and check its digest; one that differs is fetched once more.
+
+  If some of what differs was there before, condemned(problem, validator) is called.
+  """
   url = asset_url(releases.net, repo, tag, name)
   for last in (False, True):
     expected = Future(lambda: releases.digest(repo, tag, name))
     result = download(releases.net, url, name, folder)
+    validator = result.file.note.validator
     try:
       wanted = expected.result()
       if not wanted and repo == "resources" and is_open(releases.net.releases):
@@ -3943,6 +4099,8 @@ def fetch_asset(releases: Releases, repo: str, tag: str, name: str, folder: str)
       check_digest(result, wanted)
       break
     except RefusedError as problem:
+      if result.resumed:
+        condemned(str(problem), validator)
       if last:
         raise
       say(f"{problem}; fetching it once more")
@@ -3983,8 +4141,8 @@ UNPACKED = "unpacked"  # the folder in that of a download where an archive is un
 
 def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
-  if not os.path.isfile(path) or not plan.refresh:
-    return os.path.isfile(path)
+  if not plan.refresh or is_missing(plan, path):
+    return not is_missing(plan, path)
   url = asset_url(releases.net, "resources", releases.tag("resources"), name)
   if record_of(path).url == url:
     say(f"{name} is the newest")
@@ -4001,6 +4159,16 @@ def is_newer(record: AssetRecord, tag: str, name: str) -> bool:
   if newer:
     say(f"the server's newest {name} is {tag}, older than {record.release} here, which is kept")
   return bool(newer)
+
+
+def is_missing(plan: Plan, path: str) -> bool:
+  """Whether a cached file must be downloaded; QvmError if it may be somewhere else."""
+  if os.path.islink(path) and not os.path.exists(path):
+    raise QvmError(
+      f"{path} is a link to {os.readlink(path)}, which is not there",
+      "is its disk mounted? or delete the link",
+    )
+  return path in plan.damaged or not os.path.isfile(path)
 
 
 def fetch_resource(releases: Releases, name: str, folder: str) -> Download:
@@ -4030,7 +4198,9 @@ def fetch_qemu(plan: Plan, releases: Releases) -> None:
       os.rename(program, named)
     os.chmod(named, 0o755)
     record = asset_record(download, releases.tag("resources"), tree_sha256(root))
+    record = record._replace(bytes=tree_bytes(root))
     write_record(plan.cache, os.path.join(root, "release.json"), record)
+    flush_tree(root)
     with instances_lock(plan.cache):
       swap_tree(root, plan.tree)
     remove_tree(aside)
@@ -4055,6 +4225,7 @@ def swap_tree(root: str, link: str) -> None:
   if not os.path.islink(link):
     remove_tree(link)  # from a copy of the cache that followed links
   os.replace(link + ".new", link)
+  flush(folder)
   for entry in os.listdir(folder):
     if entry.startswith(f".{name}-") and entry not in (now, before):
       remove_tree(os.path.join(folder, entry))
@@ -4071,6 +4242,7 @@ def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
       unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
       program = os.path.realpath(unpacked)
     record = asset_record(download, releases.tag("resources"), file_sha256(program))
+    record = record._replace(bytes=os.path.getsize(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
     remove_tree(aside)
@@ -4094,14 +4266,19 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   return result
 
 
-def candidates(plan: Plan, releases: Releases) -> Iterator[Tuple[str, str]]:
-  """Releases and assets that may be the image, the best first, found out only as needed."""
+def candidates(plan: Plan, releases: Releases, pinned: str = "") -> Iterator[Tuple[str, str]]:
+  """Releases and assets that may be the image, the best first, found out only as needed.
+
+  With pinned, only those of this release.
+  """
   repo, qcow2 = image_repo(plan.guest.os), plan.image_asset
   bundle, unpackable = plan.bundle_asset, can_unzstd()
-  newest = releases.tag(repo)
+  newest = pinned or releases.tag(repo)
   yield newest, qcow2
   if unpackable:
     yield newest, bundle
+  if pinned:
+    return
   for release in releases.all(repo):
     if qcow2 in release.assets:  # the newest too: its first 404 may have been a passing one
       yield release.tag, qcow2
@@ -4118,7 +4295,7 @@ def find_image(
 
   pinned is the only release that will do, empty where any will.
   """
-  for tag, name in [(pinned, plan.image_asset)] if pinned else candidates(plan, releases):
+  for tag, name in candidates(plan, releases, pinned):
     with contextlib.suppress(NotFound):
       return use(tag, name)
   raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
@@ -4130,14 +4307,14 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
 
   def use(tag: str, name: str) -> None:
     url = asset_url(releases.net, repo, tag, name)
-    if os.path.isfile(plan.base):
+    if there:
       if record_of(plan.base).url == url:
         return say(f"{name} of {tag} is the newest")
       if is_newer(record_of(plan.base), tag, name):
         return None
       check_exists(releases.net, url)
       check_unused(plan)  # before the download; install_image looks again
-    download = fetch_asset(releases, repo, tag, name, folder)
+    download = fetch_asset(releases, repo, tag, name, folder, lambda *why: condemn(plan, *why))
     if tag not in (pinned, releases.tag(repo)):
       say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
     if name == plan.bundle_asset:
@@ -4145,18 +4322,19 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
     install_image(plan, download, tag)
 
   with download_lock(plan.cache.downloads, plan.image_asset) as folder:
-    if plan.refresh or not os.path.isfile(plan.base):
-      pinned = pinned_release(plan)
+    there = not is_missing(plan, plan.base)
+    if plan.refresh or not there:
+      pinned = "" if there else pinned_release(plan, releases)
       find_image(plan, releases, pinned, use)
 
 
 def gone_image(plan: Plan, tag: str) -> QvmError:
-  """The error for overlays that were begun on an image that the server has no more."""
+  """The error for overlays on an image that the server no longer has."""
   names = ", ".join(dependants(plan.cache, plan.base))
   return QvmError(
-    f"{plan.image_asset} of {tag}, which these instances were begun on, cannot be had any more: "
-    f"{names}",
-    "qvm rm gives them up, with all that their guests wrote",
+    f"{plan.image_asset} of {tag}, on which these instances were created, can no longer be "
+    f"downloaded: {names}",
+    f"restore {plan.base}; qvm rm deletes the instances, with all that their guests wrote",
   )
 
 
@@ -4171,8 +4349,7 @@ def install_image(plan: Plan, download: Download, tag: str) -> None:
       check_image(source)
     record = asset_record(download, tag, digest)._replace(bytes=os.path.getsize(source))
     with instances_lock(plan.cache):
-      if os.path.exists(plan.base):
-        check_unused(plan)
+      check_dependants(plan, record)
       drop_layers(plan, record.sha256)
       publish_with_record(plan.cache, source, plan.base, record, 0o444)
   finally:
@@ -4237,11 +4414,11 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
     if not plan.own_qemu:
       releases.once(("", "qemu-img"), lambda: fetch_qemu_img(plan, releases))
 
-  if plan.refresh or not os.path.isfile(plan.tree_program):
+  if plan.refresh or is_missing(plan, plan.tree_program):
     jobs.append(lambda: fetch_qemu(plan, releases))
-  if not plan.own_qemu and (plan.refresh or not os.path.isfile(plan.qemu_img)):
+  if not plan.own_qemu and (plan.refresh or is_missing(plan, plan.qemu_img)):
     jobs.append(tools)
-  if image and (plan.refresh or not os.path.isfile(plan.base)):
+  if image and (plan.refresh or is_missing(plan, plan.base)):
     jobs.append(lambda: fetch_image(plan, releases, tools))
   if jobs and is_open(net.releases):
     say(f"{redacted(net.releases)} is not https: whoever is on the way can change what comes")
@@ -4251,13 +4428,63 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
 
 def check_base(plan: Plan) -> None:
   """Refuse a base image that is unsafe, or not as long as it was when it came."""
-  check_image(plan.base)
+  repair = f"{pull_line(plan)} downloads it again"
+  try:
+    check_image(plan.base)
+  except RefusedError as error:
+    raise RefusedError(str(error), repair)
   noted, size = record_of(plan.base).bytes, os.path.getsize(plan.base)
   if noted and noted != size:
-    raise QvmError(
-      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}",
-      "put the right file back, or delete it and pull it again",
+    raise RefusedError(
+      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}", repair
     )
+
+
+def base_record(plan: Plan) -> AssetRecord:
+  """The record of the base image, whose digest is that of the file.
+
+  A file without one, or that has been changed since, is hashed, and that is noted. RefusedError if
+  its digest is another one than the record's.
+  """
+  record, mtime = record_of(plan.base), int(os.stat(plan.base).st_mtime)
+  if record.sha256 and record.mtime == mtime:
+    return record
+  digest = file_sha256(plan.base)
+  if record.sha256 not in ("", digest):
+    raise RefusedError(
+      f"the base image {plan.base} is damaged: its digest is not the one recorded at download",
+      f"{pull_line(plan)} --verify downloads it again",
+    )
+  record = record._replace(sha256=digest, bytes=os.path.getsize(plan.base), mtime=mtime)
+  with contextlib.suppress(OSError):  # it is then hashed each time
+    write_record(plan.cache, record_path(plan.base), record, 0o444, keep=True)
+  return record
+
+
+def pull_line(plan: Plan) -> str:
+  """The command that downloads what a plan needs."""
+  return f"qvm pull --platform {plan.guest.arch} {plan.guest.os} {plan.version}"
+
+
+def damaged_files(plan: Plan) -> Tuple[str, ...]:
+  """The cached files that their sizes, and an image's header, show to be damaged; says which."""
+  found = []
+  tree, mine = record_of(plan.tree_program), record_of(plan.qemu_img)
+  if os.path.isfile(plan.tree_program):
+    sound = os.path.getsize(plan.tree_program) and tree.bytes in (0, tree_bytes(plan.tree))
+    found += [] if sound else [plan.tree_program]
+  if not plan.own_qemu and os.path.isfile(plan.qemu_img):
+    size = os.path.getsize(plan.qemu_img)
+    found += [] if size and mine.bytes in (0, size) else [plan.qemu_img]
+  for path in found:
+    say(f"{path} is damaged: it is not as long as it was; it is downloaded again")
+  try:
+    if os.path.isfile(plan.base):
+      check_base(plan)
+  except RefusedError as error:
+    say(f"{error}; it is downloaded again")
+    found.append(plan.base)
+  return tuple(found)
 
 
 def plan_from(options: Options, net: Net) -> Plan:
@@ -4395,19 +4622,27 @@ def wait_released(paths: InstancePaths, seconds: float) -> bool:
 
 
 def read_instance(paths: InstancePaths) -> Instance:
-  """The record of an instance; QvmError if it is missing or damaged."""
-  try:
-    record = read_record(Instance(), paths.record)
-  except NewerRecordError:
-    raise
-  except RecordError:
-    record = None
-  if not record or record.name != paths.name or not all((record.os, record.version, record.arch)):
+  """The record of an instance; QvmError if it is missing or damaged and cannot be rebuilt."""
+  record = sound_record(Instance(), paths.record)
+  if record.name == paths.name and all((record.os, record.version, record.arch)):
+    return record
+  base = base_needed(paths) or ""
+  oses = "|".join(OS_NAMES)
+  match = re.match(rf"({oses})-(.+)-(x86-64|arm64)\.qcow2\Z", base)
+  if not match:
     raise QvmError(
       f"the record of the instance {paths.name} is missing or damaged: {paths.record}",
       f"its disk is untouched; `qvm rm {paths.name}` would delete it",
     )
-  return record
+  return Instance(paths.name, *match.groups())
+
+
+def mend_record(paths: InstancePaths) -> None:
+  """Rebuild a missing or damaged record of an instance from the name of its disk's base image."""
+  if sound_record(Instance(), paths.record).name != paths.name:
+    write_record(paths.cache, paths.record, read_instance(paths), keep=True)
+    say(f"the record of the instance {paths.name} was missing or damaged; "
+        "it has been rebuilt from its disk")  # fmt: skip
 
 
 def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
@@ -4449,34 +4684,43 @@ def check_instance(plan: Plan) -> None:
   paths = plan.paths
   if not os.path.lexists(paths.disk):
     return
-  if plan.ephemeral:
+  backing, instance = backing_file(paths.disk), read_instance(paths)
+  if backing is None:
     raise QvmError(
-      f"the instance {paths.name} already exists, and --rm would delete it",
-      "choose another --name, or omit --name",
+      f"the disk of the instance {paths.name} cannot be read, or is damaged: {paths.disk}",
+      "is it on a disk that is not mounted, or another user's? nothing has been changed",
     )
-  instance, wanted = read_instance(paths), (plan.guest.os, plan.version, plan.guest.arch)
+  if instance.problem:
+    raise QvmError(
+      f"the instance {paths.name} is not started: {instance.problem}",
+      f"qvm rm {paths.name} deletes it, with all that its guest wrote",
+    )
+  wanted = (plan.guest.os, plan.version, plan.guest.arch)
   if (instance.os, instance.version, instance.arch) != wanted:
     raise QvmError(
       f"the instance {paths.name} is {instance.os} {instance.version} on {instance.arch}, "
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
-  streamed = is_streamed(paths.disk)
-  if not os.path.isfile(plan.base):
-    if streamed:
-      return  # this run downloads the rest of it
+  if is_missing(plan, plan.base):
+    return  # it is downloaded, and then compared
+  known = instance.base_sha256 or is_served(backing)  # else the record had to be rebuilt
+  if known and not fits(instance, base_record(plan)):
+    raise other_base(paths, plan.base, instance)
+
+
+def check_new(plan: Plan) -> None:
+  """Refuse to run an existing instance with --rm, which deletes it at the end."""
+  if plan.ephemeral and os.path.lexists(plan.paths.disk):
     raise QvmError(
-      f"the instance {paths.name} needs its base image {plan.base}, which is gone",
-      f"restore the file, or delete the instance with its data: qvm rm {paths.name}",
+      f"the instance {plan.name} already exists, and --rm would delete it",
+      "choose another --name, or omit --name",
     )
-  record, sha256 = record_of(plan.base), instance.base_sha256
-  other = sha256 and record.sha256 and sha256 != record.sha256
-  if other or (streamed and not sha256 and instance.validator != record.validator):
-    raise other_base(paths, plan.base, f"sha256 {sha256}" if other else instance.release)
 
 
-def other_base(paths: InstancePaths, new: str, old: str) -> QvmError:
+def other_base(paths: InstancePaths, new: str, instance: Instance) -> QvmError:
   """The error for an overlay that belongs to another base image."""
+  old = f"sha256 {instance.base_sha256}" if instance.base_sha256 else instance.release
   return QvmError(
     f"the instance {paths.name} was created on a different base image than {new}",
     f"restore the old file ({old}), or delete the instance with its data: qvm rm {paths.name}",
@@ -4499,36 +4743,57 @@ class Base(NamedTuple):
 
 
 def cached_base(plan: Plan) -> Base:
-  """The base image in the cache; an existing overlay keeps the digest it was created on."""
-  record, paths = record_of(plan.base), plan.paths
-  digest = record.sha256
-  if os.path.exists(paths.disk) and not is_streamed(paths.disk):
-    digest = read_instance(paths).base_sha256
-  image = Instance(base_sha256=digest, release=record.release, validator=record.validator)
+  """The base image in the cache, of which the digest is known if the instance is to stay."""
+  record = record_of(plan.base) if plan.ephemeral else base_record(plan)
+  image = Instance(
+    base_sha256=record.sha256,
+    release=record.release,
+    validator=record.validator,
+    asset_sha256=record.asset_sha256,
+  )
   return Base(backing_name(plan, plan.base), image, (plan.base,))
 
 
 def record_instance(plan: Plan, ssh: str, base: Base) -> None:
   """Write the record of an instance: what it is, and where it listens in this run."""
   guest, image = plan.guest, base.image
-  kept = {"release": image.release, "validator": image.validator} if is_served(base.backing) else {}
-  record = Instance(plan.name, guest.os, plan.version, guest.arch, image.base_sha256, ssh, **kept)
-  write_record(plan.cache, plan.paths.record, record)
+  record = image._replace(
+    name=plan.name,
+    os=guest.os,
+    version=plan.version,
+    arch=guest.arch,
+    ssh=ssh,
+    validator=image.validator if is_served(base.backing) else "",
+  )
+  if sound_record(Instance(), plan.paths.record) != record:
+    write_record(plan.cache, plan.paths.record, record, keep=not plan.ephemeral)
 
 
 def backing_name(plan: Plan, path: str) -> str:
-  """The relative path by which an overlay names its base, so that the cache can be moved."""
-  return os.path.relpath(path, os.path.dirname(plan.paths.disk))
+  """The relative path by which an overlay names its base, so that the cache can be moved.
+
+  The system follows a link that instances/ is before it goes up from there.
+  """
+  folder = os.path.dirname(plan.paths.disk)
+  plain = os.path.relpath(path, folder)
+  with contextlib.suppress(OSError):
+    if os.path.samefile(os.path.join(folder, plain), path):
+      return plain
+  real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+  return os.path.relpath(real, os.path.realpath(folder))
 
 
 def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   """Create the instance's disk, an overlay on `backing`, if it does not exist.
 
-  An overlay that was created while its base image was downloading is rebased onto `backing`.
+  An overlay that was created while its base image was downloading, or whose folder has been moved,
+  is rebased onto `backing`.
   """
   disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
   if os.path.lexists(disk):
-    if is_streamed(disk):
+    before = backing_file(disk) or ""
+    moved = os.path.basename(before) == os.path.basename(backing) and before != backing
+    if is_served(before) or moved:
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
@@ -4547,7 +4812,7 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
     run_program(
       [plan.qemu_img, "create", *create], (lock.fd,)
     )  # an orphaned qemu-img keeps the lock
-    rename(aside, disk)
+    move(aside, disk, not plan.ephemeral)
 
 
 def virtual_size(path: str) -> int:
@@ -4603,14 +4868,14 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     ssh=record.ssh if running and noted.program != "qvm" and noted.is_here() else "",
     size=tree_size(paths.disk),
     ephemeral=os.path.exists(paths.mark),
-    base=base_share(cache, paths.disk),
+    base=base_share(cache, paths),
   )
 
 
-def base_share(cache: Cache, disk: str) -> int:
-  """How many per cent of an overlay's base image are there."""
-  name = os.path.basename(base_of(disk))
-  if not is_streamed(disk) or os.path.isfile(cache.path("base", name)):
+def base_share(cache: Cache, paths: InstancePaths) -> int:
+  """How much of an overlay's base image is there, in per cent."""
+  name = base_needed(paths)
+  if not name or not is_streamed(paths.disk) or os.path.isfile(cache.path("base", name)):
     return 100
   other = OtherDownload(os.path.join(cache.downloads, name), name)
   done, total = other.done, other.total
@@ -6212,7 +6477,7 @@ def streamed_base(
     return None
   stream.socket = answer.socket
   image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
-  backing = f"{STREAMED}///?socket={answer.socket}"
+  backing = f"{STREAMED}///{plan.image_asset[: -len('.qcow2')]}?socket={answer.socket}"
   return Base(backing, image, fds=(life,), started=stream.release)
 
 
@@ -6261,7 +6526,7 @@ class Server:
     self.fresh = not os.path.lexists(self.paths.disk)
     self.ready = False  # whether QEMU may have been started
     self.gone = threading.Event()  # set when QEMU and qvm have ended
-    self.folder = self.socket_folder = self.tag = ""
+    self.folder = self.socket_folder = self.tag = self.validator = ""
     self.fd, self.size = -1, 0  # of the image
     threading.Thread(target=self.watch_pipe, daemon=True).start()
 
@@ -6279,13 +6544,17 @@ class Server:
       self.folder = stack.enter_context(download_lock(downloads, name))
       if os.path.isfile(self.plan.base):
         return send_answer(ServerAnswer())
-      find_image(self.plan, self.releases, pinned_release(self.plan), self.begin)
+      pinned = pinned_release(self.plan, self.releases)
+      find_image(self.plan, self.releases, pinned, self.begin)
       stack.callback(self.stop_fetching)
       self.check_header()
-      validator = self.download.file.note.validator
-      served = (self.listen(), self.tag, validator, self.known_digest())
+      self.validator = self.download.file.note.validator
+      served = (self.listen(), self.tag, self.validator, self.known_digest())
       say("the guest runs while its image comes; the digest is checked when all of it is there")
-      self.ready = True
+      with self.download.file.lock:
+        if self.download.error:
+          raise self.download.error
+        self.ready = True
       send_answer(ServerAnswer("", "", "", *served))
       if not self.wait_until_complete():
         return
@@ -6315,20 +6584,21 @@ class Server:
       self.size, self.fd = file.total or 0, os.open(file.part, os.O_RDONLY)
 
   def fill(self) -> None:
-    """Fetch all of the image, for as long as there is a guest."""
-    try:
-      while not self.gone.is_set():
-        try:
-          return self.download.fetch()
-        except (RefusedError, NotFound):
-          raise
-        except QvmError as error:
-          if not self.ready:
-            raise
-          self.download.fail(error)
-          self.gone.wait(RETRY_LATER_SECONDS)
-    except BaseException as error:  # raised by the main thread
-      self.download.abort(error)
+    """Fetch all of the image, for as long as there is a guest.
+
+    Before it runs a failure ends the run; later each is like a line that is down.
+    """
+    while not self.gone.is_set():
+      try:
+        return self.download.fetch()
+      except Cancelled:
+        return
+      except Exception as error:
+        with self.download.file.lock:
+          if not self.ready:  # the main thread raises it
+            return self.download.abort(error)
+        self.download.fail(error)
+      self.gone.wait(RETRY_LATER_SECONDS)
 
   def check_header(self) -> None:
     """Refuse an image that is not safe, before QEMU sees it."""
@@ -6344,32 +6614,47 @@ class Server:
     return str(self.digest.value or "")
 
   def wait_until_complete(self) -> bool:
-    """Make the image the base image once all of it is there; False when it is no good."""
-    try:
-      while self.filler.is_alive() and not self.gone.is_set() and not self.download.error:
-        self.filler.join(POLL_SECONDS)
-        progress.show()
-      if self.download.file.complete():
-        self.filler.join()
-      if self.download.error:
-        raise self.download.error
-      if self.download.file.complete():
-        self.publish()
-    except Exception as error:
-      self.download.abort(error)
-      self.end_machine(error)
-      return False
-    return True
+    """Make the image the base image once all of it is there; False when it is no good.
+
+    Whatever else fails is tried again while the guest runs, then by the next run.
+    """
+    said = ""
+    while True:
+      ended = self.gone.is_set()
+      try:
+        if self.download.file.complete():
+          self.publish()
+          return True
+      except BadImageError as error:
+        self.download.abort(error)
+        self.end_machine(error)
+        return False
+      except (QvmError, OSError) as error:
+        if describe(error) != said:
+          said = describe(error)
+          say(f"{said}; {self.plan.image_asset} is kept as it is")
+        self.gone.wait(RETRY_LATER_SECONDS)
+      if ended:
+        return True
+      self.filler.join(POLL_SECONDS)
+      progress.show()
 
   def publish(self) -> None:
-    """Check the image, and make it the base image; its file stays open."""
+    """Check the image, and make it the base image; its file stays open.
+
+    Only here is BadImageError raised, and only that throws away what a guest has written.
+    """
+    if os.path.isfile(self.plan.base):
+      return  # the attempt before has failed after that
+    self.filler.join()
     self.download.file.hash_all(self.net.cancelled)
     digest = self.digest.result()
     try:
       check_digest(self.download, digest)
+      install_image(self.plan, self.download, self.tag)
     except RefusedError as error:
-      raise RefusedError(f"{error}: the machine is ended")
-    install_image(self.plan, self.download, self.tag)
+      hint = "what its guest wrote in this run is gone" if self.fresh else error.hint
+      raise BadImageError(f"{error}: the machine is ended", hint)
     name = self.plan.image_asset
     say(f"{name} is there, and has the digest {digest[:16]}…" if digest else f"{name} is there")
 
@@ -6378,12 +6663,10 @@ class Server:
     self.net.cancelled.set()
     self.download.file.close()
 
-  def end_machine(self, error: Exception) -> None:
-    """End the machine, and discard what was made in this run of an image that is no good."""
-    hint = getattr(error, "hint", "")
-    if self.fresh and not hint:
-      hint = "what its guest wrote in this run is gone"
-    report_failure(error, hint)
+  def end_machine(self, error: BadImageError) -> None:
+    """End the machine, discard what was made in this run, and condemn what earlier ones made."""
+    condemn(self.plan, str(error), self.validator, self.plan.name if self.fresh else "")
+    report_failure(error, error.hint)
     number: int = signal.SIGTERM
     while not self.gone.wait(POLL_SECONDS):
       if holder(self.paths).program == "QEMU":
@@ -6398,7 +6681,7 @@ class Server:
     if self.plan.ephemeral or not is_streamed(self.paths.disk):
       return
     if not os.path.isfile(self.plan.base):
-      share = base_share(self.plan.cache, self.paths.disk)
+      share = base_share(self.plan.cache, self.paths)
       say(f"{share}% of the image of {self.paths.name} are there; the next run fetches the rest")
       return
     ssh = read_instance(self.paths).ssh
@@ -6650,6 +6933,7 @@ class Machine:
   """
 
   process: "Process"  # from start() on
+  keeper: Optional["Process"] = None  # what writes the console log, if that is not QEMU itself
 
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
@@ -6664,7 +6948,12 @@ class Machine:
     with contextlib.ExitStack() as stack:
       self.lock = take_instance(self.paths)
       stack.callback(self.lock.remove)
+      if os.path.exists(self.paths.mark):  # of a --rm run that was killed since the last sweep
+        remove_instance(self.paths)
+      check_new(self.plan)
       check_instance(self.plan)
+      if os.path.lexists(self.paths.disk):
+        mend_record(self.paths)
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
         open(self.paths.mark, "w").close()
@@ -6710,7 +6999,7 @@ class Machine:
     elif self.options.detach or self.options.guest_command:
       if not os.path.lexists(self.paths.disk):
         stack.callback(self.remove_stray_log)
-      self.log = open(self.paths.console, "wb", buffering=0)  # noqa: SIM115
+      self.log = new_console_log(self.paths)
     if self.log:
       stack.callback(self.log.close)
 
@@ -6736,8 +7025,8 @@ class Machine:
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
-      check_instance(plan)
       check_backing(plan, base)
+      check_instance(plan)
       record_instance(plan, f"{self.address.host}:{self.address.port}", base)
       make_overlay(plan, base.backing, self.lock)
       facts = host_facts(plan, options, self.address, base.image.release)
@@ -6746,11 +7035,27 @@ class Machine:
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
         fds = (self.lock.fd, self.port_lock, *base.fds)
-        self.process = start(command, (spawn or self.spawn())._replace(fds=fds))
+        self.stack.callback(flush_disk, self.paths)
+        self.process = self.start_qemu(command, (spawn or self.spawn())._replace(fds=fds))
         self.stack.callback(end_process, self.process)
         if base.started:
           base.started()
         note_holder(self.lock, "QEMU", self.process.pid)
+
+  def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
+    """Start QEMU; a console log of qvm's own stays within bounds, one of the user's does not."""
+    if not spawn.session or self.options.console_log:
+      return start(command, spawn)
+    spawn, self.keeper = bounded(spawn)
+    self.stack.callback(self.console_written)
+    with self.keeper.stdin:  # type: ignore[union-attr] # it is a pipe
+      return start(command, spawn)
+
+  def console_written(self) -> None:
+    """Once QEMU has ended: wait until all that it wrote is in the console log."""
+    with contextlib.suppress(subprocess.TimeoutExpired):  # then another process has its pipe
+      if self.keeper:
+        self.keeper.wait(TERM_GRACE_SECONDS)
 
   def has_ended(self, seconds: float = 0.0) -> bool:
     """Whether QEMU has ended, after waiting up to this long."""
@@ -6760,6 +7065,8 @@ class Machine:
 
   def last_words(self, count: int = 20) -> List[str]:
     """This run's last lines in the console log."""
+    if self.has_ended():
+      self.console_written()
     return last_lines(self.console, count, self.log_start)
 
   def wait_for_ssh(self) -> bool:
@@ -6863,6 +7170,16 @@ class Machine:
     return QvmError(problem, ": ".join(explain("\n".join(lines))))
 
 
+def flush_disk(paths: InstancePaths) -> None:
+  """Once its QEMU has ended: have what the guest wrote on the disk, if the instance is kept.
+
+  QEMU itself leaves it to the system (cache=unsafe).
+  """
+  if not os.path.exists(paths.mark):
+    with contextlib.suppress(FileNotFoundError):
+      flush(paths.disk)
+
+
 def check_backing(plan: Plan, base: Base) -> None:
   """Refuse an unsafe base image, or another one than the overlay was created on."""
   if not is_served(base.backing):
@@ -6871,12 +7188,52 @@ def check_backing(plan: Plan, base: Base) -> None:
     instance, image = read_instance(plan.paths), base.image
     same = instance.base_sha256 and instance.base_sha256 == image.base_sha256
     if not same and instance.validator != image.validator:
-      raise other_base(plan.paths, "the server has now", instance.release)
+      raise other_base(plan.paths, "the server has now", instance)
 
 
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
   """How to start a QEMU whose console goes to a file, if any."""
   return Spawn(subprocess.DEVNULL, log, log, session=True)
+
+
+def new_console_log(paths: InstancePaths) -> IO[bytes]:
+  """A new console log; several processes append to it."""
+  remove_file(paths.console)
+  return open(paths.console, "ab+", buffering=0)
+
+
+# Passes a console on to its log until QEMU has ended, and keeps that within bounds: the beginning,
+# and at least as many bytes of the end. A process of its own, because QEMU outlives qvm.
+KEEP_ENDS = """
+import os
+head, tail, left, mark = 1 << 20, 10 << 20, 0, b""
+data = os.read(0, 1 << 16)
+while data:
+  try:
+    while data:
+      data = data[os.write(1, data) :]
+    size = os.fstat(1).st_size
+    if size > head + 2 * tail:
+      end = os.pread(1, tail, size - tail)
+      left += size - head - len(mark) - len(end)
+      mark = b"\\n[qvm left out %d bytes]\\n" % left
+      os.ftruncate(1, head)
+      os.write(1, mark)
+      data = end
+      continue
+  except OSError:
+    pass  # a full disk: this much is lost
+  data = os.read(0, 1 << 16)
+"""
+
+
+def bounded(spawn: Spawn) -> Tuple[Spawn, "Process"]:
+  """The same way to start QEMU, but with KEEP_ENDS before its log; and the process of that."""
+  keeper = start(
+    [sys.executable, "-I", "-S", "-c", KEEP_ENDS],
+    Spawn(subprocess.PIPE, spawn.stdout, subprocess.DEVNULL, session=True),
+  )
+  return spawn._replace(stdout=keeper.stdin, stderr=keeper.stdin), keeper
 
 
 def print_command(plan: Plan, options: Options) -> int:
@@ -7027,7 +7384,7 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   digest = new_sha256()
   for text in (
     *qemu_command(named, options, facts),
-    *(record_of(plan.base).sha256, tree, own, os.fsdecode(public)),
+    *(base_record(plan).sha256, tree, own, os.fsdecode(public)),
     *host_cpu("/proc/cpuinfo"),
   ):
     digest.update(os.fsencode(text) + b"\0")
@@ -7122,7 +7479,7 @@ class Checkpoint:
     """Boot the guest with its memory in the locked folder, then freeze it, as make() does."""
     machine, made = self.machine, LayerPaths(lock.path, self.name)
     with contextlib.ExitStack() as stack:
-      log = machine.log or stack.enter_context(open(machine.paths.console, "wb", buffering=0))
+      log = machine.log or stack.enter_context(new_console_log(machine.paths))
       say(f"{machine.plan.name} is booting to create the checkpoint {self.name}; "
           f"its console goes to {log.name}")  # fmt: skip
       ours = stack.enter_context(self.start(made.memory, "on", (lock.fd,), in_background(log)))
@@ -7180,7 +7537,7 @@ class Checkpoint:
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
-    rename(machine.paths.disk, made.disk)
+    move(machine.paths.disk, made.disk, False)
     with instances_lock(self.plan.cache):
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)
@@ -7237,6 +7594,7 @@ class Checkpoint:
     """End QEMU; returns why the machine did not resume, with QEMU's last output."""
     process = self.machine.process
     end_process(process)
+    self.machine.console_written()
     output = last_lines(self.machine.console, 3, begun)
     if process.stderr:
       output = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
@@ -7284,6 +7642,8 @@ def cmd_run(options: Options) -> int:
     return print_command(plan, options)
   make_folders(plan.cache)
   sweep(plan.cache)
+  for line in other_instances(plan, options):
+    say(line)
   with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
     keep.hold(shared=True, waits=lambda: say("waiting for another qvm to clean up"))
     base = fetch_base(machine, net)
@@ -7297,10 +7657,27 @@ def cmd_run(options: Options) -> int:
     return machine.leave_running() if options.detach else machine.relay_console()
 
 
+def other_instances(plan: Plan, options: Options) -> List[str]:
+  """What to say when a newer version, which the user did not name, makes another instance."""
+  named = options.name or "".join(options.operands[1:]).lower() not in ("", "latest")
+  if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
+    return []
+  stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]
+  mine = rf"{plan.guest.os}-(.+)-{plan.guest.arch}\Z"
+  versions = [re.sub(mine, r"\1", name) for name, base in stems if base == name + ".qcow2"
+              and re.match(mine, name)]  # fmt: skip
+  return [
+    f"{plan.name} is a new instance, without what the guest of {plan.guest.os}-{version}-"
+    f"{plan.guest.arch} wrote: that starts with qvm run {plan.guest.os} {version}"
+    for version in versions
+  ]
+
+
 def fetch_base(machine: Machine, net: Net) -> Base:
   """Download what is missing; with --stream the image follows while the guest runs, if it can."""
   plan, options = machine.plan, machine.options
-  stream = options.stream and not os.path.isfile(plan.base)
+  whole = os.path.lexists(plan.paths.disk) and not is_streamed(plan.paths.disk)
+  stream = options.stream and not whole and is_missing(plan, plan.base)
   fetch_missing(plan, net, image=not stream)
   base = None
   if stream:
@@ -7333,25 +7710,34 @@ def cmd_pull(options: Options) -> int:
     return 0
   make_folders(plan.cache)
   sweep(plan.cache)
+  plan = plan._replace(damaged=damaged_files(plan))
   fetch_missing(plan, net)
-  check_image(plan.base)
-  say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
-  return verify(plan, Releases(impatient(net))) if options.verify else 0
+  check_base(plan)
+  bad = verify(plan, Releases(impatient(net))) if options.verify else ()
+  damaged = tuple(path for path in bad if record_of(path).sha256)
+  if damaged:
+    say(f"what is damaged is downloaded again: {', '.join(map(os.path.basename, damaged))}")
+    fetch_missing(plan._replace(damaged=damaged, refresh=False), net)
+    bad = verify(plan, Releases(impatient(net)))
+  if not bad:
+    say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
+  return EXIT_FAILED if bad else 0
 
 
-def verify(plan: Plan, releases: Releases) -> int:
-  """Check cached files against their records and releases; prints a line for each, 1 if bad."""
+def verify(plan: Plan, releases: Releases) -> Tuple[str, ...]:
+  """Check cached files against their records and releases; prints a line for each.
+
+  Returns the paths of those that are damaged or unknown.
+  """
   things = [(plan.base, image_repo(plan.guest.os)), (plan.tree_program, "resources")]
   if not plan.own_qemu:
     things.append((plan.qemu_img, "resources"))
-  verdicts = []
+  bad = []
   for path, repo in things:
-    verdicts.append(verdict(releases, path, repo))
-    emit(f"{os.path.basename(path)}: {verdicts[-1]}")
-  if all(text.startswith("ok") for text in verdicts):
-    return 0
-  say(f"delete the damaged files in {plan.cache.root} and pull again")
-  return EXIT_FAILED
+    text = verdict(releases, path, repo)
+    emit(f"{os.path.basename(path)}: {text}")
+    bad += [] if text.startswith("ok") else [path]
+  return tuple(bad)
 
 
 def verdict(releases: Releases, path: str, repo: str) -> str:
@@ -7606,10 +7992,10 @@ def named_leftovers(cache: Cache, folder: str) -> List[str]:
 
 def unfinished_downloads(cache: Cache) -> List[str]:
   """Whatever in downloads/ nobody has locked, except what streamed overlays lie on."""
-  disks = [cache.instance(name).disk for name in instance_names(cache, ".qcow2")]
-  begun = {os.path.basename(base_of(disk)) for disk in disks if is_streamed(disk)}
-  paths = named_leftovers(cache, "downloads")
-  return [p for p in paths if os.path.basename(p) not in begun and not Lock(p).is_held()]
+  backings = [(paths, backing_file(paths.disk)) for paths in overlays(cache)]
+  kept = [base_needed(paths) for paths, name in backings if name is None or is_served(name)]
+  paths = named_leftovers(cache, "downloads") if None not in kept else scratch_folders(cache)
+  return [p for p in paths if os.path.basename(p) not in kept and not Lock(p).is_held()]
 
 
 def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
@@ -7652,11 +8038,15 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
 
   All of it can be downloaded or created again.
   """
-  used = [os.path.basename(path) for n, path in base_files(cache).items() if n not in orphans]
+  kept = [paths for paths in overlays(cache) if paths.name not in orphans]
+  backings = {backing_file(paths.disk): paths.name for paths in kept}
+  used = {os.path.basename(backing or "") for backing in backings}
   found = []
-  for layer in layers(cache):  # the record goes first
+  for layer in layers(cache) if None not in backings else []:  # the record goes first
     if layer.name + ".qcow2" not in used:
       found += layer_files(layer)
+  if None in backings:
+    say(f"the disk of {backings[None]} cannot be read: what it may need is kept")
   for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
     if not set(dependants(cache, base)) - orphans:
       beside = (base, record_path(base), record_path(base) + ".new")
@@ -7665,9 +8055,18 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
     say("an instance is running: QEMU is kept")
     return found
   links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
-  trees = [os.path.realpath(path) for path in links if os.path.islink(path)]
+  trees = [tree for tree in map(own_tree, links) if tree]
   programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
   return found + [path for path in programs if os.path.lexists(path)]
+
+
+def own_tree(link: str) -> str:
+  """The folder that swap_tree made, to which a link leads; empty for any other."""
+  folder, name = os.path.split(link)
+  target = os.readlink(link) if os.path.islink(link) else ""
+  tree = os.path.join(folder, target)
+  mine = re.match(re.escape(f".{name}-") + r"[0-9a-f]{8}\Z", target)
+  return tree if mine and os.path.isdir(tree) and not os.path.islink(tree) else ""
 
 
 def cmd_config(options: Options) -> int:

@@ -386,7 +386,8 @@ def test_what_qemu_holds(machines, tmp_path):
   folder = machines.qvm.cache / "instances"
   fds = record["fds"]
   assert fds.pop("0") == "/dev/null"
-  assert {fds.pop("1"), fds.pop("2")} == {str(folder / "vm.console.log")}
+  (pipe,) = {fds.pop("1"), fds.pop("2")}  # to what keeps the log within bounds
+  assert pipe.startswith("pipe:[")
   links = sorted(link for link in fds.values() if not link.startswith("/proc"))
   assert links[0] == str(folder / "vm.lock")
   assert re.fullmatch(r"socket:\[\d+\]", links[1])

@@ -288,3 +288,56 @@ def test_another_version_has_code_of_its_own(packed, tmp_path):
 def test_commands_that_change_nothing_keep_no_code(packed, words):
   works(packed(*words))
   assert kept(packed) == []
+
+
+def hostile(path):
+  """Code that would be executed if it were taken."""
+  path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+  path.write_bytes(marshal.dumps(compile("def main(): print('hostile', flush=True)", "x", "exec")))
+  path.chmod(0o600)
+
+
+@pytest.mark.parametrize(
+  "way", ["file", "dangling", "folder", "writable folder", "writable cache", "fifo"]
+)
+def test_kept_code_that_others_may_have_put_there(packed, tmp_path, way):
+  """Through a link, or a folder in which others can write, it is never unmarshalled."""
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  (path,) = kept(packed)
+  elsewhere = tmp_path / "elsewhere"
+  hostile(elsewhere / path.name)
+  if way in ("file", "dangling"):
+    path.unlink()
+    path.symlink_to(elsewhere / (path.name if way == "file" else "nothing"))
+  elif way == "folder":
+    shutil.rmtree(path.parent)
+    path.parent.symlink_to(elsewhere)
+  elif way == "fifo":
+    path.unlink()
+    os.mkfifo(path)
+  else:
+    hostile(path)
+    (path.parent if "folder" in way else packed.cache).chmod(0o777)
+  result = packed("list")
+  assert "hostile" not in result.stdout + result.stderr
+  assert result.stdout.startswith("NAME") or result.returncode == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["file", "folder", "cache"])
+def test_kept_code_of_another_user(packed, whose):
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  (path,) = kept(packed)
+  hostile(path)
+  os.chown({"file": path, "folder": path.parent, "cache": packed.cache}[whose], 12345, -1)
+  assert "hostile" not in packed("list").stdout
+
+
+def test_kept_code_in_a_cache_behind_a_link(packed, tmp_path):
+  """The cache itself may be a link: its owner counts."""
+  works(packed("run", "--rm", "freebsd", "15.1"))
+  (path,) = kept(packed)
+  hostile(path)
+  packed.cache.rename(tmp_path / "real")
+  packed.cache.symlink_to(tmp_path / "real")
+  assert packed("list").stdout == "hostile\n"

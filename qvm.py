@@ -51,8 +51,10 @@ if TYPE_CHECKING:
   import json
   import lzma
   import marshal
+  import pwd
   import queue
   import random
+  import resource
   import select
   import shlex
   import shutil
@@ -86,8 +88,8 @@ else:
 
   for _name in (
     *("array", "difflib", "fcntl", "fnmatch", "glob", "hashlib", "json", "lzma", "marshal"),
-    *("queue", "random", "select", "shlex", "shutil", "socket", "ssl", "struct", "subprocess"),
-    *("tarfile", "tempfile", "termios", "tty", "zlib"),
+    *("pwd", "queue", "random", "resource", "select", "shlex", "shutil", "socket", "ssl", "struct"),
+    *("subprocess", "tarfile", "tempfile", "termios", "tty", "zlib"),
   ):
     globals()[_name] = Lazy(_name)
   email, http = Lazy("email.utils"), Lazy("http.client")
@@ -187,6 +189,13 @@ class Reporter:
         self.drawn = True
       else:
         self._write(f"qvm: {printable(text)}\n")
+
+  def erase(self) -> None:
+    """Take away what draw() has shown in place."""
+    with self.lock:
+      if self.drawn:
+        self._write("")
+        self.drawn = False
 
   def _write(self, text: str) -> None:
     clear = "\r\033[K" if self.drawn else ""
@@ -517,6 +526,7 @@ def find_guest(os_name: str, arch: str) -> Guest:
 # ---- Command line -------------------------------------------------------------------------------
 
 ACCELERATORS = ("hvf", "kvm", "tcg")
+TABLE_ACCEL = "hvf:kvm:tcg"  # as in the tables
 DIRECTIONS = ("both", "in", "out")
 SSH_PORT = 2847
 NAME_RE = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z"
@@ -544,12 +554,13 @@ class Options(NamedTuple):
   memory: str = "6G"
   cpus: str = "2"
   ssh: Address = Address()
-  accel: str = "hvf:kvm:tcg"
+  accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
   detach: bool = False
   stream: bool = False
-  boot_timeout: float = 600.0
+  boot_timeout: Optional[float] = None  # seconds; see Machine.patience
+  boot_attempts: int = 1
   console_log: str = ""
   guest_command: Tuple[str, ...] = ()
   env: Tuple[str, ...] = ()
@@ -644,6 +655,13 @@ def parse_seconds(text: str) -> float:
   return float(text)
 
 
+def parse_attempts(text: str) -> int:
+  """How often a machine may be booted."""
+  if not re.match(r"[0-9]{1,2}\Z", text) or not 1 <= int(text) <= 10:
+    raise UsageError(f"invalid number of attempts '{text}': use 1 to 10")
+  return int(text)
+
+
 def parse_variable(text: str) -> str:
   """An environment variable as NAME or NAME=VALUE."""
   if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
@@ -693,7 +711,8 @@ OPTIONS = (
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
   Option(("--accel",), "accel", "LIST", parse_accel,
-         "accelerators to try, in this order (default: hvf:kvm:tcg)"),
+         "accelerators to try, in this order, and no others\n"
+         "(default: the fastest that works here)"),
   Option(("--qemu",), "qemu", "PATH", parse_text,
          "use this qemu-system-… and the qemu-img next to it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
@@ -704,7 +723,9 @@ OPTIONS = (
          "boot while the image is downloading: the guest runs before\n"
          "the image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
-         "how long to wait for ssh (default: 600)"),
+         "how long to wait for ssh (default: 600, emulated 1800)"),
+  Option(("--boot-attempts",), "boot_attempts", "N", parse_attempts,
+         "how often to boot a guest whose ssh does not answer\n(default: 1)"),
   Option(("--console-log",), "console_log", "FILE", parse_text,
          "append the guest's console output to FILE"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
@@ -753,7 +774,8 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
-     "qemu_args", "detach", "stream", "boot_timeout", "console_log", *IN_GUEST, "progress"),
+     "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts", "console_log", *IN_GUEST,
+     "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -792,6 +814,7 @@ COMMANDS = {
     "NAME [-- COMMAND [ARG...]]", 1, 1, ("boot_timeout", *IN_GUEST),
     "Run a command in a running instance, or open a shell.",
     ("qvm ssh build", "qvm ssh build -- uname -a", "qvm ssh --sync . build -- make"),
+    {"boot_timeout": "how long to wait for ssh (default: 600)"},
   ),
   "stop": Command(
     "NAME...", 1, 1000, ("force",),
@@ -1466,7 +1489,9 @@ def move_into_place(source: str, target: str, mode: int) -> None:
   os.replace(source, target)
 
 
-FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code")
+FOLDERS = (
+  "", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code", "accelerators",
+)  # fmt: skip
 
 
 def make_folders(cache: Cache) -> None:
@@ -1682,6 +1707,15 @@ def start(command: Sequence[str], spawn: Spawn) -> "Process":
     raise cannot_run(command[0], error)
 
 
+def allow_many_files() -> None:
+  """Raise the limit of open files, for QEMU: macOS gives 256, too few for its user network."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = 10240 if hard == resource.RLIM_INFINITY else min(hard, 10240)  # XNU's OPEN_MAX
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def silent() -> Spawn:
   """For a program without input whose output is discarded."""
   return Spawn(subprocess.DEVNULL, subprocess.DEVNULL, subprocess.DEVNULL)
@@ -1750,9 +1784,10 @@ def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
 
 
 def this_host() -> Host:
-  """The host that qvm runs on."""
+  """The host that qvm runs on; under Rosetta only the kernel's version tells the machine."""
   uname = os.uname()
-  return host_of(uname.sysname, uname.machine)
+  apple = uname.sysname == "Darwin" and "RELEASE_ARM64" in uname.version
+  return host_of(uname.sysname, "arm64" if apple else uname.machine)
 
 
 def available_memory(meminfo: str) -> Optional[int]:
@@ -3978,7 +4013,6 @@ class Base(NamedTuple):
   needs: Tuple[str, ...] = ()  # files that must exist when the overlay is created
   fds: Tuple[int, ...] = ()  # descriptors for QEMU
   adjust: Callable[[List[str]], List[str]] = list  # changes QEMU's usual command line
-  started: Optional[Callable[[], None]] = None  # called once QEMU has the descriptors
 
 
 def cached_base(plan: Plan) -> Base:
@@ -4011,7 +4045,7 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   """
   disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
   if os.path.lexists(disk):
-    if is_streamed(disk):
+    if is_streamed(disk) and backing_file(disk) != backing:
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
@@ -4111,6 +4145,9 @@ class HostFacts(NamedTuple):
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
+  accel: str = TABLE_ACCEL
+  emulated: bool = False  # neither KVM nor HVF can run this guest here
+  host_cpu: bool = False  # KVM runs no CPU but the host's own, as on arm64
 
 
 class Adjustment(NamedTuple):
@@ -4126,7 +4163,7 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
   address = facts.address
   changes = [
     Adjustment("-netdev", "hostfwd=tcp::2847-", f"hostfwd=tcp:{address.host}:{address.port}-"),
-    Adjustment("-machine", "accel=hvf:kvm:tcg", "accel=" + options.accel),
+    Adjustment("-machine", "accel=" + TABLE_ACCEL, "accel=" + facts.accel),
     Adjustment("-m", "6G", options.memory),
     Adjustment("-smp", "2", options.cpus),
   ]
@@ -4135,6 +4172,8 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
     changes.append(Adjustment("-machine", "type=virt,", "type=virt,acpi=off,"))
   if guest.arch == "x86-64" and facts.mask_cpu:
     changes.append(Adjustment("-cpu", "max", "max," + CPU_MASK))
+  if guest.arch == "arm64" and facts.host_cpu:
+    changes.append(Adjustment("-cpu", "cortex-a57", "host"))
   return changes
 
 
@@ -4213,6 +4252,14 @@ def terminal_kept() -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
+def may_read_stdin() -> bool:
+  """Whether reading stdin cannot stop qvm: a terminal is its foreground process group's to read."""
+  try:
+    return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
+  except OSError:
+    return False
+
+
 def is_interactive() -> bool:
   """Whether qvm runs in the foreground of a terminal, for input and output."""
   try:
@@ -4275,8 +4322,15 @@ KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo c
 TCG_FIX = "add --accel tcg, which is slower"
 QEMU_FIX = "delete QEMU with qvm clean --all; the next run downloads it again"
 # A message of QEMU, its meaning, and what to do about it.
+STUCK_RE = r"KVM: entry failed|kvm run failed|KVM internal error"  # QEMU then only waits
+HVF_RE = r"HV_[A-Z]{3,}|access HVF|/hvf/\S+: Assertion"
+KVM_RE = STUCK_RE + r"|kvm_\w+: Assertion|/kvm/\S+: .*Assertion|'host' CPU type can only be used"
+KVM_RE += r"|kvm_init_vcpu|initialize kvm: (?!No such|Permission)"
 CAUSES = (
-  (r"kvm_\w+: Assertion", "KVM exists but does not work (nested virtualisation?)", TCG_FIX),
+  (KVM_RE, "KVM exists but does not work (nested virtualisation?)", TCG_FIX),
+  (HVF_RE, "HVF does not work here (a virtual machine, or a QEMU for another CPU?)", TCG_FIX),
+  (r"dyld.*Symbol not found|Symbol not found: _", "this macOS is too old for the downloaded QEMU",
+   "update macOS: QEMU needs 13, its newer releases 15.4; or use your own QEMU with --qemu"),
   (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
   (r"set up host forwarding rule", "the ssh port is taken by another program",
    "choose another with --ssh-port"),
@@ -4303,6 +4357,21 @@ def explain(output: str) -> List[str]:
   return []
 
 
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
+
+
+def why_ended(output: str, code: int) -> List[str]:
+  """Why QEMU ended with this return code, and the fix; empty if that is unknown or it is well."""
+  causes = explain(output) if code else []
+  if code < 0 and not causes:
+    crash = -code in CRASHES
+    causes = [
+      f"QEMU has crashed ({ending(code)})" if crash
+      else f"something other than qvm killed QEMU ({ending(code)})"
+    ]  # fmt: skip
+  return causes
+
+
 def fell_back(output: str) -> List[str]:
   """What to report when QEMU runs, but could not use the host's KVM."""
   if not re.search(FELL_BACK_RE, output):
@@ -4320,7 +4389,9 @@ class Relay:
     self.keys = process.stdin.fileno() if process.stdin else -1
     self.keyboard, self.modes = Keyboard(), Modes()
     self.pending = b""  # typed, but not yet accepted by QEMU
+    self.reading = bool(process.stdin)  # whether there may be more to read from our stdin
     self.words = b""  # the end of QEMU's own messages
+    self.stuck = False  # whether QEMU was ended because it would have waited for ever
     self.stdout_lost = False
     self.fell_back: List[str] = []
 
@@ -4328,18 +4399,19 @@ class Relay:
     """Relay until QEMU has ended and all its output has been passed on."""
     out, err = self.process.stdout, self.process.stderr
     sources = {stream.fileno(): stream for stream in (out, err) if stream}
-    typed = {0} if self.interactive else set()
     if self.keys >= 0:
       os.set_blocking(self.keys, False)
     told = False
     while sources:
       ended = self.process.poll() is not None
       writers = [self.keys] if self.pending and self.keys >= 0 else []
-      ready, free, _ = select.select([*sources, *typed], writers, [], 0 if ended else 1.0)
+      more = self.reading and len(self.pending) < CHUNK_BYTES and may_read_stdin()
+      readers = [*sources, 0] if more else list(sources)
+      ready, free, _ = select.select(readers, writers, [], 0 if ended else 1.0)
       if free:
         self.type(b"")
-      if 0 in ready and not self.read_keys():
-        typed.clear()
+      if 0 in ready:
+        self.read_keys()
       for fd in [fd for fd in ready if fd in sources]:
         chunk = os.read(fd, CHUNK_BYTES)
         if not chunk:
@@ -4354,13 +4426,14 @@ class Relay:
         told = True
         say(DISK_FULL)
 
-  def read_keys(self) -> bool:
-    """Handle typed bytes; returns False at the end of the input."""
+  def read_keys(self) -> None:
+    """Handle typed bytes, or the end of the input."""
     try:
       data = os.read(0, CHUNK_BYTES)
-    except OSError:
+    except OSError:  # such as nohup's stdin, which can only be written
       data = b""
-    sent, commands = self.keyboard.feed(data)
+    self.reading = bool(data)
+    sent, commands = self.keyboard.feed(data) if self.interactive else (data, "")
     self.type(sent)
     for command in commands:
       if command == "x":
@@ -4369,7 +4442,6 @@ class Relay:
       else:
         for line in KEY_HELP:
           say(line)
-    return bool(data)
 
   def type(self, data: bytes) -> None:
     """Write typed bytes to QEMU as far as it accepts them; the rest waits."""
@@ -4381,6 +4453,9 @@ class Relay:
       pass
     except OSError:
       self.pending = b""  # QEMU has ended
+    if not self.reading and not self.pending and self.process.stdin and self.keys >= 0:
+      self.process.stdin.close()
+      self.keys = -1
 
   def show(self, chunk: bytes) -> None:
     """Pass the guest's output on to our stdout and the log."""
@@ -4407,12 +4482,24 @@ class Relay:
         say(line)
     with contextlib.suppress(OSError):
       write_all(2, chunk.replace(b"\n", b"\r\n") if report.newline == "\r\n" else chunk)
+    if not self.stuck and re.search(STUCK_RE, self.words.decode("utf-8", "replace")):
+      self.stuck = True
+      end_process(self.process)
 
 
-def go_raw() -> None:
-  """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S."""
+def go_raw(signals: bool = False) -> None:
+  """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S.
+
+  With signals, for a terminal on stdin only, those keys and the output stay as they are.
+  """
+  before = termios.tcgetattr(0)
   tty.setraw(0, termios.TCSADRAIN)
-  report.newline = "\r\n"
+  if signals:
+    now = termios.tcgetattr(0)
+    now[1], now[3] = before[1], now[3] | termios.ISIG
+    termios.tcsetattr(0, termios.TCSADRAIN, now)
+  else:
+    report.newline = "\r\n"
 
 
 def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
@@ -4656,6 +4743,71 @@ def ssh_once(
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
+def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> None:
+  """Copy bytes until one side has ended, then close our end of the pipe; `stop` ends it early.
+
+  With `stop` the source is stdin, which is left alone while another process group may read it.
+  """
+  with contextlib.suppress(OSError):  # EPIPE; EBADF for nohup's stdin, which can only be written
+    while True:
+      if stop:
+        readers = [stop.fileno(), *([source] if may_read_stdin() else [])]
+        ready = select.select(readers, [], [], POLL_SECONDS)[0]
+        if stop.fileno() in ready:
+          break
+        if not ready:
+          continue
+      data = os.read(source, CHUNK_BYTES)
+      if not data:
+        break
+      write_all(target, data)
+  for end in filter(None, (ours, stop)):
+    end.close()
+
+
+class RelayedStreams:
+  """Pipes for ssh in place of our standard streams, which threads fill and empty.
+
+  ssh makes its streams non-blocking, and with them those of every other process that has them; a
+  terminal it leaves as it is, and gets. What a failed login has not read waits for the next one.
+  """
+
+  def __init__(self, terminal: bool) -> None:
+    self.theirs: List[IO[bytes]] = []  # closed once ssh has ended
+    self.outputs: List[Future[None]] = []
+    stdin = self.input() if not terminal else None
+    stdout = self.output(1) if not terminal else None
+    stderr = self.output(2) if not terminal or not os.isatty(2) else None
+    self.spawn = Spawn(stdin, stdout, stderr)
+
+  def pipe(self) -> Tuple[IO[bytes], IO[bytes]]:
+    source, sink = os.pipe()
+    return open(source, "rb", buffering=0), open(sink, "wb", buffering=0)
+
+  def input(self) -> Handle:
+    if not may_read_stdin():
+      return subprocess.DEVNULL
+    (theirs, ours), (stop, stopper) = self.pipe(), self.pipe()
+    self.theirs += [theirs, stopper]
+    Future(lambda: pass_on(0, ours.fileno(), ours, stop))
+    return theirs
+
+  def output(self, fd: int) -> IO[bytes]:
+    ours, theirs = self.pipe()
+    self.theirs.append(theirs)
+    self.outputs.append(Future(lambda: pass_on(ours.fileno(), fd, ours)))
+    return theirs
+
+  def __enter__(self) -> Spawn:
+    return self.spawn
+
+  def __exit__(self, kind: Optional[Type[BaseException]], *error: object) -> None:
+    for end in self.theirs:
+      end.close()
+    for output in self.outputs if kind is not Interrupted else ():
+      output.result()
+
+
 def wait_for(process: "Process") -> None:
   """Wait until ssh ends."""
   process.wait()
@@ -4672,7 +4824,7 @@ def wait_up_to(seconds: float) -> Callable[["Process"], None]:
 
 def close_streams(process: "Process") -> None:
   """Close our ends of a process's pipes; unread data is lost."""
-  for stream in (process.stdin, process.stdout):
+  for stream in (process.stdin, process.stdout, process.stderr):
     if stream:
       with contextlib.suppress(OSError):
         stream.close()
@@ -5349,7 +5501,7 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
 
 
 def run_line(login: Login, options: Options, patience: float, first: str = "") -> int:
-  """Run the command, with our stdin, stdout and stderr; a first SIGINT is handed on to it.
+  """Run the command with our stdin, stdout and stderr; a first SIGINT is handed on to it.
 
   At a terminal Ctrl-C gets there by itself, as any other key does.
   """
@@ -5377,7 +5529,8 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
         pass
       process.wait()
 
-  code = in_guest(login, line, wait, patience, Spawn())
+  with RelayedStreams(terminal) as spawn:
+    code = in_guest(login, line, wait, patience, spawn)
   if code == 255 and not has_banner(login.address, 10.0):
     raise QvmError(f"the connection to {login.paths.name} was lost: no answer any more")
   return code
@@ -5521,7 +5674,7 @@ def streamed_base(
   source = stream.source = Source(*answer["source"])
   image = Instance(base_sha256=source.digest, release=source.release, validator=source.validator)
   backing = f"{STREAMED}///?socket={source.socket}"
-  return Base(backing, image, fds=(stream.life,), started=stream.let_go)
+  return Base(backing, image, fds=(stream.life,))
 
 
 def serve(text: str) -> int:
@@ -6111,12 +6264,130 @@ def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
   return ("amx_tile" in flags or "la57" in flags) and os.access(kvm, os.R_OK | os.W_OK)
 
 
+class FailedAccelerator(NamedTuple):
+  """What a record in accelerators/ says: on this host, with this kernel and QEMU, tcg it is."""
+
+  accelerator: str = ""  # kvm or hvf; empty: nothing is known to fail
+  qemu: str = ""  # the program
+  problem: str = ""  # its words
+  time: str = ""  # in UTC
+
+
+def host_cpu(cpuinfo: str) -> List[str]:
+  """Lines that distinguish this host's CPU and kernel from others."""
+  uname = os.uname()
+  kernel = [uname.sysname, uname.release, uname.machine]
+  try:
+    with open(cpuinfo, errors="replace") as file:
+      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
+  except OSError:
+    return [*kernel, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
+  return kernel + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
+
+
+def accelerator_path(cache: Cache, qemu: str) -> str:
+  """The path of the record about a QEMU's accelerators, on this host with this kernel."""
+  try:
+    stat = os.stat(qemu)
+  except OSError:
+    return ""
+  words = [os.path.basename(qemu), f"{stat.st_size} {int(stat.st_mtime)}"]
+  return cache.path("accelerators", hashed("\n".join(host_cpu("/proc/cpuinfo") + words)) + ".json")
+
+
+def failed_accelerator(cache: Cache, qemu: str) -> FailedAccelerator:
+  """What an earlier run has found out about a QEMU's accelerators."""
+  known = names_in(cache.path("accelerators"))  # mostly none, and then nothing else is read
+  path = accelerator_path(cache, qemu) if known else ""
+  return sound_record(FailedAccelerator(), path) if path else FailedAccelerator()
+
+
+def is_intel_program(path: str) -> bool:
+  """Whether a Mach-O header says Intel (mach/machine.h); so does that of the QEMU to download."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(8) == bytes.fromhex("cffaedfe07000001")
+  except OSError:
+    return True
+
+
+def has_hvf() -> bool:
+  """Whether this Mac has HVF; most virtual machines and everything under Rosetta have none."""
+  return ask_program(["/usr/sbin/sysctl", "-n", "kern.hv_support"]) == (0, "1")
+
+
+def accelerators_for(plan: Plan, options: Options) -> str:
+  """The accelerators to try: those given, else those that can work on this host.
+
+  QEMU passes over an accelerator that it cannot initialise, but not over HVF (it aborts), nor over
+  a KVM that fails later.
+  """
+  if options.accel:
+    return options.accel
+  if failed_accelerator(plan.cache, plan.qemu).accelerator:
+    return "tcg"
+  if sys.platform == "darwin":
+    native = this_host().arch == "x86-64" or not is_intel_program(plan.qemu)
+    return "hvf:tcg" if native and has_hvf() else "tcg"
+  return TABLE_ACCEL
+
+
+def is_emulated(guest: Guest, accel: str) -> bool:
+  """Whether neither KVM nor HVF can run a guest here: it then takes 10 to 20 times as long."""
+  names = accel.partition("tcg")[0]
+  kvm = "kvm" in names and os.access("/dev/kvm", os.R_OK | os.W_OK)
+  fast = "hvf" in names if sys.platform == "darwin" else kvm
+  return not fast or guest.arch != this_host().arch
+
+
 def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
-  mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
+  accel = accelerators_for(plan, options)
   log_in = options.detach or options.guest_command or options.warm
-  key_disk = plan.paths.key_disk if log_in and wants_key(plan.guest, release) else ""
-  return HostFacts(address, has_linaro(plan.share), mask, key_disk)
+  emulated = is_emulated(plan.guest, accel)
+  return HostFacts(
+    address=address,
+    linaro=has_linaro(plan.share),
+    mask_cpu="kvm" in accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm"),
+    key_disk=plan.paths.key_disk if log_in and wants_key(plan.guest, release) else "",
+    accel=accel,
+    emulated=emulated,
+    host_cpu=not emulated and this_host() == Host("linux", "arm64"),
+  )
+
+
+class StartAgain(QvmError):
+  """The machine did not come up and is to be started once more; the message has been said."""
+
+
+BOOT_SECONDS = 600.0  # a guest that has not booted by then hangs; most take less than 60
+EMULATED_BOOT_SECONDS = 1800.0  # the slowest, OpenBSD on a loaded machine, has taken 20 minutes
+# An accelerator fails within a second of QEMU's start; more is for a machine under load.
+EARLY_SECONDS = 60.0
+
+
+class BootWatch:
+  """Shows how a boot goes on: at a terminal each second in place, elsewhere each half minute."""
+
+  def __init__(self, name: str, last_line: Callable[[], str]) -> None:
+    self.name, self.last_line = name, last_line
+    self.began = time.monotonic()
+    self.pause = 1.0 if os.isatty(2) else 30.0
+    self.next = self.pause
+
+  def tick(self) -> None:
+    """Show the seconds and the console's last line, if it is time."""
+    seconds = time.monotonic() - self.began
+    if seconds >= self.next:
+      self.next = seconds - seconds % self.pause + self.pause
+      line = self.last_line()
+      report.draw(f"{self.name} is booting, {seconds:.0f} s{': ' if line else ''}{line}")
+
+
+def file_stamp(path: str) -> Tuple[int, int]:
+  """What changes when a file is written."""
+  stat = os.stat(path)
+  return stat.st_size, stat.st_mtime_ns
 
 
 class Machine:
@@ -6126,7 +6397,10 @@ class Machine:
   unless leave_running() has let the machine go.
   """
 
-  process: "Process"  # from start() on
+  process: "Process"  # from start() on, as are these
+  facts: HostFacts
+  untouched: Tuple[int, int]  # the disk's stamp before QEMU started
+  began: float
 
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
@@ -6135,6 +6409,8 @@ class Machine:
     self.log: Optional[IO[bytes]] = None
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
+    self.starts = 0
+    self.attempts = options.boot_attempts  # left
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -6168,6 +6444,13 @@ class Machine:
     return Login(self.paths, self.plan.guest, self.address)
 
   @property
+  def patience(self) -> float:
+    """For how many seconds to wait for ssh."""
+    if self.options.boot_timeout is not None:
+      return self.options.boot_timeout
+    return EMULATED_BOOT_SECONDS if self.facts.emulated else BOOT_SECONDS
+
+  @property
   def console(self) -> str:
     """The file for the console of a machine in the background."""
     return self.options.console_log or self.paths.console
@@ -6195,13 +6478,11 @@ class Machine:
       remove_file(self.paths.console)
 
   def spawn(self) -> Spawn:
-    """How to start QEMU: with pipes only for the streams that qvm handles."""
+    """How to start QEMU: it makes its streams non-blocking, so it never gets the caller's own."""
     if self.options.detach or self.options.guest_command:
       return in_background(self.log)
     pipe = subprocess.PIPE
-    if is_interactive():
-      return Spawn(pipe, pipe, pipe)
-    return Spawn(None, pipe if self.log else None, pipe)
+    return Spawn(pipe if may_read_stdin() else subprocess.DEVNULL, pipe, pipe)
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
     """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
@@ -6211,21 +6492,27 @@ class Machine:
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
-      check_instance(plan)
+      if not self.starts:
+        check_instance(plan)
       check_backing(plan, base)
       record_instance(plan, f"{self.address.host}:{self.address.port}", base)
       make_overlay(plan, base.backing, self.lock)
-      facts = host_facts(plan, options, self.address, base.image.release)
+      self.facts = facts = host_facts(plan, options, self.address, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
         write_key_disk(self.paths, plan.guest.key_disk)
+      self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
+      self.untouched, self.began = file_stamp(self.paths.disk), time.monotonic()
+      self.starts += 1
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
         fds = (self.lock.fd, self.port_lock, *base.fds)
+        allow_many_files()
         self.process = start(command, (spawn or self.spawn())._replace(fds=fds))
         self.stack.callback(end_process, self.process)
-        if base.started:
-          base.started()
+        self.stack.callback(close_streams, self.process)
         note_holder(self.lock, "QEMU", self.process.pid)
+    self.tell_of_failed_accelerator()
+    self.keep_awake()
 
   def has_ended(self, seconds: float = 0.0) -> bool:
     """Whether QEMU has ended, after waiting up to this long."""
@@ -6237,48 +6524,115 @@ class Machine:
     """This run's last lines in the console log."""
     return last_lines(self.console, count, self.log_start)
 
+  def tell_of_failed_accelerator(self) -> None:
+    """Say once that the guest is emulated because of what an earlier run has found out."""
+    failed = failed_accelerator(self.plan.cache, self.plan.qemu)
+    if failed.accelerator and not self.options.accel and self.starts == 1:
+      name = failed.accelerator.upper()
+      say(f"{name} has failed here before: the guest is emulated; qvm doctor tries {name} again")
+
+  def keep_awake(self) -> None:
+    """On macOS, prevent idle sleep for as long as QEMU runs and nobody watches its console."""
+    if sys.platform == "darwin" and (self.options.detach or self.options.guest_command):
+      with contextlib.suppress(QvmError):
+        spawn = silent()._replace(session=True)
+        awake = start(["/usr/bin/caffeinate", "-i", "-w", str(self.process.pid)], spawn)
+        awake.returncode = 0  # it ends with QEMU; nobody waits for it
+
+  def pass_over_accelerator(self, words: str) -> None:
+    """Raise StartAgain if QEMU has ended through an accelerator before the guest wrote anything."""
+    process, accel = self.process, self.facts.accel
+    after = re.split(r"falling back to \w+", words)[-1]
+    known = re.search(f"{KVM_RE}|{HVF_RE}", after)
+    early = time.monotonic() - self.began < EARLY_SECONDS
+    early = early and file_stamp(self.paths.disk) == self.untouched
+    failed = known or process.returncode == -signal.SIGABRT
+    if self.options.accel or accel == "tcg" or not early or not failed:
+      return
+    name = "hvf" if "hvf" in accel and sys.platform == "darwin" else "kvm"
+    self.options = self.options._replace(accel="tcg")
+    if known:
+      now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+      problem = " ".join(printable(after[known.start() :][:300]).split())
+      record = FailedAccelerator(name, self.plan.qemu, problem, now)
+      write_record(self.plan.cache, accelerator_path(self.plan.cache, self.plan.qemu), record)
+    raise self.start_again(f"{name.upper()} does not work here: starting with tcg, which is slower")
+
+  def start_again(self, reason: str) -> StartAgain:
+    """Say why the machine is started again, and end its QEMU."""
+    report.erase()
+    say(reason)
+    end_process(self.process)
+    close_streams(self.process)
+    return StartAgain(reason)
+
   def wait_for_ssh(self) -> bool:
     """Wait until ssh answers; False on timeout, QvmError if the machine ends."""
-    answers = wait_for_ssh(self.address, self.options.boot_timeout, self.has_ended)
-    lines = self.last_words()
+    watch = BootWatch(self.plan.name, lambda: "".join(self.last_words(1)))
+
+    def ended(pause: float) -> bool:
+      watch.tick()
+      if not self.has_ended(pause) and re.search(STUCK_RE, "\n".join(self.last_words(40))):
+        end_process(self.process)
+      return self.has_ended()
+
+    answers = wait_for_ssh(self.address, self.patience, ended)
+    report.erase()
     if self.has_ended():
-      show_console(lines)
+      words = "\n".join(self.last_words(40))
+      self.pass_over_accelerator(words)
+      show_console(self.last_words())
+      code = self.process.returncode
       raise QvmError(
-        f"the machine {self.plan.name} ended before ssh answered "
-        f"({ending(self.process.returncode)})",
-        ": ".join(explain("\n".join(lines))),
+        f"the machine {self.plan.name} ended before ssh answered ({ending(code)})",
+        ": ".join(why_ended(words, code)),
       )
-    for line in fell_back("\n".join(lines)):
+    for line in fell_back("\n".join(self.last_words())):
       say(line)
+    self.attempts -= 1
+    if not answers and self.attempts > 0:
+      show_console(self.last_words())
+      again = self.start_again(
+        f"ssh has not answered within {self.patience:g} s: booting {self.plan.name} again"
+      )
+      if self.plan.ephemeral:
+        remove_file(self.paths.disk)
+      raise again
     return answers
 
   def log_in(self, began: float) -> float:
     """For how many seconds to retry logins: the guest may still be installing the key."""
-    left = max(0.0, began + self.options.boot_timeout - time.monotonic())
+    left = max(0.0, began + self.patience - time.monotonic())
     return min(left, KEY_LOGIN_SECONDS) if os.path.exists(self.paths.key_disk) else 0.0
 
   def relay_console(self) -> int:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
-    self.greet()
+    if self.starts == 1:
+      self.greet()
     process, folder = self.process, self.plan.cache.instances
-    relay = Relay(process, bool(process.stdin), self.log, lambda: disk_is_full(folder))
+    relay = Relay(process, is_interactive(), self.log, lambda: disk_is_full(folder))
     try:
       if relay.interactive:
         go_raw()
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
         relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
+      elif process.stdin and os.isatty(0):
+        go_raw(signals=True)
       relay.run()
       process.wait()
     finally:
       if relay.interactive:
         with contextlib.suppress(OSError):
           write_all(1, relay.modes.undo())
-    causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
-    if process.returncode < 0 and not causes:
-      causes = [f"something other than qvm killed QEMU ({ending(process.returncode)})"]
-    for line in causes:
+    words, code = relay.words.decode("utf-8", "replace"), process.returncode
+    if relay.stuck and not code:
+      code = EXIT_FAILED
+    if code:
+      report.newline = "\n"
+      self.pass_over_accelerator(words)
+    for line in why_ended(words, code):
       say(line)
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    return code if code >= 0 else 128 - code
 
   def greet(self) -> None:
     """Say how to log in, once QEMU has started."""
@@ -6295,8 +6649,9 @@ class Machine:
     say(f"{self.plan.name} {verb} in the background; its console goes to {self.console}")
     answers = self.wait_for_ssh()
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
+    self.process.returncode = 0  # so that nothing complains that nobody waits for it
     if not answers:
-      say(f"ssh has not answered within {self.options.boot_timeout:g} s; the machine keeps running")
+      say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
     emit(self.plan.name)
     emit(ssh_line(self.plan.guest, self.address))
     return 0
@@ -6304,13 +6659,13 @@ class Machine:
   def run_command(self) -> int:
     """Run the command once ssh answers, then power off a persistent instance; its exit code."""
     began = time.monotonic()
-    if not self.resumed:
+    if not self.resumed and self.starts == 1:
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
     answers = self.wait_for_ssh()
     try:
       if not answers:
         raise QvmError(
-          f"ssh has not answered within {self.options.boot_timeout:g} s; ending the machine",
+          f"ssh has not answered within {self.patience:g} s; ending the machine",
           "--boot-timeout allows more time",
         )
       first = refresh_script(self.plan.guest) if self.resumed else ""
@@ -6330,7 +6685,7 @@ class Machine:
     if not ended:
       return QvmError(str(error), DISK_FULL) if disk_is_full(self.plan.cache.instances) else error
     problem = f"the machine {self.plan.name} has ended ({ending(self.process.returncode)}): {error}"
-    return QvmError(problem, ": ".join(explain("\n".join(lines))))
+    return QvmError(problem, ": ".join(why_ended("\n".join(lines), self.process.returncode)))
 
 
 def check_backing(plan: Plan, base: Base) -> None:
@@ -6470,18 +6825,6 @@ class Control:
       raise QvmError(f"QEMU: {query}: {reply.problem or f'its status is {reply.status}'}")
 
 
-def host_cpu(cpuinfo: str) -> List[str]:
-  """Lines that distinguish this host's CPU and kernel from others."""
-  uname = os.uname()
-  kernel = [uname.sysname, uname.release, uname.machine]
-  try:
-    with open(cpuinfo, errors="replace") as file:
-      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
-  except OSError:
-    return [*kernel, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
-  return kernel + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
-
-
 def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   """A digest of what a checkpoint depends on: base image, command line, QEMU and host.
 
@@ -6589,7 +6932,7 @@ class Checkpoint:
       try:
         self.wait_for_login()
         self.freeze(Control(ours), made)
-      except BootTimeout:
+      except (BootTimeout, StartAgain):
         raise
       except QvmError as error:
         say(f"no checkpoint is created: {error}")
@@ -6627,7 +6970,7 @@ class Checkpoint:
     machine, began = self.machine, time.monotonic()
     if not machine.wait_for_ssh():
       raise BootTimeout(
-        f"ssh has not answered within {machine.options.boot_timeout:g} s; no checkpoint is created",
+        f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
         "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
     if find_program("ssh"):
@@ -6676,7 +7019,7 @@ class Checkpoint:
     if control.accelerator() != made:
       raise QvmError(f"it was created with {made}, but QEMU now uses {control.accelerator()}")
     control.load(self.layer.state)
-    seconds = min(RESUME_SECONDS, machine.options.boot_timeout)
+    seconds = min(RESUME_SECONDS, machine.patience)
     if not wait_for_ssh(
       machine.address, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
     ):
@@ -6736,14 +7079,22 @@ def cmd_run(options: Options) -> int:
   with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
     keep.hold(shared=True, waits=lambda: say("waiting for another qvm to clean up"))
     base = fetch_base(machine, net)
-    if not options.warm or not start_warm(machine, base):
-      machine.start(base)
-    keep.release()  # what was fetched is now in use, which protects it from `clean --all`
-    if options.guest_command:
-      return machine.run_command()
-    if machine.resumed and find_program("ssh"):
-      refresh_guest(machine.login)
-    return machine.leave_running() if options.detach else machine.relay_console()
+    while True:
+      with contextlib.suppress(StartAgain):
+        return run_machine(machine, base, keep)
+
+
+def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
+  """Start the machine and do with it what the user asked for; StartAgain if it did not come up."""
+  options = machine.options
+  if not options.warm or not start_warm(machine, base):
+    machine.start(base)
+  keep.release()  # what was fetched is now in use, which protects it from `clean --all`
+  if options.guest_command:
+    return machine.run_command()
+  if machine.resumed and find_program("ssh"):
+    refresh_guest(machine.login)
+  return machine.leave_running() if options.detach else machine.relay_console()
 
 
 def fetch_base(machine: Machine, net: Net) -> Base:
@@ -6770,7 +7121,9 @@ def cmd_ssh(options: Options) -> int:
     )
   login = login_of(paths)
   if not wait_for_ssh(
-    login.address, options.boot_timeout, lambda pause: wait_released(paths, pause)
+    login.address,
+    BOOT_SECONDS if options.boot_timeout is None else options.boot_timeout,
+    lambda pause: wait_released(paths, pause),
   ):
     raise QvmError(
       f"the instance {paths.name} does not answer at {ssh_line(login.guest, login.address)}"
@@ -7101,6 +7454,7 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
   trees = [os.path.realpath(path) for path in links if os.path.islink(path)]
   programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
+  programs += paths_in(cache.path("accelerators"))
   return found + [path for path in programs if os.path.lexists(path)]
 
 
@@ -7133,7 +7487,7 @@ def cmd_doctor(options: Options) -> int:
   checks = [check_system(), check_python(), check_ssh(), check_cache(cache)]
   checks += [*check_qemu(cache), check_zstd()]
   checks += check_accelerators(sys.platform, "/dev/kvm", native_qemu(cache))
-  checks.append(check_instances(cache))
+  checks += [*check_failed(cache), check_instances(cache)]
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -7250,15 +7604,19 @@ def check_qemu(cache: Cache) -> List[Check]:
   return checks
 
 
-TRY_KVM = ["-accel", "kvm", "-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
-TRY_KVM_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+# Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
+TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
+TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+FULL_SPEED = (
+  "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
+  "export QVM_QEMU_AARCH64=qemu-system-aarch64"
+)
 
 
 def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
   """Whether guests of the host's own CPU can run at full speed."""
   if platform == "darwin":
-    text = "the downloaded QEMU is built for Intel; on Apple Silicon, guests are emulated"
-    return [Check("ok", "HVF", text)]
+    return [check_hvf(qemu)]
   if not os.path.exists(kvm):
     fix = "enable virtualisation in the firmware, or nested virtualisation if this is a guest"
     text = f"there is no {kvm}: guests are emulated, which is much slower"
@@ -7278,17 +7636,57 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
     os.close(fd)
   if not os.path.isfile(qemu):
     return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
-  code, output = ask_program([qemu, *TRY_KVM], TRY_KVM_INPUT)
+  code, output = try_accelerator(qemu, "kvm")
   if code:
     cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
     return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
 
+def check_hvf(qemu: str) -> Check:
+  """What macOS' own accelerator is good for here; qemu is the one for this Mac's CPU."""
+  if not has_hvf():
+    text = "kern.hv_support is not 1, as in most virtual machines: guests are emulated"
+    return Check("ok", "HVF", text)
+  if this_host().arch == "x86-64":
+    return Check("ok", "HVF", "kern.hv_support is 1: x86-64 guests run at full speed")
+  own = find_program(os.environ.get("QVM_QEMU_AARCH64", ""))
+  if not is_intel_program(own or qemu):
+    return Check("ok", "HVF", f"kern.hv_support is 1: arm64 guests run at full speed ({own})")
+  text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
+  return Check("warning", "HVF", text, FULL_SPEED)
+
+
+def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
+  """The exit code and the output of a QEMU that starts with an accelerator, without a guest."""
+  machine = ["-machine", "virt"] if "aarch64" in os.path.basename(qemu) else []
+  return ask_program([qemu, *machine, *TRY, accelerator], TRY_INPUT)
+
+
+def check_failed(cache: Cache) -> List[Check]:
+  """Try accelerators again that have failed here, and forget those that start now."""
+  checks = []
+  for path in paths_in(cache.path("accelerators")):
+    failed = sound_record(FailedAccelerator(), path)
+    if accelerator_path(cache, failed.qemu) != path:
+      continue  # of another host, kernel or QEMU
+    name = failed.accelerator.upper()
+    text = f"{name} failed on {failed.time} with {failed.qemu} ({failed.problem})"
+    if try_accelerator(failed.qemu, failed.accelerator)[0]:
+      fix = f"it still does; --accel {failed.accelerator} tries it all the same"
+      checks.append(Check("warning", "remembered", text, fix))
+    else:
+      remove_file(path)
+      checks.append(Check("ok", "remembered", f"{text}; it starts now: the next run uses it again"))
+  return checks
+
+
 def native_qemu(cache: Cache) -> str:
   """The path of the downloaded QEMU for the host's own CPU, even if it does not exist."""
-  cpu = QEMU_CPUS.get(ARCHES.get(os.uname().machine.lower(), ""), "none")
-  return cache.qemu_program(cpu)
+  try:
+    return cache.qemu_program(QEMU_CPUS[this_host().arch])
+  except QvmError:
+    return cache.qemu_program("none")
 
 
 def check_zstd() -> Check:
@@ -7497,8 +7895,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     say(f"this is a bug in qvm {__version__}: {type(error).__name__}: {error}")
     say("please report it, with the traceback that QVM_DEBUG=1 shows")
   signals.finish()
-  if Transfer.abandoned:
-    os._exit(code)  # Python 3.12 and 3.13 can crash at exit while a thread waits for data
+  if threading.active_count() > 1:  # such as a download that a signal or a failure has ended
+    os._exit(code)  # Python 3.12 and 3.13 may crash when they end while a thread waits for data
   return code
 
 

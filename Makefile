@@ -8,6 +8,10 @@ qvm.pyz: qvm.py build_zipapp.py
 test: .venv/installed
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
+# What shows most mistakes, in half a minute.
+check: .venv/installed lint
+	$(BIN)/python -m pytest -n 2 -m "(pure and not slow) or smoke"
+
 # What qvm costs; BENCH="start sync" measures some of it.
 bench: .venv/installed
 	$(BIN)/python tests/bench.py $(BENCH)
@@ -31,4 +35,4 @@ lint: .venv/installed
 clean:
 	rm -rf .venv qvm.pyz
 
-.PHONY: test bench torture lint clean
+.PHONY: test check bench torture lint clean

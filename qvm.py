@@ -930,6 +930,8 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
       if not rest:
         raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
       value = rest.pop(0)
+    if option.metavar in ("PATH", "FILE", "DIR") and not value:
+      raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
     given.append((option, value))
   return operands, given, rest
 

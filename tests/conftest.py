@@ -41,6 +41,28 @@ hypothesis.settings.load_profile("same")
 hypothesis.configuration.set_hypothesis_home_dir("/dev/null/none")
 
 
+# Fixtures that bring the whole program, or real QEMU, into a test; a test without them is pure.
+WHOLE = {"image", "offline", "guest", "pyz", "stepped", "tools_tar", "torture"}
+REAL = {"archives", "real_cache"}
+# Modules whose tests start programs without such a fixture.
+MODULES = {"test_torture": "program", "test_zipapp": "program", "test_release": "program",
+           "test_ssh_guest": "program", "test_real_qemu": "real"}  # fmt: skip
+
+
+def layer_of(item):
+  """The layer that a test belongs to: pure, program or real."""
+  used = set(item.fixturenames)
+  if used & REAL:
+    return "real"
+  return MODULES.get(item.path.stem, "program" if used & WHOLE else "pure")
+
+
+def pytest_collection_modifyitems(items):
+  """Mark each test with its layer, so that `-m pure` and the like choose."""
+  for item in items:
+    item.add_marker(layer_of(item))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
   """Let the tests run a qvm.py that need not be compiled at each start."""

@@ -439,6 +439,7 @@ except qvm.QvmError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["name", "target", "gz bomb"])
 def test_memory(tmp_path, what):
   """An archive of some kilobytes does not take a gigabyte of memory."""
@@ -484,6 +485,7 @@ def check_inside(folder):
       assert found.startswith(real + os.sep) or found == real, (path, name)
 
 
+@pytest.mark.slow
 @given(st.lists(any_member, max_size=8))
 @a_few
 def test_whatever_is_unpacked_stays_inside(members):
@@ -525,6 +527,7 @@ def test_a_safe_name_stays_inside(name):
   assert not any(part in ("", ".", "..") or "/" in part for part in parts)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 @a_few
 def test_any_name(name):
@@ -535,6 +538,7 @@ def test_any_name(name):
   assert "/".join(parts) == os.path.normpath("./" + name) or (not parts and "." not in name[1:])
 
 
+@pytest.mark.slow
 @given(any_path, any_path, st.lists(st.tuples(any_path, any_path), max_size=3))
 @a_few
 def test_a_link_that_passes_stays_inside(name, target, others):

@@ -85,6 +85,7 @@ def test_one_word_is_a_line_for_the_users_shell(guests, shell, words):
   assert result.stdout.strip().endswith({"/bin/csh": "csh"}.get(shell, os.path.basename(shell)))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=30).filter(lambda b: b"\0" not in b), min_size=2, max_size=6))
 def test_any_arguments_pass_the_line(arguments):

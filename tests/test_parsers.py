@@ -179,6 +179,7 @@ def test_huge_release_data_take_no_huge_memory(qvm, server, body):
 # --- Archives ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1 << 20], ids=["empty", "1 MB each"])
 def test_an_archive_of_a_million_members(tmp_path, size):
   """Gzip streams may follow one another: these are 100 of 10,000 headers each."""
@@ -215,6 +216,7 @@ records = st.dictionaries(fields, json_value, max_size=8)
 sound = {"name": "vm", "os": "freebsd", "version": "15.1", "arch": "x86-64"}
 
 
+@pytest.mark.slow
 @many
 @given(records, st.booleans())
 @example({"ssh": "\ud800"}, True)

@@ -232,6 +232,7 @@ def make(folder, total, done=0):
   return transfer, content
 
 
+@pytest.mark.slow
 @given(
   st.integers(1, 12 * BLOCK),
   st.floats(0, 1),

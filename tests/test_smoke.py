@@ -1,6 +1,9 @@
 """The whole flow once, with both forms of the program."""
 
+import pytest
 from support import FREEBSD, Qvm
+
+pytestmark = pytest.mark.smoke
 
 
 def test_run_from_nothing(tmp_path, program, server):

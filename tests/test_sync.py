@@ -465,6 +465,7 @@ def test_several_archives_one_after_the_other(here):
   assert {"a", "b", "c"} < set(tree(here))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_members(here):
   """A stream of very many members; only the last shows."""
   import resource
@@ -480,6 +481,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "..", ".", "", "out", "real", ".git"
 KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.tuples(NAMES, KINDS, NAMES), max_size=8), st.booleans())
 def test_no_stream_gets_out(members, checked):

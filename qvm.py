@@ -48,6 +48,7 @@ if TYPE_CHECKING:
   import glob
   import hashlib
   import http.client
+  import ipaddress
   import json
   import lzma
   import marshal
@@ -87,7 +88,18 @@ else:
       return getattr(module, attribute)
 
   for _name in (
-    *("array", "difflib", "fcntl", "fnmatch", "glob", "hashlib", "json", "lzma", "marshal"),
+    *(
+      "array",
+      "difflib",
+      "fcntl",
+      "fnmatch",
+      "glob",
+      "hashlib",
+      "ipaddress",
+      "json",
+      "lzma",
+      "marshal",
+    ),
     *("pwd", "queue", "random", "resource", "select", "shlex", "shutil", "socket", "ssl", "struct"),
     *("subprocess", "tarfile", "tempfile", "termios", "tty", "zlib"),
   ):
@@ -139,7 +151,12 @@ def describe(error: BaseException) -> str:
   text = getattr(error, "strerror", None) or str(error) or type(error).__name__
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     text = f"the disk is full: {text}"
-  return re.sub(r"\S*@", "", str(text))
+  return re.sub(r"\S*@", "", brief(str(text)))
+
+
+def brief(text: str) -> str:
+  """A text that may be a server's, cut after a word if it is longer than a message."""
+  return text if len(text) < 400 else text[:400].rpartition(" ")[0] + " ..."
 
 
 def redacted(url: str) -> str:
@@ -1256,14 +1273,25 @@ T = TypeVar("T")
 Handle = Union[int, IO[bytes], None]
 
 
+def absolute(path: str, name: str) -> str:
+  """A path of the user's, without ~ and relative parts; name is the option or variable."""
+  try:
+    return os.path.abspath(os.path.expanduser(path) if path.startswith("~") else path)
+  except FileNotFoundError:
+    raise UsageError(f"{name}: '{path}' is relative, and the current folder has been deleted")
+
+
 def cache_from(environ: Mapping[str, str]) -> Cache:
   """The cache that the environment names; the XDG spec says to ignore a relative XDG_CACHE_HOME."""
   if environ.get("QVM_CACHE_DIR"):
-    return Cache(os.path.abspath(environ["QVM_CACHE_DIR"]))
-  xdg = environ.get("XDG_CACHE_HOME", "")
-  home = os.path.expanduser("~")
-  if not os.path.isabs(xdg) and home == "~":
-    raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
+    return Cache(absolute(environ["QVM_CACHE_DIR"], "QVM_CACHE_DIR"))
+  xdg, home = environ.get("XDG_CACHE_HOME", ""), environ.get("HOME", "")
+  with contextlib.suppress(KeyError):
+    home = home or pwd.getpwuid(os.getuid()).pw_dir
+  if xdg.startswith("~/"):  # from a file that no shell reads
+    xdg = absolute(xdg, "XDG_CACHE_HOME")
+  if not os.path.isabs(xdg) and not os.path.isabs(home):
+    raise QvmError("this user has no home folder (HOME)", "set QVM_CACHE_DIR to a folder for qvm")
   folder = xdg if os.path.isabs(xdg) else home + "/.cache"
   return Cache(os.path.abspath(os.path.join(folder, "qvm")))
 
@@ -1404,6 +1432,14 @@ def write_json(path: str, value: Dict[str, Any], mode: int = 0o644) -> None:
   write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", mode)
 
 
+def temporary_folder(cache: Cache) -> str:
+  """The folder for temporary files; in a container without one that of unfinished files."""
+  try:
+    return tempfile.gettempdir()
+  except FileNotFoundError:
+    return cache.downloads
+
+
 def names_in(folder: str) -> List[str]:
   """The sorted names in a folder; none if it does not exist."""
   try:
@@ -1485,10 +1521,18 @@ def remove_tree(path: str) -> None:
 
 def move_into_place(source: str, target: str, mode: int) -> None:
   """fsync, then rename into place: the name never appears before the contents."""
-  with open(source, "rb") as file:
-    os.fsync(file.fileno())
+  flush(source)
   os.chmod(source, mode)
   os.replace(source, target)
+
+
+def flush(path: str) -> None:
+  """Write a file's data to the disk; on macOS fsync(2) leaves it in the disk's own cache."""
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
+    if sys.platform == "darwin":
+      with contextlib.suppress(OSError):  # a network file system knows no F_FULLFSYNC
+        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
 
 
 FOLDERS = (
@@ -1507,6 +1551,8 @@ def make_folders(cache: Cache) -> None:
       path = cache.path(name) if name else cache.root
       with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
+        if not name and sys.platform == "darwin":  # Time Machine backs up ~/.cache, too
+          ask_program(["/usr/bin/tmutil", "addexclusion", path])
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
       if path == cache.root or os.stat(cache.root).st_mode & 0o011:  # else only its owner gets in
@@ -1514,8 +1560,37 @@ def make_folders(cache: Cache) -> None:
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
-    raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", OTHER_CACHE)
+    raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", owner_fix(path))
+  if not locks_work(cache.root):
+    say(f"{cache.root}: locks do not work on its file system: run one qvm at a time, {NFS_FIX}")
   keep_code()
+
+
+NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
+
+
+def owner_fix(path: str) -> str:
+  """What to do about a folder of the cache that cannot be made: such as one made with sudo."""
+  while not os.path.exists(path) and os.path.dirname(path) != path:
+    path = os.path.dirname(path)
+  with contextlib.suppress(OSError):
+    if os.stat(path).st_uid != os.getuid() and not os.access(path, os.W_OK):
+      return f"if it is to be yours: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}"
+  return OTHER_CACHE
+
+
+def locks_work(folder: str) -> bool:
+  """Whether flock keeps others out: some network file systems let everybody in."""
+  fds = [os.open(folder, os.O_RDONLY) for _ in range(2)]
+  try:
+    for fd in fds:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return False
+  except OSError:  # locked by us or by another qvm; what knows no locks at all is another matter
+    return True
+  finally:
+    for fd in fds:
+      os.close(fd)
 
 
 def check_owner(path: str, cache: Cache) -> None:
@@ -1665,7 +1740,7 @@ def find_program(name: str, folder: Optional[str] = None) -> str:
 def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
   paths = {
-    name: os.path.abspath(getattr(options, name))
+    name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
     for name in ("sync", "console_log", "mirror")
     if getattr(options, name)
   }
@@ -1673,10 +1748,14 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
-  if options.qemu:
-    paths["qemu"] = find_program(options.qemu)
+  name, program = "--qemu", options.qemu
+  if not program and "qemu" in COMMANDS[options.command].fields:
+    name = "QVM_QEMU_" + QEMU_CPUS[options.platform or this_host().arch].upper()
+    program = os.environ.get(name, "")
+  if program:
+    paths["qemu"] = find_program(os.path.expanduser(program))
     if not paths["qemu"]:
-      raise UsageError(f"--qemu: no such executable program: '{options.qemu}'")
+      raise UsageError(f"{name}: no such executable program: '{program}'")
   return options._replace(**paths)
 
 
@@ -2017,19 +2096,63 @@ def connection_handlers() -> List[Any]:
   return [Plain(), Secure()]
 
 
+def proxy_for(url: str) -> str:
+  """The address of the proxy for a URL; empty when there is none, or no_proxy names the host."""
+  parts = urllib.parse.urlsplit(url)
+  proxy, host = urllib.request.getproxies().get(parts.scheme, ""), parts.hostname or ""
+  if not proxy or urllib.request.proxy_bypass(host):
+    return ""
+  networks = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+  for network in [word.strip() for word in networks.split(",") if "/" in word]:
+    with contextlib.suppress(ValueError):  # the host is a name, or the network none
+      if ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False):
+        return ""
+  return str(proxy)
+
+
+def proxy_handler() -> Any:
+  """urllib's handler of proxies, which also knows networks in no_proxy, and that SOCKS is none."""
+
+  class Proxies(urllib.request.ProxyHandler):
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+      if not proxy_for(req.full_url):
+        return None
+      if proxy.lower().startswith("socks"):
+        raise QvmError(
+          f"the proxy {proxy_name(proxy)} is a SOCKS proxy, which qvm cannot use",
+          f"set {type}_proxy to an HTTP proxy, or unset it",
+        )
+      return super().proxy_open(req, proxy, type)
+
+  return Proxies()
+
+
+def trust_system() -> None:
+  """On macOS, trust the system's certificates if Python comes with none, as python.org's does."""
+  system = "/etc/ssl/cert.pem"
+  if sys.platform != "darwin" or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & set(os.environ):
+    return
+  paths = ssl.get_default_verify_paths()
+  if not paths.cafile and not (paths.capath and names_in(paths.capath)) and os.path.isfile(system):
+    os.environ["SSL_CERT_FILE"] = system  # where OpenSSL looks, in every context
+
+
 def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = "") -> Any:
   """Ask for a URL and return the open answer; all but later ranges of a file goes this way.
 
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
   With stop, a redirect to an address that contains it is returned instead of followed.
   """
+  trust_system()
   request = urllib.request.Request(url, headers=dict(headers or {}))
   request.add_header("User-Agent", "qvm/" + __version__)
   request.add_header("Accept-Encoding", "identity")
   if net.token and net.api and url.startswith(net.api + "/"):
     request.add_unredirected_header("Authorization", "Bearer " + net.token)
   try:
-    opener = urllib.request.build_opener(redirect_handler(stop), *connection_handlers())
+    opener = urllib.request.build_opener(
+      redirect_handler(stop), proxy_handler(), *connection_handlers()
+    )
     answer = opener.open(request, timeout=net.timeout)
   except urllib.error.HTTPError as error:
     if 300 <= error.code < 400 and stop and stop in error.headers.get("Location", ""):
@@ -2054,7 +2177,7 @@ def http_failure(url: str, error: Any) -> Exception:
     if "location" not in error.headers:  # the connection may have ended before it came
       return Transient(f"{redacted(url)}: a redirect that leads nowhere")
     return QvmError(f"{redacted(url)}: bad redirect: {error.msg}")
-  message = f"{redacted(final)} answers {code} {error.msg}"
+  message = f"{redacted(final)} answers {code} {brief(error.msg)}"
   if error.headers.get("x-ratelimit-remaining") == "0":
     return QvmError(f"{message}: the quota of GitHub's API is used up", QUOTA_HINT)
   expired = code == 403 and redacted(final) != redacted(url)  # a signed address: ask for a new one
@@ -2076,6 +2199,17 @@ def retry_after(text: Optional[str]) -> Optional[float]:
   return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
 
 
+def certificate_fix(problem: str) -> str:
+  """What to do about a certificate that cannot be verified, from OpenSSL's words."""
+  if "expired" in problem or "not yet valid" in problem:
+    now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    return f"is the clock of this machine right? it says {now} UTC"
+  fix = "install the package ca-certificates"
+  if sys.platform == "darwin":
+    fix = "python.org's Python: run 'Install Certificates.command' once"
+  return f"{fix}; behind a company's proxy: set SSL_CERT_FILE to the file with its certificates"
+
+
 def connection_failure(url: str, error: Exception) -> Exception:
   """What an exception from urllib means, with the fix where one is known."""
   reason = getattr(error, "reason", None)
@@ -2083,8 +2217,7 @@ def connection_failure(url: str, error: Exception) -> Exception:
   if isinstance(cause, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
     return QvmError(
       f"{redacted(url)}: its certificate cannot be verified: {cause}",
-      "python.org's Python on macOS: run 'Install Certificates.command' once; behind a company's "
-      "proxy: set SSL_CERT_FILE to the file with its certificates",
+      certificate_fix(str(cause)),
     )
   if url.startswith("file:") and isinstance(cause, OSError):
     return NotFound(f"{redacted(url)}: {describe(cause)}")
@@ -2097,11 +2230,12 @@ def connection_failure(url: str, error: Exception) -> Exception:
 
 def proxy_used(url: str) -> str:
   """Names the proxy that a request goes through; empty when there is none."""
-  parts = urllib.parse.urlsplit(url)
-  proxy = urllib.request.getproxies().get(parts.scheme)
-  if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+  proxy, name = proxy_for(url), urllib.parse.urlsplit(url).scheme + "_proxy"
+  if not proxy:
     return ""
-  return f"the request goes through the proxy {proxy_name(proxy)} ({parts.scheme}_proxy)"
+  given = name in os.environ or name.upper() in os.environ  # else it is in macOS' settings
+  origin = name if given else "System Settings"
+  return f"the request goes through the proxy {proxy_name(proxy)} ({origin})"
 
 
 def proxy_name(proxy: str) -> str:
@@ -3885,9 +4019,27 @@ def holder_pid(paths: InstancePaths) -> int:
   return int(match.group(1)) if match else 0
 
 
+def check_spelling(paths: InstancePaths) -> None:
+  """Refuse a name that this disk takes for another instance's, as macOS does with web and Web."""
+  if not os.path.lexists(paths.disk) or os.path.basename(paths.disk) in names_in(
+    paths.cache.instances
+  ):
+    return
+  found = [
+    name
+    for name in instance_names(paths.cache, ".qcow2")
+    if os.path.samefile(paths.cache.instance(name).disk, paths.disk)
+  ]
+  raise QvmError(
+    f"this disk takes the names {paths.name} and {', '.join(found)} for one",
+    "use that spelling, or choose another --name",
+  )
+
+
 def take_instance(paths: InstancePaths) -> Lock:
   """Take an instance's lock; RunningError names the process that holds it."""
   lock = Lock(paths.lock)
+  check_spelling(paths)
   with instances_lock(paths.cache):
     if not lock.try_():
       raise RunningError(
@@ -4090,7 +4242,9 @@ class Row(NamedTuple):
 
 def list_instances(cache: Cache) -> List[Row]:
   """All instances that have a disk, by name; then the layers."""
-  if not os.path.isdir(cache.instances):
+  try:
+    os.stat(cache.instances)
+  except (FileNotFoundError, NotADirectoryError):
     return []
   rows = []
   with instances_lock(cache):
@@ -4585,11 +4739,22 @@ def program_for_ssh(name: str) -> str:
   """The path of a program of the OpenSSH client."""
   program = find_program(name)
   if not program:
-    raise LoginError(
-      f"no {name} found on PATH",
-      SSH_FIX,
-    )
+    raise LoginError(f"no {name} found on PATH", SSH_FIX)
+  if not is_known_user():
+    raise LoginError(f"{name} cannot run: {NO_USER}", NO_USER_FIX)
   return program
+
+
+NO_USER = f"the user with uid {os.getuid()} has no entry in /etc/passwd"
+NO_USER_FIX = 'add one: echo "qvm:x:$(id -u):$(id -g)::/tmp:/bin/sh" >>/etc/passwd'
+
+
+def is_known_user() -> bool:
+  """Whether this user has a passwd entry, without which OpenSSH's programs end at once."""
+  try:
+    return bool(pwd.getpwuid(os.getuid()))
+  except KeyError:
+    return False
 
 
 SECTOR = 512
@@ -4726,7 +4891,9 @@ def ssh_once(
 
   The command in the guest gets a terminal if ssh inherits ours.
   """
-  with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
+  with tempfile.NamedTemporaryFile(
+    prefix="qvm-ssh-", suffix=".log", dir=temporary_folder(login.paths.cache)
+  ) as log:
     command = ssh_command(login, log.name)
     command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
     with contextlib.ExitStack() as stack:
@@ -5186,7 +5353,7 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, FileSt
     with contextlib.suppress(BrokenPipeError):
       process.stdin.close()
 
-  with tempfile.TemporaryFile() as words:
+  with tempfile.TemporaryFile(dir=temporary_folder(login.paths.cache)) as words:
     line = shell_line(sync_script(SYNC_IN, options))
     pipe = subprocess.PIPE
     code = in_guest(login, line, feed, patience, Spawn(pipe, pipe, words))
@@ -5215,9 +5382,9 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]
   """Bring what has changed in the guest's copy of the folder."""
   problem = f"what changed in {login.paths.name} cannot be brought to {options.sync}"
   pipe = subprocess.PIPE
-  with Unpacker(
-    options.sync, left_out(options), sent
-  ) as landing, tempfile.TemporaryFile() as words:
+  with Unpacker(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile(
+    dir=temporary_folder(login.paths.cache)
+  ) as words:
     begun = False
 
     def take(process: Any) -> None:
@@ -6224,6 +6391,15 @@ def bind(kind: int, address: Address) -> Optional["socket.socket"]:
   return taken
 
 
+def somebody_answers(address: Address) -> bool:
+  """Whether a connection succeeds: macOS lets QEMU bind one address of a port that is taken."""
+  try:
+    socket.create_connection((reachable(address), address.port), 1.0).close()
+    return True
+  except OSError:
+    return False
+
+
 def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
   """Find a free port; returns it with the descriptor of a lock that keeps every other qvm off it.
 
@@ -6235,8 +6411,10 @@ def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address,
     lock = bind(socket.SOCK_DGRAM, address)
     if lock:
       probe = bind(socket.SOCK_STREAM, address)
+      answered = probe and somebody_answers(address)
       if probe:
-        probe.close()
+        probe.close()  # not before: a connection to a port that nobody has can be one to itself
+      if probe and not answered:
         stack.callback(lock.close)
         return address, lock.fileno()
       lock.close()
@@ -6981,6 +7159,8 @@ class Checkpoint:
   def freeze(self, control: Control, made: LayerPaths) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
     machine, accelerator = self.machine, control.accelerator()
+    if accelerator == "hvf":
+      say("--warm has not been tested with HVF: if a guest goes wrong, omit --warm")
     control.save(made.state)
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
@@ -7309,6 +7489,7 @@ def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePath
       lines = [line for line in last_lines(paths.console) if line.startswith("qvm: ")]
       hint = f"the end of {paths.console}: {lines[-1]}" if lines else "see qvm list"
       raise QvmError(f"there is no instance {paths.name}; nothing was {what}", hint)
+    check_spelling(paths)
   return chosen
 
 
@@ -7546,6 +7727,8 @@ def check_ssh() -> Check:
   if not find_program("ssh"):
     text = "no ssh found on PATH: qvm cannot run commands in guests or power them off"
     return Check("warning", "ssh", text, SSH_FIX)
+  if not is_known_user():
+    return Check("warning", "ssh", f"ssh cannot run: {NO_USER}", NO_USER_FIX)
   code, output = ask_program([find_program("ssh"), "-V"])
   if code:
     return Check("warning", "ssh", f"ssh does not start: {output}", "reinstall the OpenSSH client")
@@ -7567,6 +7750,8 @@ def check_cache(cache: Cache) -> Check:
       check_owner(root, cache)
     except QvmError as error:
       return Check("fault", "cache", str(error), error.hint)
+  if not locks_work(there):
+    return Check("warning", "cache", f"{text}: its locks let everybody in", NFS_FIX)
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
@@ -7751,10 +7936,12 @@ _qvm() {{
     read -ra words <<< "${{COMP_LINE:0:COMP_POINT}}"
     [[ ${{COMP_LINE:0:COMP_POINT}} == *" " ]] && words+=("")
   fi
+  local last=$((${{#words[@]}} - 1)) # the bash of macOS, 3.2, counts from the start only
+  local before=$((last > 0 ? last - 1 : 0))
   COMPREPLY=()
   while IFS= read -r word; do
-    [[ $word == "${{words[-1]}}"* ]] && COMPREPLY+=("$word")
-  done < <({program} completion words -- "${{words[@]:1:${{#words[@]}}-2}}" 2>/dev/null)
+    [[ $word == "${{words[last]}}"* ]] && COMPREPLY+=("$word")
+  done < <({program} completion words -- "${{words[@]:1:before}}" 2>/dev/null)
 }}
 complete -o default -F _qvm qvm qvm.pyz qvm.py
 """,
@@ -7766,7 +7953,10 @@ _qvm() {{
   if [[ -n $found ]]; then compadd -a found
   elif (( $+functions[_files] )); then _files; fi
 }}
-if [[ $funcstack[1] == _qvm ]]; then _qvm "$@"; else compdef _qvm qvm qvm.pyz qvm.py; fi
+if [[ $funcstack[1] == _qvm ]]; then _qvm "$@"; else
+  (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit -i }}
+  compdef _qvm qvm qvm.pyz qvm.py
+fi
 """,
   "fish": """\
 function __qvm_words
@@ -7889,6 +8079,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   except OSError as error:
     path = error.filename2 or error.filename
     say(f"{path}: {describe(error)}" if path else describe(error))
+    if error.errno == errno.EPERM and sys.platform == "darwin":
+      say("does your terminal have access? System Settings, Privacy & Security, Files and Folders")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):
       say(f"do you own the cache, and is it writable? if not, {OTHER_CACHE}")
   except Exception as error:

@@ -22,9 +22,9 @@ import time
 
 import pytest
 import ssh_guest
-from conftest import fill, free_port, obey_modes, works
 from darwin_host import DARWIN, Mac, put_program, qemu_text
 from release_server import ReleaseServer
+from support import fill, free_port, obey_modes, works
 
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 PULL = ("pull", *GUEST)

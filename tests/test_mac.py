@@ -21,10 +21,10 @@ import time
 import darwin_host
 import pytest
 import ssh_guest
-from conftest import ROOT, Qvm, fill, free_port, tar_of, works
 from darwin_host import APPLE, INTEL, MACHINES, Mac, put_program
 from release_server import ReleaseServer
-from test_zipapp import MODERN
+from support import ROOT, Qvm, fill, free_port, tar_of, works
+from support_pythons import MODERN
 
 GUEST = ("freebsd", "15.1")
 X86 = ("--platform", "x86-64", *GUEST)

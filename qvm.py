@@ -1739,7 +1739,7 @@ def find_program(name: str, folder: Optional[str] = None) -> str:
 
 def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
-  paths = {
+  paths: Dict[str, Any] = {
     name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
     for name in ("sync", "console_log", "mirror")
     if getattr(options, name)
@@ -3823,6 +3823,7 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   except OSError as error:
     raise write_failure(aside, os.path.getsize(part), error)
   disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
+  flush(disk)  # APFS takes for holes what it has not written yet (QEMU's bug 1776920)
   run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
   os.unlink(disk)
   return result
@@ -5068,7 +5069,7 @@ def refresh_script(guest: Guest) -> str:
   seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
   root = "sudo " if guest.set_clock.startswith("sudo ") else ""
   clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
-  problem = "qvm: cannot set the guest's clock"
+  problem = "qvm: cannot set the clock of the guest"  # quoted below
   lines = [
     f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
     f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
@@ -7160,7 +7161,7 @@ class Checkpoint:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
     machine, accelerator = self.machine, control.accelerator()
     if accelerator == "hvf":
-      say("--warm has not been tested with HVF: if a guest goes wrong, omit --warm")
+      say("HVF and --warm have not been tested together: if a guest goes wrong, omit --warm")
     control.save(made.state)
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")

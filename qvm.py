@@ -1290,10 +1290,10 @@ def cache_from(environ: Mapping[str, str]) -> Cache:
     home = home or pwd.getpwuid(os.getuid()).pw_dir
   if xdg.startswith("~/"):  # from a file that no shell reads
     xdg = absolute(xdg, "XDG_CACHE_HOME")
-  if not os.path.isabs(xdg) and not os.path.isabs(home):
-    raise QvmError("this user has no home folder (HOME)", "set QVM_CACHE_DIR to a folder for qvm")
+  if not os.path.isabs(xdg) and home in ("", "~"):
+    raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
   folder = xdg if os.path.isabs(xdg) else home + "/.cache"
-  return Cache(os.path.abspath(os.path.join(folder, "qvm")))
+  return Cache(absolute(os.path.join(folder, "qvm"), "HOME"))
 
 
 class RecordError(QvmError):
@@ -4395,17 +4395,16 @@ DISK_FULL = "the disk is full: QEMU has paused the guest; free some space and st
 @contextlib.contextmanager
 def terminal_kept() -> Iterator[None]:
   """Restore the terminal at the end, even if a killed QEMU left it in raw mode."""
-  before, flags = None, 0
+  before = None
   with contextlib.suppress(termios.error, OSError):
     if os.tcgetpgrp(0) == os.getpgrp():  # a background process must not change it
-      before, flags = termios.tcgetattr(0), fcntl.fcntl(0, fcntl.F_GETFL)
+      before = termios.tcgetattr(0)
   try:
     yield
   finally:
     report.newline = "\n"
     if before:
       with contextlib.suppress(termios.error, OSError):
-        fcntl.fcntl(0, fcntl.F_SETFL, flags)
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
@@ -6809,7 +6808,6 @@ class Machine:
     if relay.stuck and not code:
       code = EXIT_FAILED
     if code:
-      report.newline = "\n"
       self.pass_over_accelerator(words)
     for line in why_ended(words, code):
       say(line)
@@ -7853,8 +7851,9 @@ def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
 
 def check_failed(cache: Cache) -> List[Check]:
   """Try accelerators again that have failed here, and forget those that start now."""
-  checks = []
-  for path in paths_in(cache.path("accelerators")):
+  checks: List[Check] = []
+  folder = cache.path("accelerators")
+  for path in paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else ():
     failed = sound_record(FailedAccelerator(), path)
     if accelerator_path(cache, failed.qemu) != path:
       continue  # of another host, kernel or QEMU

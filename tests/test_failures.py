@@ -217,7 +217,9 @@ def test_falling_back_is_said_while_it_runs(stand_in):
 def test_falling_back_is_said_once_however_it_comes(capfd):
   text = (FELL_BACK + ME + "warning: more\n").encode()
   for cut in range(0, len(text), 7):
-    relay = qvm_source.Relay(None, False, None, lambda: False)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    relay = qvm_source.Relay(process, False, None, lambda: False)
     for piece in (text[:cut], text[cut:], text[:cut]):
       relay.complain(piece)
     captured = capfd.readouterr().err
@@ -560,14 +562,16 @@ def test_a_full_disk_is_said_once_while_nothing_comes(capfd):
     asked.set()
     return True
 
-  process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+  source, sink = os.pipe()
+  process = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE, bufsize=0)
+  os.close(source)
   relay = qvm_source.Relay(process, False, None, full)
   thread = threading.Thread(target=relay.run)
   thread.start()
   assert asked.wait(DEADLINE)
   with contextlib.suppress(OSError):
-    os.write(process.stdin.fileno(), b"goes on\n")
-  process.stdin.close()
+    os.write(sink, b"goes on\n")
+  os.close(sink)
   thread.join(DEADLINE)
   process.stdout.close()
   assert process.wait() == 0

@@ -42,7 +42,7 @@ hypothesis.configuration.set_hypothesis_home_dir("/dev/null/none")
 
 
 # Fixtures that bring the whole program, or real QEMU, into a test; a test without them is pure.
-WHOLE = {"image", "offline", "guest", "pyz", "stepped", "tools_tar", "torture"}
+WHOLE = {"image", "offline", "pyz", "tools_tar"}
 REAL = {"archives", "real_cache"}
 # Modules whose tests start programs without such a fixture.
 MODULES = {"test_torture": "program", "test_zipapp": "program", "test_release": "program",
@@ -57,10 +57,20 @@ def layer_of(item):
   return MODULES.get(item.path.stem, "program" if used & WHOLE else "pure")
 
 
+def rank(item):
+  """The place of a test: real QEMU, then torture, the whole program, and pure ones."""
+  layer = "torture" if item.path.stem == "test_torture" else layer_of(item)
+  return ("real", "torture", "program", "pure").index(layer)
+
+
 def pytest_collection_modifyitems(items):
-  """Mark each test with its layer, so that `-m pure` and the like choose."""
+  """Mark each test with its layer, so that `-m pure` and the like choose.
+
+  The slowest come first, so that no worker is left alone with them in the end.
+  """
   for item in items:
     item.add_marker(layer_of(item))
+  items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)

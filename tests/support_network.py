@@ -14,6 +14,8 @@ import urllib.parse
 
 from support import IMAGE, PULL, finished
 
+import qvm as qvm_source
+
 
 def check_works(qvm, result, image):
   """It worked, and left just what it should."""
@@ -21,7 +23,18 @@ def check_works(qvm, result, image):
   assert "Traceback" not in result.stderr and "sig=" not in result.stderr
   assert (qvm.cache / "base" / IMAGE).read_bytes() == image
   assert os.listdir(str(qvm.cache / "downloads")) == []
-  assert not [path for path in qvm.files() if ".tmp" in path or ".part" in path]
+  assert not [path for path in qvm.files() if ".tmp" in path or path.startswith("downloads/")]
+
+
+def unfinished(qvm, name=IMAGE):
+  """The part, the map and the note of a file that is being downloaded."""
+  return [qvm.cache / "downloads" / name / each for each in ("part", "map", "note.json")]
+
+
+def kept(qvm, name=IMAGE):
+  """The bytes from which a download goes on: the blocks that its map marks at the beginning."""
+  marks = unfinished(qvm, name)[1].read_bytes()
+  return (len(marks) - len(marks.lstrip(b"\1"))) * qvm_source.BLOCK_BYTES
 
 
 def ranges(server, name=IMAGE):

@@ -116,7 +116,8 @@ class Unpacker:
   """Unpacks bytes as qvm does with a download."""
 
   def __init__(self, place):
-    self.part, self.folder = place / "some.tar.part", place / "some.tmp"
+    self.part, self.folder = place / "some.tar" / "part", place / "some.tmp"
+    self.part.parent.mkdir()
     (place / "other").mkdir()
     (place / "other" / "secret").write_text("secret")
     self.place = place
@@ -449,12 +450,13 @@ def test_memory(tmp_path, what):
     "gz bomb": gzip.compress(with_raw(header(entry("./a")[0], _124_12=b"%011o" % (900 << 20)))
                              + bytes(100 << 20), 1),
   }[what]  # fmt: skip
-  (tmp_path / "x.tar.part").write_bytes(content)
-  paths = {"part": str(tmp_path / "x.tar.part"), "folder": str(tmp_path / "x.tmp")}
+  (tmp_path / "x.tar").mkdir()
+  (tmp_path / "x.tar" / "part").write_bytes(content)
+  paths = {"part": str(tmp_path / "x.tar" / "part"), "folder": str(tmp_path / "x.tmp")}
   script = LIMITED.format(root=str(ROOT), **paths)
   result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
   assert (result.returncode, result.stdout) == (0, b"refused\n"), result.stderr
-  assert os.listdir(str(tmp_path)) == []
+  assert list(tmp_path.rglob("*")) == [tmp_path / "x.tar"]
 
 
 # --- Any archive -------------------------------------------------------------------------------
@@ -499,7 +501,7 @@ def test_whatever_is_unpacked_stays_inside(members):
     root = os.path.dirname(os.path.dirname(found))
     check_inside(root)
     assert (Path(place) / "other" / "secret").read_text() == "secret"
-    assert sorted(os.listdir(place)) == ["other", "some.tar.part", "some.tmp"]
+    assert sorted(os.listdir(place)) == ["other", "some.tar", "some.tmp"]
 
 
 @given(st.lists(any_member, max_size=6))

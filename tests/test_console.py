@@ -708,7 +708,6 @@ def test_console_log_in_a_pipe(player, tmp_path):
     ("missing/log", "No such file or directory"),
     (".", "Is a directory"),
     ("file/log", "Not a directory"),
-    ("", "Is a directory"),
   ],
 )
 def test_a_bad_console_log_is_told_before_anything_is_downloaded(

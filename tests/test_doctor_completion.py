@@ -222,7 +222,11 @@ def impatient(monkeypatch):
 def test_qemu_that_hangs(host, impatient, monkeypatch, code):
   """Real QEMU ends with 0 when it gets SIGTERM: that is no sign of health."""
   monkeypatch.setenv("DOCTOR", json.dumps({"hang": True, "exit": code, "stdout": ""}))
-  (check,) = [it for it in qvm_source.check_qemu(str(host.cache)) if it.name == "QEMU x86_64"]
+  (check,) = [
+    it
+    for it in qvm_source.check_qemu(qvm_source.Cache(str(host.cache)))
+    if it.name == "QEMU x86_64"
+  ]
   assert check.state == "fault"
   assert "no answer" in check.text
 
@@ -365,7 +369,7 @@ def test_a_cache_that_is_not_there_yet(offline):
 
 def test_little_space(tmp_path, monkeypatch):
   monkeypatch.setattr(qvm_source, "free_space", lambda folder: 10 << 20)
-  check = qvm_source.check_cache(str(tmp_path))
+  check = qvm_source.check_cache(qvm_source.Cache(str(tmp_path)))
   assert check.state == "warning"
   assert "10.5 MB free" in check.text and "2.1 GB" in check.text
   assert "clean --all" in check.fix
@@ -557,7 +561,7 @@ WORDS = [
 
 @pytest.mark.parametrize("before, after", WORDS, ids=lambda value: " ".join(value) or "nothing")
 def test_next_words(stocked, before, after):
-  words = qvm_source.next_words(before, str(stocked.cache))
+  words = qvm_source.next_words(before, qvm_source.Cache(str(stocked.cache)))
   assert sorted(word for word in words if not word.startswith("-")) == sorted(after)
   assert len(words) == len(set(words))
 
@@ -565,7 +569,7 @@ def test_next_words(stocked, before, after):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_are_those_of_the_help(stocked, command):
   shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options_help(command)))
-  words = qvm_source.next_words([command], str(stocked.cache))
+  words = qvm_source.next_words([command], qvm_source.Cache(str(stocked.cache)))
   assert {word for word in words if word.startswith("-")} == shown
 
 
@@ -578,7 +582,7 @@ def options_help(command):
 def test_no_name_is_offered_that_may_not_be_typed(stocked):
   for name in ("with space", "$(touch pwned)", "-rf", "two\nlines", "`id`", "ü"):
     (stocked.cache / "instances" / f"{name}.qcow2").write_bytes(b"")
-  words = qvm_source.next_words(["stop"], str(stocked.cache))
+  words = qvm_source.next_words(["stop"], qvm_source.Cache(str(stocked.cache)))
   assert sorted(word for word in words if not word.startswith("--")) == ["-h", *NAMES]
 
 

@@ -35,7 +35,15 @@ from support import (
   lines_until,
   wait_for,
 )
-from support_network import certificate, changed_meanwhile, check_works, hangs, ranges
+from support_network import (
+  certificate,
+  changed_meanwhile,
+  check_works,
+  hangs,
+  kept,
+  ranges,
+  unfinished,
+)
 
 import qvm as qvm_source
 
@@ -536,7 +544,13 @@ def test_a_bad_line_gets_there_step_by_step(no_image, server, image):
   assert [result.returncode for result in results] == [1, 1, 0]
   check_failed(results[0], r"connection ended after 150 kB of 328 kB \(5 attempts\)")
   check_works(no_image, results[2], image)
-  assert ranges(server)[1:] == [f"bytes={30_000 * number}-" for number in range(1, 11)]
+  first, second = [
+    2 * qvm_source.BLOCK_BYTES,
+    4 * qvm_source.BLOCK_BYTES,
+  ]  # what 150 and 281 kB make
+  starts = [0, 30_000, 60_000, 90_000, 120_000, *range(first, first + 150_000, 30_000)]
+  starts += [second, second + 30_000, second + 60_000]
+  assert ranges(server)[1:] == [f"bytes={start}-" for start in starts[1:]]
 
 
 def test_headway_makes_more_than_five_attempts(no_image, server, big):
@@ -581,8 +595,8 @@ def broken_off(qvm, server, number):
   fault = server.fault(IMAGE, pause=threading.Event(), pause_at=1_000_000)
   process = qvm.start(*RUN)
   hangs(process, fault)
-  part = qvm.cache / "downloads" / f"{IMAGE}.part"
-  wait_for(lambda: part.exists() and part.stat().st_size > 500_000)
+  part = unfinished(qvm)[0]
+  wait_for(lambda: part.exists() and part.stat().st_size > 600_000)
   process.send_signal(number)
   result = finished(process)
   killed = number == signal.SIGKILL
@@ -594,30 +608,30 @@ def broken_off(qvm, server, number):
   assert server.wait_idle()
   server.clear_faults()
   server.clear_log()
-  return part.stat().st_size
+  return kept(qvm)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_resume_in_the_next_run(no_image, big_server, big, number):
-  kept = broken_off(no_image, big_server, number)
-  assert 500_000 < kept <= 1_000_000
+  there = broken_off(no_image, big_server, number)
+  assert 500_000 < there <= 1_000_000
   result = no_image(*PULL)
   check_works(no_image, result, big)
   assert not [path for path in no_image.files() if path.startswith("instances/")]
-  assert ranges(big_server) == [f"bytes={kept}-"]
-  assert big_server.requests(IMAGE, "cdn")[0].sent == len(big) - kept
+  assert ranges(big_server) == [f"bytes={there}-"]
+  assert big_server.requests(IMAGE, "cdn")[0].sent == len(big) - there
   assert re.search(rf"downloading {IMAGE} \(going on at [0-9.]+ [kM]B of 3\.1 MB\)", result.stderr)
   record = json.loads((no_image.cache / "base" / f"{FREEBSD}.json").read_text())
   assert record["sha256"] == hashlib.sha256(big).hexdigest()
 
 
 def test_no_resume_of_another_object(no_image, big_server, big):
-  kept = broken_off(no_image, big_server, signal.SIGKILL)
+  there = broken_off(no_image, big_server, signal.SIGKILL)
   other = altered(big)
   big_server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, other)
   result = no_image(*PULL)
   check_works(no_image, result, other)
-  assert ranges(big_server) == [f"bytes={kept}-"]
+  assert ranges(big_server) == [f"bytes={there}-"]
   assert "has changed" in result.stderr
 
 
@@ -646,7 +660,7 @@ DAMAGE = {
 @pytest.mark.parametrize("content, how", DAMAGE.values(), ids=list(DAMAGE))
 def test_damaged_note(no_image, big_server, big, content, how):
   broken_off(no_image, big_server, signal.SIGKILL)
-  note = no_image.cache / "downloads" / f"{IMAGE}.json"
+  note = unfinished(no_image)[2]
   if how:
     content = json.dumps({**json.loads(note.read_text()), **json.loads(content)}).encode()
   note.write_bytes(content)
@@ -655,17 +669,23 @@ def test_damaged_note(no_image, big_server, big, content, how):
 
 @pytest.mark.parametrize("size", [0, 1, 1_000_000, LAST, 3 << 20, (3 << 20) + 1, 9 << 20])
 def test_part_of_any_length(no_image, big_server, big, size):
-  broken_off(no_image, big_server, signal.SIGKILL)
+  """It goes on from what the map marks, if the part can hold that."""
+  there = broken_off(no_image, big_server, signal.SIGKILL)
   size = len(big) - 1 if size == LAST else size
-  part = no_image.cache / "downloads" / f"{IMAGE}.part"
-  part.write_bytes((big + big + big)[:size])
+  unfinished(no_image)[0].write_bytes((big + big + big)[:size])
   result = no_image(*PULL)
   check_works(no_image, result, big)
-  if size == len(big):
-    assert big_server.requests(IMAGE) == []
-  else:
-    assert ranges(big_server) == [f"bytes={size}-" if 0 < size < len(big) else None]
+  assert ranges(big_server) == [f"bytes={there}-" if there <= size <= len(big) else None]
   assert result.stderr.count(f"downloaded {IMAGE}") == 1
+
+
+def test_all_of_it_is_there(no_image, big_server, big):
+  broken_off(no_image, big_server, signal.SIGKILL)
+  part, marks, _ = unfinished(no_image)
+  part.write_bytes(big)
+  marks.write_bytes(b"\1" * len(marks.read_bytes()))
+  check_works(no_image, no_image(*PULL), big)
+  assert big_server.requests(IMAGE) == []
 
 
 def test_disk_full(no_image, server, image):
@@ -676,8 +696,10 @@ def test_disk_full(no_image, server, image):
   check_failed(result, f"{IMAGE}.*too large")
   assert not (no_image.cache / "base" / IMAGE).exists()
   server.clear_log()
+  there = kept(no_image)
+  assert limit - 5 * qvm_source.BLOCK_BYTES < there <= limit
   check_works(no_image, no_image(*PULL), image)
-  assert ranges(server) == [f"bytes={limit}-"]
+  assert ranges(server) == [f"bytes={there}-" if there else None]
 
 
 # --- What a release is called ----------------------------------------------------------------

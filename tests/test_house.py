@@ -16,10 +16,8 @@ SECTION_RE = re.compile(r"# -{4} (\S.*?) -+")
 
 # Functions that may hold an import statement. Modules load lazily through module-level objects.
 MAY_IMPORT = {"python_zstd"}  # which may be missing
-# Functions that take or return what JSON holds, before a record is made of it or after.
-MAY_PASS_DICTIONARIES = {"read_json", "write_json"}
 # What ends the process of an image server whose qvm has gone before it was ready.
-LIFE_LINE = "watch"
+LIFE_LINE = "watch_pipe"
 
 OPENERS = {"build_opener", "install_opener", "urlopen", "urlretrieve", "OpenerDirector"}
 CONNECTIONS = {"HTTPConnection", "HTTPSConnection"}
@@ -204,7 +202,8 @@ def programs_started(tree):
   broken, popen = [], []
   for use in uses(tree, annotations=False):
     module, name = called(use)
-    if name == "Popen":
+    named = name == "Popen" and "Popen[" in tree.lines[use.node.lineno - 1]  # a type
+    if name == "Popen" and not named:
       popen.append(use)
       if use.function != "start":
         broken.append(f"{use}: Popen")
@@ -282,7 +281,7 @@ def dictionaries_passed(tree):
       continue
     texts = [ast.unparse(each).replace("'", "") for each in annotations_of(use.node)]
     bad = [text for text in texts if re.search(r"(Dict|dict|Mapping)\[str, Any\]", text)]
-    if bad and use.node.name not in MAY_PASS_DICTIONARIES:
+    if bad:
       broken.append(f"{use}.{use.node.name}: {', '.join(bad)}")
   return broken
 
@@ -294,8 +293,6 @@ def rule_ids(value):
 
 # --- qvm.py ----------------------------------------------------------------------------------
 
-TODAY = "qvm.py is being restructured; the mark goes when it keeps the rule"
-
 
 @pytest.fixture(scope="module")
 def program_tree():
@@ -304,14 +301,14 @@ def program_tree():
 
 
 @pytest.mark.parametrize("rule", [
-  pytest.param(uses_of_later_sections, marks=pytest.mark.xfail(strict=True, reason=TODAY)),
+  uses_of_later_sections,
   programs_started,
   addresses_opened,
   ends_of_the_process,
   long_functions,
-  pytest.param(imports_in_functions, marks=pytest.mark.xfail(strict=True, reason=TODAY)),
+  imports_in_functions,
   without_docstrings,
-  pytest.param(dictionaries_passed, marks=pytest.mark.xfail(strict=True, reason=TODAY)),
+  dictionaries_passed,
 ], ids=rule_ids)  # fmt: skip
 def test_the_house_keeps_the_rule(program_tree, rule):
   broken = rule(program_tree)

@@ -1,21 +1,26 @@
 """Several connections for one file: what they leave at any moment, and servers that mind."""
 
+import json
 import os
 import random
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import HOST, IMAGE, PULL, ROOT, Qvm, wait_for
-from support_network import changed_meanwhile, check_works, hangs, ranges
+from support import HOST, IMAGE, PULL, ROOT, Qvm, sha256, wait_for
+from support_network import changed_meanwhile, check_works, ranges
 
 import qvm as qvm_source
 
 BLOCK = qvm_source.BLOCK_BYTES
-NET = qvm_source.Net("http://x", "", "", 1.0, 1.0, 1, threading.Event())
-EAGER = {"LARGE = 32 << 20": "LARGE = 1 << 20", "SLOW_AFTER = 1.0": "SLOW_AFTER = 0.0"}
+URL = "http://x/y"
+EAGER = {
+  "PARALLEL_MIN_BYTES = 32 << 20": "PARALLEL_MIN_BYTES = 1 << 20",
+  "SLOW_AFTER_SECONDS = 1.0": "SLOW_AFTER_SECONDS = 0.0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +131,7 @@ def test_an_object_that_changes_meanwhile(eager, server, big):
 
 def paths(qvm):
   """The part, the note and the map."""
-  return [qvm.cache / "downloads" / (IMAGE + end) for end in (".part", ".json", ".map")]
+  return [qvm.cache / "downloads" / IMAGE / name for name in ("part", "note.json", "map")]
 
 
 def killed_midway(qvm, server, big, count=30):
@@ -181,7 +186,8 @@ def test_a_map_that_does_not_fit(eager, full, server, big, damage):
 def test_a_map_that_lies(eager, server, big):
   """The digest finds out."""
   killed_midway(eager, server, big)
-  marks = paths(eager)[2]
+  part, _, marks = paths(eager)
+  os.truncate(part, len(big))
   marks.write_bytes(b"\1" * len(marks.read_bytes()))
   server.rate = None
   result = eager(*PULL)
@@ -189,29 +195,23 @@ def test_a_map_that_lies(eager, server, big):
   assert "digest" in result.stderr
 
 
-def test_a_map_without_a_note_of_it_counts_for_nothing(eager, full, server, big):
-  """As a kill just before the first block leaves it, or an older qvm."""
-  part, note, marks = paths(eager)
-  fault = server.fault(IMAGE, pause=threading.Event(), pause_at=500_000)
-  process = full.start(*PULL)
-  hangs(process, fault)
-  wait_for(lambda: part.exists() and part.stat().st_size > 200_000)
-  process.kill()
-  process.communicate()
-  server.clear_faults()
-  size = part.stat().st_size
-  marks.write_bytes(b"\1" * (-(-len(big) // BLOCK)))
+@pytest.mark.parametrize("change", ["block", "validator", "total"])
+def test_a_note_of_another_kind_counts_for_nothing(eager, full, server, big, change):
+  """Such as that of a qvm with other blocks, or one that a kill has left without a map."""
+  killed_midway(eager, server, big)
+  _, note, _ = paths(eager)
+  value = json.loads(note.read_text())
+  value[change] = {"block": BLOCK * 2, "validator": "", "total": None}[change]
+  note.write_text(json.dumps(value))
   server.rate = None
-  server.wait_idle()
-  server.clear_log()
   check_works(full, full(*PULL), big)
-  assert asked(server) == [size]
+  assert ranges(server) == [None]
 
 
 def test_clean_takes_it_all(eager, server, big):
   killed_midway(eager, server, big)
   result = eager("clean")
-  assert result.returncode == 0 and ".map" in result.stdout
+  assert result.returncode == 0 and f"downloads/{IMAGE}\n" in result.stdout
   assert os.listdir(str(eager.cache / "downloads")) == []
 
 
@@ -219,17 +219,15 @@ def test_clean_takes_it_all(eager, server, big):
 
 
 def make(folder, total, done=0):
-  """A transfer that knows its object, with its beginning already there."""
-  transfer = qvm_source.Transfer(NET, "http://x/y", "name", str(folder))
-  transfer.total, transfer.validator = total, '"v"'
-  transfer.save_note()
-  transfer.open_part()
+  """A file on its way whose object is known, with its beginning already there."""
+  file = qvm_source.PartFile(str(folder), "name", URL)
+  file.create(qvm_source.DownloadNote(URL, '"v"', total))
   content = random.Random(total).randbytes(total)
   if done:
-    span = transfer.claim()
-    transfer.write(span, content[:done])
-    transfer.release(span)
-  return transfer, content
+    span = file.claim()
+    file.write(span, content[:done])
+    file.release(span)
+  return file, content
 
 
 @pytest.mark.slow
@@ -242,58 +240,72 @@ def make(folder, total, done=0):
 def test_any_order(tmp_path_factory, total, share, steps):
   """Spans that come and go: what is marked is there, the count is right, and so is the hash."""
   folder = tmp_path_factory.mktemp("any")
-  transfer, content = make(folder, total, int(total * share) if share < 1 else 0)
-  transfer.use_map()
+  part, content = make(folder, total, int(total * share) if share < 1 else 0)
   spans = []
   for which, count in steps:
     if which == 0 or not spans:
-      span = transfer.claim()
+      span = part.claim() or part.claim_half()
       spans += [span] if span else []
     elif which == 1:
-      transfer.release(spans.pop(count % len(spans)))
+      part.release(spans.pop(count % len(spans)))
     else:
       span = spans[which % len(spans)]
-      transfer.write(span, content[span.position : span.position + count])
-    check(transfer, content)
+      part.write(span, content[span.position : span.position + count])
+    check(part, content)
   for span in spans:
-    transfer.release(span)
-  check(transfer, content)
-  again = qvm_source.Transfer(NET, "http://x/y", "name", str(folder))
+    part.release(span)
+  check(part, content)
+  again = qvm_source.PartFile(str(folder), "name", URL)
   check(again, content)
-  for each in (again, transfer):
+  for each in (again, part):
     span = each.claim()
     while span:
       each.write(span, content[span.position : span.end])
       each.release(span)
       span = each.claim()
-    each.hash_all()
+    each.hash_all(threading.Event())
     assert each.complete() and each.hashed == total
     each.close()
-  digest = qvm_source.new_sha256()
-  digest.update(content)
-  assert again.hash.hexdigest() == transfer.hash.hexdigest() == digest.hexdigest()
-  with open(transfer.part, "rb") as file:
-    assert file.read() == content
+  assert again.hash.hexdigest() == part.hash.hexdigest() == sha256(content)
+  assert Path(part.part).read_bytes() == content
   shutil.rmtree(str(folder))
 
 
-def check(transfer, content):
-  """What the map says is so."""
-  with open(transfer.part, "rb") as file:
-    data = file.read()
-  marked = [n for n, state in enumerate(transfer.blocks) if state == 1]
+def check(file, content):
+  """What the map says is so, and every byte is counted once."""
+  data = Path(file.part).read_bytes()
+  marked = [n for n, state in enumerate(file.blocks) if state == qvm_source.THERE]
+  marks = Path(file.map).read_bytes()
+  assert marked == [n for n, mark in enumerate(marks) if mark == 1] and set(marks) <= {0, 1}
   for n in marked:
     assert data[n * BLOCK : (n + 1) * BLOCK] == content[n * BLOCK : (n + 1) * BLOCK]
+  ends = [*file.begun.values(), *(span.position for span in file.spans if span.position < span.end)]
+  for end in ends:
+    assert data[end // BLOCK * BLOCK : end] == content[end // BLOCK * BLOCK : end]
   whole = sum(min(BLOCK, len(content) - n * BLOCK) for n in marked)
-  open_ends = sum(1 for _ in transfer.spans) + 1
-  assert whole <= transfer.done < whole + open_ends * BLOCK
-  assert data[: transfer.hashed] == content[: transfer.hashed]
+  assert file.done == whole + sum(end % BLOCK for end in ends)
+  assert data[: file.hashed] == content[: file.hashed]
 
 
-def test_what_is_void_is_not_written(tmp_path):
-  transfer, content = make(tmp_path, 4 * BLOCK)
-  span = transfer.claim()
-  transfer.close()
+def test_what_is_cancelled_is_not_written(tmp_path):
+  file, content = make(tmp_path, 4 * BLOCK)
+  span = file.claim()
+  file.close()
   with pytest.raises(qvm_source.Cancelled):
-    transfer.write(span, content)
-  assert os.path.getsize(transfer.part) == 0
+    file.write(span, content)
+  assert os.path.getsize(file.part) == 0
+
+
+def test_what_is_stolen_goes_on_where_it_was(tmp_path, monkeypatch):
+  monkeypatch.setattr(qvm_source, "STALL_SECONDS", -1)
+  file, content = make(tmp_path, 4 * BLOCK)
+  old = file.claim()
+  file.write(old, content[:100])
+  span = file.steal_stalled()
+  assert (span.position, span.end) == (100, 4 * BLOCK)
+  with pytest.raises(qvm_source.Cancelled):
+    file.write(old, content[100:])
+  file.release(old)
+  file.write(span, content[100:])
+  check(file, content)
+  assert file.complete()

@@ -356,7 +356,7 @@ def land(folder, data, sent=None, patterns=(".git",)):
   feeder = threading.Thread(target=feed)
   feeder.start()
   try:
-    with os.fdopen(reading, "rb") as file, qvm_source.Unpacker(
+    with os.fdopen(reading, "rb") as file, qvm_source.Receiver(
       str(folder), patterns, sent
     ) as landing:
       landing.take(file)
@@ -472,7 +472,7 @@ def test_memory_does_not_grow_with_the_members(here):
 
   one = stream(folder_member("d"), end=b"")
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  land(here, one * 100_000)
+  land(here, b"".join([*[one] * 100_000, bytes(1024)]))
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 70 << 10  # with the stream
 
 

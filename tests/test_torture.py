@@ -46,26 +46,28 @@ def test_everything_at_once():
   assert (counts["rounds"], counts["run: 0"]) == (1, 7)
 
 
-# A check that qvm makes, what stands there instead, and the part that must find out.
+# A check that qvm makes, what stands there instead, the part that must find out, and a seed with
+# which it soon does.
 MUTANTS = {
-  "no digest": ("if not wanted or digest == wanted:", "if True:", "network"),
-  "no length": ("if transfer.done != transfer.total:", "if False:", "network"),
+  "no digest": ("if not wanted or digest == wanted:", "if True:", "network", 4),
+  "no length": ("if transfer.done != transfer.total:", "if False:", "network", 1),
   "no range": (
     "          check_range(transfer, span, answer.headers, helper)",
     "          pass",
     "network",
+    1,
   ),
-  "no mark": ('open(files.mark, "w").close()', "pass", "killing"),
+  "no mark": ('open(files.mark, "w").close()', "pass", "killing", 1),
 }
 
 
-@pytest.mark.parametrize("check, instead, part", MUTANTS.values(), ids=list(MUTANTS))
-def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part):
+@pytest.mark.parametrize("check, instead, part, seed", MUTANTS.values(), ids=list(MUTANTS))
+def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part, seed):
   text = (ROOT / "qvm.py").read_text()
   assert text.count(check) == 1
   (tmp_path / "qvm.py").write_text(text.replace(check, instead))
   with pytest.raises(Violation):
-    play(part, 1, range(200), root=tmp_path)
+    play(part, seed, range(200), root=tmp_path)
 
 
 @pytest.mark.parametrize("words, parts", [

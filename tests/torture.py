@@ -321,9 +321,9 @@ def publish(server, assets, tag="", **more):
 
 # --- What a cache must be like ---------------------------------------------------------------
 
-PUBLISHED = r"base/[^/]*\.(qcow2|kernel)|bin/qemu-img|qemu/(x86_64|aarch64)/(?!release\.json).*"
+PUBLISHED = r"base/[^/]*\.qcow2|bin/qemu-img|qemu/(x86_64|aarch64)/(?!release\.json).*"
 RECORDS = r"base/[^/]*\.json|bin/qemu-img\.json|qemu/(x86_64|aarch64)/release\.json"
-RESUMABLE = r"downloads/.*\.(part|json|map)"
+RESUMABLE = r"downloads/[^/]*/(part|note\.json|map)"
 
 
 def published(qvm):
@@ -374,12 +374,16 @@ def check_complete(qvm, versions, loose=()):
 def check_locks(qvm):
   """No lock is held; returns the names of the lock files."""
   names = [name for name in qvm.files() if name.endswith(".lock")]
-  for name in names:
-    with contextlib.suppress(FileNotFoundError), (qvm.cache / name).open("rb") as file:
+  folders = [str(path.relative_to(qvm.cache)) for path in qvm.cache.glob("downloads/*")]
+  for name in names + folders:
+    with contextlib.suppress(FileNotFoundError):
+      fd = os.open(qvm.cache / name, os.O_RDONLY)
       try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         raise Violation(f"{name} is still locked")
+      finally:
+        os.close(fd)
   return names
 
 
@@ -746,8 +750,8 @@ class Network:
         demand(failed_before, f"success leaves {name}")
         self.counts[f"left by a failure: {kind_of(name)}"] += result.code != 0
     there = set(qvm.files()) - set(locks)
-    parts = [name for name in there if name.endswith(".part")]
-    bare = [name for name in parts if name[: -len(".part")] + ".json" not in there]
+    parts = [name for name in there if name.endswith("/part")]
+    bare = [name for name in parts if name[: -len("part")] + "note.json" not in there]
     demand(not bare, f"parts without notes: {bare}")
     odd = [name for name in there if name.startswith("instances/")]
     demand(not odd, f"left: {odd}")

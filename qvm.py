@@ -6652,8 +6652,11 @@ class BootWatch:
 
 
 def file_stamp(path: str) -> Tuple[int, int]:
-  """What changes when a file is written."""
-  stat = os.stat(path)
+  """What changes when a file is written, or removed."""
+  try:
+    stat = os.stat(path)
+  except FileNotFoundError:
+    return 0, 0
   return stat.st_size, stat.st_mtime_ns
 
 
@@ -6677,6 +6680,7 @@ class Machine:
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
     self.starts = 0
+    self.greeted = False
     self.attempts = options.boot_attempts  # left
     self.stack = contextlib.ExitStack()
 
@@ -6856,7 +6860,7 @@ class Machine:
       )
     for line in fell_back("\n".join(self.last_words())):
       say(line)
-    self.attempts -= 1
+    self.attempts -= not answers
     if not answers and self.attempts > 0:
       show_console(self.last_words())
       again = self.start_again(
@@ -6874,8 +6878,7 @@ class Machine:
 
   def relay_console(self) -> int:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
-    if self.starts == 1:
-      self.greet()
+    self.greet()
     process, folder = self.process, self.plan.cache.instances
     relay = Relay(process, is_interactive(), self.log, lambda: disk_is_full(folder))
     try:
@@ -6901,7 +6904,10 @@ class Machine:
     return code if code >= 0 else 128 - code
 
   def greet(self) -> None:
-    """Say how to log in, once QEMU has started."""
+    """Say how to log in, once QEMU has started for the first time."""
+    if self.greeted:
+      return
+    self.greeted = True
     guest, port = self.plan.guest, self.address.port
     if port != SSH_PORT and not self.address.chosen:
       say(f"port {SSH_PORT} is taken; this machine uses {port}")
@@ -6925,7 +6931,8 @@ class Machine:
   def run_command(self) -> int:
     """Run the command once ssh answers, then power off a persistent instance; its exit code."""
     began = time.monotonic()
-    if not self.resumed and self.starts == 1:
+    if not self.resumed and not self.greeted:
+      self.greeted = True
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
     answers = self.wait_for_ssh()
     try:

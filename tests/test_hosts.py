@@ -475,6 +475,42 @@ def test_t2_the_callers_pipes_stay_as_they_are(machine, tmp_path, fifo, log):
   assert during == after == [True, True, True]
 
 
+@with_guest
+def test_t2_the_callers_pipes_during_a_command(machine, tmp_path):
+  machine.env["SSH_GUEST"] = json.dumps({"folder": str(tmp_path / "guest")})
+  pipes = [os.pipe() for _ in range(3)]
+  streams = {"stdin": pipes[0][0], "stdout": pipes[1][1], "stderr": pipes[2][1]}
+  words = (*RUN[:2], "--ssh-port", str(free_port()), *RUN[2:], "--", "echo up; cat; echo no >&2")
+  process = machine.start(*words, **streams)
+  try:
+    with open(pipes[1][0], "rb", buffering=0, closefd=False) as out:
+      assert out.read(3) == b"up\n"
+      assert [os.get_blocking(fd) for fd in streams.values()] == [True, True, True]
+      os.write(pipes[0][1], b"typed\0\xff")
+      assert out.read(7) == b"typed\0\xff"
+    os.close(pipes[0][1])
+    assert process.wait(30) == 0
+    assert [os.get_blocking(fd) for fd in streams.values()] == [True, True, True]
+    assert os.read(pipes[2][0], 1 << 16).endswith(b"no\n")
+  finally:
+    process.kill()
+    process.wait()
+    for fd in {fd for pair in pipes for fd in pair} - {pipes[0][1]}:
+      os.close(fd)
+
+
+@with_guest
+def test_t2_a_reader_that_leaves_ends_the_command(machine, tmp_path):
+  """As `qvm ssh vm -- yes | head -1`."""
+  machine.env["SSH_GUEST"] = json.dumps({"folder": str(tmp_path / "guest")})
+  words = (*RUN[:2], "--ssh-port", str(free_port()), *RUN[2:], "--", "yes")
+  process = machine.start(*words)
+  assert process.stdout.read(2) == "y\n"
+  process.stdout.close()
+  process.communicate(timeout=60)
+  assert process.returncode != 0
+
+
 @linux
 def test_t3_a_stdin_that_can_only_be_written(machine, tmp_path):
   """As nohup's. QEMU would find it ready for ever, and burn a core."""

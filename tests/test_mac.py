@@ -386,7 +386,6 @@ def test_m2_a_bundle_with_a_zstd(new_mac, bundled, bundle):
   assert is_the_disk(mac, bundle) and not mac.calls("bsdtar")
 
 
-@fault("M2")
 @no_own_zstd
 def test_m2_a_bsdtar_without_zstd_is_none(new_mac, bundled, bundle):
   """Whether that is said before or after the download, the next pull goes on with it."""
@@ -403,7 +402,6 @@ def test_m2_a_bsdtar_without_zstd_is_none(new_mac, bundled, bundle):
   assert next(check for check in checks if check["name"] == "zstd")["state"] == "ok"
 
 
-@fault("M2")
 @no_own_zstd
 def test_m2_doctor_does_not_count_on_it(new_mac):
   checks = json.loads(new_mac()("doctor", "--offline", "--json").stdout)
@@ -422,7 +420,6 @@ def test_m2_a_bsdtar_with_zstd_will_do(new_mac, bundled, bundle):
   assert is_the_disk(mac, bundle)
 
 
-@fault("M2")
 @no_own_zstd
 def test_m2_an_unpacker_that_fails_is_no_damaged_file(new_mac, bundled, bundle):
   mac = new_mac()

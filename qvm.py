@@ -1686,10 +1686,12 @@ class Lock:
     self.release()
 
   def _open(self) -> int:
-    if self.folder:
+    while self.folder:
       with contextlib.suppress(FileExistsError):
         os.mkdir(self.path, 0o700)
-    return os.open(self.path, os.O_RDONLY if self.folder else os.O_RDWR | os.O_CREAT, 0o600)
+      with contextlib.suppress(FileNotFoundError):  # a holder has just removed it
+        return os.open(self.path, os.O_RDONLY)
+    return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
   def _flock(self, fd: int, how: int, wait: bool = False) -> bool:
     try:
@@ -2329,16 +2331,15 @@ def looks_like_html(head: bytes) -> bool:
 #
 # Threads: the lead runs fetch(); it alone may start the file over, until readers depend on the
 # object. Helpers join a lead that is slow. A reader's wait_for() sends a thread of its own for
-# what no connection is about to bring. Whatever a thread fetches is a Span that it has claimed;
-# one that is cancelled is nobody's or another thread's, and what still arrives for it is dropped.
+# what no connection is about to bring. Whatever a thread fetches is a Span that it has claimed.
+# Others may cut it, down to nothing, and what still arrives behind its end is dropped; one that is
+# not in PartFile.spans any more is dead.
 
 BLOCK_BYTES = 1 << 16  # qcow2's cluster, which is what QEMU reads at a time; 8 kB of map for 500 MB
 MISSING, THERE, COMING = 0, 1, 2  # states of a block; COMING is never written to the map
 UNKNOWN = 1 << 62  # the end of a file whose length is not known
 HELPERS = 3  # beside the lead: 256 MB at 20 MB/s a connection take 0.34 of one connection's time
-SLOW_RATE = (
-  50e6  # bytes a second: a lead below it gets helpers, above it their requests gain little
-)
+SLOW_RATE = 50e6  # bytes a second; at that an image takes 8 s, of which helpers would save few
 SLOW_AFTER_SECONDS = 1.0  # before that TCP may not have found the rate of the line
 PARALLEL_MIN_BYTES = 32 << 20  # less is there before further connections have gathered speed
 MIN_SPLIT_BLOCKS = 8  # half of it, 256 KiB, is one read: less is not worth a request
@@ -2399,8 +2400,11 @@ class Span:
   def __init__(self, position: int, end: int) -> None:
     self.position, self.end = position, end
     self.urgent_until = 0  # the position up to which a reader waits for it
-    self.cancelled = False  # what arrives for it is dropped
     self.moved = time.monotonic()
+
+  @property
+  def left(self) -> int:
+    return self.end - self.position
 
 
 class PartFile:
@@ -2462,8 +2466,6 @@ class PartFile:
   def close(self, remove: bool = False, forget: bool = False) -> None:
     """Write no more, whatever still arrives; remove the files, and forget what was in them."""
     with self.hashing, self.lock:
-      for span in self.spans:
-        span.cancelled = True
       self.spans = []
       for fd in (self.part_fd, self.map_fd):
         if fd >= 0:
@@ -2524,35 +2526,26 @@ class PartFile:
       self.spans.append(Span(start, min((first + count) * BLOCK_BYTES, self.total or 0)))
       return self.spans[-1]
 
-  def claim_half(self) -> Optional[Span]:
-    """The second half of the largest span, which is cut; None where that is not worth a request."""
+  def steal(self, split: bool) -> Optional[Span]:
+    """What is left of a span whose connection is silent; with split, else half of the largest."""
     with self.lock:
-      largest = max(self.spans, key=lambda span: span.end - span.position, default=None)
-      if not largest or largest.end - largest.position < MIN_SPLIT_BLOCKS * BLOCK_BYTES:
+      old = max(self.spans, key=lambda span: span.left, default=None)
+      silent = time.monotonic() - STALL_SECONDS
+      stalled = [span for span in self.spans if span.left and span.moved < silent]
+      if stalled:
+        old, start = stalled[0], stalled[0].position
+      elif split and old and old.left >= MIN_SPLIT_BLOCKS * BLOCK_BYTES:
+        start = (old.position + old.end) // 2 // BLOCK_BYTES * BLOCK_BYTES
+      else:
         return None
-      middle = (largest.position + largest.end) // 2 // BLOCK_BYTES * BLOCK_BYTES
-      self.spans.append(Span(middle, largest.end))
-      largest.end = middle
+      self.spans.append(Span(start, old.end))
+      self.spans[-1].urgent_until, old.end = old.urgent_until, start
       return self.spans[-1]
-
-  def steal_stalled(self) -> Optional[Span]:
-    """What is left of a span whose connection has been silent for a while."""
-    with self.lock:
-      for old in self.spans:
-        if time.monotonic() > old.moved + STALL_SECONDS:
-          old.cancelled = True
-          span = Span(old.position, old.end)
-          span.urgent_until = old.urgent_until
-          self.spans[self.spans.index(old)] = span
-          return span
-      self.lock.wait(0.1)
-    return None
 
   def release(self, span: Span) -> None:
     """A connection fetches no more of its span; what is left of it is a gap."""
     with self.lock:
       if span in self.spans:
-        span.cancelled = True
         self.spans.remove(span)
         self.cut(span, span.position)
         self.lock.notify_all()
@@ -2579,7 +2572,7 @@ class PartFile:
   def write(self, span: Span, chunk: bytes) -> None:
     """Take in the next bytes of a span."""
     with self.lock:
-      if span.cancelled:
+      if span not in self.spans:
         raise Cancelled()
       before = span.position
       chunk = chunk[: span.end - before]
@@ -2595,8 +2588,7 @@ class PartFile:
       self.lock.notify_all()
     if self.hashing.acquire(False):  # else whoever has it gets there
       try:
-        if not span.cancelled:
-          self.hash_step()
+        self.hash_step()
       finally:
         self.hashing.release()
 
@@ -2668,14 +2660,10 @@ class Progress:
     finally:
       self.files.remove(file)
 
-  @property
-  def pause(self) -> float:
-    """Seconds from one line to the next: on a terminal it moves, a log it must not fill."""
-    return 0.2 if os.isatty(2) else 5.0
-
   def show(self) -> None:
     """With --progress, now and then: one line with how far each download is."""
-    if not report.progress or not self.files or time.monotonic() < self.shown + self.pause:
+    pause = 0.2 if os.isatty(2) else 5.0  # on a terminal it moves, a log it must not fill
+    if not report.progress or not self.files or time.monotonic() < self.shown + pause:
       return
     self.shown = time.monotonic()
     texts = []
@@ -2689,12 +2677,8 @@ class Progress:
 progress = Progress()
 
 
-class Response(NamedTuple):
-  """An open HTTP response, and the connection to keep once it has been read to its end."""
-
-  body: "http.client.HTTPResponse"
-  link: "Optional[http.client.HTTPConnection]" = None  # None: it is urllib's, and not kept
-  end: int = 0  # the position in the file where it ends
+# An open answer, and its connection if that may be used again, which urllib's may not.
+OpenBody = Tuple["http.client.HTTPResponse", "Optional[http.client.HTTPConnection]"]
 
 
 class Connections:
@@ -2706,27 +2690,28 @@ class Connections:
     self.lock = threading.Lock()
     self.idle: List[Tuple[http.client.HTTPConnection, float]] = []  # and since when
 
-  def open(self, start: int, end: int, headers: Dict[str, str]) -> Response:
-    """Request the file; where the headers have a Range, it is from start to end."""
-    if self.address and "Range" in headers:
+  def open(self, headers: Dict[str, str], count: int) -> OpenBody:
+    """Request the file, or the range of so many bytes that the headers ask for."""
+    address = self.address  # which other threads change
+    if address and "Range" in headers:
       with contextlib.suppress(QvmError):
-        if proxy_used(self.address):
-          return Response(open_url(self.net, self.address, headers))
-        response = self.open_address(start, end, headers)
-        if response:
-          return response
+        if proxy_used(address):
+          return open_url(self.net, address, headers), None
+        opened = self.open_address(address, headers, count)
+        if opened:
+          return opened
       self.address = ""  # it has expired
     body = open_url(self.net, self.url, headers)
     self.address = body.geturl()
-    return Response(body)
+    return body, None
 
-  def open_address(self, start: int, end: int, headers: Dict[str, str]) -> Optional[Response]:
+  def open_address(self, address: str, headers: Dict[str, str], count: int) -> Optional[OpenBody]:
     """Request a range where the last answer came from; None unless the answer is just that long.
 
     It saves the redirects, and where an earlier connection is idle the round trips of a new one:
     100 scattered reads at 50 Mbit/s, 150 ms to connect and 50 ms an answer took 8.9 s, not 19.6.
     """
-    parts = urllib.parse.urlsplit(self.address)
+    parts = urllib.parse.urlsplit(address)
     if parts.scheme not in ("http", "https") or "@" in parts.netloc:
       return None
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -2740,11 +2725,11 @@ class Connections:
       except Exception as error:
         link.close()
         if not old:
-          raise connection_failure(self.address, error)
+          raise connection_failure(address, error)
         continue  # the server has closed it meanwhile
       length, coding = map(body.getheader, ("Content-Length", "Content-Encoding"))
-      if body.status == 206 and length == str(end - start) and not coding:
-        return Response(body, link, end)
+      if body.status == 206 and length == str(count) and not coding:
+        return body, link
       link.close()
       return None
 
@@ -2758,12 +2743,12 @@ class Connections:
         link.close()
     return None
 
-  def keep(self, response: Response, position: int) -> None:
-    """Keep the connection of a response that has been read to its end; close any other."""
-    response.body.close()
-    link = response.link
+  def keep(self, opened: OpenBody, complete: bool) -> None:
+    """Keep the connection of a body that has been read completely; close any other."""
+    body, link = opened
+    body.close()
     with self.lock:
-      if link and position == response.end and link.sock:
+      if link and complete and link.sock:
         self.idle.append((link, time.monotonic()))
       elif link:
         link.close()
@@ -2804,21 +2789,18 @@ class Download:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
     span = self.file.claim()
     while span:
-      try:
-        self.fetch_span(span, lead=True)
-      except Cancelled:  # a reader's thread has taken it over
-        if self.net.cancelled.is_set():
-          raise
+      self.fetch_span(span, lead=True)
       span = self.next_span()
 
   def next_span(self) -> Optional[Span]:
     """What is left to fetch, if need be once the others are done; None when there is nothing."""
     while True:
-      busy = bool(self.file.spans)  # asked first: what they do not fetch after all is claimed then
-      span = self.file.claim_gap() or (self.file.claim_half() if self.helpers else None)
-      span = span or (self.file.steal_stalled() if busy else None)
+      busy = any(span.left for span in self.file.spans)  # asked first: they may leave a gap
+      span = self.file.claim_gap() or self.file.steal(split=not self.streamed)
       if span or not busy:
         return span
+      with self.file.lock:
+        self.file.lock.wait(0.1)
       if self.net.cancelled.is_set():
         raise Cancelled()
 
@@ -2830,15 +2812,15 @@ class Download:
     restart = lead and not (self.streamed and self.accepted)
     try:
       start, end = span.position, span.end  # which others may cut meanwhile
-      response = self.connections.open(start, end, self.range_headers(start, end))
+      opened = self.connections.open(self.range_headers(start, end), end - start)
       try:
-        span = self.accept(response.body, span, restart)
-        self.copy_body(response.body, span, lead)
+        span = self.accept(opened[0], span, restart)
+        self.copy_body(opened[0], span, lead)
       except OSError as error:
         raise write_failure(self.file.part, self.file.total or self.file.done, error)
       finally:
-        self.connections.keep(response, span.position)
-      if span.position < span.end:
+        self.connections.keep(opened, span.position == end)
+      if span.left:
         done, total = megabytes(self.file.done), megabytes(self.file.total or 0)
         raise Transient(f"{redacted(self.url)}: the connection ended after {done} of {total}")
       self.down = False
@@ -2883,6 +2865,7 @@ class Download:
     if self.file.done:
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
+    self.resumed = 0
     length = headers.get("Content-Length") or ""
     chunked = (headers.get("Transfer-Encoding") or "").lower() == "chunked"
     sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
@@ -2914,18 +2897,18 @@ class Download:
 
   def check_space(self, done: int, total: int) -> None:
     """Refuse a download for which there is no room, counting those that go on beside it."""
-    others = [file for file in list(progress.files) if file is not self.file]
-    missing = total - done + sum((file.total or file.done) - file.done for file in others)
+    others = [file for file in list(progress.files) if file is not self.file and file.total]
+    missing = total - done + sum((file.total or 0) - file.done for file in others)
     free = free_space(self.file.folder)
     if missing > free:
       raise disk_full(self.file.part, missing - free)
 
   def copy_body(self, body: "http.client.HTTPResponse", span: Span, lead: bool) -> None:
     """Write a body to the part, looking at the file's first bytes on the way."""
-    looked = self.file.hashed >= HEAD_BYTES
+    looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
-      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.end - span.position))
+      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.left))
       if not chunk:
         if span.end == UNKNOWN:
           span.end = span.position
@@ -2978,7 +2961,7 @@ class Download:
   def helper_loop(self) -> None:
     """Fetch gaps beside the lead until there are none, or the server wants no more."""
     with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
-      span = self.file.claim_gap() or self.file.claim_half()
+      span = self.file.claim_gap() or self.file.steal(split=True)
       while span:
         start = span.position
         try:
@@ -2986,7 +2969,7 @@ class Download:
         except Transient:
           if span.position == start:
             return
-        span = self.file.claim_gap() or self.file.claim_half()
+        span = self.file.claim_gap() or self.file.steal(split=True)
 
   # Readers.
 
@@ -3014,7 +2997,7 @@ class Download:
     for span in self.file.spans:
       if span.position // BLOCK_BYTES <= first and start < span.end:
         if time.monotonic() > span.moved + STALL_SECONDS:
-          self.file.release(span)
+          self.file.cut(span, span.position)
         elif start < span.position + JOIN_BLOCKS * BLOCK_BYTES:
           span.urgent_until = max(span.urgent_until, min(start + BLOCK_BYTES, span.end))
           return
@@ -4241,7 +4224,7 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   left = list(futures)
   try:
     while left:
-      ended.wait(min(progress.pause, POLL_SECONDS))
+      ended.wait(0.2)  # so often is the progress drawn
       ended.clear()
       for future in [each for each in left if each.done]:
         left.remove(future)
@@ -6077,12 +6060,9 @@ def streamed_base(
   lock, log = fds
   program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
   command = [sys.executable, program, SERVE, f"{lock},{ours},{log}", "run", "--stream"]
-  command += ["--platform", plan.guest.arch, "--name", plan.name, *["--rm"] * plan.ephemeral]
-  command += [
-    *(["--qemu", options.qemu] if options.qemu else []),
-    *["--progress"] * options.progress,
-  ]
-  command += [plan.guest.os, plan.version]
+  command += ["--platform", plan.guest.arch, "--name", plan.name]
+  command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
+  command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
       kept = tuple(fd for fd in (lock, ours, log) if fd >= 0)
@@ -7473,7 +7453,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
   page = os.path.join(top, "expanded_assets", tag)
   for path in (target, page):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-  with download_lock(os.path.dirname(target), name + ".part") as place:
+  with download_lock(os.path.dirname(target), name + ".download") as place:
     if not os.path.isfile(target):
       download = fetch_asset(releases, repo, tag, name, place)
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
@@ -7481,7 +7461,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
       download.file.remove()
-  with download_lock(folder, repo + ".part"):
+  with download_lock(folder, repo + ".download"):
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
     for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):

@@ -145,7 +145,8 @@ def works(run):
 # Lines that tell how a command goes on; an error may come after any of them.
 EVENT_RE = re.compile(
   "qvm: (downloading .*|downloaded .*|unpacking .*|.* is the newest|"
-  ".*; (trying again in .* s|fetching it once more|looking for an older qcow2))"
+  ".*; (trying again in .* s|fetching it once more|looking for an older qcow2|"
+  "reading the release pages instead))"
 )
 
 

@@ -788,7 +788,7 @@ def test_disk_full(no_qemu, server):
   )
   assert result.returncode == 1
   assert "refused" not in result.stderr and "Traceback" not in result.stderr
-  assert re.search(r"/qemu/x86_64.*too large", result.stderr.splitlines()[-1]), result.stderr
+  assert re.search(r"/qemu-system-x86_64.*too large", result.stderr.splitlines()[-1]), result.stderr
   assert [path for path in no_qemu.files() if path.startswith("qemu/")] == []
   assert no_qemu(*RUN).returncode == 0
   assert len(server.requests(QEMU, "cdn")) == 1

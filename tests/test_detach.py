@@ -148,7 +148,8 @@ class Machines:
 
   def patient(self, *words, stop=0.3, end=0.3, timeout=60):
     """Run qvm with little patience: the constants are set from outside."""
-    code = f"import qvm, sys; qvm.POWER_OFF_SECONDS = {stop}; qvm.TERM_GRACE_SECONDS = {end}; sys.exit(qvm.main())"
+    code = f"import qvm, sys; qvm.POWER_OFF_SECONDS = {stop}; "
+      f"qvm.TERM_GRACE_SECONDS = {end}; sys.exit(qvm.main())"
     return subprocess.run(
       [sys.executable, "-c", code, *words],
       cwd=str(ROOT),

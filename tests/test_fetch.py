@@ -1061,6 +1061,42 @@ def test_addresses_that_fail_at_once(monkeypatch, kinds, works):
       assert caught.value.errno and not isinstance(caught.value, socket.timeout)
 
 
+def test_families_take_turns_and_the_silent_come_last(monkeypatch):
+  """An address that lets its time pass is tried last from then on."""
+  tried = []
+
+  class Link:
+    """A connection that a silent address neither takes nor refuses."""
+
+    def __init__(self, family, kind, protocol):
+      self.timeout = None
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *error):
+      pass
+
+    def settimeout(self, seconds):
+      self.timeout = seconds
+
+    def connect(self, address):
+      tried.append((address[0], self.timeout))
+      if address[0] != "v4 b":
+        raise socket.timeout("timed out")
+
+  places = [(socket.AF_INET6, "v6 a"), (socket.AF_INET6, "v6 b"), (socket.AF_INET, "v4 a"),
+            (socket.AF_INET, "v4 b")]  # fmt: skip
+  found = [(family, socket.SOCK_STREAM, 0, "", (name, 9)) for family, name in places]
+  monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+  monkeypatch.setattr(socket, "socket", Link)
+  monkeypatch.setattr(qvm_source, "silent_addresses", set())
+  assert qvm_source.connect(("name", 9), 30.0).timeout == 30.0
+  short = qvm_source.FAMILY_SECONDS
+  assert tried == [("v6 a", short), ("v4 a", short), ("v6 b", short), ("v4 b", 30.0)]
+  assert qvm_source.connect(("name", 9), 30.0) and tried[4:] == [("v4 b", short)]
+
+
 def test_host_that_speaks_something_else(no_image):
   """Such as an ssh server: an error that names the address, and says what is wrong."""
   with socket.socket() as other:

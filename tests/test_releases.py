@@ -327,7 +327,8 @@ def test_resumed_download_is_hashed_whole(no_image, server, image):
 @pytest.mark.parametrize("place", [200, 100000, -1])
 def test_earlier_bytes_are_wrong(no_image, server, image, place):
   part = kill_at(no_image, server, f"{FREEBSD}.qcow2", 300000, "pull", "freebsd", "15.1")
-  content = bytearray(part.read_bytes())
+  kept = (part.parent / "map").read_bytes().count(1) * qvm_source.BLOCK_BYTES
+  content = bytearray(part.read_bytes()[:kept])
   content[place] ^= 1
   part.write_bytes(content)
   run = works(no_image("pull", "freebsd", "15.1"))
@@ -370,6 +371,7 @@ def test_digest_is_recorded(no_image, image, server):
     "validator": server.find("freebsd-builder", "v0.16.0").assets[f"{FREEBSD}.qcow2"].etag,
     "size": len(image),
     "asset_sha256": sha256(image),
+    "format": 1,
     "sha256": sha256(image),
     "bytes": len(image),
     "inode": (no_image.cache / "base" / f"{FREEBSD}.qcow2").stat().st_ino,
@@ -487,9 +489,12 @@ def test_verify_hostile_record(whole, tmp_path):
     edit(qvm, NOTE, release=release)
     server.clear_log()
     run = qvm("pull", "--verify", "freebsd", "15.1")
-    works(run)
+    text = isinstance(release, str)
+    assert run.returncode == (0 if text else 1), run.stderr
     image, *others = run.stdout.splitlines()
     noted = "ok, matches the record; the release's digest is unknown"
+    if not text:
+      noted = "unknown: no digest was recorded at download"
     assert image == f"{FREEBSD}.qcow2: {noted}"
     assert [line.partition(": ")[2] for line in others] == ["ok, matches v2.0.0"] * 2
     assert not [path for path in server.paths() if ".." in path]
@@ -830,7 +835,7 @@ PAGES = {
 
 
 def page_release(monkeypatch, text):
-  monkeypatch.setattr(qvm_source, "get", lambda net, url: text)
+  monkeypatch.setattr(qvm_source, "get_page", lambda net, url: text)
   return qvm_source.page_release(qvm_source.net_from({}), "r", "v1")
 
 

@@ -1,5 +1,6 @@
 """search, pull --refresh, clean and mirrors: what there is, what is newer, and what may go."""
 
+import fcntl
 import functools
 import http.server
 import json
@@ -688,6 +689,49 @@ def test_clean_temporary_folders(pulled):
   assert pulled.files() == before
 
 
+OLDER = [f"{FREEBSD}.qcow2.{end}" for end in ("part", "json", "map", "lock", "json.tmp")]
+OLDER += [f"{BUNDLE}.part", f"{BUNDLE}.json", "qemu-system-x86_64-linux.tar.part"]
+
+
+def older_downloads(qvm):
+  """What an older qvm has left: flat files, and the folder where it has unpacked a bundle."""
+  folder = qvm.cache / "downloads"
+  for name in OLDER:
+    (folder / name).write_bytes(b"older")
+  (folder / f"{FREEBSD}.qcow2.tmp").mkdir()
+  (folder / f"{FREEBSD}.qcow2.tmp" / "disk.img").write_bytes(b"older")
+  return folder
+
+
+def test_what_an_older_qvm_left_is_dropped(pulled):
+  """The next run or pull does it, and says so once; nothing else in the folder is touched."""
+  folder = older_downloads(pulled)
+  (folder / "holiday.jpg").write_text("mine")
+  runs = [works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD})) for _ in range(2)]
+  assert [run.stderr.count("an older qvm left unfinished") for run in runs] == [1, 0]
+  assert os.listdir(folder) == ["holiday.jpg"]
+
+
+def test_clean_drops_what_an_older_qvm_left(pulled):
+  folder = older_downloads(pulled)
+  assert len(clean(pulled)) == len(OLDER) + 1
+  assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("held", ["its lock", "all downloads"])
+def test_an_older_qvm_that_still_downloads_is_left_alone(pulled, held):
+  folder = older_downloads(pulled)
+  fd = os.open(folder / OLDER[3] if held == "its lock" else folder, os.O_RDONLY)
+  fcntl.flock(fd, fcntl.LOCK_SH)
+  works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD}))
+  left = set(os.listdir(folder))
+  os.close(fd)
+  mine = {*(name for name in OLDER if name.startswith(FREEBSD)), f"{FREEBSD}.qcow2.tmp"}
+  assert left == (mine if held == "its lock" else {*OLDER, f"{FREEBSD}.qcow2.tmp"})
+  works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD}))
+  assert os.listdir(folder) == []
+
+
 def test_clean_all(pulled):
   """Images that no instance needs, and QEMU; an instance keeps its image and its disk."""
   works(pulled(*RUN))
@@ -1021,7 +1065,7 @@ def test_killed_mirror_goes_on(qvm, server, tmp_path, image):
   works(qvm(*PULL, "--mirror", str(tmp_path / "m")))
   (target,) = (tmp_path / "m").rglob(f"{FREEBSD}.qcow2")
   assert target.read_bytes() == image
-  assert not list((tmp_path / "m").rglob("*part"))
+  assert not list((tmp_path / "m").rglob("*.download"))
 
 
 def test_two_fill_a_mirror(qvm, server, tmp_path, tools_tar):

@@ -92,12 +92,14 @@ if TYPE_CHECKING:
   import gzip
   import hashlib
   import http.client
+  import ipaddress
   import json
   import lzma
   import marshal
   import pwd
   import queue
   import random
+  import resource
   import select
   import shlex
   import shutil
@@ -130,9 +132,10 @@ else:
       return getattr(module, attribute)
 
   for _name in (
-    *("array", "bz2", "difflib", "fcntl", "fnmatch", "glob", "grp", "gzip", "hashlib", "json"),
-    *("lzma", "marshal", "pwd", "queue", "random", "select", "shlex", "shutil", "socket", "ssl"),
-    *("struct", "subprocess", "tarfile", "tempfile", "termios", "tty", "zlib"),
+    *("array", "bz2", "difflib", "fcntl", "fnmatch", "glob", "grp", "gzip", "hashlib"),
+    *("ipaddress", "json", "lzma", "marshal", "pwd", "queue", "random", "resource", "select"),
+    *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
+    *("termios", "tty", "zlib"),
   ):
     globals()[_name] = Lazy(_name)
   email, http = Lazy("email.utils"), Lazy("http.client")
@@ -186,7 +189,12 @@ def describe(error: BaseException) -> str:
   text = getattr(error, "strerror", None) or str(error) or type(error).__name__
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     text = f"the disk is full: {text}"
-  return re.sub(r"\S*@", "", str(text))
+  return re.sub(r"\S*@", "", brief(str(text)))
+
+
+def brief(text: str) -> str:
+  """A text that may be a server's, cut after a word if it is longer than a message."""
+  return text if len(text) < 400 else text[:400].rpartition(" ")[0] + " ..."
 
 
 def redacted(url: str) -> str:
@@ -236,6 +244,13 @@ class Reporter:
         self.drawn = True
       else:
         self._write(f"qvm: {printable(text)}\n")
+
+  def erase(self) -> None:
+    """Take away what draw() has shown in place."""
+    with self.lock:
+      if self.drawn:
+        self._write("")
+        self.drawn = False
 
   def _write(self, text: str) -> None:
     clear = "\r\033[K" if self.drawn else ""
@@ -566,6 +581,7 @@ def find_guest(os_name: str, arch: str) -> Guest:
 # ---- Command line -------------------------------------------------------------------------------
 
 ACCELERATORS = ("hvf", "kvm", "tcg")
+TABLE_ACCEL = "hvf:kvm:tcg"  # as in the tables
 DIRECTIONS = ("both", "in", "out")
 SSH_PORT = 2847
 NAME_RE = r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,99}\Z"
@@ -593,12 +609,13 @@ class Options(NamedTuple):
   memory: str = "6G"
   cpus: str = "2"
   ssh: Address = Address()
-  accel: str = "hvf:kvm:tcg"
+  accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
   detach: bool = False
   stream: bool = False
-  boot_timeout: float = 600.0
+  boot_timeout: Optional[float] = None  # seconds; see Machine.patience
+  boot_attempts: int = 1
   console_log: str = ""
   no_network: bool = False
   guest_command: Tuple[str, ...] = ()
@@ -694,6 +711,13 @@ def parse_seconds(text: str) -> float:
   return float(text)
 
 
+def parse_attempts(text: str) -> int:
+  """How often a machine may be booted."""
+  if not re.match(r"[0-9]{1,2}\Z", text) or not 1 <= int(text) <= 10:
+    raise UsageError(f"invalid number of attempts '{text}': use 1 to 10")
+  return int(text)
+
+
 def parse_variable(text: str) -> str:
   """An environment variable as NAME or NAME=VALUE."""
   if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
@@ -743,7 +767,8 @@ OPTIONS = (
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
   Option(("--accel",), "accel", "LIST", parse_accel,
-         "accelerators to try, in this order (default: hvf:kvm:tcg)"),
+         "accelerators to try, in this order, and no others\n"
+         "(default: the fastest that works here)"),
   Option(("--qemu",), "qemu", "PATH", parse_text,
          "use this qemu-system-… and the qemu-img next to it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
@@ -754,7 +779,9 @@ OPTIONS = (
          "boot while the image is downloading: the guest runs before\n"
          "the image's digest is checked"),
   Option(("--boot-timeout",), "boot_timeout", "SECONDS", parse_seconds,
-         "how long to wait for ssh (default: 600)"),
+         "how long to wait for ssh (default: 600, emulated 1800)"),
+  Option(("--boot-attempts",), "boot_attempts", "N", parse_attempts,
+         "how often to boot a guest whose ssh does not answer\n(default: 1)"),
   Option(("--console-log",), "console_log", "FILE", parse_text,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
@@ -805,7 +832,8 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
-     "qemu_args", "detach", "stream", "boot_timeout", "console_log", "no_network", *IN_GUEST,
+     "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts", "console_log", "no_network",
+     *IN_GUEST,
      "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
@@ -845,6 +873,7 @@ COMMANDS = {
     "NAME [-- COMMAND [ARG...]]", 1, 1, ("boot_timeout", *IN_GUEST),
     "Run a command in a running instance, or open a shell.",
     ("qvm ssh build", "qvm ssh build -- uname -a", "qvm ssh --sync . build -- make"),
+    {"boot_timeout": "how long to wait for ssh (default: 600)"},
   ),
   "stop": Command(
     "NAME...", 1, 1000, ("force", "boot_timeout"),
@@ -1296,16 +1325,27 @@ T = TypeVar("T")
 Handle = Union[int, IO[bytes], None]
 
 
+def absolute(path: str, name: str) -> str:
+  """A path of the user's, without ~ and relative parts; name is the option or variable."""
+  try:
+    return os.path.abspath(os.path.expanduser(path) if path.startswith("~") else path)
+  except FileNotFoundError:
+    raise UsageError(f"{name}: '{path}' is relative, and the current folder has been deleted")
+
+
 def cache_from(environ: Mapping[str, str]) -> Cache:
   """The cache that the environment names; the XDG spec says to ignore a relative XDG_CACHE_HOME."""
   if environ.get("QVM_CACHE_DIR"):
-    return Cache(os.path.abspath(environ["QVM_CACHE_DIR"]))
-  xdg = environ.get("XDG_CACHE_HOME", "")
-  home = os.path.expanduser("~")
-  if not os.path.isabs(xdg) and home == "~":
+    return Cache(absolute(environ["QVM_CACHE_DIR"], "QVM_CACHE_DIR"))
+  xdg, home = environ.get("XDG_CACHE_HOME", ""), environ.get("HOME", "")
+  with contextlib.suppress(KeyError):
+    home = home or pwd.getpwuid(os.getuid()).pw_dir
+  if xdg.startswith("~/"):  # from a file that no shell reads
+    xdg = absolute(xdg, "XDG_CACHE_HOME")
+  if not os.path.isabs(xdg) and home in ("", "~"):
     raise QvmError("this user has no home folder", "set QVM_CACHE_DIR to a folder for qvm")
   folder = xdg if os.path.isabs(xdg) else home + "/.cache"
-  return Cache(os.path.abspath(os.path.join(folder, "qvm")))
+  return Cache(absolute(os.path.join(folder, "qvm"), "HOME"))
 
 
 class RecordError(QvmError):
@@ -1446,6 +1486,14 @@ def write_text(path: str, text: str, mode: int = 0o644) -> None:
   os.replace(path + ".tmp", path)
 
 
+def temporary_folder(cache: Cache) -> str:
+  """The folder for temporary files; in a container without one that of unfinished files."""
+  try:
+    return tempfile.gettempdir()
+  except FileNotFoundError:
+    return cache.downloads
+
+
 def names_in(folder: str) -> List[str]:
   """The sorted names in a folder; none if it does not exist."""
   try:
@@ -1576,7 +1624,9 @@ def move_into_place(source: str, target: str, mode: int) -> None:
   move(source, target, True)
 
 
-FOLDERS = ("", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code")
+FOLDERS = (
+  "", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code", "accelerators",
+)  # fmt: skip
 
 
 def make_folders(cache: Cache) -> None:
@@ -1589,16 +1639,46 @@ def make_folders(cache: Cache) -> None:
       os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
     for name in FOLDERS:
       path = cache.path(name) if name else cache.root
-      make_folder(path)
+      if make_folder(path) and not name and sys.platform == "darwin":
+        ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
-    raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", OTHER_CACHE)
+    raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", owner_fix(path))
+  if not locks_work(cache.root):
+    say(f"{cache.root}: locks do not work on its file system: run one qvm at a time, {NFS_FIX}")
   check_owners(cache)
   drop_older_downloads(cache)
   keep_code()
+
+
+NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
+
+
+def owner_fix(path: str) -> str:
+  """What to do about a folder of the cache that cannot be made: such as one made with sudo."""
+  while not os.path.exists(path) and os.path.dirname(path) != path:
+    path = os.path.dirname(path)
+  with contextlib.suppress(OSError):
+    if os.stat(path).st_uid != os.getuid() and not os.access(path, os.W_OK):
+      return f"if it is to be yours: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}"
+  return OTHER_CACHE
+
+
+def locks_work(folder: str) -> bool:
+  """Whether flock keeps others out: some network file systems let everybody in."""
+  fds = [os.open(folder, os.O_RDONLY) for _ in range(2)]
+  try:
+    for fd in fds:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return False
+  except OSError:  # locked by us or by another qvm; what knows no locks at all is another matter
+    return True
+  finally:
+    for fd in fds:
+      os.close(fd)
 
 
 OLDER_DOWNLOAD_RE = r"(.+\.(?:qcow2|tar|tar\.zst))\.(?:part|json|map|lock|tmp|json\.tmp)\Z"
@@ -1615,10 +1695,12 @@ def drop_older_downloads(cache: Cache) -> None:
         say(f"removed the unfinished downloads of an older qvm in {cache.downloads}")
 
 
-def make_folder(path: str) -> None:
-  """Create a folder for this user only, whatever the umask, unless something is there."""
+def make_folder(path: str) -> bool:
+  """Create a folder for this user only, whatever the umask; False if something is there."""
   with contextlib.suppress(FileExistsError):
     os.mkdir(path, 0o700)
+    return True
+  return False
 
 
 def missing_above(path: str) -> Iterator[str]:
@@ -1845,8 +1927,8 @@ def find_program(name: str, folder: Optional[str] = None) -> str:
 
 def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
-  paths = {
-    name: os.path.abspath(getattr(options, name))
+  paths: Dict[str, Any] = {
+    name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
     for name in ("sync", "console_log", "mirror")
     if getattr(options, name)
   }
@@ -1854,10 +1936,14 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
-  if options.qemu:
-    paths["qemu"] = find_program(options.qemu)
+  name, program = "--qemu", options.qemu
+  if not program and "qemu" in COMMANDS[options.command].fields:
+    name = "QVM_QEMU_" + QEMU_CPUS[options.platform or this_host().arch].upper()
+    program = os.environ.get(name, "")
+  if program:
+    paths["qemu"] = find_program(os.path.expanduser(program))
     if not paths["qemu"]:
-      raise UsageError(f"--qemu: no such executable program: '{options.qemu}'")
+      raise UsageError(f"{name}: no such executable program: '{program}'")
   return options._replace(**paths)
 
 
@@ -1888,6 +1974,15 @@ def start(command: Sequence[str], spawn: Spawn) -> "Process":
     )
   except OSError as error:
     raise cannot_run(command[0], error)
+
+
+def allow_many_files() -> None:
+  """Raise the limit of open files, for QEMU: macOS gives 256, too few for its user network."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = 10240 if hard == resource.RLIM_INFINITY else min(hard, 10240)  # XNU's OPEN_MAX
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def silent() -> Spawn:
@@ -1958,9 +2053,10 @@ def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
 
 
 def this_host() -> Host:
-  """The host that qvm runs on."""
+  """The host that qvm runs on; under Rosetta only the kernel's version tells the machine."""
   uname = os.uname()
-  return host_of(uname.sysname, uname.machine)
+  apple = uname.sysname == "Darwin" and "RELEASE_ARM64" in uname.version
+  return host_of(uname.sysname, "arm64" if apple else uname.machine)
 
 
 def available_memory(meminfo: str) -> Optional[int]:
@@ -2191,6 +2287,47 @@ def connection_handlers() -> "List[urllib.request.BaseHandler]":
   return [type(kind.__name__, (kind,), {"do_open": do_open})() for kind in kinds]
 
 
+def proxy_for(url: str) -> str:
+  """The address of the proxy for a URL; empty when there is none, or no_proxy names the host."""
+  parts = urllib.parse.urlsplit(url)
+  proxy, host = urllib.request.getproxies().get(parts.scheme, ""), parts.hostname or ""
+  if not proxy or urllib.request.proxy_bypass(host):
+    return ""
+  networks = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+  for network in [word.strip() for word in networks.split(",") if "/" in word]:
+    with contextlib.suppress(ValueError):  # the host is a name, or the network none
+      if ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False):
+        return ""
+  return str(proxy)
+
+
+def proxy_handler() -> Any:
+  """urllib's handler of proxies, which also knows networks in no_proxy, and that SOCKS is none."""
+
+  class Proxies(urllib.request.ProxyHandler):
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+      if not proxy_for(req.full_url):
+        return None
+      if proxy.lower().startswith("socks"):
+        raise QvmError(
+          f"the proxy {proxy_name(proxy)} is a SOCKS proxy, which qvm cannot use",
+          f"set {type}_proxy to an HTTP proxy, or unset it",
+        )
+      return super().proxy_open(req, proxy, type)
+
+  return Proxies()
+
+
+def trust_system() -> None:
+  """On macOS, trust the system's certificates if Python comes with none, as python.org's does."""
+  system = "/etc/ssl/cert.pem"
+  if sys.platform != "darwin" or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & set(os.environ):
+    return
+  paths = ssl.get_default_verify_paths()
+  if not paths.cafile and not (paths.capath and names_in(paths.capath)) and os.path.isfile(system):
+    os.environ["SSL_CERT_FILE"] = system  # where OpenSSL looks, in every context
+
+
 def open_url(
   net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = ""
 ) -> "http.client.HTTPResponse":
@@ -2199,6 +2336,7 @@ def open_url(
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
   With stop, a redirect to an address that contains it is returned instead of followed.
   """
+  trust_system()
   request = urllib.request.Request(url, headers=dict(headers or {}))
   request.add_header("User-Agent", "qvm/" + __version__)
   request.add_header("Accept-Encoding", "identity")
@@ -2206,7 +2344,9 @@ def open_url(
     request.add_unredirected_header("Authorization", "Bearer " + net.token)
   response: Any  # of a file:/// URL it is another class with the same methods
   try:
-    opener = urllib.request.build_opener(redirect_handler(stop), *connection_handlers())
+    opener = urllib.request.build_opener(
+      redirect_handler(stop), proxy_handler(), *connection_handlers()
+    )
     response = opener.open(request, timeout=net.timeout)
   except urllib.error.HTTPError as error:
     if 300 <= error.code < 400 and stop and stop in error.headers.get("Location", ""):
@@ -2232,7 +2372,7 @@ def http_failure(url: str, error: "urllib.error.HTTPError") -> Exception:
     if "location" not in error.headers:  # the connection may have ended before it came
       return Transient(f"{redacted(url)}: a redirect that leads nowhere")
     return QvmError(f"{redacted(url)}: bad redirect: {error.msg}")
-  message = f"{redacted(final)} answers {code} {error.msg}"
+  message = f"{redacted(final)} answers {code} {brief(error.msg)}"
   if error.headers.get("x-ratelimit-remaining") == "0":
     return QvmError(f"{message}: the quota of GitHub's API is used up", QUOTA_HINT)
   expired = code == 403 and redacted(final) != redacted(url)  # a signed address: ask for a new one
@@ -2254,6 +2394,17 @@ def retry_after(text: Optional[str]) -> Optional[float]:
   return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
 
 
+def certificate_fix(problem: str) -> str:
+  """What to do about a certificate that cannot be verified, from OpenSSL's words."""
+  if "expired" in problem or "not yet valid" in problem:
+    now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    return f"is the clock of this machine right? it says {now} UTC"
+  fix = "install the package ca-certificates"
+  if sys.platform == "darwin":
+    fix = "python.org's Python: run 'Install Certificates.command' once"
+  return f"{fix}; behind a company's proxy: set SSL_CERT_FILE to the file with its certificates"
+
+
 def connection_failure(url: str, error: Exception) -> Exception:
   """What an exception from urllib or http.client means, with the fix where one is known."""
   reason = getattr(error, "reason", None)
@@ -2261,8 +2412,7 @@ def connection_failure(url: str, error: Exception) -> Exception:
   if isinstance(cause, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
     return QvmError(
       f"{redacted(url)}: its certificate cannot be verified: {cause}",
-      "python.org's Python on macOS: run 'Install Certificates.command' once; behind a company's "
-      "proxy: set SSL_CERT_FILE to the file with its certificates",
+      certificate_fix(str(cause)),
     )
   if url.startswith("file:") and isinstance(cause, OSError):
     return NotFound(f"{redacted(url)}: {describe(cause)}")
@@ -2275,11 +2425,12 @@ def connection_failure(url: str, error: Exception) -> Exception:
 
 def proxy_used(url: str) -> str:
   """Names the proxy that a request goes through; empty when there is none."""
-  parts = urllib.parse.urlsplit(url)
-  proxy = urllib.request.getproxies().get(parts.scheme)
-  if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+  proxy, name = proxy_for(url), urllib.parse.urlsplit(url).scheme + "_proxy"
+  if not proxy:
     return ""
-  return f"the request goes through the proxy {proxy_name(proxy)} ({parts.scheme}_proxy)"
+  given = name in os.environ or name.upper() in os.environ  # else it is in macOS' settings
+  origin = name if given else "System Settings"
+  return f"the request goes through the proxy {proxy_name(proxy)} ({origin})"
 
 
 def proxy_name(proxy: str) -> str:
@@ -4261,6 +4412,7 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   except OSError as error:
     raise write_failure(aside, os.path.getsize(part), error)
   disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
+  flush(disk)  # APFS takes for holes what it has not written yet (QEMU's bug 1776920)
   run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
   os.unlink(disk)
   return result
@@ -4592,9 +4744,27 @@ def check_here(paths: InstancePaths) -> None:
     )
 
 
+def check_spelling(paths: InstancePaths) -> None:
+  """Refuse a name that this disk takes for another instance's, as macOS does with web and Web."""
+  if not os.path.lexists(paths.disk) or os.path.basename(paths.disk) in names_in(
+    paths.cache.instances
+  ):
+    return
+  found = [
+    name
+    for name in instance_names(paths.cache, ".qcow2")
+    if os.path.samefile(paths.cache.instance(name).disk, paths.disk)
+  ]
+  raise QvmError(
+    f"this disk takes the names {paths.name} and {', '.join(found)} for one",
+    "use that spelling, or choose another --name",
+  )
+
+
 def take_instance(paths: InstancePaths) -> Lock:
   """Take an instance's lock; RunningError names the process that holds it."""
   lock = Lock(paths.lock)
+  check_spelling(paths)
   with instances_lock(paths.cache):
     if not lock.try_():
       raise RunningError(
@@ -4739,7 +4909,6 @@ class Base(NamedTuple):
   needs: Tuple[str, ...] = ()  # files that must exist when the overlay is created
   fds: Tuple[int, ...] = ()  # descriptors for QEMU
   adjust: Callable[[List[str]], List[str]] = list  # changes QEMU's usual command line
-  started: Optional[Callable[[], None]] = None  # called once QEMU has the descriptors
 
 
 def cached_base(plan: Plan) -> Base:
@@ -4793,7 +4962,7 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
     moved = os.path.basename(before) == os.path.basename(backing) and before != backing
-    if is_served(before) or moved:
+    if (is_served(before) and before != backing) or moved:
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
@@ -4837,7 +5006,9 @@ class Row(NamedTuple):
 
 def list_instances(cache: Cache) -> List[Row]:
   """All instances that have a disk, by name; then the layers."""
-  if not os.path.isdir(cache.instances):
+  try:
+    os.stat(cache.instances)
+  except (FileNotFoundError, NotADirectoryError):
     return []
   rows = []
   with instances_lock(cache):
@@ -4894,6 +5065,9 @@ class HostFacts(NamedTuple):
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
+  accel: str = TABLE_ACCEL
+  emulated: bool = False  # neither KVM nor HVF can run this guest here
+  host_cpu: bool = False  # KVM runs no CPU but the host's own, as on arm64
 
 
 class Adjustment(NamedTuple):
@@ -4909,7 +5083,7 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
   address = facts.address
   changes = [
     Adjustment("-netdev", "hostfwd=tcp::2847-", f"hostfwd=tcp:{address.host}:{address.port}-"),
-    Adjustment("-machine", "accel=hvf:kvm:tcg", "accel=" + options.accel),
+    Adjustment("-machine", "accel=" + TABLE_ACCEL, "accel=" + facts.accel),
     Adjustment("-m", "6G", options.memory),
     Adjustment("-smp", "2", options.cpus),
   ]
@@ -4920,6 +5094,8 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
     changes.append(Adjustment("-machine", "type=virt,", "type=virt,acpi=off,"))
   if guest.arch == "x86-64" and facts.mask_cpu:
     changes.append(Adjustment("-cpu", "max", "max," + CPU_MASK))
+  if guest.arch == "arm64" and facts.host_cpu:
+    changes.append(Adjustment("-cpu", "cortex-a57", "host"))
   return changes
 
 
@@ -4983,18 +5159,25 @@ DISK_FULL = "the disk is full: QEMU has paused the guest; free some space and st
 @contextlib.contextmanager
 def terminal_kept() -> Iterator[None]:
   """Restore the terminal at the end, even if a killed QEMU left it in raw mode."""
-  before, flags = None, 0
+  before = None
   with contextlib.suppress(termios.error, OSError):
     if os.tcgetpgrp(0) == os.getpgrp():  # a background process must not change it
-      before, flags = termios.tcgetattr(0), fcntl.fcntl(0, fcntl.F_GETFL)
+      before = termios.tcgetattr(0)
   try:
     yield
   finally:
     report.newline = "\n"
     if before:
       with contextlib.suppress(termios.error, OSError):
-        fcntl.fcntl(0, fcntl.F_SETFL, flags)
         termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def may_read_stdin() -> bool:
+  """Whether reading stdin cannot stop qvm: a terminal is its foreground process group's to read."""
+  try:
+    return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
+  except OSError:
+    return False
 
 
 def is_interactive() -> bool:
@@ -5149,8 +5332,15 @@ KVM_FIX = "sudo usermod -aG kvm $USER, then log in again; on a CI runner: sudo c
 TCG_FIX = "add --accel tcg, which is slower"
 QEMU_FIX = "delete QEMU with qvm clean --all; the next run downloads it again"
 # A message of QEMU, its meaning, and what to do about it.
+STUCK_RE = r"KVM: entry failed|kvm run failed|KVM internal error"  # QEMU then only waits
+HVF_RE = r"HV_[A-Z]{3,}|access HVF|/hvf/\S+: Assertion"
+KVM_RE = STUCK_RE + r"|kvm_\w+: Assertion|/kvm/\S+: .*Assertion|'host' CPU type can only be used"
+KVM_RE += r"|kvm_init_vcpu|initialize kvm: (?!No such|Permission)"
 CAUSES = (
-  (r"kvm_\w+: Assertion", "KVM exists but does not work (nested virtualisation?)", TCG_FIX),
+  (KVM_RE, "KVM exists but does not work (nested virtualisation?)", TCG_FIX),
+  (HVF_RE, "HVF does not work here (a virtual machine, or a QEMU for another CPU?)", TCG_FIX),
+  (r"dyld.*Symbol not found|Symbol not found: _", "this macOS is too old for the downloaded QEMU",
+   "update macOS: QEMU needs 13, its newer releases 15.4; or use your own QEMU with --qemu"),
   (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
   (r"set up host forwarding rule", "the ssh port is taken by another program",
    "choose another with --ssh-port"),
@@ -5177,6 +5367,21 @@ def explain(output: str) -> List[str]:
   return []
 
 
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
+
+
+def why_ended(output: str, code: int) -> List[str]:
+  """Why QEMU ended with this return code, and the fix; empty if that is unknown or it is well."""
+  causes = explain(output) if code else []
+  if code < 0 and not causes:
+    crash = -code in CRASHES
+    causes = [
+      f"QEMU has crashed ({ending(code)})" if crash
+      else f"something other than qvm killed QEMU ({ending(code)})"
+    ]  # fmt: skip
+  return causes
+
+
 def fell_back(output: str) -> List[str]:
   """What to report when QEMU runs, but could not use the host's KVM."""
   if not re.search(FELL_BACK_RE, output):
@@ -5195,7 +5400,9 @@ class Relay:
     self.keyboard, self.modes, self.screen = Keyboard(), Modes(), Screen()
     self.on_terminal = os.isatty(1)
     self.pending = b""  # typed, but not yet accepted by QEMU
+    self.reading = bool(process.stdin)  # whether there may be more to read from our stdin
     self.words = b""  # the end of QEMU's own messages
+    self.stuck = False  # whether QEMU was ended because it would have waited for ever
     self.stdout_lost = False
     self.fell_back: List[str] = []
 
@@ -5203,18 +5410,19 @@ class Relay:
     """Relay until QEMU has ended and all its output has been passed on."""
     out, err = self.process.stdout, self.process.stderr
     sources = {stream.fileno(): stream for stream in (out, err) if stream}
-    typed = {0} if self.interactive else set()
     if self.keys >= 0:
       os.set_blocking(self.keys, False)
     told = False
     while sources:
       ended = self.process.poll() is not None
       writers = [self.keys] if self.pending and self.keys >= 0 else []
-      ready, free, _ = select.select([*sources, *typed], writers, [], 0 if ended else 1.0)
+      more = self.reading and len(self.pending) < CHUNK_BYTES and may_read_stdin()
+      readers = [*sources, 0] if more else list(sources)
+      ready, free, _ = select.select(readers, writers, [], 0 if ended else 1.0)
       if free:
         self.type(b"")
-      if 0 in ready and not self.read_keys():
-        typed.clear()
+      if 0 in ready:
+        self.read_keys()
       for fd in [fd for fd in ready if fd in sources]:
         chunk = os.read(fd, CHUNK_BYTES)
         if not chunk:
@@ -5230,14 +5438,15 @@ class Relay:
         say(DISK_FULL)
     self.print(self.screen.rest())
 
-  def read_keys(self) -> bool:
-    """Handle typed bytes; returns False at the end of the input."""
+  def read_keys(self) -> None:
+    """Handle typed bytes, or the end of the input."""
     try:
       data = os.read(0, CHUNK_BYTES)
-    except OSError:
+    except OSError:  # such as nohup's stdin, which can only be written
       data = b""
     self.screen.typed(data)
-    sent, commands = self.keyboard.feed(data)
+    self.reading = bool(data)
+    sent, commands = self.keyboard.feed(data) if self.interactive else (data, "")
     self.type(sent)
     for command in commands:
       if command == "x":
@@ -5246,7 +5455,6 @@ class Relay:
       else:
         for line in KEY_HELP:
           say(line)
-    return bool(data)
 
   def type(self, data: bytes) -> None:
     """Write typed bytes to QEMU as far as it accepts them; the rest waits."""
@@ -5258,6 +5466,9 @@ class Relay:
       pass
     except OSError:
       self.pending = b""  # QEMU has ended
+    if not self.reading and not self.pending and self.process.stdin and self.keys >= 0:
+      self.process.stdin.close()
+      self.keys = -1
 
   def show(self, chunk: bytes) -> None:
     """Pass the guest's output on to our stdout and the log."""
@@ -5288,12 +5499,24 @@ class Relay:
         say(line)
     with contextlib.suppress(OSError):
       write_all(2, chunk.replace(b"\n", b"\r\n") if report.newline == "\r\n" else chunk)
+    if not self.stuck and re.search(STUCK_RE, self.words.decode("utf-8", "replace")):
+      self.stuck = True
+      end_process(self.process)
 
 
-def go_raw() -> None:
-  """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S."""
+def go_raw(signals: bool = False) -> None:
+  """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S.
+
+  With signals, for a terminal on stdin only, those keys and the output stay as they are.
+  """
+  before = termios.tcgetattr(0)
   tty.setraw(0, termios.TCSADRAIN)
-  report.newline = "\r\n"
+  if signals:
+    now = termios.tcgetattr(0)
+    now[1], now[3] = before[1], now[3] | termios.ISIG
+    termios.tcsetattr(0, termios.TCSADRAIN, now)
+  else:
+    report.newline = "\r\n"
 
 
 def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
@@ -5396,11 +5619,22 @@ def program_for_ssh(name: str) -> str:
   """The path of a program of the OpenSSH client."""
   program = find_program(name)
   if not program:
-    raise LoginError(
-      f"no {name} found on PATH",
-      SSH_FIX,
-    )
+    raise LoginError(f"no {name} found on PATH", SSH_FIX)
+  if not is_known_user():
+    raise LoginError(f"{name} cannot run: {NO_USER}", NO_USER_FIX)
   return program
+
+
+NO_USER = f"the user with uid {os.getuid()} has no entry in /etc/passwd"
+NO_USER_FIX = 'add one: echo "qvm:x:$(id -u):$(id -g)::/tmp:/bin/sh" >>/etc/passwd'
+
+
+def is_known_user() -> bool:
+  """Whether this user has a passwd entry, without which OpenSSH's programs end at once."""
+  try:
+    return bool(pwd.getpwuid(os.getuid()))
+  except KeyError:
+    return False
 
 
 SECTOR = 512
@@ -5593,7 +5827,9 @@ def ssh_once(
 
   The command in the guest gets a terminal if ssh inherits ours.
   """
-  with tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log") as log:
+  with tempfile.NamedTemporaryFile(
+    prefix="qvm-ssh-", suffix=".log", dir=temporary_folder(login.paths.cache)
+  ) as log:
     command = ssh_command(login, log.name)
     command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
     with contextlib.ExitStack() as stack:
@@ -5612,6 +5848,71 @@ def ssh_once(
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
+def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> None:
+  """Copy bytes until one side has ended, then close our end of the pipe; `stop` ends it early.
+
+  With `stop` the source is stdin, which is left alone while another process group may read it.
+  """
+  with contextlib.suppress(OSError):  # EPIPE; EBADF for nohup's stdin, which can only be written
+    while True:
+      if stop:
+        readers = [stop.fileno(), *([source] if may_read_stdin() else [])]
+        ready = select.select(readers, [], [], POLL_SECONDS)[0]
+        if stop.fileno() in ready:
+          break
+        if not ready:
+          continue
+      data = os.read(source, CHUNK_BYTES)
+      if not data:
+        break
+      write_all(target, data)
+  for end in filter(None, (ours, stop)):
+    end.close()
+
+
+class RelayedStreams:
+  """Pipes for ssh in place of our standard streams, which threads fill and empty.
+
+  ssh makes its streams non-blocking, and with them those of every other process that has them; a
+  terminal it leaves as it is, and gets. What a failed login has not read waits for the next one.
+  """
+
+  def __init__(self, terminal: bool) -> None:
+    self.theirs: List[IO[bytes]] = []  # closed once ssh has ended
+    self.outputs: List[Future[None]] = []
+    stdin = self.input() if not terminal else None
+    stdout = self.output(1) if not terminal else None
+    stderr = self.output(2) if not terminal or not os.isatty(2) else None
+    self.spawn = Spawn(stdin, stdout, stderr)
+
+  def pipe(self) -> Tuple[IO[bytes], IO[bytes]]:
+    source, sink = os.pipe()
+    return open(source, "rb", buffering=0), open(sink, "wb", buffering=0)
+
+  def input(self) -> Handle:
+    if not may_read_stdin():
+      return subprocess.DEVNULL
+    (theirs, ours), (stop, stopper) = self.pipe(), self.pipe()
+    self.theirs += [theirs, stopper]
+    Future(lambda: pass_on(0, ours.fileno(), ours, stop))
+    return theirs
+
+  def output(self, fd: int) -> IO[bytes]:
+    ours, theirs = self.pipe()
+    self.theirs.append(theirs)
+    self.outputs.append(Future(lambda: pass_on(ours.fileno(), fd, ours)))
+    return theirs
+
+  def __enter__(self) -> Spawn:
+    return self.spawn
+
+  def __exit__(self, kind: Optional[Type[BaseException]], *error: object) -> None:
+    for end in self.theirs:
+      end.close()
+    for output in self.outputs if kind is not Interrupted else ():
+      output.result()
+
+
 def wait_for(process: "Process") -> None:
   """Wait until ssh ends."""
   process.wait()
@@ -5628,7 +5929,7 @@ def wait_up_to(seconds: float) -> Callable[["Process"], None]:
 
 def close_streams(process: "Process") -> None:
   """Close our ends of a process's pipes; unread data is lost."""
-  for stream in (process.stdin, process.stdout):
+  for stream in (process.stdin, process.stdout, process.stderr):
     if stream:
       with contextlib.suppress(OSError):
         stream.close()
@@ -5997,7 +6298,7 @@ def sync_in(login: Login, options: Options, patience: float) -> Dict[str, FileSt
     with contextlib.suppress(BrokenPipeError):
       process.stdin.close()
 
-  with tempfile.TemporaryFile() as words:
+  with tempfile.TemporaryFile(dir=temporary_folder(login.paths.cache)) as words:
     line = shell_line(sync_script(SYNC_IN, options))
     pipe = subprocess.PIPE
     code = in_guest(login, line, feed, patience, Spawn(pipe, pipe, words))
@@ -6026,9 +6327,9 @@ def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]
   """Bring what has changed in the guest's copy of the folder."""
   problem = f"what changed in {login.paths.name} cannot be brought to {options.sync}"
   pipe = subprocess.PIPE
-  with Receiver(
-    options.sync, left_out(options), sent
-  ) as landing, tempfile.TemporaryFile() as words:
+  with Receiver(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile(
+    dir=temporary_folder(login.paths.cache)
+  ) as words:
     begun = False
 
     def take(process: Any) -> None:
@@ -6296,7 +6597,8 @@ def run_line(login: Login, options: Options, patience: float, first: str = "") -
       except subprocess.TimeoutExpired:
         raise stop
 
-  code = in_guest(login, line, wait, patience, Spawn())
+  with RelayedStreams(terminal) as spawn:
+    code = in_guest(login, line, wait, patience, spawn)
   if code == 255 and (login.ended(1.0) or not has_finished(login, pid_file if line else "")):
     raise lost(login, "no answer any more")
   return code
@@ -6478,7 +6780,7 @@ def streamed_base(
   stream.socket = answer.socket
   image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
   backing = f"{STREAMED}///{plan.image_asset[: -len('.qcow2')]}?socket={answer.socket}"
-  return Base(backing, image, fds=(life,), started=stream.release)
+  return Base(backing, image, fds=(life,))
 
 
 def serve(words: Sequence[str]) -> int:
@@ -6873,6 +7175,15 @@ def bind(kind: int, address: Address) -> Optional["socket.socket"]:
   return taken
 
 
+def somebody_answers(address: Address) -> bool:
+  """Whether a connection succeeds: macOS lets QEMU bind one address of a port that is taken."""
+  try:
+    socket.create_connection((reachable(address), address.port), 1.0).close()
+    return True
+  except OSError:
+    return False
+
+
 def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
   """Find a free port; returns it with the descriptor of a lock that keeps every other qvm off it.
 
@@ -6885,8 +7196,10 @@ def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address,
     lock, kind = bind(socket.SOCK_DGRAM, address), "UDP"
     if lock:
       probe, kind = bind(socket.SOCK_STREAM, address), "TCP"
+      answered = probe and somebody_answers(address)
       if probe:
-        probe.close()
+        probe.close()  # not before: a connection to a port that nobody has can be one to itself
+      if probe and not answered:
         stack.callback(lock.close)
         return address, lock.fileno()
       lock.close()
@@ -6917,12 +7230,133 @@ def needs_cpu_mask(cpuinfo: str, kvm: str) -> bool:
   return ("amx_tile" in flags or "la57" in flags) and os.access(kvm, os.R_OK | os.W_OK)
 
 
+class FailedAccelerator(NamedTuple):
+  """What a record in accelerators/ says: on this host, with this kernel and QEMU, tcg it is."""
+
+  accelerator: str = ""  # kvm or hvf; empty: nothing is known to fail
+  qemu: str = ""  # the program
+  problem: str = ""  # its words
+  time: str = ""  # in UTC
+
+
+def host_cpu(cpuinfo: str) -> List[str]:
+  """Lines that distinguish this host's CPU and kernel from others."""
+  uname = os.uname()
+  kernel = [uname.sysname, uname.release, uname.machine]
+  try:
+    with open(cpuinfo, errors="replace") as file:
+      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
+  except OSError:
+    return [*kernel, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
+  return kernel + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
+
+
+def accelerator_path(cache: Cache, qemu: str) -> str:
+  """The path of the record about a QEMU's accelerators, on this host with this kernel."""
+  try:
+    stat = os.stat(qemu)
+  except OSError:
+    return ""
+  words = [os.path.basename(qemu), f"{stat.st_size} {int(stat.st_mtime)}"]
+  return cache.path("accelerators", hashed("\n".join(host_cpu("/proc/cpuinfo") + words)) + ".json")
+
+
+def failed_accelerator(cache: Cache, qemu: str) -> FailedAccelerator:
+  """What an earlier run has found out about a QEMU's accelerators."""
+  known = names_in(cache.path("accelerators"))  # mostly none, and then nothing else is read
+  path = accelerator_path(cache, qemu) if known else ""
+  return sound_record(FailedAccelerator(), path) if path else FailedAccelerator()
+
+
+def is_intel_program(path: str) -> bool:
+  """Whether a Mach-O header says Intel (mach/machine.h); so does that of the QEMU to download."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(8) == bytes.fromhex("cffaedfe07000001")
+  except OSError:
+    return True
+
+
+def has_hvf() -> bool:
+  """Whether this Mac has HVF; most virtual machines and everything under Rosetta have none."""
+  return ask_program(["/usr/sbin/sysctl", "-n", "kern.hv_support"]) == (0, "1")
+
+
+def accelerators_for(plan: Plan, options: Options) -> str:
+  """The accelerators to try: those given, else those that can work on this host.
+
+  QEMU passes over an accelerator that it cannot initialise, but not over HVF (it aborts), nor over
+  a KVM that fails later.
+  """
+  if options.accel:
+    return options.accel
+  if failed_accelerator(plan.cache, plan.qemu).accelerator:
+    return "tcg"
+  if sys.platform == "darwin":
+    native = this_host().arch == "x86-64" or not is_intel_program(plan.qemu)
+    return "hvf:tcg" if native and has_hvf() else "tcg"
+  return TABLE_ACCEL
+
+
+def is_emulated(guest: Guest, accel: str) -> bool:
+  """Whether neither KVM nor HVF can run a guest here: it then takes 10 to 20 times as long."""
+  names = accel.partition("tcg")[0]
+  kvm = "kvm" in names and os.access("/dev/kvm", os.R_OK | os.W_OK)
+  fast = "hvf" in names if sys.platform == "darwin" else kvm
+  return not fast or guest.arch != this_host().arch
+
+
 def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
-  mask = "kvm" in options.accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm")
+  accel = accelerators_for(plan, options)
   log_in = options.detach or options.guest_command or options.warm
-  key_disk = plan.paths.key_disk if log_in and wants_key(plan.guest, release) else ""
-  return HostFacts(address, has_linaro(plan.share), mask, key_disk)
+  emulated = is_emulated(plan.guest, accel)
+  return HostFacts(
+    address=address,
+    linaro=has_linaro(plan.share),
+    mask_cpu="kvm" in accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm"),
+    key_disk=plan.paths.key_disk if log_in and wants_key(plan.guest, release) else "",
+    accel=accel,
+    emulated=emulated,
+    host_cpu=not emulated and this_host() == Host("linux", "arm64"),
+  )
+
+
+class StartAgain(QvmError):
+  """The machine did not come up and is to be started once more; the message has been said."""
+
+
+BOOT_SECONDS = 600.0  # a guest that has not booted by then hangs; most take less than 60
+EMULATED_BOOT_SECONDS = 1800.0  # the slowest, OpenBSD on a loaded machine, has taken 20 minutes
+# An accelerator fails within a second of QEMU's start; more is for a machine under load.
+EARLY_SECONDS = 60.0
+
+
+class BootWatch:
+  """Shows how a boot goes on: at a terminal each second in place, elsewhere each half minute."""
+
+  def __init__(self, name: str, last_line: Callable[[], str]) -> None:
+    self.name, self.last_line = name, last_line
+    self.began = time.monotonic()
+    self.pause = 1.0 if os.isatty(2) else 30.0
+    self.next = self.pause
+
+  def tick(self) -> None:
+    """Show the seconds and the console's last line, if it is time."""
+    seconds = time.monotonic() - self.began
+    if seconds >= self.next:
+      self.next = seconds - seconds % self.pause + self.pause
+      line = self.last_line()
+      report.draw(f"{self.name} is booting, {seconds:.0f} s{': ' if line else ''}{line}")
+
+
+def file_stamp(path: str) -> Tuple[int, int]:
+  """What changes when a file is written, or removed."""
+  try:
+    stat = os.stat(path)
+  except FileNotFoundError:
+    return 0, 0
+  return stat.st_size, stat.st_mtime_ns
 
 
 class Machine:
@@ -6932,8 +7366,11 @@ class Machine:
   unless leave_running() has let the machine go.
   """
 
-  process: "Process"  # from start() on
   keeper: Optional["Process"] = None  # what writes the console log, if that is not QEMU itself
+  process: "Process"  # from start() on, as are these
+  facts: HostFacts
+  untouched: Tuple[int, int]  # the disk's stamp before QEMU started
+  began: float
 
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
@@ -6942,6 +7379,9 @@ class Machine:
     self.log: Optional[IO[bytes]] = None
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
+    self.starts = 0
+    self.greeted = False
+    self.attempts = options.boot_attempts  # left
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -6977,9 +7417,14 @@ class Machine:
 
   @property
   def login(self) -> Login:
-    return Login(
-      self.paths, self.plan.guest, self.address, self.options.boot_timeout, self.has_ended
-    )
+    return Login(self.paths, self.plan.guest, self.address, self.patience, self.has_ended)
+
+  @property
+  def patience(self) -> float:
+    """For how many seconds to wait for ssh."""
+    if self.options.boot_timeout is not None:
+      return self.options.boot_timeout
+    return EMULATED_BOOT_SECONDS if self.facts.emulated else BOOT_SECONDS
 
   @property
   def console(self) -> str:
@@ -7009,13 +7454,11 @@ class Machine:
       remove_file(self.paths.console)
 
   def spawn(self) -> Spawn:
-    """How to start QEMU: with pipes only for the streams that qvm handles."""
+    """How to start QEMU: it makes its streams non-blocking, so it never gets the caller's own."""
     if self.options.detach or self.options.guest_command:
       return in_background(self.log)
     pipe = subprocess.PIPE
-    if is_interactive():
-      return Spawn(pipe, pipe, pipe)
-    return Spawn(None, pipe if self.log else None, pipe)
+    return Spawn(pipe if may_read_stdin() else subprocess.DEVNULL, pipe, pipe)
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
     """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
@@ -7025,22 +7468,29 @@ class Machine:
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
+      if not self.starts:
+        check_instance(plan)
       check_backing(plan, base)
       check_instance(plan)
       record_instance(plan, f"{self.address.host}:{self.address.port}", base)
       make_overlay(plan, base.backing, self.lock)
-      facts = host_facts(plan, options, self.address, base.image.release)
+      self.facts = facts = host_facts(plan, options, self.address, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
         write_key_disk(self.paths, plan.guest.key_disk)
+      self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
+      self.untouched, self.began = file_stamp(self.paths.disk), time.monotonic()
+      self.starts += 1
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
         fds = (self.lock.fd, self.port_lock, *base.fds)
         self.stack.callback(flush_disk, self.paths)
+        allow_many_files()
         self.process = self.start_qemu(command, (spawn or self.spawn())._replace(fds=fds))
         self.stack.callback(end_process, self.process)
-        if base.started:
-          base.started()
+        self.stack.callback(close_streams, self.process)
         note_holder(self.lock, "QEMU", self.process.pid)
+    self.tell_of_failed_accelerator()
+    self.keep_awake()
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; a console log of qvm's own stays within bounds, one of the user's does not."""
@@ -7069,36 +7519,99 @@ class Machine:
       self.console_written()
     return last_lines(self.console, count, self.log_start)
 
+  def tell_of_failed_accelerator(self) -> None:
+    """Say once that the guest is emulated because of what an earlier run has found out."""
+    failed = failed_accelerator(self.plan.cache, self.plan.qemu)
+    if failed.accelerator and not self.options.accel and self.starts == 1:
+      name = failed.accelerator.upper()
+      say(f"{name} has failed here before: the guest is emulated; qvm doctor tries {name} again")
+
+  def keep_awake(self) -> None:
+    """On macOS, prevent idle sleep for as long as QEMU runs and nobody watches its console."""
+    if sys.platform == "darwin" and (self.options.detach or self.options.guest_command):
+      with contextlib.suppress(QvmError):
+        spawn = silent()._replace(session=True)
+        awake = start(["/usr/bin/caffeinate", "-i", "-w", str(self.process.pid)], spawn)
+        awake.returncode = 0  # it ends with QEMU; nobody waits for it
+
+  def pass_over_accelerator(self, words: str) -> None:
+    """Raise StartAgain if QEMU has ended through an accelerator before the guest wrote anything."""
+    process, accel = self.process, self.facts.accel
+    after = re.split(r"falling back to \w+", words)[-1]
+    known = re.search(f"{KVM_RE}|{HVF_RE}", after)
+    early = time.monotonic() - self.began < EARLY_SECONDS
+    early = early and file_stamp(self.paths.disk) == self.untouched
+    failed = known or process.returncode == -signal.SIGABRT
+    if self.options.accel or accel == "tcg" or not early or not failed:
+      return
+    name = "hvf" if "hvf" in accel and sys.platform == "darwin" else "kvm"
+    self.options = self.options._replace(accel="tcg")
+    if known:
+      now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+      problem = " ".join(printable(after[known.start() :][:300]).split())
+      record = FailedAccelerator(name, self.plan.qemu, problem, now)
+      write_record(self.plan.cache, accelerator_path(self.plan.cache, self.plan.qemu), record)
+    raise self.start_again(f"{name.upper()} does not work here: starting with tcg, which is slower")
+
+  def start_again(self, reason: str) -> StartAgain:
+    """Say why the machine is started again, and end its QEMU."""
+    report.erase()
+    say(reason)
+    end_process(self.process)
+    close_streams(self.process)
+    return StartAgain(reason)
+
   def wait_for_ssh(self) -> bool:
     """Wait until ssh answers; False on timeout, QvmError if the machine ends."""
-    answers = wait_for_ssh(self.address, self.options.boot_timeout, self.has_ended)
-    lines = self.last_words()
+    watch = BootWatch(self.plan.name, lambda: "".join(self.last_words(1)))
+
+    def ended(pause: float) -> bool:
+      watch.tick()
+      if not self.has_ended(pause) and re.search(STUCK_RE, "\n".join(self.last_words(40))):
+        end_process(self.process)
+      return self.has_ended()
+
+    answers = wait_for_ssh(self.address, self.patience, ended)
+    report.erase()
     if self.has_ended():
-      show_console(lines)
+      words = "\n".join(self.last_words(40))
+      self.pass_over_accelerator(words)
+      show_console(self.last_words())
+      code = self.process.returncode
       raise QvmError(
-        f"the machine {self.plan.name} ended before ssh answered "
-        f"({ending(self.process.returncode)})",
-        ": ".join(explain("\n".join(lines))),
+        f"the machine {self.plan.name} ended before ssh answered ({ending(code)})",
+        ": ".join(why_ended(words, code)),
       )
-    for line in fell_back("\n".join(lines)):
+    for line in fell_back("\n".join(self.last_words())):
       say(line)
+    self.attempts -= not answers
+    if not answers and self.attempts > 0:
+      show_console(self.last_words())
+      again = self.start_again(
+        f"ssh has not answered within {self.patience:g} s: booting {self.plan.name} again"
+      )
+      if self.plan.ephemeral:
+        remove_file(self.paths.disk)
+      raise again
     return answers
 
   def log_in(self, began: float) -> float:
     """For how many seconds to retry logins: the guest may still be installing the key."""
-    left = max(0.0, began + self.options.boot_timeout - time.monotonic())
+    left = max(0.0, began + self.patience - time.monotonic())
     return min(left, KEY_LOGIN_SECONDS) if os.path.exists(self.paths.key_disk) else 0.0
 
   def relay_console(self) -> int:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
     self.greet()
     process, folder = self.process, self.plan.cache.instances
-    relay = Relay(process, bool(process.stdin), self.log, lambda: disk_is_full(folder))
+    relay = Relay(process, is_interactive(), self.log, lambda: disk_is_full(folder))
     try:
       if relay.interactive:
         go_raw()
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
         relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
+      elif process.stdin and os.isatty(0):
+        go_raw(signals=True)
       relay.run()
       process.wait()
     finally:
@@ -7106,15 +7619,20 @@ class Machine:
         with contextlib.suppress(OSError):
           write_all(1, relay.modes.undo())
         relay.screen.swallow_answers()
-    causes = explain(relay.words.decode("utf-8", "replace")) if process.returncode else []
-    if process.returncode < 0 and not causes:
-      causes = [f"something other than qvm killed QEMU ({ending(process.returncode)})"]
-    for line in causes:
+    words, code = relay.words.decode("utf-8", "replace"), process.returncode
+    if relay.stuck and not code:
+      code = EXIT_FAILED
+    if code:
+      self.pass_over_accelerator(words)
+    for line in why_ended(words, code):
       say(line)
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    return code if code >= 0 else 128 - code
 
   def greet(self) -> None:
-    """Say how to log in, once QEMU has started."""
+    """Say how to log in, once QEMU has started for the first time."""
+    if self.greeted:
+      return
+    self.greeted = True
     guest, port = self.plan.guest, self.address.port
     if port != SSH_PORT and not self.address.chosen:
       say(f"port {SSH_PORT} is taken; this machine uses {port}")
@@ -7128,8 +7646,9 @@ class Machine:
     say(f"{self.plan.name} {verb} in the background; its console goes to {self.console}")
     answers = self.wait_for_ssh()
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
+    self.process.returncode = 0  # so that nothing complains that nobody waits for it
     if not answers:
-      say(f"ssh has not answered within {self.options.boot_timeout:g} s; the machine keeps running")
+      say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
     try:
       emit(self.plan.name)
       emit(ssh_line(self.plan.guest, self.address))
@@ -7141,13 +7660,14 @@ class Machine:
   def run_command(self) -> int:
     """Run the command once ssh answers, then power off a persistent instance; its exit code."""
     began = time.monotonic()
-    if not self.resumed:
+    if not self.resumed and not self.greeted:
+      self.greeted = True
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
     answers = self.wait_for_ssh()
     try:
       if not answers:
         raise QvmError(
-          f"ssh has not answered within {self.options.boot_timeout:g} s; ending the machine",
+          f"ssh has not answered within {self.patience:g} s; ending the machine",
           "--boot-timeout allows more time",
         )
       first = refresh_script(self.plan.guest) if self.resumed else ""
@@ -7167,7 +7687,7 @@ class Machine:
     if not ended:
       return QvmError(str(error), DISK_FULL) if disk_is_full(self.plan.cache.instances) else error
     problem = f"the machine {self.plan.name} has ended ({ending(self.process.returncode)}): {error}"
-    return QvmError(problem, ": ".join(explain("\n".join(lines))))
+    return QvmError(problem, ": ".join(why_ended("\n".join(lines), self.process.returncode)))
 
 
 def flush_disk(paths: InstancePaths) -> None:
@@ -7359,18 +7879,6 @@ class Control:
       raise QvmError(f"QEMU: {query}: {reply.problem or f'its status is {reply.status}'}")
 
 
-def host_cpu(cpuinfo: str) -> List[str]:
-  """Lines that distinguish this host's CPU and kernel from others."""
-  uname = os.uname()
-  kernel = [uname.sysname, uname.release, uname.machine]
-  try:
-    with open(cpuinfo, errors="replace") as file:
-      lines = file.read(1 << 16).split("\n\n")[0].split("\n")
-  except OSError:
-    return [*kernel, ask_program(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"])[1]]
-  return kernel + [line for line in lines if re.match(r"model name|flags|Features|CPU p", line)]
-
-
 def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   """A digest of what a checkpoint depends on: base image, command line, QEMU and host.
 
@@ -7486,7 +7994,7 @@ class Checkpoint:
       try:
         self.wait_for_login()
         self.freeze(Control(ours), made)
-      except BootTimeout:
+      except (BootTimeout, StartAgain):
         raise
       except QvmError as error:
         say(f"no checkpoint is created: {error}")
@@ -7524,7 +8032,7 @@ class Checkpoint:
     machine, began = self.machine, time.monotonic()
     if not machine.wait_for_ssh():
       raise BootTimeout(
-        f"ssh has not answered within {machine.options.boot_timeout:g} s; no checkpoint is created",
+        f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
         "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
     if find_program("ssh"):
@@ -7533,6 +8041,8 @@ class Checkpoint:
   def freeze(self, control: Control, made: LayerPaths) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
     machine, accelerator = self.machine, control.accelerator()
+    if accelerator == "hvf":
+      say("HVF and --warm have not been tested together: if a guest goes wrong, omit --warm")
     control.save(made.state)
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
@@ -7584,7 +8094,7 @@ class Checkpoint:
     if control.accelerator() != made:
       raise QvmError(f"it was created with {made}, but QEMU now uses {control.accelerator()}")
     control.load(self.layer.state)
-    seconds = min(RESUME_SECONDS, machine.options.boot_timeout)
+    seconds = min(RESUME_SECONDS, machine.patience)
     if not wait_for_ssh(
       machine.address, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
     ):
@@ -7647,14 +8157,22 @@ def cmd_run(options: Options) -> int:
   with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
     keep.hold(shared=True, waits=lambda: say("waiting for another qvm to clean up"))
     base = fetch_base(machine, net)
-    if not options.warm or not start_warm(machine, base):
-      machine.start(base)
-    keep.release()  # what was fetched is now in use, which protects it from `clean --all`
-    if options.guest_command:
-      return machine.run_command()
-    if machine.resumed and find_program("ssh"):
-      refresh_guest(machine.login)
-    return machine.leave_running() if options.detach else machine.relay_console()
+    while True:
+      with contextlib.suppress(StartAgain):
+        return run_machine(machine, base, keep)
+
+
+def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
+  """Start the machine and do with it what the user asked for; StartAgain if it did not come up."""
+  options = machine.options
+  if not options.warm or not start_warm(machine, base):
+    machine.start(base)
+  keep.release()  # what was fetched is now in use, which protects it from `clean --all`
+  if options.guest_command:
+    return machine.run_command()
+  if machine.resumed and find_program("ssh"):
+    refresh_guest(machine.login)
+  return machine.leave_running() if options.detach else machine.relay_console()
 
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
@@ -7688,6 +8206,11 @@ def fetch_base(machine: Machine, net: Net) -> Base:
   return base or cached_base(plan)
 
 
+def login_seconds(options: Options) -> float:
+  """For how many seconds to try to log in to a machine that runs already."""
+  return BOOT_SECONDS if options.boot_timeout is None else options.boot_timeout
+
+
 def cmd_ssh(options: Options) -> int:
   """Run a command in a running instance, or open a shell."""
   [paths] = existing(cache_from(os.environ), options.operands, "run")
@@ -7696,7 +8219,7 @@ def cmd_ssh(options: Options) -> int:
       f"the instance {paths.name} is not running",
       "start it in the background with qvm run --detach; see qvm list",
     )
-  login = login_of(paths, options.boot_timeout)
+  login = login_of(paths, login_seconds(options))
   with terminal_kept():
     return run_command(login, options, KEY_LOGIN_SECONDS if os.path.exists(paths.key_disk) else 0.0)
 
@@ -7882,6 +8405,7 @@ def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePath
       lines = [line for line in last_lines(paths.console) if line.startswith("qvm: ")]
       hint = f"the end of {paths.console}: {lines[-1]}" if lines else "see qvm list"
       raise QvmError(f"there is no instance {paths.name}; nothing was {what}", hint)
+    check_spelling(paths)
   return chosen
 
 
@@ -7895,7 +8419,7 @@ def cmd_stop(options: Options) -> int:
         f"the instance {paths.name} is not running; nothing was stopped", "see qvm list"
       )
   for paths in chosen:
-    stop_instance(paths, options.force, options.boot_timeout)
+    stop_instance(paths, options.force, login_seconds(options))
     emit(paths.name)
   sweep(cache)
   return 0
@@ -8057,6 +8581,7 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
   trees = [tree for tree in map(own_tree, links) if tree]
   programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
+  programs += paths_in(cache.path("accelerators"))
   return found + [path for path in programs if os.path.lexists(path)]
 
 
@@ -8103,8 +8628,9 @@ def cmd_doctor(options: Options) -> int:
     refused or check_cache(cache),
     check_zstd(),
   ]
-  checks += [] if refused else [*check_qemu(cache), check_instances(cache)]  # it runs QEMU
+  checks += [] if refused else check_qemu(cache)  # it runs QEMU
   checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
+  checks += [] if refused else [*check_failed(cache), check_instances(cache)]
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -8161,6 +8687,8 @@ def check_ssh() -> Check:
   if not find_program("ssh"):
     text = "no ssh found on PATH: qvm cannot run commands in guests or power them off"
     return Check("warning", "ssh", text, SSH_FIX)
+  if not is_known_user():
+    return Check("warning", "ssh", f"ssh cannot run: {NO_USER}", NO_USER_FIX)
   code, output = ask_program([find_program("ssh"), "-V"])
   if code:
     return Check("warning", "ssh", f"ssh does not start: {output}", "reinstall the OpenSSH client")
@@ -8186,6 +8714,8 @@ def check_cache(cache: Cache) -> Check:
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
     return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
+  if there == root and not locks_work(there):
+    return Check("warning", "cache", f"{text}: its locks let everybody in", NFS_FIX)
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
@@ -8225,15 +8755,19 @@ def check_qemu(cache: Cache) -> List[Check]:
   return checks
 
 
-TRY_KVM = ["-accel", "kvm", "-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
-TRY_KVM_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+# Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
+TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
+TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+FULL_SPEED = (
+  "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
+  "export QVM_QEMU_AARCH64=qemu-system-aarch64"
+)
 
 
 def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
   """Whether guests of the host's own CPU can run at full speed."""
   if platform == "darwin":
-    text = "the downloaded QEMU is built for Intel; on Apple Silicon, guests are emulated"
-    return [Check("ok", "HVF", text)]
+    return [check_hvf(qemu)]
   if not os.path.exists(kvm):
     fix = "enable virtualisation in the firmware, or nested virtualisation if this is a guest"
     text = f"there is no {kvm}: guests are emulated, which is much slower"
@@ -8253,17 +8787,58 @@ def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
     os.close(fd)
   if not os.path.isfile(qemu):
     return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
-  code, output = ask_program([qemu, *TRY_KVM], TRY_KVM_INPUT)
+  code, output = try_accelerator(qemu, "kvm")
   if code:
     cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
     return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
 
+def check_hvf(qemu: str) -> Check:
+  """What macOS' own accelerator is good for here; qemu is the one for this Mac's CPU."""
+  if not has_hvf():
+    text = "kern.hv_support is not 1, as in most virtual machines: guests are emulated"
+    return Check("ok", "HVF", text)
+  if this_host().arch == "x86-64":
+    return Check("ok", "HVF", "kern.hv_support is 1: x86-64 guests run at full speed")
+  own = find_program(os.environ.get("QVM_QEMU_AARCH64", ""))
+  if not is_intel_program(own or qemu):
+    return Check("ok", "HVF", f"kern.hv_support is 1: arm64 guests run at full speed ({own})")
+  text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
+  return Check("warning", "HVF", text, FULL_SPEED)
+
+
+def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
+  """The exit code and the output of a QEMU that starts with an accelerator, without a guest."""
+  machine = ["-machine", "virt"] if "aarch64" in os.path.basename(qemu) else []
+  return ask_program([qemu, *machine, *TRY, accelerator], TRY_INPUT)
+
+
+def check_failed(cache: Cache) -> List[Check]:
+  """Try accelerators again that have failed here, and forget those that start now."""
+  checks: List[Check] = []
+  folder = cache.path("accelerators")
+  for path in paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else ():
+    failed = sound_record(FailedAccelerator(), path)
+    if accelerator_path(cache, failed.qemu) != path:
+      continue  # of another host, kernel or QEMU
+    name = failed.accelerator.upper()
+    text = f"{name} failed on {failed.time} with {failed.qemu} ({failed.problem})"
+    if try_accelerator(failed.qemu, failed.accelerator)[0]:
+      fix = f"it still does; --accel {failed.accelerator} tries it all the same"
+      checks.append(Check("warning", "remembered", text, fix))
+    else:
+      remove_file(path)
+      checks.append(Check("ok", "remembered", f"{text}; it starts now: the next run uses it again"))
+  return checks
+
+
 def native_qemu(cache: Cache) -> str:
   """The path of the downloaded QEMU for the host's own CPU, even if it does not exist."""
-  cpu = QEMU_CPUS.get(ARCHES.get(os.uname().machine.lower(), ""), "none")
-  return cache.qemu_program(cpu)
+  try:
+    return cache.qemu_program(QEMU_CPUS[this_host().arch])
+  except QvmError:
+    return cache.qemu_program("none")
 
 
 def check_zstd() -> Check:
@@ -8326,10 +8901,12 @@ _qvm() {{
     read -ra words <<< "${{COMP_LINE:0:COMP_POINT}}"
     [[ ${{COMP_LINE:0:COMP_POINT}} == *" " ]] && words+=("")
   fi
+  local last=$((${{#words[@]}} - 1)) # the bash of macOS, 3.2, counts from the start only
+  local before=$((last > 0 ? last - 1 : 0))
   COMPREPLY=()
   while IFS= read -r word; do
-    [[ $word == "${{words[-1]}}"* ]] && COMPREPLY+=("$word")
-  done < <({program} completion words -- "${{words[@]:1:${{#words[@]}}-2}}" 2>/dev/null)
+    [[ $word == "${{words[last]}}"* ]] && COMPREPLY+=("$word")
+  done < <({program} completion words -- "${{words[@]:1:before}}" 2>/dev/null)
 }}
 complete -o default -F _qvm qvm qvm.pyz qvm.py
 """,
@@ -8341,7 +8918,10 @@ _qvm() {{
   if [[ -n $found ]]; then compadd -a found
   elif (( $+functions[_files] )); then _files; fi
 }}
-if [[ $funcstack[1] == _qvm ]]; then _qvm "$@"; else compdef _qvm qvm qvm.pyz qvm.py; fi
+if [[ $funcstack[1] == _qvm ]]; then _qvm "$@"; else
+  (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit -i }}
+  compdef _qvm qvm qvm.pyz qvm.py
+fi
 """,
   "fish": """\
 function __qvm_words
@@ -8470,6 +9050,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
   except OSError as error:
     path = error.filename2 or error.filename
     say(f"{path}: {describe(error)}" if path else describe(error))
+    if error.errno == errno.EPERM and sys.platform == "darwin":
+      say("does your terminal have access? System Settings, Privacy & Security, Files and Folders")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):
       say(f"do you own the cache, and is it writable? if not, {OTHER_CACHE}")
   except Exception as error:

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from conftest import ROOT, Qvm, tar_of
+from support import ROOT, Qvm, tar_of
 
 DARWIN = Path(__file__).resolve().parent / "darwin"
 SSH_GUEST = Path(__file__).resolve().parent / "ssh_guest.py"

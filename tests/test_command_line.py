@@ -357,7 +357,8 @@ KNOWN = {
   "": SHARED,
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
-  + ("--warm", "--stream", "--boot-timeout", "--console-log", "--no-network") + IN_GUEST,
+  + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
+  + IN_GUEST,
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
   "search": SHARED + ("--json",),
@@ -484,7 +485,7 @@ HOME_OF_USER = pwd.getpwuid(os.getuid()).pw_dir
     ({"XDG_CACHE_HOME": ""}, "HERE/home/.cache/qvm"),
     ({"XDG_CACHE_HOME": "x"}, "HERE/home/.cache/qvm"),
     ({"XDG_CACHE_HOME": "./x"}, "HERE/home/.cache/qvm"),
-    ({"XDG_CACHE_HOME": "~/x"}, "HERE/home/.cache/qvm"),
+    ({"XDG_CACHE_HOME": "~/x"}, "HERE/home/x/qvm"),
     ({"XDG_CACHE_HOME": "/x", "HOME": None}, "/x/qvm"),
     ({"QVM_CACHE_DIR": "/q"}, "/q"),
     ({"QVM_CACHE_DIR": "/q/", "XDG_CACHE_HOME": "/x"}, "/q"),
@@ -503,12 +504,11 @@ def test_print_path(offline, tmp_path, env, expected):
   assert os.listdir(tmp_path) == ["home"] and os.listdir(offline.home) == []
 
 
-@pytest.mark.parametrize("home, path", [("", "/"), ("x", "HERE/x"), ("./x", "HERE/x")])
+@pytest.mark.parametrize("home, path", [("x", "HERE/x"), ("./x", "HERE/x")])
 def test_the_path_is_absolute_whatever_home_is(offline, tmp_path, home, path):
   run = raw(offline, "config", "print-path", env={**offline.env, "HOME": home}, cwd=tmp_path)
   expected = os.path.join(path.replace("HERE", str(tmp_path)), ".cache/qvm\n").encode()
-  # POSIX lets two slashes begin a path; what an empty HOME makes of it begins so.
-  assert (run.returncode, re.sub(b"^//", b"/", run.stdout), run.stderr) == (0, expected, b"")
+  assert (run.returncode, run.stdout, run.stderr) == (0, expected, b"")
 
 
 def no_home(run):

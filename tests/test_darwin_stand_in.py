@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from darwin_host import APPLE, DARWIN, INTEL, MACHINES, Mac, macho, put_program, qemu
-from test_zipapp import MODERN, every_python
+from support_pythons import MODERN, every_python
 
 REAL_MAC = sys.platform == "darwin"
 linux = pytest.mark.skipif(REAL_MAC, reason="the stand-in for what Linux has otherwise")

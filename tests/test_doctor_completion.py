@@ -305,7 +305,7 @@ def test_kvm_broken(host, kvm, monkeypatch, what, text):
 def test_hvf():
   (check,) = qvm_source.check_accelerators("darwin", "/dev/kvm", "")
   assert (check.name, check.state, check.fix) == ("HVF", "ok", "")
-  assert "built for Intel" in check.text
+  assert "hv_support" in check.text and "emulated" in check.text
 
 
 # --- The cache folder ------------------------------------------------------------------------

@@ -564,14 +564,16 @@ def test_a_full_disk_is_said_once_while_nothing_comes(capfd):
     asked.set()
     return True
 
-  process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+  source, sink = os.pipe()
+  process = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE, bufsize=0)
+  os.close(source)
   relay = qvm_source.Relay(process, False, None, full)
   thread = threading.Thread(target=relay.run)
   thread.start()
   assert asked.wait(DEADLINE)
   with contextlib.suppress(OSError):
-    os.write(process.stdin.fileno(), b"goes on\n")
-  process.stdin.close()
+    os.write(sink, b"goes on\n")
+  os.close(sink)
   thread.join(DEADLINE)
   process.stdout.close()
   assert process.wait() == 0

@@ -22,9 +22,9 @@ import time
 
 import pytest
 import ssh_guest
-from conftest import fill, free_port, obey_modes, works
 from darwin_host import DARWIN, Mac, put_program, qemu_text
 from release_server import ReleaseServer
+from support import fill, free_port, obey_modes, works
 
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 PULL = ("pull", *GUEST)
@@ -34,11 +34,6 @@ with_guest = pytest.mark.skipif(
   REAL_MAC or bool(ssh_guest.missing()), reason="the stand-in guest needs Linux and its sshd"
 )
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-
-
-def fault(number):
-  """A fault that qvm had when the test was written."""
-  return pytest.mark.xfail(reason=f"issue 16: {number}", strict=False)
 
 
 def own_lines(text):
@@ -84,7 +79,6 @@ def nobody(tmp_path):
 
 
 @linux
-@fault("H1")
 def test_h1_ssh_that_cannot_work_is_noticed_before_the_download(qvm, server, nobody):
   run = qvm("run", "--rm", *GUEST, "--", "true", env=nobody)
   plain_error(run, rf"(?i)uid {os.getuid()}|passwd", code=125)
@@ -92,7 +86,6 @@ def test_h1_ssh_that_cannot_work_is_noticed_before_the_download(qvm, server, nob
 
 
 @linux
-@fault("H1")
 def test_h1_doctor_says_why(offline, nobody):
   check = checks_of(offline("doctor", "--offline", "--json", env=nobody))["ssh"]
   assert check["state"] != "ok" and "again" not in check["fix"]
@@ -109,7 +102,6 @@ def test_h1_what_needs_no_ssh_works(qvm, nobody):
 # --- H2: the folder that variables name ----------------------------------------------------------
 
 
-@fault("H2")
 @pytest.mark.parametrize("name, below", [("QVM_CACHE_DIR", ""), ("XDG_CACHE_HOME", "/qvm")])
 def test_h2_a_tilde_is_the_home_or_refused(offline, tmp_path, name, below):
   run = offline("config", "print-path", env={name: "~/x"}, cwd=str(tmp_path))
@@ -121,7 +113,6 @@ def test_h2_a_tilde_is_the_home_or_refused(offline, tmp_path, name, below):
   assert not (tmp_path / "~").exists()
 
 
-@fault("H2")
 def test_h2_an_empty_home_is_none(offline):
   run = offline("config", "print-path", env={"HOME": ""})
   if run.returncode:
@@ -172,7 +163,6 @@ def certificate(folder, start, end):
   return tls, str(folder / "ca.pem")
 
 
-@fault("H3")
 @pytest.mark.parametrize("start, end, trusted, right, wrong", [
   ("20000101000000Z", "20000201000000Z", True, "clock", "Install Certificates"),
   ("20900101000000Z", "20900201000000Z", True, "clock", "Install Certificates"),
@@ -193,7 +183,6 @@ def test_h3_the_hint_fits_the_fault(offline, tmp_path, start, end, trusted, righ
 # --- H4: proxies ---------------------------------------------------------------------------------
 
 
-@fault("H4")
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:{}", "socks5h://127.0.0.1:{}",
                                    "socks4://u:s3cret@127.0.0.1:{}"])  # fmt: skip
 def test_h4_socks_is_not_spoken(qvm, server, proxy):
@@ -204,8 +193,8 @@ def test_h4_socks_is_not_spoken(qvm, server, proxy):
 
 
 @pytest.mark.parametrize("pattern, direct", [
-  pytest.param("127.0.0.0/8", True, marks=fault("H4")),
-  pytest.param("10.0.0.0/8, 127.0.0.0/30", True, marks=fault("H4")),
+  ("127.0.0.0/8", True),
+  ("10.0.0.0/8, 127.0.0.0/30", True),
   ("10.0.0.0/8,192.168.0.0/16", False),
   ("127.0.0.1", True),
 ])  # fmt: skip
@@ -220,7 +209,6 @@ def test_h4_networks_in_no_proxy(qvm, server, pattern, direct):
 
 @linux
 @as_root
-@fault("H5")
 def test_h5_a_cache_that_sudo_made_is_explained(qvm, server):
   qvm.cache.mkdir(parents=True)
   qvm.cache.chmod(0o700)
@@ -233,7 +221,6 @@ def test_h5_a_cache_that_sudo_made_is_explained(qvm, server):
 
 @linux
 @as_root
-@fault("H5")
 def test_h5_a_folder_above_that_sudo_made_is_explained(qvm, server):
   above = qvm.cache.parent
   above.mkdir()
@@ -243,7 +230,6 @@ def test_h5_a_folder_above_that_sudo_made_is_explained(qvm, server):
 
 
 @linux
-@fault("H6")
 def test_h6_locks_that_let_everybody_in_are_noticed(tmp_path):
   mac = Mac(tmp_path)
   env = {"DARWIN_FLOCK": "no"}
@@ -266,7 +252,6 @@ def in_a_deleted_folder(folder):
   return go
 
 
-@fault("H7")
 @pytest.mark.parametrize("words, name", [
   (PULL, "QVM_CACHE_DIR"),
   (("list",), "QVM_CACHE_DIR"),
@@ -279,7 +264,6 @@ def test_h7_a_relative_cache_in_a_deleted_folder(offline, tmp_path, words, name)
   assert re.search(r"current (folder|directory)", run.stderr + run.stdout), run.stderr
 
 
-@fault("H7")
 def test_h7_a_deleted_folder_to_synchronise(offline, tmp_path):
   words = ("run", "--rm", "--sync", ".", *GUEST, "--", "true")
   run = offline(*words, preexec_fn=in_a_deleted_folder(tmp_path / "gone"))
@@ -294,7 +278,6 @@ def test_h7_a_deleted_folder_that_is_not_needed(qvm, tmp_path):
 
 
 @with_guest
-@fault("H8")
 @pytest.mark.parametrize("sync", [False, True])
 def test_h8_no_folder_for_temporary_files(full, tmp_path, sync):
   """It is said before the boot, or the cache is used."""
@@ -346,7 +329,6 @@ def talker():
   server.close()
 
 
-@fault("H9")
 def test_h9_a_message_is_as_long_as_a_message(offline, talker):
   run = offline(*PULL, env={"QVM_RELEASES_URL": talker, "QVM_API_URL": talker + "/api"})
   plain_error(run, "503")
@@ -457,7 +439,6 @@ def read_all(fd):
 
 
 @linux
-@fault("T1")
 def test_t1_in_the_background_of_a_terminal(machine):
   """As `timeout 15 qvm run` and `qvm run &` in a script."""
   qemu_plays(machine, stdout="it boots\n", exit=3)
@@ -466,7 +447,7 @@ def test_t1_in_the_background_of_a_terminal(machine):
 
 
 @with_guest
-@pytest.mark.parametrize("typed", [b"", pytest.param(b"\r", marks=fault("T1"))])
+@pytest.mark.parametrize("typed", [b"", b"\r"])
 def test_t1_a_command_in_the_background_of_a_terminal(machine, tmp_path, typed):
   machine.env["SSH_GUEST"] = json.dumps({"folder": str(tmp_path / "guest")})
   words = (*RUN[:2], "--ssh-port", str(free_port()), *RUN[2:], "--", "echo fine; sleep 0.5; exit 4")
@@ -474,7 +455,6 @@ def test_t1_a_command_in_the_background_of_a_terminal(machine, tmp_path, typed):
   assert code == 4 and "fine" in shown, shown
 
 
-@fault("T2")
 @pytest.mark.parametrize("log", [False, True])
 def test_t2_the_callers_pipes_stay_as_they_are(machine, tmp_path, fifo, log):
   """Also while QEMU runs, and when it is killed."""
@@ -495,8 +475,43 @@ def test_t2_the_callers_pipes_stay_as_they_are(machine, tmp_path, fifo, log):
   assert during == after == [True, True, True]
 
 
+@with_guest
+def test_t2_the_callers_pipes_during_a_command(machine, tmp_path):
+  machine.env["SSH_GUEST"] = json.dumps({"folder": str(tmp_path / "guest")})
+  pipes = [os.pipe() for _ in range(3)]
+  streams = {"stdin": pipes[0][0], "stdout": pipes[1][1], "stderr": pipes[2][1]}
+  words = (*RUN[:2], "--ssh-port", str(free_port()), *RUN[2:], "--", "echo up; cat; echo no >&2")
+  process = machine.start(*words, **streams)
+  try:
+    with open(pipes[1][0], "rb", buffering=0, closefd=False) as out:
+      assert out.read(3) == b"up\n"
+      assert [os.get_blocking(fd) for fd in streams.values()] == [True, True, True]
+      os.write(pipes[0][1], b"typed\0\xff")
+      assert out.read(7) == b"typed\0\xff"
+    os.close(pipes[0][1])
+    assert process.wait(30) == 0
+    assert [os.get_blocking(fd) for fd in streams.values()] == [True, True, True]
+    assert os.read(pipes[2][0], 1 << 16).endswith(b"no\n")
+  finally:
+    process.kill()
+    process.wait()
+    for fd in {fd for pair in pipes for fd in pair} - {pipes[0][1]}:
+      os.close(fd)
+
+
+@with_guest
+def test_t2_a_reader_that_leaves_ends_the_command(machine, tmp_path):
+  """As `qvm ssh vm -- yes | head -1`."""
+  machine.env["SSH_GUEST"] = json.dumps({"folder": str(tmp_path / "guest")})
+  words = (*RUN[:2], "--ssh-port", str(free_port()), *RUN[2:], "--", "yes")
+  process = machine.start(*words)
+  assert process.stdout.read(2) == "y\n"
+  process.stdout.close()
+  process.communicate(timeout=60)
+  assert process.returncode != 0
+
+
 @linux
-@fault("T3")
 def test_t3_a_stdin_that_can_only_be_written(machine, tmp_path):
   """As nohup's. QEMU would find it ready for ever, and burn a core."""
   qemu_plays(machine, stdin=str(tmp_path / "read"))
@@ -506,7 +521,7 @@ def test_t3_a_stdin_that_can_only_be_written(machine, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-  PULL, pytest.param(RUN, marks=fault("T4")), ("list",), ("doctor", "--offline"),
+  PULL, RUN, ("list",), ("doctor", "--offline"),
 ], ids=["pull", "run", "list", "doctor"])  # fmt: skip
 def test_t4_python_has_nothing_to_warn_of(machine, words):
   is_silent(machine, *words)

@@ -128,7 +128,8 @@ def test_a_guest_without_a_network(linux):
   """It reaches itself, and nothing else; ssh has brought the command all the same."""
   with socket.create_server(("127.0.0.1", 0)) as listener:
     port = listener.getsockname()[1]
-    script = f"nc -w 5 127.0.0.1 22 </dev/null | head -c 8; nc -w 5 10.0.2.2 {port} </dev/null || echo none"
+    script = "nc -w 5 127.0.0.1 22 </dev/null | head -c 8; "
+    script += f"nc -w 5 10.0.2.2 {port} </dev/null || echo none"
     words = run("freebsd", "x86-64", script, options=("--rm", "--no-network"))
     result = works(linux(*words, timeout=240))
     assert result.stdout.startswith("SSH-2.0-") and result.stdout.endswith("none\n")

@@ -75,6 +75,17 @@ def test_each_table_boots(real, guest):
   assert message(*guest) in text.replace("\r", "")
 
 
+def test_the_best_accelerator_that_works_by_itself(real):
+  """Whatever KVM is here: it works, it is missing, or it opens and is broken underneath."""
+  for _ in range(2):
+    words = ("--rm", "--platform", "x86-64", "freebsd", "1", "-m", "512M")
+    run = real("run", *words, "--ssh-port", str(free_port()), timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert message("freebsd", "x86-64") in run.stdout
+  failed = list((real.cache / "accelerators").glob("*"))
+  assert ("doctor" in run.stderr) == bool(failed) and "Assertion" not in run.stderr
+
+
 def test_openbsd_on_arm64_with_the_linaro_firmware(real, archives, tmp_path):
   """As with a release before v1.1.0: the table runs unchanged."""
   real_qemu.pack_qemu("arm64", tmp_path / "linaro.tar", linaro=True)

@@ -114,7 +114,9 @@ def argv_of(*words, linaro=True, mask=False, cache="/c"):
   plan = qvm_source.make_plan(
     options, qvm_source.Host("linux", "x86-64"), qvm_source.Cache(cache), "abcdef"
   )
-  return qvm_source.qemu_command(plan, options, qvm_source.HostFacts(options.ssh, linaro, mask))
+  accel = options.accel or "hvf:kvm:tcg"
+  facts = qvm_source.HostFacts(options.ssh, linaro, mask, accel=accel)
+  return qvm_source.qemu_command(plan, options, facts)
 
 
 def dry(qvm, *words, **more):

@@ -228,7 +228,8 @@ def one_path(name, real):
     path = args[0] if args else more.pop("path")
     look_at_dir_fd(more, ("dir_fd",))
     makes = name in ("mkdir", "mkfifo", "mknod")
-    if makes or name == "open" and len(args) > 1 and args[1] & os.O_CREAT:
+    makes = makes or name == "open" and len(args) > 1 and args[1] & os.O_CREAT
+    if makes and "dir_fd" not in more:
       check_tmp(path)
     try:
       moved = where(path, more.get("dir_fd"))
@@ -246,7 +247,8 @@ def two_paths(name, real):
 
   def wrapped(src, dst, **more):
     look_at_dir_fd(more, ("src_dir_fd", "dst_dir_fd", "dir_fd"))
-    check_tmp(dst)
+    if more.get("dst_dir_fd", more.get("dir_fd")) is None:
+      check_tmp(dst)
     target_fd = more.get("dir_fd") if name == "symlink" else more.get("dst_dir_fd")
     target = where(dst, target_fd)
     if name == "symlink":

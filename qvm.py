@@ -4925,6 +4925,7 @@ class Listing(NamedTuple):
   complete: bool
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def fold(name: str) -> str:
   """What is the same for all names that some file system takes for one."""
   text = unicodedata.normalize("NFD", in_utf8(name).translate(IGNORED_CHARS)).casefold()
@@ -5086,7 +5087,7 @@ n='
 '
 quoted=
 case $(tar --version </dev/null 2>/dev/null) in *GNU*) quoted=--no-unquote ;; esac
-t() { tar $quoted -cf - "$@" </dev/null || code=$?; }
+t() { tar -cf - $quoted "$@" </dev/null || code=$?; }
 echo READY
 list . PRUNE
 eval "$(cat)"
@@ -5453,7 +5454,7 @@ class Sync:
       out.flush()
     say_each(vanished, "has vanished, or become something else, while the folder was read")
     say_each(
-      sorted(self.short), "became shorter while it was read: it ends with zeros in the guest"
+      sorted(self.short), "became shorter while the folder was read: the guest has not all of it"
     )
 
   def write_file(self, path: str, out: IO[bytes]) -> None:
@@ -5465,10 +5466,13 @@ class Sync:
       out.write(tar_header(path, stat, target, self.tar))
       return
     with self.folder.open_file(parts) as file:
-      self.mine[path] = stat = os.fstat(file.fileno())
+      before, stat = stat.st_size, os.fstat(file.fileno())
+      self.mine[path] = stat
       if stat.st_size > MAX_OCTAL_SIZE and not self.tar.large_files:
         raise ValueError("has grown too large")
       out.write(tar_header(path, stat, "", self.tar))
+      if stat.st_size < before:
+        self.short.add(path)
       left = stat.st_size
       while left:
         chunk = file.read(min(left, CHUNK_BYTES))
@@ -5670,11 +5674,12 @@ class Receiver:
     except (tarfile.TarError, ValueError) as error:
       self.cut = f"what the guest sends is refused: {error}"
 
-  def attempt(self, path: str, put: Callable[[Tuple[str, ...]], None]) -> None:
+  def attempt(self, path: str, put: Callable[[Tuple[str, ...]], Optional[os.stat_result]]) -> None:
     """Put something into its place; what goes wrong with it alone is said."""
     try:
-      put(tuple(safe_name(path)))
-      self.landed.add(path)
+      stat = put(tuple(safe_name(path)))
+      if stat:
+        self.note(path, stat)
     except Kept:
       pass
     except ValueError as error:
@@ -5690,34 +5695,41 @@ class Receiver:
         say(self.failed[-1])
     self.done.add(path)
 
+  def note(self, path: str, here: os.stat_result) -> None:
+    """Note that both sides are the same now."""
+    self.landed.add(path)
+    if path in self.changed:
+      self.known[path] = Known(self.changed[path].stamp, stamp_of(here))
+
   def hold(self, path: str, reason: str) -> None:
     self.held.append(path)
     say(f"{shown(path)} stays in the guest: {reason}")
 
-  def put(self, archive: Any, member: Any, parts: Tuple[str, ...]) -> None:
-    """Give a file or link that has come its place."""
+  def put(self, archive: Any, member: Any, parts: Tuple[str, ...]) -> Optional[os.stat_result]:
+    """Give a file or link that has come its place; returns what is there then, if it is that."""
     self.enter(parts[:-1])
     if member.issym():
-      self.put_link(parts, member.linkname)
-    elif member.islnk():
+      return self.put_link(parts, member.linkname)
+    if member.islnk():
       source = "/".join(safe_name(member.linkname))
       if source not in self.landed:
         raise ValueError(f"is a link to {shown(source)}, which has not come")
       with self.folder.open_file(source.split("/")) as file:
-        self.put_file(parts, member, os.fstat(file.fileno()).st_size,
-                      lambda new: shutil.copyfileobj(file, new, CHUNK_BYTES))  # fmt: skip
-    elif member.isreg():
-      size = sum(size for _, size in pieces_of(member))
-      self.put_file(parts, member, size, lambda new: write_member(archive, member, new))
-    else:
+        copy = functools.partial(shutil.copyfileobj, file, length=CHUNK_BYTES)
+        return self.put_file(parts, member, os.fstat(file.fileno()).st_size, copy)
+    if not member.isreg():
       raise ValueError("is no file or link")
+    size = sum(size for _, size in pieces_of(member))
+    return self.put_file(parts, member, size, functools.partial(write_member, archive, member))
 
   def enter(self, parts: Tuple[str, ...]) -> int:
     """A descriptor of a folder for what comes; it and those above are made where they are not."""
-    for number in range(1, len(parts) + 1):
-      if parts[:number] not in self.ready:
-        self.make_folder(parts[:number])
-        self.ready.add(parts[:number])
+    number = len(parts)
+    while parts[:number] not in self.ready:
+      number -= 1
+    for end in range(number + 1, len(parts) + 1):
+      self.make_folder(parts[:end])
+      self.ready.add(parts[:end])
     return self.folder.enter(parts)
 
   def make_folder(self, parts: Tuple[str, ...]) -> None:
@@ -5737,15 +5749,18 @@ class Receiver:
       os.fchmod(self.folder.enter(parts), there.st_mode & 0o777 | 0o700)
       self.modes[path] = there.st_mode & 0o777
 
-  def put_folder(self, parts: Tuple[str, ...]) -> None:
-    """Make a folder that is new in the guest, or note its new mode."""
-    self.enter(parts)
-    path = "/".join(parts)
+  def put_folder(self, parts: Tuple[str, ...]) -> os.stat_result:
+    """Make a folder that is new in the guest, or give one its new mode."""
+    fd, path = self.enter(parts), "/".join(parts)
     mode = self.changed[path].mode
     if mode >= 0 and mode & 0o500 != 0o500:
       raise ValueError(f"is closed there (mode {mode:o}), and so is what it holds")
-    if mode >= 0:
-      self.modes[path] = mode
+    if mode >= 0 and mode & 0o700 != 0o700:
+      self.modes[path] = mode  # once all is in it
+    elif mode >= 0:
+      self.modes.pop(path, None)
+      os.fchmod(fd, mode)
+    return os.fstat(fd)
 
   def there(self, parts: Tuple[str, ...]) -> Optional[os.stat_result]:
     """What has that name here, in that spelling: if need be, it is renamed to it."""
@@ -5803,19 +5818,19 @@ class Receiver:
     say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
     raise Kept
 
-  def put_link(self, parts: Tuple[str, ...], target: str) -> None:
+  def put_link(self, parts: Tuple[str, ...], target: str) -> Optional[os.stat_result]:
     fd = self.folder.enter(parts[:-1])
     with contextlib.suppress(OSError):
-      if os.readlink(parts[-1], dir_fd=fd) == target and self.there(parts):
-        return
+      if os.readlink(parts[-1], dir_fd=fd) == target:
+        return self.there(parts)
     check_link(parts, target)
     aside = new_name()
     os.symlink(target, aside, dir_fd=fd)
-    self.replace(parts, aside)
+    return self.replace(parts, aside)
 
   def put_file(
     self, parts: Tuple[str, ...], member: Any, size: int, write: Callable[[IO[bytes]], Any]
-  ) -> None:
+  ) -> Optional[os.stat_result]:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
     left = free_space(self.folder.path) - RESERVE_BYTES
     if size > left:
@@ -5826,14 +5841,14 @@ class Receiver:
       with os.fdopen(os.open(aside, flags, 0o600, dir_fd=fd), "w+b") as file:
         write(file)
         file.flush()
-        if self.is_same(parts, member.mode & 0o777, file) and self.there(parts):
-          return
+        if self.is_same(parts, member.mode & 0o777, file):
+          return self.there(parts)
         os.fchmod(file.fileno(), member.mode & 0o777)
         try:
           os.utime(file.fileno(), (member.mtime, member.mtime))
         except (OverflowError, ValueError):
           raise ValueError("has an impossible time")
-      self.replace(parts, aside)
+      return self.replace(parts, aside)
     finally:
       if "/".join(parts) not in self.waiting:
         with contextlib.suppress(FileNotFoundError):
@@ -5849,7 +5864,7 @@ class Receiver:
         return all(chunk == new.read(len(chunk)) for chunk in chunks)
     return False
 
-  def replace(self, parts: Tuple[str, ...], aside: str) -> None:
+  def replace(self, parts: Tuple[str, ...], aside: str) -> Optional[os.stat_result]:
     """Rename what was made aside to its name, if what has that now is as it was.
 
     A folder with files must wait until delete() has emptied it, and may.
@@ -5865,9 +5880,10 @@ class Receiver:
           os.rmdir(parts[-1], dir_fd=fd)
         except OSError:
           self.waiting[path] = aside
-          return
+          return None
       os.rename(aside, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
       self.add_name(parts)
+      return os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
     except BaseException:
       with contextlib.suppress(OSError):
         os.unlink(aside, dir_fd=self.folder.enter(parts[:-1]))
@@ -5900,20 +5916,17 @@ class Receiver:
       try:
         os.rmdir(parts[-1], dir_fd=fd)
         os.rename(aside, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
+        self.note(path, os.stat(parts[-1], dir_fd=fd, follow_symlinks=False))
       except OSError as error:
-        self.landed.discard(path)
         os.unlink(aside, dir_fd=fd)
         where = shown(os.path.join(self.folder.path, path))
         say(f"{where} is a folder here, but not in the guest: it stays ({describe(error)})")
     for path in sorted(self.modes, reverse=True):
       with contextlib.suppress(OSError):
-        os.fchmod(self.folder.enter(path.split("/")), self.modes[path])
-    for path in self.landed & set(self.changed):
-      parts = tuple(path.split("/"))
-      with contextlib.suppress(OSError):
-        fd = self.folder.enter(parts[:-1])
-        here = stamp_of(os.stat(parts[-1], dir_fd=fd, follow_symlinks=False))
-        self.known[path] = Known(self.changed[path].stamp, here)
+        fd = self.folder.enter(path.split("/"))
+        os.fchmod(fd, self.modes[path])
+        if path in self.landed:
+          self.note(path, os.fstat(fd))
 
 
 def new_name() -> str:
@@ -5982,7 +5995,7 @@ def run_line(
 
 
 # OpenSSH's server makes each command the leader of a process group.
-INTERRUPT = "read leader <{0} && rm -f {0} && kill -s {1} -- -$leader"
+INTERRUPT = "read leader <{0} && rm -f {0} && kill -{1} -$leader"
 
 
 # ---- Image server -------------------------------------------------------------------------------

@@ -4942,6 +4942,12 @@ class Excludes:
     self.names = re.compile("|".join([r"\.git\Z", OWN_FILE_RE, *names]))
     self.paths = re.compile("|".join(paths)) if paths else None
 
+  def has_itself(self, path: str, name: str) -> bool:
+    """Whether a path, whose last part that is, is left out for its own sake."""
+    if self.names.match(unicodedata.normalize("NFD", in_utf8(name))):
+      return True
+    return bool(self.paths and self.paths.match(unicodedata.normalize("NFD", in_utf8(path))))
+
   def has(self, path: str) -> bool:
     """Whether a path, or a folder above it, is left out."""
     parts = unicodedata.normalize("NFD", in_utf8(path)).split("/")
@@ -4974,7 +4980,7 @@ def say_each(paths: Sequence[str], problem: str) -> None:
 @functools.lru_cache(maxsize=None)
 def opened_folder(path: str) -> Folder:
   """The folder of --sync, opened once: another one that is put in its place later is not taken."""
-  if os.open not in os.supports_dir_fd or os.stat not in os.supports_dir_fd:
+  if os.open not in os.supports_dir_fd:
     raise QvmError(
       "--sync needs a Python that opens files relative to a folder, and this one cannot",
       "take Python 3.9 or newer, from python.org, or your system's",
@@ -5013,7 +5019,7 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
       path = "/".join((*parts, name))
       with contextlib.suppress(FileNotFoundError):
         stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if excludes.has(path) or is_git(name) or (stat.st_dev, stat.st_ino) == cache:
+        if excludes.has_itself(path, name) or is_git(name) or (stat.st_dev, stat.st_ino) == cache:
           continue
         found[path] = stat
         if S_ISDIR(stat.st_mode):
@@ -5066,37 +5072,31 @@ list() {
   echo "//end $?"
 }
 """
-# Folders that cannot be listed are opened first. A line that is empty ends the lines.
-SYNC_IN = """
-mkdir -p FOLDER && cd FOLDER || exit
-find . -type d ! -perm -500 -exec chmod u+rwx {} \\;
-n='
-'
-send=
-finish() { :; }
-echo READY
-list . PRUNE
-while IFS= read -r line && [ "$line" ]; do eval "$line"; done
-[ ! "$send" ] || tar -xpf - || exit
-list . PRUNE
-finish
-"""
-SYNC_OUT = """
+# An empty line ends the lines that qvm sends; where there are no files to send, none comes.
+SYNC = """
+FIRST
 cd FOLDER || exit
 n='
 '
-quoted=
+send= code=0 quoted=
 case $(tar --version </dev/null 2>/dev/null) in *GNU*) quoted=--no-unquote ;; esac
 t() { tar -cf - $quoted "$@" </dev/null || code=$?; }
+all() { list . PRUNE; }
+finish() { :; }
 echo READY
-list . PRUNE
-eval "$(cat)"
-exit ${code:-0}
+all
+while IFS= read -r line && [ "$line" ]; do eval "$line"; done
+[ ! "$send" ] || tar -xpf - || exit
+all
+finish
 """
+# Folders that cannot be listed are opened.
+OPEN = "mkdir -p FOLDER && cd FOLDER && find . -type d ! -perm -500 -exec chmod u+rwx {} \\;"
+ASK = 'eval "$(cat)"; exit $code'  # the rest is lines that call t with names
 
 
-def sync_script(template: str, name: str, patterns: Sequence[str]) -> str:
-  """One of the scripts for the folder of that name in ~/work.
+def sync_script(first: str, name: str, patterns: Sequence[str]) -> str:
+  """The script for the folder of that name in ~/work; first is what it does before all.
 
   Only patterns of which the guest's find says what fnmatch says are for it; all hold here.
   """
@@ -5108,7 +5108,8 @@ def sync_script(template: str, name: str, patterns: Sequence[str]) -> str:
     "READY": READY,
     "PRUNE": f"! -name . \\( {prune} \\) -prune -o",
   }
-  return LIST + re.sub("FOLDER|READY|PRUNE", lambda match: words[match.group()], template)
+  script = SYNC.replace("FIRST", first, 1)
+  return LIST + re.sub("FOLDER|READY|PRUNE", lambda match: words[match.group()], script)
 
 
 def guest_folder(name: str) -> str:
@@ -5312,11 +5313,31 @@ class Sync:
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
     self.short: Set[str] = set()  # what became shorter while it was read
+    self.asked: List[str] = []  # of the guest's tar
+    self.receiver: Optional[Receiver] = None
+    self.code: Optional[int] = None  # the command's
+    self.outcome = 0, ""  # of the session that has brought what changed
 
-  def session(
-    self, template: str, use: Callable[[Any], None], patience: float = 0.0
-  ) -> Tuple[int, str]:
-    """Run one of the scripts; returns its exit code and its last words."""
+  def run(self, command: Callable[[float], int], patience: float) -> int:
+    """Copy the folder to the guest, run the command, and bring what has changed.
+
+    command gets the patience that is left for a login. Returns its exit code.
+    """
+    way = self.options.sync_direction
+    if way != "out":
+      self.send(patience, command if way == "both" else None)
+      patience = 0.0
+    if self.code is None:
+      self.code = command(patience)
+    if way != "in":
+      try:
+        self.fetch()
+      except QvmError as error:
+        raise QvmError(str(error), f"the command itself ended with exit code {self.code}")
+    return self.code
+
+  def session(self, first: str, use: Callable[[Any], None], patience: float) -> Tuple[int, str]:
+    """Run the script in the guest; returns its exit code and its last words."""
     tails: List[Tail] = []
 
     def talk(process: Any) -> None:
@@ -5328,7 +5349,7 @@ class Sync:
       while process.stdout.read(CHUNK_BYTES):
         pass
 
-    script = sync_script(template, self.record.name, self.options.sync_exclude)
+    script = sync_script(first, self.record.name, self.options.sync_exclude)
     pipe, self.list = subprocess.PIPE, None
     streams: Dict[str, Any] = {
       "stdin": pipe,
@@ -5344,9 +5365,13 @@ class Sync:
 
   # In
 
-  def send(self, patience: float) -> None:
-    """Make the guest's copy what the folder is; QvmError unless all has arrived."""
+  def send(self, patience: float, command: Optional[Callable[[float], int]]) -> None:
+    """Make the guest's copy what the folder is; QvmError unless all has arrived.
+
+    If it is that already, the command runs while the session waits, which then brings the changes.
+    """
     walk = Future(lambda: walk_folder(self.folder, self.excludes))  # while ssh logs in
+    work: List[str] = []
 
     def feed(process: Any) -> None:
       self.found = walk.result()
@@ -5354,19 +5379,36 @@ class Sync:
       before = self.list = read_list(process.stdout)
       if before:
         lines, changed = self.plan_in(before.entries)
-        text = "\n".join(
-          [*lines, "send=1" if changed else "", ""] if lines or changed else ["exit 0"]
-        )
-        process.stdin.write(os.fsencode(text + "\n"))
-        if lines or changed:
+        work[:] = [*lines, *changed]
+        if work:
+          send = ["send=1"] if changed else []
+          process.stdin.write(os.fsencode("\n".join([*lines, *send, "", ""])))
           self.write_files(changed, process.stdin)
           process.stdin.close()
           self.list = read_list(process.stdout)
+        elif command:
+          if self.is_new:
+            self.remember()
+          self.code = command(0.0)
+          process.stdin.write(b"all\n")
+          process.stdin.flush()
+          self.receive(process)
+        else:
+          process.stdin.write(b"exit\n")
 
-    code, words = self.session(SYNC_IN, feed, patience)
-    self.account(code, words)
-    self.remember()
-    self.save()
+    try:
+      code, words = self.session(OPEN, feed, patience)
+    except QvmError:
+      if self.code is None:
+        raise
+      code, words = 0, ""  # the session was lost while the command ran: there will be another
+    if self.code is not None:
+      self.outcome = code, words
+    else:
+      self.account(code, words)
+      if work or self.is_new:
+        self.remember()
+        self.save()
 
   def sendable(self) -> Dict[str, os.stat_result]:
     """What the guest can take of what is here; the rest is said."""
@@ -5471,9 +5513,9 @@ class Sync:
       if stat.st_size > MAX_OCTAL_SIZE and not self.tar.large_files:
         raise ValueError("has grown too large")
       out.write(tar_header(path, stat, "", self.tar))
-      if stat.st_size < before:
-        self.short.add(path)
       left = stat.st_size
+      if left < before:
+        self.short.add(path)
       while left:
         chunk = file.read(min(left, CHUNK_BYTES))
         if not chunk:
@@ -5524,24 +5566,26 @@ class Sync:
 
     QvmError when nothing can be said to have come, or something cannot be written here.
     """
-    receiver = Receiver(self.folder, self.excludes, self.known, self.is_new)
-    asked: List[str] = []
-
-    def take(process: Any) -> None:
-      self.list = read_list(process.stdout)
-      if self.list:
-        asked.extend(self.ask(self.list, receiver))
-        text = "".join(f"t {words}\n" for words in guest_words(asked))
-        process.stdin.write(os.fsencode(text))
-        process.stdin.close()
-        receiver.take(process.stdout)
-
+    outcome = self.outcome
+    if not (self.list and self.receiver):  # else it has come in the session that sent
+      outcome = self.session("", self.receive, 0.0)
+    receiver = self.receiver or Receiver(self.folder, self.excludes, self.known, self.is_new)
     try:
-      code, words = self.session(SYNC_OUT, take)
-      self.judge(receiver, asked, code, words)
+      self.judge(receiver, *outcome)
     finally:
       receiver.finish()
       self.save()
+
+  def receive(self, process: Any) -> None:
+    """Ask for what has changed, once the guest lists what it has, and take it."""
+    self.list = read_list(process.stdout)
+    if self.list:
+      receiver = self.receiver = Receiver(self.folder, self.excludes, self.known, self.is_new)
+      self.asked = self.ask(self.list, receiver)
+      lines = [ASK, *(f"t {words}" for words in guest_words(self.asked)), ""]
+      process.stdin.write(os.fsencode("\n".join(lines)))
+      process.stdin.close()
+      receiver.take(process.stdout)
 
   def ask(self, there: Listing, receiver: "Receiver") -> List[str]:
     """What the guest's tar is to send; the folders that are new are made."""
@@ -5569,12 +5613,11 @@ class Sync:
       receiver.unlisted = set(unlisted)
     return [path for path, entry in changed.items() if entry.kind != "d"] + unlisted
 
-  def judge(self, receiver: "Receiver", asked: Sequence[str], code: int, words: str) -> None:
+  def judge(self, receiver: "Receiver", code: int, words: str) -> None:
     """Say what has not come, delete what may be, and raise what is an error."""
     problem = f"what changed in {self.login.files.name} cannot be brought to {self.options.sync}"
-    missing = [
-      path for path in asked if path not in receiver.done and path not in receiver.unlisted
-    ]
+    wanted = (path for path in self.asked if path not in receiver.unlisted)
+    missing = [path for path in wanted if path not in receiver.done]
     if not self.list or receiver.cut or (missing and receiver.is_empty):
       say_each(missing[:10], "stays in the guest")
       raise QvmError(f"{problem} ({ending(code)}): {receiver.cut or ''} {words}".replace("  ", " "))
@@ -5942,19 +5985,11 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
   """
   if not options.sync:
     return run_line(login, options, patience, first)
+  if first:  # the time must be right before files get their times
+    in_guest(login, shell_line(first), wait_for, patience, **NO_STREAMS)
   sync = Sync(login, options)
-  if options.sync_direction != "out":
-    if first:  # the time must be right before files get their times
-      in_guest(login, shell_line(first), wait_for, patience, **NO_STREAMS)
-    sync.send(patience)
-    patience, first = 0.0, ""
-  code = run_line(login, options, patience, first, guest_folder(sync.record.name))
-  if options.sync_direction != "in":
-    try:
-      sync.fetch()
-    except QvmError as error:
-      raise QvmError(str(error), f"the command itself ended with exit code {code}")
-  return code
+  folder = guest_folder(sync.record.name)
+  return sync.run(lambda patience: run_line(login, options, patience, "", folder), patience)
 
 
 def run_line(

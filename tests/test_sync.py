@@ -1,6 +1,7 @@
 """--sync: a folder to the guest and back, and what a hostile guest might send."""
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -369,7 +370,7 @@ class Anything(dict):
     return source.Entry("f", 0o644, 0, "1")
 
 
-def receive(folder, data, known=None, patterns=(), changed=None):
+def receive(folder, data, known=None, patterns=(), changed=None, present=None):
   """What a Receiver makes of a stream that comes through a pipe; returns it."""
   reading, writing = os.pipe()
 
@@ -383,7 +384,7 @@ def receive(folder, data, known=None, patterns=(), changed=None):
     with os.fdopen(reading, "rb") as file, source.Folder(str(folder)) as opened:
       excludes = source.Excludes(patterns)
       receiver = source.Receiver(opened, excludes, dict(known or {}), known is None)
-      receiver.expect(Anything() if changed is None else changed, changed or {})
+      receiver.expect(Anything() if changed is None else changed, present or changed or {})
       receiver.take(file)
       receiver.finish()
       return receiver
@@ -693,3 +694,165 @@ def test_a_file_that_is_replaced_is_never_missing(here, monkeypatch):
   with pytest.raises(pytest.fail.Exception):
     receive(here, stream(member("x")))
   assert (here / "x").read_text() == "mine\n"
+
+
+# --- names that the host's disk takes for one ------------------------------------------------
+
+
+class Folding:
+  """The calls of `os` as on APFS: a name is found in any spelling, and keeps its first one."""
+
+  NAMED = ("open", "stat", "mkdir", "unlink", "rmdir", "symlink", "readlink")
+
+  def __init__(self, monkeypatch):
+    self.real = {name: getattr(os, name) for name in (*self.NAMED, "rename")}
+    for name in self.NAMED:
+      monkeypatch.setattr(os, name, self.wrapped(name))
+    monkeypatch.setattr(os, "rename", self.rename)
+
+  def spelled(self, name, fd):
+    """The name as it is on the disk."""
+    if fd is None or name in ("", ".") or "/" in str(name):
+      return name
+    if any(ord(c) in range(0xDC80, 0xDD00) for c in name):
+      raise OSError(errno.EILSEQ, "Illegal byte sequence")
+    return next((n for n in os.listdir(fd) if source.fold(n) == source.fold(name)), name)
+
+  def wrapped(self, name):
+    def call(*words, dir_fd=None, **more):
+      words = list(words)
+      at = 1 if name == "symlink" else 0
+      words[at] = self.spelled(words[at], dir_fd)
+      return self.real[name](*words, dir_fd=dir_fd, **more)
+
+    return call
+
+  def rename(self, old, new, src_dir_fd=None, dst_dir_fd=None):
+    old, there = self.spelled(old, src_dir_fd), self.spelled(new, dst_dir_fd)
+    target = new if old == there else there  # a change of spelling, or what is there keeps its own
+    self.real["rename"](old, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+
+@pytest.fixture
+def folding(tmp_path, monkeypatch):
+  """fold(before, after, delete=True): what a folder with the first files becomes when the guest,
+  which had them too, has the second; {name: content} each."""
+
+  def go(before, after, delete=True):
+    folder = tmp_path / "disk"
+    for path, content in before.items():
+      (folder / path).parent.mkdir(parents=True, exist_ok=True)
+      (folder / path).write_text(content)
+    known, present = {}, {}
+    for above, folders, names in os.walk(folder):
+      for name in folders + names:
+        path = os.path.relpath(os.path.join(above, name), folder)
+        known[path] = source.Known(f"old {path}", source.stamp_of(os.lstat(folder / path)))
+    for path, content in after.items():
+      same = before.get(path) == content
+      present[path] = source.Entry("f", 0o644, len(content), f"{'old' if same else 'new'} {path}")
+      for parent in list(source.folders_above(path)):
+        present[parent] = source.Entry("d", 0o755, 0, f"old {parent}")
+    changed = {p: e for p, e in present.items() if p not in known or known[p].there != e.stamp}
+    with monkeypatch.context() as patch:
+      Folding(patch)
+      data = [member(path, content.encode()) for path, content in after.items() if path in changed]
+      receiver = receive(folder, stream(*data), known, changed=changed, present=present)
+      with source.Folder(str(folder)) as opened:
+        receiver.folder = opened
+        if delete:
+          receiver.delete([path for path in receiver.known if path not in present])
+    return {p: e[2].decode() for p, e in tree(folder).items() if e[2] is not None}, receiver
+
+  return go
+
+
+def test_a_change_of_spelling_is_a_rename(folding):
+  before = {"Foo": "foo", "Dir/a": "a", "Dir/Sub/b": "b"}
+  for after in (
+    {"foo": "foo", "dir/a": "a", "dir/Sub/b": "b"},
+    {"FOO": "new", "DIR/a": "new", "DIR/SUB/b": "b"},
+  ):
+    found, receiver = folding(before, after)
+    assert found == after and receiver.held == []
+    before = after
+
+
+def test_the_second_spelling_stays_in_the_guest(folding, capfd):
+  before = {"Makefile": "mine", "d/é": "nfc"}
+  after = {"Makefile": "mine", "makefile": "theirs", "d/é": "nfc", "d/e\u0301": "theirs"}
+  found, receiver = folding(before, after)
+  assert found == before and sorted(receiver.held) == ["d/e\u0301", "makefile"]
+  assert "makefile stays in the guest: it is the same file as Makefile" in capfd.readouterr().err
+
+
+def test_an_edit_beside_a_rename_of_the_spelling(folding):
+  found, receiver = folding({"Foo": "old", "b": "old"}, {"foo": "new", "b": "new"})
+  assert found == {"foo": "new", "b": "new"}
+
+
+def test_a_name_that_the_disk_refuses_stays(folding, capfd):
+  found, receiver = folding({"a": "old"}, {"a": "new", "\udcff": "x", "b": "new"}, delete=False)
+  assert found == {"a": "new", "b": "new"} and receiver.held == ["\udcff"]
+  assert "stays in the guest: Illegal byte sequence" in capfd.readouterr().err
+
+
+def test_qvms_cache_is_out_of_reach_by_any_path(here, monkeypatch, capfd):
+  """A folder is known by its inode; a link or another spelling leads to the same."""
+  (here / "real/cache").mkdir()
+  monkeypatch.setenv("QVM_CACHE_DIR", str(here / "real/cache"))
+  before = tree(here)
+  receiver = receive(here, stream(member("real/cache/bin/qemu-img")))
+  assert tree(here) == before and receiver.held == ["real/cache/bin/qemu-img"]
+  with source.Folder(str(here)) as opened:
+    assert "real/cache" not in source.walk_folder(opened, source.Excludes(()))
+
+
+@pytest.mark.parametrize("spelling", [".git", ".GIT", ".Git", ".g\u200cit", ".gi\ufefft"])
+def test_git_is_git_in_any_spelling(spelling):
+  assert source.is_git(f"a/{spelling}/hooks") and not source.is_git("a/.gitignore")
+
+
+def test_a_python_without_dir_fd(monkeypatch, tmp_path):
+  monkeypatch.setattr(os, "supports_dir_fd", set())
+  with pytest.raises(source.QvmError, match="relative to a folder"):
+    source.opened_folder(str(tmp_path))
+
+
+# --- lists and records -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second, told", [(b"5.000", False), (b"5.001", True)])
+def test_a_list_that_tells_whole_seconds_tells_nothing(second, told):
+  lines = [b"//drwxr-xr-x 755 0 1/5.5/5.5 .", b"//-rw-r--r-- 644 3 2/5.000/%s ./a\nb" % second,
+           b"//lrwxr-xr-x 755 3 3/5.0/5.0 ./l", b"//end 0\n"]  # fmt: skip
+  listing = source.read_list(io.BytesIO(b"\n".join(lines)))
+  assert {path: entry[:3] for path, entry in listing.entries.items()} == {
+    "a\nb": ("f", 0o644, 3), "l": ("l", 0o755, 3),
+  }  # fmt: skip
+  assert listing.complete
+  assert all(bool(entry.stamp) == told for entry in listing.entries.values())
+
+
+@pytest.mark.parametrize("end", [b"", b"//end 0\n", b"//x\n//end 0\n"])
+def test_a_list_without_the_folder_itself_is_none(end):
+  assert source.read_list(io.BytesIO(b"//f 644 1 1/1.5/1.5 ./x\n" + end)) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[2,"f","n",{}]', '[1,"f","n",[]]',
+                                  '[1,"f","n",{"a":["s",1]}]', '[1,"f","n",{"a":[]}]',
+                                  '[1,"f","n",{"a":["s","x","y","z",1,2]}]'])  # fmt: skip
+def test_a_damaged_record_is_none(tmp_path, text):
+  (tmp_path / "r").write_text(text)
+  assert source.read_sync_record(str(tmp_path / "r")) is None
+
+
+def test_the_record_goes_with_the_instance(guests, tmp_path):  # noqa: F811
+  (tmp_path / "p").mkdir()
+  guests.up()
+  works(guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo x >made"))
+  records = [name for name in guests.instances() if ".sync-" in name]
+  assert len(records) == 1 and records[0].startswith("instances/vm.sync-")
+  works(guests.qvm("stop", "vm"))
+  works(guests.qvm("rm", "vm"))
+  assert guests.instances() == []

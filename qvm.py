@@ -49,6 +49,7 @@ orphaned qemu-img keeps the instance's lock until it has ended.
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -87,7 +88,6 @@ if TYPE_CHECKING:
   import email.utils
   import fcntl
   import fnmatch
-  import glob
   import grp
   import gzip
   import hashlib
@@ -111,6 +111,7 @@ if TYPE_CHECKING:
   import tempfile
   import termios
   import tty
+  import unicodedata
   import urllib.error
   import urllib.parse
   import urllib.request
@@ -132,10 +133,10 @@ else:
       return getattr(module, attribute)
 
   for _name in (
-    *("array", "bz2", "difflib", "fcntl", "fnmatch", "glob", "grp", "gzip", "hashlib"),
+    *("array", "bz2", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
     *("ipaddress", "json", "lzma", "marshal", "pwd", "queue", "random", "resource", "select"),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
-    *("termios", "tty", "zlib"),
+    *("termios", "tty", "unicodedata", "zlib"),
   ):
     globals()[_name] = Lazy(_name)
   email, http = Lazy("email.utils"), Lazy("http.client")
@@ -518,6 +519,18 @@ class KeyDisk(NamedTuple):
   until: str  # the first image release that needs no key; empty: every release needs one
 
 
+class GuestTar(NamedTuple):
+  """What the guest's tar reads, and writes."""
+
+  large_files: bool  # of 8 GiB or more, as GNU's base-256 sizes
+  long_links: bool  # GNU's header K, for targets over 100 bytes; else Solaris' X
+
+
+BSDTAR = GNU_TAR = GuestTar(True, True)
+PAX = GuestTar(False, True)  # also as tar, in OpenBSD and NetBSD
+ILLUMOS_TAR = GuestTar(False, False)
+
+
 class Guest(NamedTuple):
   """One OS on one CPU: its command line, and what qvm must know about its image."""
 
@@ -530,6 +543,7 @@ class Guest(NamedTuple):
   set_clock: str  # the command, run as that user, that sets the clock: a strftime(3) format, UTC
   key_disk: Optional[KeyDisk]
   table: str
+  tar: GuestTar
 
 
 # From the images' release notes. Without the key OpenBSD wants a password, which qvm never types;
@@ -543,15 +557,43 @@ DATE = "sudo date -u %Y%m%d%H%M.%S"  # date(1) of the BSDs
 DATE_HAIKU = "date -u -s '%Y-%m-%d %H:%M:%S'"  # GNU's
 DATE_OMNIOS = "sudo date -u %m%d%H%M%Y.%S"
 GUESTS = (
-  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_X86_64),
-  Guest("freebsd", "arm64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_ARM64),
-  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_X86_64),
-  Guest("openbsd", "arm64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_ARM64),
-  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_X86_64),
-  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_ARM64),
-  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", DATE_HAIKU, None, HAIKU_X86_64),
   Guest(
-    "omnios", "x86-64", "OmniOS", "runner", True, HALT_OMNIOS, DATE_OMNIOS, None, OMNIOS_X86_64
+    "freebsd", "x86-64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_X86_64, BSDTAR
+  ),
+  Guest(
+    "freebsd", "arm64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_ARM64, BSDTAR
+  ),
+  Guest(
+    "openbsd", "x86-64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_X86_64, PAX
+  ),
+  Guest(
+    "openbsd", "arm64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_ARM64, PAX
+  ),
+  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_X86_64, PAX),
+  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_ARM64, PAX),
+  Guest(
+    "haiku",
+    "x86-64",
+    "Haiku",
+    "user",
+    False,
+    "shutdown -q",
+    DATE_HAIKU,
+    None,
+    HAIKU_X86_64,
+    GNU_TAR,
+  ),
+  Guest(
+    "omnios",
+    "x86-64",
+    "OmniOS",
+    "runner",
+    True,
+    HALT_OMNIOS,
+    DATE_OMNIOS,
+    None,
+    OMNIOS_X86_64,
+    ILLUMOS_TAR,
   ),
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
@@ -3715,10 +3757,10 @@ class Folder:
   def open_file(self, parts: Sequence[str]) -> IO[bytes]:
     """A plain file below, for reading; OSError or ValueError when there is none."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would let us wait for ever
-    file = os.fdopen(os.open(parts[-1], flags, dir_fd=self.enter(parts[:-1])), "rb", 0)
-    if S_ISREG(os.fstat(file.fileno()).st_mode):
-      return file
-    file.close()
+    fd = os.open(parts[-1], flags, dir_fd=self.enter(parts[:-1]))
+    if S_ISREG(os.fstat(fd).st_mode):
+      return os.fdopen(fd, "rb", 0)
+    os.close(fd)
     raise ValueError("is no file")
 
 
@@ -4815,6 +4857,9 @@ def mend_record(paths: InstancePaths) -> None:
         "it has been rebuilt from its disk")  # fmt: skip
 
 
+SYNC_SUFFIX_RE = r"\.sync-[0-9a-f]{16}"  # a record of an instance: section Sync
+
+
 def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """Delete the files of an instance whose lock the caller holds; the --rm mark goes last.
 
@@ -4825,6 +4870,9 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
     for suffix in paths.SUFFIXES:
       if suffix != ".console.log" or not keep_log:
         remove_file(paths.stem + suffix)
+    for name in names_in(paths.cache.instances):
+      if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", name):
+        remove_file(os.path.join(paths.cache.instances, name))
 
 
 def sweep(cache: Cache) -> None:
@@ -5982,6 +6030,7 @@ def command_script(
   elif len(command) == 1:
     line = '"${SHELL:-/bin/sh}" -c ' + line
   lines += [line, "qvm_code=$?"]
+  lines += ["[ $qvm_code -le 256 ] || qvm_code=$((qvm_code - 128))"]  # ksh93 has 256+N
   if pid_file:
     lines += [f"rm -f {pid_file}"]
   return "\n".join([*lines, "exit $qvm_code"])
@@ -6103,208 +6152,286 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 
 
 # ---- Sync ---------------------------------------------------------------------------------------
-# A folder goes to ~/work in the guest as a tar stream, and what has changed there comes back as
-# another. The guest is not trusted: nothing is written outside of the folder, whatever it sends.
+# How a folder goes to ~/work in the guest, and how what has changed there comes back.
+#
+# Lists decide, not clocks. The guest lists its copy by its own find and stat: kind, mode, size,
+# inode and both times of each path. Two such lines are only ever compared for being equal. Where
+# the tools tell no fractions of a second, equal means nothing, and everything goes and comes.
+#
+# In, one session: the guest lists; qvm answers with lines of shell, which remove what is in the way
+# or was deleted here, and with a tar stream of what is not as the record says; the guest lists
+# again. That list must account for every name, else the command does not run.
+#
+# Out, one session: the guest lists; qvm asks by name for what is not as it was last seen, and its
+# tar sends that. Folders are made from the list. What was asked for and has not come is said. Only
+# when all has come is anything deleted: what was seen there, is as it was here, and is gone there.
+#
+# The record, a file of the instance, has for each path its line in the guest's list when both sides
+# were the same, and how the file was here. It saves work and is never trusted: each line must still
+# be what the guest lists, each file here what lstat says. Losing it costs time, no data. Paths
+# without a file here were in the guest before, and need not come.
+#
+# The guest is not trusted either: what comes is written as section Unpack says. And a file here is
+# known by its inode: names that differ only in case or normalisation may be one file to this disk.
 
-ALWAYS_OUT = (".git", ".qvm-" + "[0-9a-f]" * 12)  # the latter: half files that a killed qvm left
-MAX_NAMES_BYTES = 64 << 20  # bytes of the list of names that a guest may send
 READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
+MAX_LIST_BYTES = 256 << 20  # of a guest's list: some two million names
+MAX_GUEST_PATH_BYTES = 1023  # of a path below ./ in the guest; all five have PATH_MAX 1024
+MAX_OCTAL_SIZE = (1 << 33) - 1  # what eleven octal digits hold
+RESERVE_BYTES = 16 << 20  # of the disk, which a guest's files do not get
+MAX_SAID = 50  # names of one kind that are said
+LINE_BYTES = 30000  # of names in one command of the guest's: its limit is 256 KB or more
+# What HFS+ leaves out of account in names, as git's utf8.c has it.
+IGNORED_CHARS = dict.fromkeys(
+  [*range(0x200C, 0x2010), *range(0x202A, 0x202F), *range(0x206A, 0x2070), 0xFEFF]
+)
+UNFIT_NAME_ERRORS = (*BAD_NAME_ERRORS, errno.EPERM)  # EPERM: some file systems for odd names
 
 
 class FileStamp(NamedTuple):
-  """How a file was when it was sent; one that is not so any more has been changed here."""
+  """How a file is; one whose stamp is another one has been changed. Folders: mode, inode."""
 
   mode: int
+  inode: int
   size: int
   mtime_ns: int
-  inode: int
+  ctime_ns: int
 
 
 def stamp_of(stat: os.stat_result) -> FileStamp:
   """What lstat(2) says of a file, as far as it shows changes."""
-  folder = S_ISDIR(stat.st_mode)
-  return FileStamp(stat.st_mode, 0 if folder else stat.st_size, 0 if folder else stat.st_mtime_ns,
-              stat.st_ino)  # fmt: skip
+  if S_ISDIR(stat.st_mode):
+    return FileStamp(stat.st_mode, stat.st_ino, 0, 0, 0)
+  return FileStamp(stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-def guest_folder(folder: str) -> str:
-  """Where a folder lies in the guest, quoted for sh."""
-  return '"$HOME"/work/' + shlex.quote(os.path.basename(folder))
+class Known(NamedTuple):
+  """How a path was when both sides were the same; here is None for what was only in the guest."""
+
+  there: str
+  here: Optional[FileStamp]
 
 
-def is_left_out(path: str, patterns: Sequence[str]) -> bool:
-  """Whether a path in the folder stays where it is: patterns name it, or a folder above it."""
-  parts = path.split("/")
-  for pattern in patterns:
-    text = pattern.rstrip("/")
-    if "/" not in text:
-      if any(fnmatch.fnmatchcase(part, text) for part in parts):
-        return True
-    elif any(
-      fnmatch.fnmatchcase("/".join(parts[:n]), text.lstrip("/")) for n in range(1, len(parts) + 1)
-    ):
+class Entry(NamedTuple):
+  """A line of the guest's list."""
+
+  kind: str  # d, f, l, or another letter for what is not synchronised
+  mode: int  # -1 where the guest does not tell
+  size: int
+  stamp: str  # what is equal only while nothing has changed; empty where nothing tells
+
+
+class Listing(NamedTuple):
+  """What the guest lists, by path; complete unless its find says otherwise."""
+
+  entries: Dict[str, Entry]
+  complete: bool
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def fold(name: str) -> str:
+  """What is the same for all names that some file system takes for one."""
+  text = unicodedata.normalize("NFD", in_utf8(name).translate(IGNORED_CHARS)).casefold()
+  return unicodedata.normalize("NFD", text)
+
+
+class Excludes:
+  """What stays where it is: .git, what qvm has left, and what the patterns name."""
+
+  def __init__(self, patterns: Sequence[str]) -> None:
+    texts = [unicodedata.normalize("NFD", in_utf8(text)).rstrip("/") for text in patterns]
+    names = [fnmatch.translate(text) for text in texts if "/" not in text]
+    paths = [fnmatch.translate(text.lstrip("/")) for text in texts if "/" in text]
+    self.names = re.compile("|".join([r"\.git\Z", OWN_FILE_RE, *names]))
+    self.paths = re.compile("|".join(paths)) if paths else None
+
+  def has_itself(self, path: str, name: str) -> bool:
+    """Whether a path, whose last part that is, is left out for its own sake."""
+    if self.names.match(unicodedata.normalize("NFD", in_utf8(name))):
       return True
-  return False
+    return bool(self.paths and self.paths.match(unicodedata.normalize("NFD", in_utf8(path))))
+
+  def has(self, path: str) -> bool:
+    """Whether a path, or a folder above it, is left out."""
+    parts = unicodedata.normalize("NFD", in_utf8(path)).split("/")
+    return any(map(self.names.match, parts)) or bool(
+      self.paths and any(self.paths.match("/".join(parts[:n])) for n in range(1, len(parts) + 1))
+    )
 
 
-def walk_folder(folder: str, patterns: Sequence[str], above: str = "") -> Iterator[Tuple[str, Any]]:
-  """The paths below a folder, relative to it, each with what lstat(2) says; folders first."""
-  with os.scandir(os.path.join(folder, above)) as entries:
-    inside = sorted(entries, key=lambda entry: entry.name)
-  for entry in inside:
-    path = above + entry.name
-    if is_left_out(path, patterns):
-      continue
-    yield path, entry.stat(follow_symlinks=False)
-    if entry.is_dir(follow_symlinks=False):
-      yield from walk_folder(folder, patterns, path + "/")
+OWN_FILE_RE = r"\.qvm-[0-9a-f]{12}\Z"  # half files that a killed qvm has left
 
 
-def tar_header(path: str, folder: str, stat: os.stat_result) -> Optional[bytes]:
-  """The header of a file in a tar stream; None for what is no file, folder or symbolic link.
+def is_git(path: str) -> bool:
+  """Whether a part of a path is .git in some spelling."""
+  return any(fold(part) == ".git" for part in path.split("/"))
 
-  ustar, which every tar reads, and GNU's form only for names and sizes that do not fit.
-  """
-  member = tarfile.TarInfo(in_utf8(path))
-  member.mode, member.mtime = stat.st_mode & 0o777, max(0, int(stat.st_mtime))
-  if S_ISREG(stat.st_mode):
-    member.size = stat.st_size
-  elif S_ISLNK(stat.st_mode):
-    target = os.readlink(os.path.join(folder, path))
-    member.type, member.linkname = tarfile.SYMTYPE, in_utf8(target)
-  elif S_ISDIR(stat.st_mode):
-    member.type = tarfile.DIRTYPE
-  else:
-    return None
+
+def shown(path: str) -> str:
+  """A path for a message."""
+  return path if len(path) <= 240 else f"{path[:200]}…{path[-40:]}"
+
+
+def say_each(paths: Sequence[str], problem: str) -> None:
+  """Say something of each path, if there are not too many."""
+  for path in paths[:MAX_SAID]:
+    say(f"{shown(path)} {problem}")
+  if len(paths) > MAX_SAID:
+    say(f"and {len(paths) - MAX_SAID} more: each {problem}")
+
+
+@functools.lru_cache(maxsize=None)
+def opened_folder(path: str) -> Folder:
+  """The folder of --sync, opened once: another one that is put in its place later is not taken."""
+  if os.open not in os.supports_dir_fd:
+    raise QvmError(
+      "--sync needs a Python that opens files relative to a folder, and this one cannot",
+      "take Python 3.9 or newer, from python.org, or your system's",
+    )
   try:
-    return member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-  except ValueError:
-    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    return Folder(path)
+  except OSError as error:
+    raise QvmError(f"{path}: {describe(error)}")
 
 
-def write_tree(folder: str, patterns: Sequence[str], out: IO[bytes]) -> Dict[str, FileStamp]:
-  """Write a folder as a tar stream; returns what was sent. BrokenPipeError when nobody reads."""
-  sent = {}
-  for path, stat in walk_folder(folder, patterns):
-    header = tar_header(path, folder, stat)
-    if header is None:
-      say(f"{os.path.join(folder, path)} is no file, folder or link: it stays here")
-      continue
-    sent[path] = stamp_of(stat)
-    out.write(header)
-    if S_ISREG(stat.st_mode):
-      write_content(os.path.join(folder, path), stat.st_size, out)
-  out.write(bytes(1024))
-  out.flush()
-  return sent
+def check_sync(options: Options) -> None:
+  """Look at all that is to be sent, before anything boots for it."""
+  if options.sync:
+    folder = opened_folder(options.sync)
+    if options.sync_direction != "out":
+      walk_folder(folder, Excludes(options.sync_exclude))
 
 
-def write_content(path: str, size: int, out: IO[bytes]) -> None:
-  """Write as many bytes of a file as its header has announced, padded to whole blocks."""
-  left = size
-  fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-  with os.fdopen(fd, "rb", 0) as file:
-    while left:
-      chunk = file.read(min(left, CHUNK_BYTES))
-      if not chunk:
-        raise QvmError(f"{path} became shorter while it was read")
-      out.write(chunk)
-      left -= len(chunk)
-  out.write(bytes(-size % 512))
+def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]:
+  """What lstat says of all below a folder, by path, folders before what is in them.
 
-
-# Folders that a command has closed are opened for the new files; tar sets their modes again. What
-# is older than the mark was sent: the clock has ticked since, so that no change can be missed.
-SYNC_IN = """
-mkdir -p {folder} && cd {folder} || exit
-find . -type d ! -perm -200 -exec chmod u+w {{}} +
-echo {ready}
-tar -xpf - || exit
-mark=../{mark}
-find . -type d -print | sort >"$mark.dirs"
-touch "$mark"
-n=0
-while touch "$mark.tick" && [ -z "$(find "$mark.tick" -newer "$mark")" ] && [ $n -lt 3000 ]; do
-  n=$((n + 1))
-done
-rm -f "$mark.tick"
-"""
-# A find without -cnewer, or a folder without a mark, gives everything. Each tar or pax goes without
-# the folder's content; there may be several, one after the other. The files in a folder that was
-# renamed are as old as before: folders that were not there go whole.
-SYNC_OUT = """
-cd {folder} || exit
-mark=../{mark}
-set --
-! find "$mark" -cnewer "$mark" >/dev/null 2>&1 || set -- -cnewer "$mark"
-options=
-for each in --no-recursion '--no-unquote --no-recursion'; do
-  ! tar $each -cf /dev/null . 2>/dev/null || options=$each
-done
-echo {ready}
-if [ "$options" ]; then
-  find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec tar $options -cf - {{}} +
-else
-  find . {prune} \\( -type f -o -type l -o -type d \\) "$@" -exec pax -w -d -x ustar {{}} +
-fi || code=$?
-if [ $# -gt 0 ]; then
-  find . {prune} -type d -print | sort | comm -13 "$mark.dirs" - | while IFS= read -r new; do
-    case $new/ in "$last"/*) continue ;; esac
-    last=$new
-    [ ! -d "$new" ] || tar -cf - "$new"
-  done
-fi
-exit ${{code:-0}}
-"""
-SYNC_NAMES = "cd {folder} && echo {ready} && find . -print"
-
-
-def sync_script(template: str, options: Options) -> str:
-  """One of the scripts for the folder that is synchronised.
-
-  Only names go to the guest's find of which it says what we say; the rest is left out on landing.
+  qvm's own cache is left out, known by its inode. QvmError for what may not be read.
   """
-  names = [pattern.rstrip("/") for pattern in left_out(options)]
-  names = [name for name in names if not re.search(r"[/\[\\]", name)]
-  prune = " -o ".join("-name " + shlex.quote(name) for name in names)
-  return template.format(
-    folder=guest_folder(options.sync),
-    mark=".qvm-" + hashed(os.path.basename(options.sync)),
-    ready=READY,
-    prune=f"! -name . \\( {prune} \\) -prune -o",
+  cache, found = cache_inode(), {}
+  waiting: List[Tuple[str, ...]] = [()]
+  while waiting:
+    parts = waiting.pop()
+    try:
+      fd = folder.enter(parts)
+      names, inner = sorted(os.listdir(fd)), []
+    except FileNotFoundError:
+      continue  # it has just vanished
+    except OSError as error:
+      raise unreadable(folder, "/".join(parts), error)
+    for name in names:
+      path = "/".join((*parts, name))
+      with contextlib.suppress(FileNotFoundError):
+        stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if excludes.has_itself(path, name) or is_git(name) or (stat.st_dev, stat.st_ino) == cache:
+          continue
+        found[path] = stat
+        if S_ISDIR(stat.st_mode):
+          inner.append((*parts, name))
+        elif S_ISREG(stat.st_mode) and not may_read(fd, name, stat):
+          raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
+    waiting += reversed(inner)
+  return found
+
+
+def may_read(fd: int, name: str, stat: os.stat_result) -> bool:
+  """Whether a file may be read; asked only where its mode does not let everybody."""
+  return stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
+
+
+def unreadable(folder: Folder, path: str, error: OSError) -> QvmError:
+  """The error for what cannot be read here, with the way out."""
+  where = os.path.join(folder.path, path).rstrip("/")
+  return QvmError(
+    f"{shown(where)} cannot be read: {describe(error)}",
+    f"--sync-exclude {shlex.quote('/' + path)} leaves it out" if path else "",
   )
 
 
-def left_out(options: Options) -> Tuple[str, ...]:
-  """The patterns of what is not synchronised: those given, .git, and the cache if it is there."""
-  cache = os.path.relpath(
-    os.path.realpath(cache_from(os.environ).root), os.path.realpath(options.sync)
-  )
-  own = () if cache.startswith("../") else ("/" + glob.escape(cache),)
-  return ALWAYS_OUT + own + options.sync_exclude
+def cache_inode() -> Tuple[int, int]:
+  """The device and inode of qvm's cache."""
+  with contextlib.suppress(OSError):
+    stat = os.stat(cache_from(os.environ).root)
+    return stat.st_dev, stat.st_ino
+  return -1, -1
 
 
-def sync_in(login: Login, options: Options, patience: float) -> Dict[str, FileStamp]:
-  """Copy the folder into the guest; returns what was sent."""
-  sent: Dict[str, FileStamp] = {}
-  begun = False
+# The guest's list: each line begins with //, which no path has in it, and the last has find's exit
+# code. stat is that of the BSDs, -printf is GNU's; without either, names and kinds must do.
+LIST = r"""
+LC_ALL=C; export LC_ALL
+how=
+[ "$(stat -f %HT . 2>/dev/null)" != Directory ] || how=stat
+for each in find gfind; do
+  case $how,$($each . -prune -printf '%y %C@' 2>/dev/null) in ,d\ *.*) how=$each ;; esac
+done
+list() {
+  case $how in
+    stat) find "$@" -exec stat -f '//%Sp %Lp %z %i/%Fm/%Fc %N' {} + ;;
+    *find) $how "$@" -printf '//%y %m %s %i/%T@/%C@ %p\n' ;;
+    *) find "$@" \( -type d -exec printf '//d - - - %s\n' {} + \
+         -o -type f -exec printf '//f - - - %s\n' {} + \
+         -o -type l -exec printf '//l - - - %s\n' {} + \) ;;
+  esac
+  echo "//end $?"
+}
+"""
+# An empty line ends the lines that qvm sends; where there are no files to send, none comes.
+SYNC = """
+FIRST
+cd FOLDER || exit
+n='
+'
+send= code=0 quoted=
+case $(tar --version </dev/null 2>/dev/null) in *GNU*) quoted=--no-unquote ;; esac
+t() { tar -cf - $quoted "$@" </dev/null || code=$?; }
+all() { list . PRUNE; }
+finish() { :; }
+echo READY
+all
+while IFS= read -r line && [ "$line" ]; do eval "$line"; done
+[ ! "$send" ] || tar -xpf - || exit
+all
+finish
+"""
+# Folders that cannot be listed are opened.
+OPEN = "mkdir -p FOLDER && cd FOLDER && find . -type d ! -perm -500 -exec chmod u+rwx {} \\;"
+ASK = 'eval "$(cat)"; exit $code'  # the rest is lines that call t with names
 
-  def feed(process: Any) -> None:
-    nonlocal begun
-    begun = is_ready(process.stdout)
-    if begun:
-      with contextlib.suppress(BrokenPipeError):  # the guest says why
-        sent.update(write_tree(options.sync, left_out(options), process.stdin))
-    with contextlib.suppress(BrokenPipeError):
-      process.stdin.close()
 
-  with tempfile.TemporaryFile(dir=temporary_folder(login.paths.cache)) as words:
-    line = shell_line(sync_script(SYNC_IN, options))
-    pipe = subprocess.PIPE
-    code = in_guest(login, line, feed, patience, Spawn(pipe, pipe, words))
-    if code or not begun:
-      raise sync_failed(f"{options.sync} cannot be copied to {login.paths.name}", words, code)
-  return sent
+def sync_script(first: str, name: str, patterns: Sequence[str]) -> str:
+  """The script for the folder of that name in ~/work; first is what it does before all.
+
+  Only patterns of which the guest's find says what fnmatch says are for it; all hold here.
+  """
+  names = [text.rstrip("/") for text in (".git", *patterns)]
+  plain = [text for text in names if text and not re.search(r"[/\[\\?]", text)]
+  prune = " -o ".join("-name " + shlex.quote(text) for text in plain)
+  words = {
+    "FOLDER": guest_folder(name),
+    "READY": READY,
+    "PRUNE": f"! -name . \\( {prune} \\) -prune -o",
+  }
+  script = SYNC.replace("FIRST", first, 1)
+  return LIST + re.sub("FOLDER|READY|PRUNE", lambda match: words[match.group()], script)
+
+
+def guest_folder(name: str) -> str:
+  """Where a folder lies in the guest, quoted for sh."""
+  return '"$HOME"/work/' + shlex.quote(name)
+
+
+def guest_words(paths: Iterable[str]) -> Iterator[str]:
+  """Paths as arguments for the guest's sh, on one line, as many at a time as one command takes."""
+  words, size = [], 0
+  for path in paths:
+    word = shlex.quote("./" + path).replace("\n", "'\"$n\"'")
+    words.append(word)
+    size += len(word)
+    if size > LINE_BYTES:
+      yield " ".join(words)
+      words, size = [], 0
+  if words:
+    yield " ".join(words)
 
 
 def is_ready(stream: IO[bytes]) -> bool:
@@ -6316,237 +6443,838 @@ def is_ready(stream: IO[bytes]) -> bool:
   return False
 
 
-def sync_failed(problem: str, words: IO[bytes], code: int) -> QvmError:
-  """The error for a copy that the guest did not make, with what it says."""
-  words.seek(0)
-  text = " ".join(words.read(TAIL_BYTES).decode("utf-8", "replace").split())
-  return QvmError(f"{problem} ({ending(code)}): {text}")
+def read_list(stream: IO[bytes]) -> Optional[Listing]:
+  """The guest's next list; None when it ends before its end."""
+  entries: Dict[str, Entry] = {}
+  size, text = 0, b""
+  for line in iter(lambda: stream.readline(1 << 16), b""):
+    size += len(line)
+    if size > MAX_LIST_BYTES:
+      raise RefusedError("the guest's list of names is longer than any")
+    if line.startswith(b"//"):
+      add_entry(entries, text)
+      text = line
+      if line.startswith(b"//end "):
+        told = [entry.stamp for entry in entries.values() if entry.kind != "d" and entry.stamp]
+        if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):
+          entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
+        whole = line.strip() == b"//end 0"
+        return Listing(entries, whole) if entries.pop("", None) else None
+    else:
+      text += line
+  return None
 
 
-def sync_out(login: Login, options: Options, sent: Optional[Dict[str, FileStamp]]) -> None:
-  """Bring what has changed in the guest's copy of the folder."""
-  problem = f"what changed in {login.paths.name} cannot be brought to {options.sync}"
-  pipe = subprocess.PIPE
-  with Receiver(options.sync, left_out(options), sent) as landing, tempfile.TemporaryFile(
-    dir=temporary_folder(login.paths.cache)
-  ) as words:
-    begun = False
+def add_entry(entries: Dict[str, Entry], text: bytes) -> None:
+  """Add a line of the list, "//KIND MODE SIZE STAMP ./PATH"; the kind may be as ls(1) has it."""
+  words = os.fsdecode(text[2:-1]).split(" ", 4)
+  if len(words) == 5 and re.match(r"\./|\.\Z", words[4]):
+    kind = words[0][:1].replace("-", "f")
+    if words[3] == "-":
+      entry = Entry(kind, -1, -1, "")
+    elif re.match(r"[0-7]+ [0-9]+\Z", f"{words[1]} {words[2]}"):
+      mode = int(words[1], 8) & 0o777
+      entry = Entry(kind, mode, int(words[2]), f"d{mode:o}" if kind == "d" else words[3])
+    else:
+      return
+    entries[words[4][2:]] = entry
 
-    def take(process: Any) -> None:
-      nonlocal begun
-      begun = is_ready(process.stdout)
-      if begun:
-        landing.take(process.stdout)
 
-    line = shell_line(sync_script(SYNC_OUT, options))
-    code = in_guest(login, line, take, spawn=Spawn(subprocess.DEVNULL, pipe, words))
-    landing.finish()
-    if code or not begun:
-      raise sync_failed(problem, words, code)
-    if options.sync_delete and sent is not None:
-      names = bytearray()
+class Tail:
+  """Reads a stream to its end in a thread of its own and keeps the last of it."""
 
-      def read(process: Any) -> None:
+  def __init__(self, stream: IO[bytes]) -> None:
+    self.stream, self.kept = stream, b""
+    self.reading = Future(self.read)
+
+  def read(self) -> None:
+    for chunk in iter(lambda: os.read(self.stream.fileno(), 65536), b""):
+      self.kept = (self.kept + chunk)[-TAIL_BYTES:]
+
+  def words(self) -> str:
+    """What was said last, on one line; once the program has ended."""
+    self.reading.result()
+    return " ".join(self.kept.decode("utf-8", "replace").split())
+
+
+def tar_block(
+  name: bytes, kind: bytes, mode: int, size: int, mtime: int = 0, target: bytes = b"",
+  magic: bytes = b"ustar\x0000",
+) -> bytes:  # fmt: skip
+  """A header as POSIX's ustar has it; a size that does not fit is in base 256, as GNU's."""
+  length = b"%011o\0" % size if size <= MAX_OCTAL_SIZE else b"\x80" + size.to_bytes(11, "big")
+  zero = b"0000000\0"
+  block = struct.pack(
+    "100s8s8s8s12s12s8ss100s8s32s32s8s8s155s12x", name, b"%07o\0" % mode, zero, zero, length,
+    b"%011o\0" % mtime, b" " * 8, kind, target, magic, b"", b"", zero, zero, b"",
+  )  # fmt: skip
+  return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def padded(data: bytes) -> bytes:
+  return data + bytes(-len(data) % 512)
+
+
+def tar_header(path: str, stat: os.stat_result, target: str, tar: GuestTar) -> bytes:
+  """The headers of a file in a tar stream, as the guest's tar reads them.
+
+  Names over 100 bytes go in GNU's header L, targets in its K or, for illumos, in Solaris' X. The
+  prefix of ustar is not used: the tar of NetBSD wants something left for the name.
+  """
+  name, link, mode = os.fsencode(path), os.fsencode(target), stat.st_mode & 0o777
+  kind, size = (b"2" if target else b"0"), 0 if target else stat.st_size
+  if S_ISDIR(stat.st_mode):  # opened, so that it can be filled; finish() in the guest closes it
+    name, kind, mode, size = name + b"/", b"5", mode | 0o700, 0
+  magic, more = b"ustar  \0", []
+  if len(link) > 100 and not tar.long_links:
+    records = pax_record(b"path", name) + pax_record(b"linkpath", link)
+    more.append(tar_block(b"pax", b"X", 0o644, len(records)) + padded(records))
+  else:
+    for letter, value in ((b"K", link), (b"L", name)):
+      if len(value) > 100:
+        block = tar_block(b"././@LongLink", letter, 0, len(value) + 1, magic=magic)
+        more.append(block + padded(value + b"\0"))
+  if not more and size <= MAX_OCTAL_SIZE:
+    magic = b"ustar\x0000"
+  mtime = min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
+  return b"".join(more) + tar_block(name[:100], kind, mode, size, mtime, link[:100], magic)
+
+
+def pax_record(key: bytes, value: bytes) -> bytes:
+  """One record of an extended header, which begins with its own length."""
+  size = len(key) + len(value) + 4  # with one digit of the length
+  while size < len(str(size)) + len(key) + len(value) + 3:
+    size += 1
+  return b"%d %s=%s\n" % (size, key, value)
+
+
+class SyncRecord(NamedTuple):
+  """What an instance has of a folder: its name in ~/work, and how each path was."""
+
+  folder: str
+  name: str
+  known: Dict[str, Known]
+
+
+SYNC_FORMAT = 1
+
+
+def sync_record_path(paths: InstancePaths, folder: str) -> str:
+  """Where an instance's record of a folder is."""
+  return paths.stem + ".sync-" + hashed(folder)
+
+
+def read_sync_record(path: str) -> Optional[SyncRecord]:
+  """A record; None where there is none, or no sound one."""
+  try:
+    with open(path, "rb") as file:
+      number, folder, name, rows = json.loads(file.read().decode("ascii"))
+    known = {
+      str(path): Known(str(row[0]), FileStamp(*map(int, row[1:])) if row[1:] else None)
+      for path, row in rows.items()
+    }
+    return SyncRecord(str(folder), str(name), known) if number == SYNC_FORMAT else None
+  except (OSError, ValueError, TypeError, AttributeError, LookupError):
+    return None
+
+
+def write_sync_record(paths: InstancePaths, record: SyncRecord) -> None:
+  """Keep a record with the instance; where that cannot be, the next sync takes longer."""
+  rows = {path: [there, *(here or ())] for path, (there, here) in record.known.items()}
+  text = json.dumps([SYNC_FORMAT, record.folder, record.name, rows], separators=(",", ":"))
+  if os.path.lexists(paths.disk):
+    with contextlib.suppress(OSError), unfinished(paths.cache) as scratch:
+      aside = os.path.join(scratch, "record")
+      with open(aside, "w", encoding="ascii") as file:
+        file.write(text)
+      move(aside, sync_record_path(paths, record.folder), False)
+
+
+def new_sync_record(paths: InstancePaths, folder: str) -> SyncRecord:
+  """The record of a folder that this instance has never had, under a name of its own there."""
+  name = os.path.basename(folder)
+  for other in names_in(paths.cache.instances):
+    if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other):
+      record = read_sync_record(os.path.join(paths.cache.instances, other))
+      if record and record.name == name and os.path.isdir(record.folder):
+        own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
+        say(f"~/work/{name} in {paths.name} is {record.folder}: {folder} goes to ~/work/{own}")
+        return SyncRecord(folder, own, {})
+  return SyncRecord(folder, name, {})
+
+
+class Sync:
+  """A folder and its copy in a guest, from before a command until what it has changed is here."""
+
+  def __init__(self, login: Login, options: Options) -> None:
+    self.login, self.options = login, options
+    self.folder = opened_folder(options.sync)
+    self.excludes = Excludes(options.sync_exclude)
+    path = os.path.realpath(options.sync)
+    known = read_sync_record(sync_record_path(login.paths, path))
+    self.is_new = known is None
+    self.record = known or new_sync_record(login.paths, path)
+    self.known = self.record.known
+    self.list: Optional[Listing] = None  # the guest's newest
+    self.found: Dict[str, os.stat_result] = {}  # what is here,
+    self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
+    self.short: Set[str] = set()  # what became shorter while it was read
+    self.asked: List[str] = []  # of the guest's tar
+    self.receiver: Optional[Receiver] = None
+    self.code: Optional[int] = None  # the command's
+    self.outcome = 0, ""  # of the session that has brought what changed
+
+  def run(self, command: Callable[[float], int], patience: float) -> int:
+    """Copy the folder to the guest, run the command, and bring what has changed.
+
+    command gets the patience that is left for a login. Returns its exit code.
+    """
+    way = self.options.sync_direction
+    if way != "out":
+      self.send(patience, command if way == "both" else None)
+      patience = 0.0
+    if self.code is None:
+      self.code = command(patience)
+    if way != "in":
+      try:
+        self.fetch()
+      except QvmError as error:
+        raise QvmError(str(error), f"the command itself ended with exit code {self.code}")
+    return self.code
+
+  def session(self, first: str, use: Callable[[Any], None], patience: float) -> Tuple[int, str]:
+    """Run the script in the guest; returns its exit code and its last words."""
+    tails: List[Tail] = []
+
+    def talk(process: Any) -> None:
+      tails.append(Tail(process.stderr))
+      with contextlib.suppress(BrokenPipeError):  # the guest says why
         if is_ready(process.stdout):
-          names.extend(process.stdout.read(MAX_NAMES_BYTES + 1))
-        if len(names) > MAX_NAMES_BYTES:
-          raise RefusedError(f"{problem}: the list of names is longer than any")
+          use(process)
+        process.stdin.close()
+      while process.stdout.read(CHUNK_BYTES):
+        pass
 
-      line = shell_line(sync_script(SYNC_NAMES, options))
-      code = in_guest(login, line, read, spawn=Spawn(subprocess.DEVNULL, pipe, words))
-      if code or not names.startswith(b".\n"):
-        raise sync_failed(problem, words, code)
-      landing.delete_missing(bytes(names))
+    script = sync_script(first, self.record.name, self.options.sync_exclude)
+    pipe, self.list = subprocess.PIPE, None
+    code = in_guest(self.login, shell_line(script), talk, patience, Spawn(pipe, pipe, pipe))
+    return code, tails[-1].words()
+
+  def save(self) -> None:
+    write_sync_record(self.login.paths, self.record._replace(known=self.known))
+
+  # In
+
+  def send(self, patience: float, command: Optional[Callable[[float], int]]) -> None:
+    """Make the guest's copy what the folder is; QvmError unless all has arrived.
+
+    If it is that already, the command runs while the session waits, which then brings the changes.
+    """
+    walk = Future(lambda: walk_folder(self.folder, self.excludes))  # while ssh logs in
+    work: List[str] = []
+
+    def feed(process: Any) -> None:
+      self.found = walk.result()
+      self.mine = self.sendable()
+      before = self.list = read_list(process.stdout)
+      if before:
+        lines, changed = self.plan_in(before.entries)
+        work[:] = [*lines, *changed]
+        if work:
+          send = ["send=1"] if changed else []
+          process.stdin.write(os.fsencode("\n".join([*lines, *send, "", ""])))
+          self.write_files(changed, process.stdin)
+          process.stdin.close()
+          self.list = read_list(process.stdout)
+        elif command:
+          if self.is_new:
+            self.remember()
+          self.code = command(0.0)
+          process.stdin.write(b"all\n")
+          process.stdin.flush()
+          self.receive(process)
+        else:
+          process.stdin.write(b"exit\n")
+
+    try:
+      code, words = self.session(OPEN, feed, patience)
+    except QvmError:
+      if self.code is None:
+        raise
+      code, words = 0, ""  # the session was lost while the command ran: there will be another
+    if self.code is not None:
+      self.outcome = code, words
+    else:
+      self.account(code, words)
+      if work or self.is_new:
+        self.remember()
+        self.save()
+
+  def sendable(self) -> Dict[str, os.stat_result]:
+    """What the guest can take of what is here; the rest is said."""
+    large, special, long, mine = [], [], [], {}
+    for path, stat in self.found.items():
+      above = path.rpartition("/")[0]
+      if above and above not in mine:
+        continue
+      if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode) or S_ISLNK(stat.st_mode)):
+        special.append(os.path.join(self.folder.path, path))
+      elif len(os.fsencode(path)) > MAX_GUEST_PATH_BYTES - len("./"):
+        long.append(os.path.join(self.folder.path, path))
+      elif stat.st_size > MAX_OCTAL_SIZE and S_ISREG(stat.st_mode) and not self.tar.large_files:
+        large.append(os.path.join(self.folder.path, path))
+      else:
+        mine[path] = stat
+    say_each(special, "is no file, folder or link: it stays here")
+    say_each(long, "has too long a path for the guest: it stays here")
+    say_each(large, "has 8 GiB or more, too much for the guest's tar: it stays here")
+    return mine
+
+  @property
+  def tar(self) -> GuestTar:
+    return self.login.guest.tar
+
+  def plan_in(self, before: Dict[str, Entry]) -> Tuple[List[str], List[str]]:
+    """Lines of shell for the guest, and the paths that it is to be sent then."""
+    changed = [path for path, stat in self.mine.items() if not self.is_there(path, stat, before)]
+    in_way: Dict[str, None] = {}
+    for path in changed:
+      entry = before.get(path)
+      if entry and (entry.kind == "l" or entry.kind != kind_of(self.mine[path])):
+        if not any(above in in_way for above in folders_above(path)):
+          in_way[path] = None
+        if entry.kind == "d":
+          say(f"{shown(path)} was a folder in the guest: it is replaced, with all in it")
+    gone = self.gone_here(before)
+    touched = {above for path in (*changed, *gone) for above in folders_above(path)}
+    closed = sorted(path for path in touched if path in before and is_closed(before[path]))
+    modes = {path: before[path].mode for path in closed}
+    for path in {*closed, *changed}.intersection(self.mine):
+      if S_ISDIR(self.mine[path].st_mode):
+        modes[path] = self.mine[path].st_mode & 0o777
+    lines = [f"chmod u+rwx {words}" for words in guest_words(closed)]
+    if any(entry.mode < 0 for entry in before.values()):
+      lines.append("find . -type d ! -perm -700 -exec chmod u+rwx {} \\;")
+    lines += [f"rm -rf {words}" for words in guest_words(in_way)]
+    lines += [f"rm -f {words}" for words in guest_words(p for p in gone if before[p].kind != "d")]
+    folders = sorted((path for path in gone if before[path].kind == "d"), reverse=True)
+    lines += [f"rmdir {words} 2>/dev/null" for words in guest_words(folders)]
+    return (lines + closing_lines(modes) if lines or changed else []), changed
+
+  def is_there(self, path: str, stat: os.stat_result, before: Dict[str, Entry]) -> bool:
+    """Whether the guest still has what the record says it got, and the file here is still that."""
+    known, entry = self.known.get(path), before.get(path)
+    return bool(
+      known and entry and entry.stamp and entry.stamp == known.there
+      and known.here == stamp_of(stat)
+    )  # fmt: skip
+
+  def gone_here(self, before: Dict[str, Entry]) -> List[str]:
+    """What has been deleted here since it was the same, and is as it was in the guest."""
+    return [
+      path
+      for path, known in self.known.items()
+      if known.here and path not in self.found and not self.excludes.has(path)
+      and path in before and before[path].stamp and before[path].stamp == known.there
+    ]  # fmt: skip
+
+  def write_files(self, changed: Sequence[str], out: IO[bytes]) -> None:
+    """Write files as a tar stream; what vanishes or shrinks meanwhile is said."""
+    vanished = []
+    for path in changed:
+      try:
+        self.write_file(path, out)
+      except (FileNotFoundError, NotADirectoryError, ValueError):
+        vanished.append(path)
+        self.mine.pop(path, None)
+      except BrokenPipeError:
+        raise
+      except OSError as error:
+        raise unreadable(self.folder, path, error)
+    if changed:
+      out.write(bytes(1024))
+      out.flush()
+    say_each(vanished, "has vanished, or become something else, while the folder was read")
+    say_each(
+      sorted(self.short), "became shorter while the folder was read: the guest has not all of it"
+    )
+
+  def write_file(self, path: str, out: IO[bytes]) -> None:
+    """Write a file to a tar stream, as many bytes of it as its header announces."""
+    parts, stat = path.split("/"), self.mine[path]
+    if not S_ISREG(stat.st_mode):
+      fd = self.folder.enter(parts[:-1])
+      target = os.readlink(parts[-1], dir_fd=fd) if S_ISLNK(stat.st_mode) else ""
+      out.write(tar_header(path, stat, target, self.tar))
+      return
+    with self.folder.open_file(parts) as file:
+      before, stat = stat.st_size, os.fstat(file.fileno())
+      self.mine[path] = stat
+      if stat.st_size > MAX_OCTAL_SIZE and not self.tar.large_files:
+        raise ValueError("has grown too large")
+      out.write(tar_header(path, stat, "", self.tar))
+      left = stat.st_size
+      if left < before:
+        self.short.add(path)
+      while left:
+        chunk = file.read(min(left, CHUNK_BYTES))
+        if not chunk:
+          self.short.add(path)
+          chunk = bytes(min(left, CHUNK_BYTES))
+        out.write(chunk)
+        left -= len(chunk)
+      out.write(bytes(-stat.st_size % 512))
+
+  def account(self, code: int, words: str) -> None:
+    """QvmError unless the guest lists all that it was to get."""
+    there = self.list.entries if self.list else {}
+    missing = []
+    for path, stat in self.mine.items():
+      entry, size = there.get(path), stat.st_size if S_ISREG(stat.st_mode) else -1
+      if not entry or entry.kind != kind_of(stat) or (size >= 0 and entry.size not in (-1, size)):
+        missing.append(path)
+    if code or missing or not self.list:
+      names = ", ".join(map(shown, missing[:10])) + (", ..." if missing[10:] else "")
+      problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
+      if missing and self.list and not code:
+        raise QvmError(
+          f"{problem}: {len(missing)} of {len(self.mine)} are not there: {names}", words
+        )
+      raise QvmError(f"{problem} ({ending(code)}): {words}")
+
+  def remember(self) -> None:
+    """Note how both sides are, now that they are the same.
+
+    What is in the guest alone and was there before need not come; the rest of that still will.
+    """
+    known = {}
+    for path, entry in (self.list.entries if self.list else {}).items():
+      if path in self.mine:
+        stat = self.mine[path]
+        there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
+        known[path] = Known(there, None if path in self.short else stamp_of(stat))
+      elif self.is_new:
+        known[path] = Known(entry.stamp, None)
+      elif path in self.known and not self.known[path].here:
+        known[path] = self.known[path]
+    self.known, self.is_new = known, False
+
+  # Out
+
+  def fetch(self) -> None:
+    """Bring what has changed in the guest; what cannot come is said.
+
+    QvmError when nothing can be said to have come, or something cannot be written here.
+    """
+    outcome = self.outcome
+    if not (self.list and self.receiver):  # else it has come in the session that sent
+      outcome = self.session("", self.receive, 0.0)
+    receiver = self.receiver or Receiver(self.folder, self.excludes, self.known, self.is_new)
+    try:
+      self.judge(receiver, *outcome)
+    finally:
+      receiver.finish()
+      self.save()
+
+  def receive(self, process: Any) -> None:
+    """Ask for what has changed, once the guest lists what it has, and take it."""
+    self.list = read_list(process.stdout)
+    if self.list:
+      receiver = self.receiver = Receiver(self.folder, self.excludes, self.known, self.is_new)
+      self.asked = self.ask(self.list, receiver)
+      lines = [ASK, *(f"t {words}" for words in guest_words(self.asked)), ""]
+      process.stdin.write(os.fsencode("\n".join(lines)))
+      process.stdin.close()
+      receiver.take(process.stdout)
+
+  def ask(self, there: Listing, receiver: "Receiver") -> List[str]:
+    """What the guest's tar is to send; the folders that are new are made."""
+    changed, large, git = {}, [], []
+    for path, entry in there.entries.items():
+      known = self.known.get(path)
+      if entry.kind not in "dfl" or (known and entry.stamp and known.there == entry.stamp):
+        continue
+      if self.excludes.has(path):
+        continue
+      if is_git(path):
+        git += [path] if fold(path.rpartition("/")[2]) == ".git" else []
+      elif entry.size > MAX_OCTAL_SIZE and entry.kind == "f" and not self.tar.large_files:
+        large.append(path)
+      else:
+        changed[path] = entry
+    say_each(git, "stays in the guest: some file systems take it for .git")
+    say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
+    receiver.held += large
+    receiver.expect(changed, there.entries)
+    unlisted = []
+    if not there.complete:  # what is not listed may be there, and is asked for
+      unlisted = [p for p, known in self.known.items() if known.here and p not in there.entries
+                  and not S_ISDIR(known.here.mode) and not self.excludes.has(p)]  # fmt: skip
+      receiver.unlisted = set(unlisted)
+    return [path for path, entry in changed.items() if entry.kind != "d"] + unlisted
+
+  def judge(self, receiver: "Receiver", code: int, words: str) -> None:
+    """Say what has not come, delete what may be, and raise what is an error."""
+    problem = f"what changed in {self.login.paths.name} cannot be brought to {self.options.sync}"
+    wanted = (path for path in self.asked if path not in receiver.unlisted)
+    missing = [path for path in wanted if path not in receiver.done]
+    if not self.list or receiver.cut or (missing and receiver.is_empty):
+      say_each(missing[:10], "stays in the guest")
+      raise QvmError(f"{problem} ({ending(code)}): {receiver.cut or ''} {words}".replace("  ", " "))
+    say_each(missing, "stays in the guest: its tar has not sent it")
+    if not self.list.complete:
+      say("not all could be looked at in the guest")
+    if words and (missing or not self.list.complete):
+      say(f"{self.login.paths.name} says: {words[-1000:]}")
+    if receiver.failed:
+      raise QvmError(f"{problem}: {receiver.failed[0]}")
+    if self.options.sync_delete:
+      gone = [path for path, known in self.known.items() if known.here
+              and path not in self.list.entries and not self.excludes.has(path)]  # fmt: skip
+      if gone and (missing or receiver.held or code or not self.list.complete):
+        say("nothing is deleted here, as not all has come")
+      else:
+        receiver.delete(gone)
 
 
-class Receiver(Folder):
-  """A folder into which an untrusted tar stream is unpacked, but for what has no place there.
+def kind_of(stat: os.stat_result) -> str:
+  """The letter that a file's kind has in the guest's list."""
+  return "d" if S_ISDIR(stat.st_mode) else "l" if S_ISLNK(stat.st_mode) else "f"
 
-  A file that was changed here since it was sent stays as it is; sent=None takes all that comes.
+
+def is_closed(entry: Entry) -> bool:
+  """Whether its owner may not fill a folder."""
+  return entry.kind == "d" and entry.mode >= 0 and entry.mode & 0o700 != 0o700
+
+
+def folders_above(path: str) -> Iterator[str]:
+  """The paths of the folders that a path is in, the innermost first."""
+  above = path.rpartition("/")[0]
+  while above:
+    yield above
+    above = above.rpartition("/")[0]
+
+
+def closing_lines(modes: Dict[str, int]) -> List[str]:
+  """The line that gives folders in the guest their modes once they are filled, innermost first."""
+  by_depth: Dict[Tuple[int, int], List[str]] = {}
+  for path, mode in modes.items():
+    if mode & 0o700 != 0o700:
+      by_depth.setdefault((-path.count("/"), mode), []).append(path)
+  commands = [
+    f"chmod {mode:o} {words}"
+    for (_, mode), paths in sorted(by_depth.items())
+    for words in guest_words(paths)
+  ]
+  return ["finish() { " + "; ".join(commands) + "; }"] if commands else []
+
+
+class Kept(Exception):
+  """What is here stays as it is, which has been said."""
+
+
+class Receiver:
+  """Puts what a guest sends into the folder, but for what has no place there.
+
+  What was changed here since it was the same stays as it is, unless take_all says otherwise.
   """
 
   def __init__(
-    self, folder: str, patterns: Sequence[str], sent: Optional[Dict[str, FileStamp]]
+    self, folder: Folder, excludes: Excludes, known: Dict[str, Known], take_all: bool
   ) -> None:
-    super().__init__(folder)
-    self.folder, self.patterns, self.sent = folder, patterns, sent
+    self.folder, self.excludes, self.known, self.take_all = folder, excludes, known, take_all
+    self.changed: Dict[str, Entry] = {}  # what is to come,
+    self.present: Dict[str, Entry] = {}  # of all that there is
+    self.unlisted: Set[str] = set()
+    self.done: Set[str] = set()
+    self.landed: Set[str] = set()
+    self.held: List[str] = []  # what stays in the guest
+    self.failed: List[str] = []  # what could not be written here
+    self.cut, self.is_empty = "", True
+    self.ready: Set[Tuple[str, ...]] = {()}  # folders that are there, in this spelling
     self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
-    self.aside = ".qvm-" + os.urandom(6).hex()
+    self.waiting: Dict[str, str] = {}  # files beside a folder that is in their place
+    self.names: Tuple[Tuple[str, ...], Set[str]] = ((), set())
+    self.cache = cache_inode()
+
+  def expect(self, changed: Dict[str, Entry], present: Dict[str, Entry]) -> None:
+    """What is to come of all that the guest has; makes the folders."""
+    self.changed, self.present = changed, present
+    for path in sorted(path for path, entry in changed.items() if entry.kind == "d"):
+      self.attempt(path, self.put_folder)
 
   def take(self, stream: IO[bytes]) -> None:
-    """Unpack all that comes; RefusedError for a stream that no honest tar makes."""
-    if not stream.peek(1):  # type: ignore[attr-defined]
-      return  # nothing came at all: the guest's own words tell why
+    """Unpack all that comes and was asked for, until the stream ends or is no honest tar's."""
+    self.is_empty = not stream.peek(1)  # type: ignore[attr-defined]
     try:
-      for archive, member in tar_members(stream, MAX_HEADER_BYTES, several=True):
-        self.put(archive, member)
+      for archive, member in () if self.is_empty else tar_members(stream, MAX_HEADER_BYTES, True):
+        try:
+          path = "/".join(safe_name(member.name))
+        except ValueError:
+          continue  # such a name was not asked for
+        if path and (path in self.changed or path in self.unlisted):
+          self.attempt(path, functools.partial(self.put, archive, member))
     except (tarfile.TarError, ValueError) as error:
-      raise RefusedError(f"what the guest sends is refused: {error}")
+      self.cut = f"what the guest sends is refused: {error}"
 
-  def put(self, archive: Any, member: Any) -> None:
-    """Give one member its place, unless that is out of bounds or taken."""
+  def attempt(self, path: str, put: Callable[[Tuple[str, ...]], Optional[os.stat_result]]) -> None:
+    """Put something into its place; what goes wrong with it alone is said."""
     try:
-      parts = safe_name(member.name)
+      stat = put(tuple(safe_name(path)))
+      if stat:
+        self.note(path, stat)
+    except Kept:
+      pass
     except ValueError as error:
-      raise RefusedError(f"the guest sends '{member.name[:200]}', which {error}")
-    path = "/".join(parts)
-    if not parts or is_left_out(path, self.patterns):
-      return
-    try:
-      if not self.make_folders(parts[:-1]):
-        return
-      if member.isdir():
-        self.put_folder(path, parts[-1], member.mode & 0o777)
-      elif member.issym():
-        self.put_link(path, parts, member.linkname)
-      elif member.islnk():
-        source = self.open_again(member.linkname)
-        if self.make_folders(parts[:-1]):
-          self.put_file(path, parts[-1], archive, member, source)
-      elif member.isreg():
-        self.put_file(path, parts[-1], archive, member, None)
+      self.hold(path, f"it {error}")
+    except OSError as error:
+      where = os.path.join(self.folder.path, path)
+      if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise QvmError(f"{where}: {describe(error)}")
+      if error.errno in BAD_NAME_ERRORS:
+        self.hold(path, describe(error))
       else:
-        raise ValueError("is no file, folder or link")
-    except ValueError as error:
-      say(f"{path} stays in the guest: it {error}")
-    except OSError as error:
-      raise QvmError(f"{os.path.join(self.folder, path)}: {describe(error)}")
+        self.failed.append(f"{where}: {describe(error)}")
+        say(self.failed[-1])
+    self.done.add(path)
 
-  def make_folders(self, parts: Sequence[str]) -> bool:
-    """Enter a folder, made if there is none; False when something of ours is in its place."""
-    for number, name in enumerate(parts):
-      above = "/".join(parts[: number + 1])
-      try:
-        fd = self.enter(parts[:number])
-        if not self.is_folder(fd, name):
-          if not self.make_way(fd, above, name):
-            return False
-          os.mkdir(name, 0o755, dir_fd=fd)
-      except OSError as error:
-        raise QvmError(f"{os.path.join(self.folder, above)}: {describe(error)}")
-    self.enter(parts)
-    return True
+  def note(self, path: str, here: os.stat_result) -> None:
+    """Note that both sides are the same now."""
+    self.landed.add(path)
+    if path in self.changed:
+      self.known[path] = Known(self.changed[path].stamp, stamp_of(here))
 
-  def is_folder(self, fd: int, name: str) -> bool:
-    """Whether there is a folder of that name, and no link to one."""
+  def hold(self, path: str, reason: str) -> None:
+    self.held.append(path)
+    say(f"{shown(path)} stays in the guest: {reason}")
+
+  def put(self, archive: Any, member: Any, parts: Tuple[str, ...]) -> Optional[os.stat_result]:
+    """Give a file or link that has come its place; returns what is there then, if it is that."""
+    self.enter(parts[:-1])
+    if member.issym():
+      return self.put_link(parts, member.linkname)
+    if member.islnk():
+      source = "/".join(safe_name(member.linkname))
+      if source not in self.landed:
+        raise ValueError(f"is a link to {shown(source)}, which has not come")
+      with self.folder.open_file(source.split("/")) as file:
+        copy = functools.partial(shutil.copyfileobj, file, length=CHUNK_BYTES)
+        return self.put_file(parts, member, os.fstat(file.fileno()).st_size, copy)
+    if not member.isreg():
+      raise ValueError("is no file or link")
+    size = sum(size for _, size in pieces_of(member))
+    return self.put_file(parts, member, size, functools.partial(write_member, archive, member))
+
+  def enter(self, parts: Tuple[str, ...]) -> int:
+    """A descriptor of a folder for what comes; it and those above are made where they are not."""
+    number = len(parts)
+    while parts[:number] not in self.ready:
+      number -= 1
+    for end in range(number + 1, len(parts) + 1):
+      self.make_folder(parts[:end])
+      self.ready.add(parts[:end])
+    return self.folder.enter(parts)
+
+  def make_folder(self, parts: Tuple[str, ...]) -> None:
+    """See to it that there is a folder in that spelling; Kept where something of ours is."""
+    path = "/".join(parts)
+    there = self.there(parts)
+    if there and (there.st_dev, there.st_ino) == self.cache:
+      raise ValueError("is qvm's cache here")
+    if there and not S_ISDIR(there.st_mode):
+      self.check_unchanged(path, there)
+      os.unlink(parts[-1], dir_fd=self.folder.enter(parts[:-1]))
+      there = None
+    if not there:
+      os.mkdir(parts[-1], 0o755, dir_fd=self.folder.enter(parts[:-1]))
+      self.add_name(parts)
+    elif there.st_mode & 0o700 != 0o700:
+      os.fchmod(self.folder.enter(parts), there.st_mode & 0o777 | 0o700)
+      self.modes[path] = there.st_mode & 0o777
+
+  def put_folder(self, parts: Tuple[str, ...]) -> os.stat_result:
+    """Make a folder that is new in the guest, or give one its new mode."""
+    fd, path = self.enter(parts), "/".join(parts)
+    mode = self.changed[path].mode
+    if mode >= 0 and mode & 0o500 != 0o500:
+      raise ValueError(f"is closed there (mode {mode:o}), and so is what it holds")
+    if mode >= 0 and mode & 0o700 != 0o700:
+      self.modes[path] = mode  # once all is in it
+    elif mode >= 0:
+      self.modes.pop(path, None)
+      os.fchmod(fd, mode)
+    return os.fstat(fd)
+
+  def there(self, parts: Tuple[str, ...]) -> Optional[os.stat_result]:
+    """What has that name here, in that spelling: if need be, it is renamed to it."""
+    fd = self.folder.enter(parts[:-1])
     try:
-      return S_ISDIR(os.lstat(name, dir_fd=fd).st_mode)
+      there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
     except FileNotFoundError:
-      return False
+      return None
+    name = self.spelling(fd, parts, there)
+    if name != parts[-1]:
+      self.respell(fd, parts, name, there)
+    return there
 
-  def make_way(self, fd: int, path: str, name: str, for_file: bool = False) -> bool:
-    """Remove what is to be replaced; False, said, when that was changed here.
+  def spelling(self, fd: int, parts: Tuple[str, ...], there: os.stat_result) -> str:
+    """How the name of a file is spelled on this disk, which may take several names for one."""
+    if self.names[0] != parts[:-1] or not self.names[1]:
+      self.names = parts[:-1], set(os.listdir(fd))
+    if parts[-1] in self.names[1]:
+      return parts[-1]
+    for name in self.names[1]:
+      if fold(name) == fold(parts[-1]):
+        with contextlib.suppress(FileNotFoundError):
+          if os.path.samestat(os.stat(name, dir_fd=fd, follow_symlinks=False), there):
+            return name
+    return parts[-1]
 
-    A file, which is renamed to its name, needs no more than that no folder is there.
-    """
-    try:
-      there = os.lstat(name, dir_fd=fd)
-    except FileNotFoundError:
-      return True
-    folder = S_ISDIR(there.st_mode)
-    if self.sent is not None and self.sent.get(path) != stamp_of(there):
-      say(f"{os.path.join(self.folder, path)} has changed here and in the guest: it stays as it is")
-      return False
-    try:
-      if folder:
-        os.rmdir(name, dir_fd=fd)
-      elif not for_file:
-        os.unlink(name, dir_fd=fd)
-    except OSError as error:
-      say(f"{os.path.join(self.folder, path)} is a folder here, but not in the guest: "
-          f"it stays ({describe(error)})")  # fmt: skip
-      return False
-    return True
+  def respell(self, fd: int, parts: Tuple[str, ...], name: str, there: os.stat_result) -> None:
+    """Rename what is here in another spelling, if the guest has it only in the new one."""
+    old, new = "/".join((*parts[:-1], name)), "/".join(parts)
+    if old in self.present or self.excludes.has(old) or is_git(name):
+      raise ValueError(f"is the same file as {shown(old)} to this disk")
+    if not S_ISDIR(there.st_mode):
+      self.check_unchanged(old, there)
+    os.rename(name, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
+    self.names[1].discard(name)
+    self.add_name(parts)
+    for path in [p for p in self.known if p == old or p.startswith(old + "/")]:
+      self.known[new + path[len(old) :]] = self.known.pop(path)
+    if new in self.known and not S_ISDIR(there.st_mode):
+      renamed = stamp_of(os.stat(parts[-1], dir_fd=fd, follow_symlinks=False))
+      self.known[new] = self.known[new]._replace(here=renamed)
 
-  def put_folder(self, path: str, name: str, mode: int) -> None:
-    if not self.is_folder(self.inner, name):
-      if not self.make_way(self.inner, path, name):
-        return
-      os.mkdir(name, 0o755, dir_fd=self.inner)
-    self.modes[path] = mode
+  def add_name(self, parts: Tuple[str, ...]) -> None:
+    if self.names[0] == parts[:-1] and self.names[1]:
+      self.names[1].add(parts[-1])
 
-  def put_link(self, path: str, parts: List[str], target: str) -> None:
+  def check_unchanged(self, path: str, there: os.stat_result) -> None:
+    """Kept, which is said, unless what is here is as it was when both sides were the same."""
+    known = self.known.get(path)
+    if not self.take_all and not (known and known.here and known.here[:4] == stamp_of(there)[:4]):
+      self.keep(path, "has changed here and in the guest: it stays as it is")
+
+  def keep(self, path: str, reason: str) -> None:
+    self.known.pop(path, None)
+    say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
+    raise Kept
+
+  def put_link(self, parts: Tuple[str, ...], target: str) -> Optional[os.stat_result]:
+    fd = self.folder.enter(parts[:-1])
     with contextlib.suppress(OSError):
-      if os.readlink(parts[-1], dir_fd=self.inner) == target:
-        return
+      if os.readlink(parts[-1], dir_fd=fd) == target:
+        return self.there(parts)
     check_link(parts, target)
-    if self.make_way(self.inner, path, parts[-1]):
-      os.symlink(target, parts[-1], dir_fd=self.inner)
-
-  def open_again(self, name: str) -> IO[bytes]:
-    """What a hard link leads to, which has come before it; ValueError when that is not so."""
-    parts = safe_name(name)
-    if not parts or is_left_out("/".join(parts), self.patterns):
-      raise ValueError(f"is a link to {name[:100]}")
-    try:
-      return self.open_file(parts)
-    except OSError:
-      raise ValueError(f"is a link to {name[:100]}, which has not come")
+    aside = new_name()
+    os.symlink(target, aside, dir_fd=fd)
+    return self.replace(parts, aside)
 
   def put_file(
-    self, path: str, name: str, archive: Any, member: Any, source: Optional[IO[bytes]]
-  ) -> None:
+    self, parts: Tuple[str, ...], member: Any, size: int, write: Callable[[IO[bytes]], Any]
+  ) -> Optional[os.stat_result]:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
-    aside, mode, free = self.aside, member.mode & 0o777, free_space(self.folder)
-    if member.size > free:
-      raise disk_full(os.path.join(self.folder, path), member.size - free)
+    left = free_space(self.folder.path) - RESERVE_BYTES
+    if size > left:
+      raise disk_full(os.path.join(self.folder.path, *parts), size - max(left, 0))
+    aside, fd = new_name(), self.folder.enter(parts[:-1])
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    fd = os.open(aside, flags, 0o600, dir_fd=self.inner)
     try:
-      with os.fdopen(fd, "w+b") as file:
-        if source:
-          with source:
-            shutil.copyfileobj(source, file, CHUNK_BYTES)
-        else:
-          write_member(archive, member, file)
+      with os.fdopen(os.open(aside, flags, 0o600, dir_fd=fd), "w+b") as file:
+        write(file)
         file.flush()
-        if self.is_same(name, mode, file):
-          return
-        os.fchmod(fd, mode)
+        if self.is_same(parts, member.mode & 0o777, file):
+          return self.there(parts)
+        os.fchmod(file.fileno(), member.mode & 0o777)
         try:
-          os.utime(fd, (member.mtime, member.mtime))
+          os.utime(file.fileno(), (member.mtime, member.mtime))
         except (OverflowError, ValueError):
-          raise RefusedError(f"{path} comes with an impossible time from the guest")
-      if self.make_way(self.inner, path, name, for_file=True):
-        os.rename(aside, name, src_dir_fd=self.inner, dst_dir_fd=self.inner)
+          raise ValueError("has an impossible time")
+      return self.replace(parts, aside)
     finally:
-      with contextlib.suppress(FileNotFoundError):
-        os.unlink(aside, dir_fd=self.inner)
+      if "/".join(parts) not in self.waiting:
+        with contextlib.suppress(FileNotFoundError):
+          os.unlink(aside, dir_fd=self.folder.enter(parts[:-1]))
 
-  def is_same(self, name: str, mode: int, new: IO[bytes]) -> bool:
+  def is_same(self, parts: Tuple[str, ...], mode: int, new: IO[bytes]) -> bool:
     """Whether a file is here already with that mode and content."""
+    with contextlib.suppress(OSError, ValueError), self.folder.open_file(parts) as file:
+      there, size = os.fstat(file.fileno()), os.fstat(new.fileno()).st_size
+      if (there.st_mode & 0o7777, there.st_size) == (mode, size):
+        new.seek(0)
+        chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
+        return all(chunk == new.read(len(chunk)) for chunk in chunks)
+    return False
+
+  def replace(self, parts: Tuple[str, ...], aside: str) -> Optional[os.stat_result]:
+    """Rename what was made aside to its name, if what has that now is as it was.
+
+    A folder with files must wait until delete() has emptied it, and may.
+    """
+    path = "/".join(parts)
     try:
-      fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.inner)
-    except OSError:
-      return False
-    try:
-      there = os.fstat(fd)
-      if (
-        not S_ISREG(there.st_mode)
-        or there.st_mode & 0o7777 != mode
-        or there.st_size != os.fstat(new.fileno()).st_size
-      ):
-        return False
-      new.seek(0)
-      return all(
-        chunk == new.read(len(chunk)) for chunk in iter(lambda: os.read(fd, CHUNK_BYTES), b"")
-      )
-    finally:
-      os.close(fd)
+      there = self.there(parts)
+      if there:
+        self.check_unchanged(path, there)
+      fd = self.folder.enter(parts[:-1])
+      if there and S_ISDIR(there.st_mode):
+        try:
+          os.rmdir(parts[-1], dir_fd=fd)
+        except OSError:
+          self.waiting[path] = aside
+          return None
+      os.rename(aside, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
+      self.add_name(parts)
+      return os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        os.unlink(aside, dir_fd=self.folder.enter(parts[:-1]))
+      raise
+
+  def delete(self, gone: Sequence[str]) -> None:
+    """Delete what was the same on both sides, is so here, and is not in the guest any more."""
+    for path in sorted(gone, reverse=True):
+      parts, known = tuple(path.split("/")), self.known[path].here
+      with contextlib.suppress(Kept, FileNotFoundError, NotADirectoryError):
+        fd = self.folder.enter(parts[:-1])
+        there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
+        if self.spelling(fd, parts, there) != parts[-1]:
+          continue  # it is there by another name
+        if S_ISDIR(there.st_mode) and known and known.inode == there.st_ino:
+          try:
+            os.rmdir(parts[-1], dir_fd=fd)
+          except OSError as error:
+            self.keep(path, f"is a folder here, but not in the guest: it stays ({describe(error)})")
+        else:
+          self.check_unchanged(path, there)
+          os.unlink(parts[-1], dir_fd=fd)
+        self.known.pop(path, None)
 
   def finish(self) -> None:
-    """Set the modes of the folders, the innermost first."""
+    """Put what has waited into its place, set the modes of folders, note what both sides have."""
+    for path, aside in self.waiting.items():
+      parts = tuple(path.split("/"))
+      fd = self.folder.enter(parts[:-1])
+      try:
+        os.rmdir(parts[-1], dir_fd=fd)
+        os.rename(aside, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
+        self.note(path, os.stat(parts[-1], dir_fd=fd, follow_symlinks=False))
+      except OSError as error:
+        os.unlink(aside, dir_fd=fd)
+        where = shown(os.path.join(self.folder.path, path))
+        say(f"{where} is a folder here, but not in the guest: it stays ({describe(error)})")
     for path in sorted(self.modes, reverse=True):
       with contextlib.suppress(OSError):
-        os.fchmod(self.enter(path.split("/")), self.modes[path])
+        fd = self.folder.enter(path.split("/"))
+        os.fchmod(fd, self.modes[path])
+        if path in self.landed:
+          self.note(path, os.fstat(fd))
 
-  def delete_missing(self, names: bytes) -> None:
-    """Delete what was sent, has not been changed here, and is not named any more."""
-    there = set(os.fsdecode(names).split("\n"))
-    for path in sorted(self.sent or {}, reverse=True):
-      gone = not all(line in there for line in ("./" + path).split("\n"))
-      if gone and self.make_folders(path.split("/")[:-1]):
-        self.make_way(self.inner, path, path.rpartition("/")[2])
+
+def new_name() -> str:
+  """A name that nothing has, for what is not whole."""
+  return ".qvm-" + os.urandom(6).hex()
 
 
 def run_command(login: Login, options: Options, patience: float, first: str = "") -> int:
@@ -6555,27 +7283,23 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
   The folder of --sync goes there before and comes back afterwards, however the command ends. The
   script first, if any, runs before all.
   """
-  sent: Optional[Dict[str, FileStamp]] = None
-  if options.sync and options.sync_direction != "out":
-    if first:  # the time must be right before files are compared by it
-      in_guest(login, shell_line(first), wait_for, patience)
-    sent, patience, first = sync_in(login, options, patience), 0.0, ""
-  code = run_line(login, options, patience, first)
-  if options.sync and options.sync_direction != "in":
-    try:
-      sync_out(login, options, sent)
-    except QvmError as error:
-      raise QvmError(str(error), f"the command itself ended with exit code {code}")
-  return code
+  if not options.sync:
+    return run_line(login, options, patience, first)
+  if first:  # the time must be right before files get their times
+    in_guest(login, shell_line(first), wait_for, patience)
+  sync = Sync(login, options)
+  folder = guest_folder(sync.record.name)
+  return sync.run(lambda patience: run_line(login, options, patience, "", folder), patience)
 
 
-def run_line(login: Login, options: Options, patience: float, first: str = "") -> int:
+def run_line(
+  login: Login, options: Options, patience: float, first: str = "", folder: str = ""
+) -> int:
   """Run the command, with our stdin, stdout and stderr; a first signal is handed on to it.
 
   At a terminal Ctrl-C gets there by itself, as any other key does, and a hang-up with it.
   """
   terminal = is_interactive()
-  folder = guest_folder(options.sync) if options.sync else ""
   env = guest_environment(options.env, os.environ)
   pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
   line = ""
@@ -8151,6 +8875,7 @@ def cmd_run(options: Options) -> int:
   if options.dry_run:
     return print_command(plan, options)
   make_folders(plan.cache)
+  check_sync(options)
   sweep(plan.cache)
   for line in other_instances(plan, options):
     say(line)

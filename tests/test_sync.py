@@ -1,6 +1,7 @@
 """--sync: a folder to the guest and back, and what a hostile guest might send."""
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -242,38 +243,31 @@ def test_a_guest_without_tar(guests, project):
   assert tree(project) == before
 
 
-def test_a_tar_without_our_option(guests, project):
-  """Then it is POSIX's pax, as in OpenBSD; where there is none, that is said."""
-  guests.up()
-  program = guests.folder / "bin" / "tar"
+def busybox(guests):  # noqa: F811
+  """A guest whose find and stat tell nothing but names and kinds."""
+  program = guests.folder / "bin" / "find"
   program.write_text(
-    '#!/bin/sh\ncase $1 in --*) echo "unknown $1" >&2; exit 1;; esac\nexec /bin/tar "$@"\n'
+    '#!/bin/sh\ncase "$*" in *printf\\ *%y*) exit 1;; esac\nexec /usr/bin/find "$@"\n'
   )
   program.chmod(0o755)
-  pax = guests.folder / "bin" / "pax"
-  pax.write_text('#!/bin/sh\nshift 4\nexec /bin/tar --no-recursion -cf - "$@"\n')
-  pax.chmod(0o755)
-  words = ("ssh", "vm", "--sync", str(project), "--", "echo x >made")
-  works(guests.qvm(*words))
-  assert (project / "made").read_text() == "x\n"
-  pax.write_text('#!/bin/sh\necho "pax: not found" >&2\nexit 127\n')  # some hosts have one
-  fails(guests.qvm(*words), "cannot be brought", "pax", code=125)
 
 
-def test_a_find_that_knows_less(guests, project):
-  """Without -cnewer, as busybox's, all comes back, and what is the same is left alone."""
+def test_a_guest_that_tells_no_times(guests, project):  # noqa: F811
+  """Then all goes and comes, and what is the same is left alone."""
   guests.up()
-  program = guests.folder / "bin" / "find"
-  program.write_text('#!/bin/sh\ncase "$*" in *cnewer*) exit 1;; esac\nexec /usr/bin/find "$@"\n')
-  program.chmod(0o755)
+  busybox(guests)
   before = {path: os.lstat(project / path).st_mtime_ns for path in tree(project)}
-  result = works(guests.qvm("ssh", "vm", "--sync", str(project), "--", "echo x >made"))
+  words = ("ssh", "vm", "--sync", str(project), "--sync-delete", "--")
+  result = works(guests.qvm(*words, "echo x >made; rm src/all; chmod 500 empty"))
   assert result.stderr == ""
-  assert (project / "made").read_text() == "x\n"
-  files = [path for path in before if not os.path.isdir(project / path)]
+  assert (project / "made").read_text() == "x\n" and not (project / "src/all").exists()
+  files = [p for p in before if p != "src/all" and not os.path.isdir(project / p)]
   assert {path: os.lstat(project / path).st_mtime_ns for path in files} == {
     path: before[path] for path in files
   }
+  (project / "made").unlink()
+  works(guests.qvm(*words, "echo y >made"))
+  assert (project / "made").read_text() == "y\n"
 
 
 def test_a_file_that_may_not_be_read(guests, tmp_path):
@@ -345,8 +339,18 @@ def stream(*members, end=bytes(1024)):
   return data + end
 
 
-def land(folder, data, sent=None, patterns=(".git",)):
-  """What Landing makes of a stream that comes through a pipe."""
+class Anything(dict):
+  """As if every path had been asked for, except .git."""
+
+  def __contains__(self, path):
+    return ".git" not in path.split("/")
+
+  def __missing__(self, path):
+    return qvm_source.Entry("f", 0o644, 0, "1")
+
+
+def receive(folder, data, known=None, patterns=(), changed=None, present=None):
+  """What a Receiver makes of a stream that comes through a pipe; returns it."""
   reading, writing = os.pipe()
 
   def feed():
@@ -356,11 +360,13 @@ def land(folder, data, sent=None, patterns=(".git",)):
   feeder = threading.Thread(target=feed)
   feeder.start()
   try:
-    with os.fdopen(reading, "rb") as file, qvm_source.Receiver(
-      str(folder), patterns, sent
-    ) as landing:
-      landing.take(file)
-      landing.finish()
+    with os.fdopen(reading, "rb") as file, qvm_source.Folder(str(folder)) as opened:
+      excludes = qvm_source.Excludes(patterns)
+      receiver = qvm_source.Receiver(opened, excludes, dict(known or {}), known is None)
+      receiver.expect(Anything() if changed is None else changed, present or changed or {})
+      receiver.take(file)
+      receiver.finish()
+      return receiver
   finally:
     feeder.join()
 
@@ -399,10 +405,8 @@ REFUSED = [
 @pytest.mark.parametrize("data", REFUSED, ids=range(len(REFUSED)))
 def test_a_stream_that_no_honest_tar_makes(here, data):
   before = tree(here)
-  with contextlib.suppress(qvm_source.RefusedError):
-    land(here, data)
-    assert data.startswith(b"<html>")  # nothing in it passes for a member: nothing comes
-  assert tree(here) == before
+  receiver = receive(here, data)
+  assert tree(here) == before and not receiver.landed
 
 
 STAYS = [
@@ -427,38 +431,54 @@ STAYS = [
   member(".git/hooks/pre-commit"),
   member("real/.git/config"),
   folder_member("."),
+  folder_member("d"),
 ]
 
 
 @pytest.mark.parametrize("bad", STAYS, ids=range(len(STAYS)))
-@pytest.mark.parametrize("sent", [None, {}], ids=["all", "checked"])
-def test_a_member_that_stays_out(here, bad, sent):
+@pytest.mark.parametrize("known", [None, {}], ids=["all", "checked"])
+def test_a_member_that_stays_out(here, bad, known):
   """The others come; nothing is written through a link, and nothing leads out."""
   before = tree(here)
-  land(here, stream(bad, member("good")), sent)
+  receive(here, stream(bad, member("good")), known)
   after = tree(here)
   assert after.pop("good") == (stat.S_IFREG, 0o644, b"theirs\n")
-  if sent is None:  # all may be replaced, but only by what is inside
+  if known is None:  # all may be replaced, but only by what is inside
     assert all(v[0] != stat.S_IFLNK or k == "out" for k, v in after.items())
     after.pop("out", None), before.pop("out")
     after = {k: v for k, v in after.items() if not k.startswith("out/")}
   assert after == before
 
 
+def folder_entry(mode):
+  return qvm_source.Entry("d", mode, 0, f"d{mode:o}")
+
+
 def test_set_user_id_bits_do_not_come(here):
-  land(here, stream(member("suid", mode=0o6755), folder_member("sticky", 0o7777)))
-  assert tree(here)["suid"][1] == 0o755 and tree(here)["sticky"][1] == 0o777
+  receive(here, stream(member("suid", mode=0o6755)))
+  assert tree(here)["suid"][1] == 0o755
 
 
 def test_a_closed_folder_that_is_filled(here):
-  land(here, stream(folder_member("d", 0o500), member("d/x"), folder_member("d/e", 0o500),
-                    member("d/e/y")))  # fmt: skip
+  file = qvm_source.Entry("f", 0o644, 7, "1")
+  changed = {"d/e/y": file, "d/e": folder_entry(0o500), "d": folder_entry(0o555), "d/x": file}
+  receive(here, stream(member("d/x"), member("d/e/y")), changed=changed)
   assert {p: e[1] for p, e in tree(here / "d").items()} == {"x": 0o644, "e": 0o500, "e/y": 0o644}
+  assert tree(here)["d"][1] == 0o555
+  os.chmod(here / "d", 0o755)
   os.chmod(here / "d/e", 0o755)
 
 
+def test_only_what_was_asked_for_comes(here):
+  file = qvm_source.Entry("f", 0o644, 7, "1")
+  receiver = receive(here, stream(member("a"), member("b"), member("./c")),
+                     changed={"b": file, "c": file})  # fmt: skip
+  assert {"b", "c"} < set(tree(here)) and "a" not in tree(here)
+  assert receiver.done == {"b", "c"}
+
+
 def test_several_archives_one_after_the_other(here):
-  land(
+  receive(
     here,
     stream(member("a")) + bytes(9216) + stream(member("b"), link_member("c", "b", tarfile.LNKTYPE)),
   )
@@ -472,7 +492,7 @@ def test_memory_does_not_grow_with_the_members(here):
 
   one = stream(folder_member("d"), end=b"")
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  land(here, b"".join([*[one] * 100_000, bytes(1024)]))
+  receive(here, b"".join([*[one] * 100_000, bytes(1024)]))
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 70 << 10  # with the stream
 
 
@@ -499,7 +519,7 @@ def test_no_stream_gets_out(members, checked):
       for name, kind, target in members
     ]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(qvm_source.QvmError):
-      land(folder, stream(*made), {} if checked else None)
+      receive(folder, stream(*made), {} if checked else None)
     assert tree(outside) == {"file": (stat.S_IFREG, 0o644, b"mine\n")}
     assert sorted(os.listdir(top)) == ["here", "outside"]
     for above, folders, names in os.walk(folder):
@@ -527,10 +547,10 @@ def test_with_every_python(guests, project, pyz, python):
 
 
 def test_what_comes_has_to_fit(here, monkeypatch):
-  """Also a file that is all holes: it would be written out."""
-  monkeypatch.setattr(qvm_source, "free_space", lambda folder: 3)
-  with pytest.raises(qvm_source.QvmError, match="disk is full: .*/x takes 4 B more"):
-    land(here, stream(member("x")))
+  """And something is left for all else that writes here."""
+  monkeypatch.setattr(qvm_source, "free_space", lambda folder: qvm_source.RESERVE_BYTES)
+  with pytest.raises(qvm_source.QvmError, match="disk is full: .*/x takes 7 B more"):
+    receive(here, stream(member("x")))
   assert "x" not in tree(here)
 
 
@@ -586,25 +606,26 @@ def test_names_in_a_poor_locale(guests, tmp_path, delete):
   }  # fmt: skip
 
 
-def test_a_list_of_names_without_end(guests, project):
-  guests.up()
-  program = guests.folder / "bin" / "find"
-  program.write_text('#!/bin/sh\n[ "$*" != ". -print" ] || exec yes\nexec /usr/bin/find "$@"\n')
-  program.chmod(0o755)
-  before = tree(project)
-  result = guests.qvm("ssh", "vm", "--sync", str(project), "--sync-delete", "--", "true")
-  assert result.returncode == 125 and "longer than any" in result.stderr
-  assert tree(project) == before
+def test_a_list_of_names_without_end(guests, project, monkeypatch):  # noqa: F811
+  line = b"//f 644 1 1/1.5/1.5 ./x\n"
+  monkeypatch.setattr(qvm_source, "MAX_LIST_BYTES", 1000)
+  with pytest.raises(qvm_source.RefusedError, match="longer than any"):
+    qvm_source.read_list(io.BytesIO(line * 100))
 
 
-def test_a_list_of_no_names_deletes_nothing(guests, project):
+@pytest.mark.parametrize("end", ["", "echo //end 0; ", "echo '//d 755 0 1/1.5/1.5 .'; "])
+def test_a_list_of_no_names_deletes_nothing(guests, project, end):  # noqa: F811
   guests.up()
+  works(guests.qvm("ssh", "vm", "--sync", str(project), "--", "true"))
   program = guests.folder / "bin" / "find"
-  program.write_text('#!/bin/sh\n[ "$*" != ". -print" ] || exit 0\nexec /usr/bin/find "$@"\n')
+  armed = guests.folder / "armed"
+  text = f'#!/bin/sh\n[ ! -e {armed} ] || {{ {end}exit 1; }}\nexec /usr/bin/find "$@"\n'
+  program.write_text(text)
   program.chmod(0o755)
   before = tree(project)
-  result = guests.qvm("ssh", "vm", "--sync", str(project), "--sync-delete", "--", "true")
-  assert result.returncode == 125
+  words = ("ssh", "vm", "--sync", str(project), "--sync-delete", "--", f": >{armed}")
+  result = guests.qvm(*words)
+  assert result.returncode == 125 or "not all" in result.stderr
   assert tree(project) == before
 
 
@@ -633,18 +654,18 @@ def test_no_such_folder_there(guests, tmp_path):
   assert not list((guests.folder / "home/runner").glob(".qvm-*"))
 
 
-def test_a_time_that_is_none(here):
+def test_a_time_that_is_none(here, capfd):
   info = member("x")[0]
   info.pax_headers = {"mtime": "nan"}
   data = info.tobuf(tarfile.PAX_FORMAT) + b"theirs\n".ljust(512, b"\0")
-  with pytest.raises(qvm_source.RefusedError, match="impossible time"):
-    land(here, data + stream(member("y")))
-  assert not {"x", "y"} & set(tree(here)) and not [n for n in os.listdir(here) if ".qvm" in n]
+  receiver = receive(here, data + stream(member("y")))
+  assert receiver.held == ["x"] and "impossible time" in capfd.readouterr().err
+  assert "x" not in tree(here) and "y" in tree(here)
+  assert not [n for n in os.listdir(here) if ".qvm" in n]
 
 
 def test_noise_is_no_empty_stream(here):
-  with pytest.raises(qvm_source.RefusedError, match="no tar stream"):
-    land(here, bytes(range(1, 256)) * 100)
+  assert "no tar stream" in receive(here, bytes(range(1, 256)) * 100).cut
 
 
 def test_a_file_that_is_replaced_is_never_missing(here, monkeypatch):
@@ -652,5 +673,169 @@ def test_a_file_that_is_replaced_is_never_missing(here, monkeypatch):
   (here / "x").write_text("mine\n")
   monkeypatch.setattr(os, "rename", lambda *args, **more: pytest.fail("killed here"))
   with pytest.raises(pytest.fail.Exception):
-    land(here, stream(member("x")))
+    receive(here, stream(member("x")))
   assert (here / "x").read_text() == "mine\n"
+
+
+# --- names that the host's disk takes for one ------------------------------------------------
+
+
+class Folding:
+  """The calls of `os` as on APFS: a name is found in any spelling, and keeps its first one."""
+
+  NAMED = ("open", "stat", "mkdir", "unlink", "rmdir", "symlink", "readlink")
+
+  def __init__(self, monkeypatch):
+    self.real = {name: getattr(os, name) for name in (*self.NAMED, "rename")}
+    for name in self.NAMED:
+      monkeypatch.setattr(os, name, self.wrapped(name))
+    monkeypatch.setattr(os, "rename", self.rename)
+
+  def spelled(self, name, fd):
+    """The name as it is on the disk."""
+    if fd is None or name in ("", ".") or "/" in str(name):
+      return name
+    if any(ord(c) in range(0xDC80, 0xDD00) for c in name):
+      raise OSError(errno.EILSEQ, "Illegal byte sequence")
+    return next((n for n in os.listdir(fd) if qvm_source.fold(n) == qvm_source.fold(name)), name)
+
+  def wrapped(self, name):
+    def call(*words, dir_fd=None, **more):
+      words = list(words)
+      at = 1 if name == "symlink" else 0
+      words[at] = self.spelled(words[at], dir_fd)
+      return self.real[name](*words, dir_fd=dir_fd, **more)
+
+    return call
+
+  def rename(self, old, new, src_dir_fd=None, dst_dir_fd=None):
+    old, there = self.spelled(old, src_dir_fd), self.spelled(new, dst_dir_fd)
+    target = new if old == there else there  # a change of spelling, or what is there keeps its own
+    self.real["rename"](old, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+
+@pytest.fixture
+def folding(tmp_path, monkeypatch):
+  """fold(before, after, delete=True): what a folder with the first files becomes when the guest,
+  which had them too, has the second; {name: content} each."""
+
+  def go(before, after, delete=True):
+    folder = tmp_path / "disk"
+    for path, content in before.items():
+      (folder / path).parent.mkdir(parents=True, exist_ok=True)
+      (folder / path).write_text(content)
+    known, present = {}, {}
+    for above, folders, names in os.walk(folder):
+      for name in folders + names:
+        path = os.path.relpath(os.path.join(above, name), folder)
+        known[path] = qvm_source.Known(f"old {path}", qvm_source.stamp_of(os.lstat(folder / path)))
+    for path, content in after.items():
+      same = before.get(path) == content
+      present[path] = qvm_source.Entry(
+        "f", 0o644, len(content), f"{'old' if same else 'new'} {path}"
+      )
+      for parent in list(qvm_source.folders_above(path)):
+        present[parent] = qvm_source.Entry("d", 0o755, 0, f"old {parent}")
+    changed = {p: e for p, e in present.items() if p not in known or known[p].there != e.stamp}
+    with monkeypatch.context() as patch:
+      Folding(patch)
+      data = [member(path, content.encode()) for path, content in after.items() if path in changed]
+      receiver = receive(folder, stream(*data), known, changed=changed, present=present)
+      with qvm_source.Folder(str(folder)) as opened:
+        receiver.folder = opened
+        if delete:
+          receiver.delete([path for path in receiver.known if path not in present])
+    return {p: e[2].decode() for p, e in tree(folder).items() if e[2] is not None}, receiver
+
+  return go
+
+
+def test_a_change_of_spelling_is_a_rename(folding):
+  before = {"Foo": "foo", "Dir/a": "a", "Dir/Sub/b": "b"}
+  for after in (
+    {"foo": "foo", "dir/a": "a", "dir/Sub/b": "b"},
+    {"FOO": "new", "DIR/a": "new", "DIR/SUB/b": "b"},
+  ):
+    found, receiver = folding(before, after)
+    assert found == after and receiver.held == []
+    before = after
+
+
+def test_the_second_spelling_stays_in_the_guest(folding, capfd):
+  before = {"Makefile": "mine", "d/é": "nfc"}
+  after = {"Makefile": "mine", "makefile": "theirs", "d/é": "nfc", "d/e\u0301": "theirs"}
+  found, receiver = folding(before, after)
+  assert found == before and sorted(receiver.held) == ["d/e\u0301", "makefile"]
+  assert "makefile stays in the guest: it is the same file as Makefile" in capfd.readouterr().err
+
+
+def test_an_edit_beside_a_rename_of_the_spelling(folding):
+  found, receiver = folding({"Foo": "old", "b": "old"}, {"foo": "new", "b": "new"})
+  assert found == {"foo": "new", "b": "new"}
+
+
+def test_a_name_that_the_disk_refuses_stays(folding, capfd):
+  found, receiver = folding({"a": "old"}, {"a": "new", "\udcff": "x", "b": "new"}, delete=False)
+  assert found == {"a": "new", "b": "new"} and receiver.held == ["\udcff"]
+  assert "stays in the guest: Illegal byte sequence" in capfd.readouterr().err
+
+
+def test_qvms_cache_is_out_of_reach_by_any_path(here, monkeypatch, capfd):
+  """A folder is known by its inode; a link or another spelling leads to the same."""
+  (here / "real/cache").mkdir()
+  monkeypatch.setenv("QVM_CACHE_DIR", str(here / "real/cache"))
+  before = tree(here)
+  receiver = receive(here, stream(member("real/cache/bin/qemu-img")))
+  assert tree(here) == before and receiver.held == ["real/cache/bin/qemu-img"]
+  with qvm_source.Folder(str(here)) as opened:
+    assert "real/cache" not in qvm_source.walk_folder(opened, qvm_source.Excludes(()))
+
+
+@pytest.mark.parametrize("spelling", [".git", ".GIT", ".Git", ".g\u200cit", ".gi\ufefft"])
+def test_git_is_git_in_any_spelling(spelling):
+  assert qvm_source.is_git(f"a/{spelling}/hooks") and not qvm_source.is_git("a/.gitignore")
+
+
+def test_a_python_without_dir_fd(monkeypatch, tmp_path):
+  monkeypatch.setattr(os, "supports_dir_fd", set())
+  with pytest.raises(qvm_source.QvmError, match="relative to a folder"):
+    qvm_source.opened_folder(str(tmp_path))
+
+
+# --- lists and records -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second, told", [(b"5.000", False), (b"5.001", True)])
+def test_a_list_that_tells_whole_seconds_tells_nothing(second, told):
+  lines = [b"//drwxr-xr-x 755 0 1/5.5/5.5 .", b"//-rw-r--r-- 644 3 2/5.000/%s ./a\nb" % second,
+           b"//lrwxr-xr-x 755 3 3/5.0/5.0 ./l", b"//end 0\n"]  # fmt: skip
+  listing = qvm_source.read_list(io.BytesIO(b"\n".join(lines)))
+  assert {path: entry[:3] for path, entry in listing.entries.items()} == {
+    "a\nb": ("f", 0o644, 3), "l": ("l", 0o755, 3),
+  }  # fmt: skip
+  assert listing.complete
+  assert all(bool(entry.stamp) == told for entry in listing.entries.values())
+
+
+@pytest.mark.parametrize("end", [b"", b"//end 0\n", b"//x\n//end 0\n"])
+def test_a_list_without_the_folder_itself_is_none(end):
+  assert qvm_source.read_list(io.BytesIO(b"//f 644 1 1/1.5/1.5 ./x\n" + end)) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[2,"f","n",{}]', '[1,"f","n",[]]',
+                                  '[1,"f","n",{"a":["s",1]}]', '[1,"f","n",{"a":[]}]',
+                                  '[1,"f","n",{"a":["s","x","y","z",1,2]}]'])  # fmt: skip
+def test_a_damaged_record_is_none(tmp_path, text):
+  (tmp_path / "r").write_text(text)
+  assert qvm_source.read_sync_record(str(tmp_path / "r")) is None
+
+
+def test_the_record_goes_with_the_instance(guests, tmp_path):  # noqa: F811
+  (tmp_path / "p").mkdir()
+  guests.up()
+  works(guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo x >made"))
+  records = [name for name in guests.instances() if ".sync-" in name]
+  assert len(records) == 1 and records[0].startswith("instances/vm.sync-")
+  works(guests.qvm("stop", "vm"))
+  works(guests.qvm("rm", "vm"))
+  assert guests.instances() == []

@@ -169,7 +169,10 @@ def test_in_a_guest_of_its_own(guest, project):
 @on(*guest_tools.SYSTEMS)
 def test_a_signal_is_128_and_its_number(guest, project):
   put(project, a="a")
-  for text in ("kill -9 $$", "kill -15 $$", "sh -c 'kill -15 $$'; exit $?"):
+  texts = ["kill -9 $$", "kill -15 $$", "sh -c 'kill -15 $$'; exit $?"]
+  if guest.family == "omnios":
+    texts.pop()  # this sh's own 256+15 is 15 to whoever is told by exit(2)
+  for text in texts:
     code = 137 if "-9" in text else 143
     works(guest.sync(project, *script(text)), code)
     works(guest.ssh(*script(text)), code)
@@ -447,7 +450,8 @@ TOUCHES = {
   "all": 'chown -R "$(id -u)" "$HOME"; chmod -R u+rwX "$HOME"',
   "what is hidden": """for d in "$HOME" "$HOME/work" . /tmp; do for f in "$d"/.[!.]* "$d"/qvm*; do
     [ ! -O "$f" ] || chown "$(id -u)" "$f"; done; done""",
-  "times of what is hidden": 'touch -t 203001010000 "$HOME"/.[!.]* "$HOME"/work/.[!.]* ./.[!.]*',
+  "times of what is hidden": """for d in "$HOME" "$HOME/work" .; do for f in "$d"/.[!.]*; do
+    [ ! -e "$f" ] || touch -t 203001010000 "$f"; done; done""",
 }
 
 
@@ -1060,7 +1064,7 @@ def test_very_many_folders_in_one_another(guest, project):
   put(project, a="a")
   deep = project.joinpath(*["d"] * 1200)
   try:
-    subprocess.run(nested("d", 1200), shell=True, cwd=str(project), check=True)
+    subprocess.run(["mkdir", "-p", str(deep)], check=True)  # makedirs() goes down by recursion
     result = works(guest.sync(project, *script("echo new >z; exit 3"), options=BOTH), 3)
     assert (project / "z").read_text() == "new\n" and deep.is_dir()
     text = nested("e", 1200) + "; exit 3"

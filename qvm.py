@@ -9251,7 +9251,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
   """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
   found = []
   for path in paths_in(cache.instances):
-    name = os.path.basename(path)
+    name = re.sub(SYNC_SUFFIX_RE + r"\Z", ".keys", os.path.basename(path))  # as such files
     suffix = next(
       (end for end in (".lock", ".tmp", *InstancePaths.SUFFIXES) if name.endswith(end)), ""
     )

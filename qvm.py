@@ -6512,6 +6512,7 @@ def tar_block(
 
 
 def padded(data: bytes) -> bytes:
+  """Data filled up to whole tar blocks."""
   return data + bytes(-len(data) % 512)
 
 

@@ -6175,7 +6175,7 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 # known by its inode: names that differ only in case or normalisation may be one file to this disk.
 
 READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
-MAX_LIST_BYTES = 256 << 20  # of a guest's list: some two million names
+MAX_LIST_BYTES = 128 << 20  # of a guest's list: some million names
 MAX_GUEST_PATH_BYTES = 1023  # of a path below ./ in the guest; all five have PATH_MAX 1024
 MAX_OCTAL_SIZE = (1 << 33) - 1  # what eleven octal digits hold
 RESERVE_BYTES = 16 << 20  # of the disk, which a guest's files do not get
@@ -6185,7 +6185,7 @@ LINE_BYTES = 30000  # of names in one command of the guest's: its limit is 256 K
 IGNORED_CHARS = dict.fromkeys(
   [*range(0x200C, 0x2010), *range(0x202A, 0x202F), *range(0x206A, 0x2070), 0xFEFF]
 )
-UNFIT_NAME_ERRORS = (*BAD_NAME_ERRORS, errno.EPERM)  # EPERM: some file systems for odd names
+OWN_FILE_RE = r"\.qvm-[0-9a-f]{12}\Z"  # half files that a killed qvm has left
 
 
 class FileStamp(NamedTuple):
@@ -6259,9 +6259,6 @@ class Excludes:
     )
 
 
-OWN_FILE_RE = r"\.qvm-[0-9a-f]{12}\Z"  # half files that a killed qvm has left
-
-
 def is_git(path: str) -> bool:
   """Whether a part of a path is .git in some spelling."""
   return any(fold(part) == ".git" for part in path.split("/"))
@@ -6314,7 +6311,7 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
     try:
       fd = folder.enter(parts)
       names, inner = sorted(os.listdir(fd)), []
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       continue  # it has just vanished
     except OSError as error:
       raise unreadable(folder, "/".join(parts), error)
@@ -6375,7 +6372,8 @@ list() {
   echo "//end $?"
 }
 """
-# An empty line ends the lines that qvm sends; where there are no files to send, none comes.
+# An empty line ends the lines that qvm sends; where there are no files to send, none comes. That a
+# tar sends nothing is no failure where it may read nothing of what it is asked for.
 SYNC = """
 FIRST
 cd FOLDER || exit
@@ -6383,7 +6381,11 @@ n='
 '
 send= code=0 quoted=
 case $(tar --version </dev/null 2>/dev/null) in *GNU*) quoted=--no-unquote ;; esac
-t() { tar -cf - $quoted "$@" </dev/null || code=$?; }
+t() {
+  tar -cf - $quoted "$@" </dev/null && return
+  c=$?
+  for f do [ ! -r "$f" ] && [ ! -h "$f" ] || code=$c; done
+}
 all() { list . PRUNE; }
 finish() { :; }
 echo READY
@@ -6460,7 +6462,7 @@ def read_list(stream: IO[bytes]) -> Optional[Listing]:
           entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
         whole = line.strip() == b"//end 0"
         return Listing(entries, whole) if entries.pop("", None) else None
-    else:
+    elif len(text) <= 2 * MAX_PATH_BYTES:  # a name with a newline
       text += line
   return None
 
@@ -6488,8 +6490,9 @@ class Tail:
     self.reading = Future(self.read)
 
   def read(self) -> None:
-    for chunk in iter(lambda: os.read(self.stream.fileno(), 65536), b""):
-      self.kept = (self.kept + chunk)[-TAIL_BYTES:]
+    with self.stream:
+      for chunk in iter(lambda: os.read(self.stream.fileno(), 65536), b""):
+        self.kept = (self.kept + chunk)[-TAIL_BYTES:]
 
   def words(self) -> str:
     """What was said last, on one line; once the program has ended."""
@@ -6621,9 +6624,9 @@ class Sync:
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
     self.short: Set[str] = set()  # what became shorter while it was read
     self.asked: List[str] = []  # of the guest's tar
-    self.receiver: Optional[Receiver] = None
     self.code: Optional[int] = None  # the command's
-    self.outcome = 0, ""  # of the session that has brought what changed
+    self.receiver = Receiver(self.folder, self.excludes, self.known, self.is_new)
+    self.outcome: Optional[Tuple[int, str]] = None  # of the session that has brought what changed
 
   def run(self, command: Callable[[float], int], patience: float) -> int:
     """Copy the folder to the guest, run the command, and bring what has changed.
@@ -6702,14 +6705,14 @@ class Sync:
     except QvmError:
       if self.code is None:
         raise
-      code, words = 0, ""  # the session was lost while the command ran: there will be another
+      return  # lost while the command ran: there will be another session
     if self.code is not None:
-      self.outcome = code, words
-    else:
-      self.account(code, words)
-      if work or self.is_new:
-        self.remember()
-        self.save()
+      self.outcome = (code, words) if self.list else None
+      return
+    self.account(code, words)
+    if work or self.is_new:
+      self.remember()
+      self.save()
 
   def sendable(self) -> Dict[str, os.stat_result]:
     """What the guest can take of what is here; the rest is said."""
@@ -6785,13 +6788,13 @@ class Sync:
     for path in changed:
       try:
         self.write_file(path, out)
-      except (FileNotFoundError, NotADirectoryError, ValueError):
-        vanished.append(path)
-        self.mine.pop(path, None)
       except BrokenPipeError:
         raise
-      except OSError as error:
-        raise unreadable(self.folder, path, error)
+      except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+          raise unreadable(self.folder, path, error)
+        vanished.append(path)
+        self.mine.pop(path, None)
     if changed:
       out.write(bytes(1024))
       out.flush()
@@ -6867,28 +6870,24 @@ class Sync:
 
     QvmError when nothing can be said to have come, or something cannot be written here.
     """
-    outcome = self.outcome
-    if not (self.list and self.receiver):  # else it has come in the session that sent
-      outcome = self.session("", self.receive, 0.0)
-    receiver = self.receiver or Receiver(self.folder, self.excludes, self.known, self.is_new)
     try:
-      self.judge(receiver, *outcome)
+      self.judge(*(self.outcome or self.session("", self.receive, 0.0)))
     finally:
-      receiver.finish()
+      self.receiver.finish()
       self.save()
 
   def receive(self, process: Any) -> None:
     """Ask for what has changed, once the guest lists what it has, and take it."""
+    self.receiver.known, self.receiver.take_all = self.known, self.is_new
     self.list = read_list(process.stdout)
     if self.list:
-      receiver = self.receiver = Receiver(self.folder, self.excludes, self.known, self.is_new)
-      self.asked = self.ask(self.list, receiver)
+      self.asked = self.ask(self.list)
       lines = [ASK, *(f"t {words}" for words in guest_words(self.asked)), ""]
       process.stdin.write(os.fsencode("\n".join(lines)))
       process.stdin.close()
-      receiver.take(process.stdout)
+      self.receiver.take(process.stdout)
 
-  def ask(self, there: Listing, receiver: "Receiver") -> List[str]:
+  def ask(self, there: Listing) -> List[str]:
     """What the guest's tar is to send; the folders that are new are made."""
     changed, large, git = {}, [], []
     for path, entry in there.entries.items():
@@ -6905,21 +6904,24 @@ class Sync:
         changed[path] = entry
     say_each(git, "stays in the guest: some file systems take it for .git")
     say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
-    receiver.held += large
-    receiver.expect(changed, there.entries)
+    self.receiver.held += large
+    self.receiver.expect(changed, there.entries)
     unlisted = []
     if not there.complete:  # what is not listed may be there, and is asked for
       unlisted = [p for p, known in self.known.items() if known.here and p not in there.entries
                   and not S_ISDIR(known.here.mode) and not self.excludes.has(p)]  # fmt: skip
-      receiver.unlisted = set(unlisted)
+      self.receiver.unlisted = set(unlisted)
     return [path for path, entry in changed.items() if entry.kind != "d"] + unlisted
 
-  def judge(self, receiver: "Receiver", code: int, words: str) -> None:
+  def judge(self, code: int, words: str) -> None:
     """Say what has not come, delete what may be, and raise what is an error."""
     problem = f"what changed in {self.login.paths.name} cannot be brought to {self.options.sync}"
+    receiver = self.receiver
+    if receiver.error:
+      raise receiver.error
     wanted = (path for path in self.asked if path not in receiver.unlisted)
     missing = [path for path in wanted if path not in receiver.done]
-    if not self.list or receiver.cut or (missing and receiver.is_empty):
+    if not self.list or receiver.cut or (missing and receiver.is_empty and code):
       say_each(missing[:10], "stays in the guest")
       raise QvmError(f"{problem} ({ending(code)}): {receiver.cut or ''} {words}".replace("  ", " "))
     say_each(missing, "stays in the guest: its tar has not sent it")
@@ -6984,6 +6986,7 @@ class Receiver:
     self, folder: Folder, excludes: Excludes, known: Dict[str, Known], take_all: bool
   ) -> None:
     self.folder, self.excludes, self.known, self.take_all = folder, excludes, known, take_all
+    self.error: Optional[QvmError] = None  # why nothing more can be written
     self.changed: Dict[str, Entry] = {}  # what is to come,
     self.present: Dict[str, Entry] = {}  # of all that there is
     self.unlisted: Set[str] = set()
@@ -7013,6 +7016,8 @@ class Receiver:
           path = "/".join(safe_name(member.name))
         except ValueError:
           continue  # such a name was not asked for
+        if self.error:
+          break
         if path and (path in self.changed or path in self.unlisted):
           self.attempt(path, functools.partial(self.put, archive, member))
     except (tarfile.TarError, ValueError) as error:
@@ -7021,18 +7026,23 @@ class Receiver:
   def attempt(self, path: str, put: Callable[[Tuple[str, ...]], Optional[os.stat_result]]) -> None:
     """Put something into its place; what goes wrong with it alone is said."""
     try:
-      stat = put(tuple(safe_name(path)))
+      parts = tuple(safe_name(path))
+      if "/".join(parts) != path or not parts:
+        raise ValueError("is not a plain path")
+      stat = put(parts)
       if stat:
         self.note(path, stat)
     except Kept:
       pass
+    except QvmError as error:
+      self.error = error
     except ValueError as error:
       self.hold(path, f"it {error}")
     except OSError as error:
       where = os.path.join(self.folder.path, path)
       if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise QvmError(f"{where}: {describe(error)}")
-      if error.errno in BAD_NAME_ERRORS:
+        self.error = QvmError(f"{where}: {describe(error)}")
+      elif error.errno in BAD_NAME_ERRORS:
         self.hold(path, describe(error))
       else:
         self.failed.append(f"{where}: {describe(error)}")

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 
 pytestmark = [
   pytest.mark.skipif(guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"),
-  pytest.mark.xfail(reason="issue 15", strict=False),
 ]
 NUMBERS = itertools.count()
 LONG = "n" * 150
@@ -661,6 +660,17 @@ def test_what_may_not_be_read_there(guest, project):
   else:
     assert found["secret"] == found["d/x"] == b"mine"
     assert is_said(result, "secret") and re.search(r"\bd\b", result.stderr)
+
+
+def test_nothing_but_what_may_not_be_read(guest, project):
+  """It is said, and the code is the command's: its tar has nothing to send at all."""
+  put(project, secret="mine", z="z")
+  result = guest.sync(project, *script("echo theirs >secret; chmod 000 secret; exit 3"))
+  works(result, 3)
+  if guest.family == "haiku":  # where nothing is closed
+    assert (project / "secret").read_text() == "theirs\n"
+  else:
+    assert (project / "secret").read_text() == "mine" and is_said(result, "secret")
 
 
 def test_what_is_roots_there(guest, project):

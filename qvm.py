@@ -5757,7 +5757,7 @@ def ssh_command(login: Login, log: str) -> List[str]:
   """The ssh command for an instance, ignoring the user's configuration, keys and known hosts.
 
   ssh writes its messages to `log`, and LOGGED_IN once it has logged in (LocalCommand). Start it in
-  the instances folder: relative paths need no quoting, which differs between versions.
+  the cache folder: relative paths need no quoting, which differs between versions.
   """
   options = {
     "BatchMode": "yes",  # never ask for a password
@@ -5765,14 +5765,14 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "GlobalKnownHostsFile": "/dev/null",
     "HostKeyAlias": HOST_ALIAS,  # whatever port it has in this run
     "IdentitiesOnly": "yes",  # the server would hang up on an agent with many keys
-    "IdentityFile": os.path.join("..", "ssh", "id_ed25519"),
+    "IdentityFile": os.path.join("ssh", "id_ed25519"),
     "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
     "ServerAliveCountMax": "6",  # 6 * 30 s: a guest silent for three minutes is lost
     "ServerAliveInterval": "30",
     "StrictHostKeyChecking": "yes" if knows_host_key(login.paths) else "no",
-    "UserKnownHostsFile": os.path.basename(login.paths.known_hosts),
+    "UserKnownHostsFile": os.path.join("instances", os.path.basename(login.paths.known_hosts)),
   }
   argv = [program_for_ssh("ssh"), "-F", "/dev/null", "-E", log, "-p", str(login.address.port)]
   for name, value in options.items():
@@ -5883,7 +5883,7 @@ def ssh_once(
     with contextlib.ExitStack() as stack:
       with signals.hold(), interrupts_blocked():
         env = {**os.environ, "SHELL": "/bin/sh"}
-        spawn = spawn._replace(env=env, folder=login.paths.cache.instances)
+        spawn = spawn._replace(env=env, folder=login.paths.cache.root)
         process = start([*command, line], spawn)
         stack.callback(close_streams, process)
         stack.callback(end_process, process)
@@ -9156,6 +9156,7 @@ def cmd_stop(options: Options) -> int:
       )
   for paths in chosen:
     stop_instance(paths, options.force, login_seconds(options))
+    flush_disk(paths)
     emit(paths.name)
   sweep(cache)
   return 0

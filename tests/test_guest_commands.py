@@ -348,6 +348,16 @@ def test_a_guest_that_wants_a_key(guests):
   assert guests.nothing_left()
 
 
+def test_linked_instances_and_a_key(guests, tmp_path):
+  """The key is found although ssh would not find it from where the link leads."""
+  guests.play(login="key")
+  guests.run("true", guest=OPENBSD_GUEST)  # makes the folders
+  instances, elsewhere = guests.qvm.cache / "instances", tmp_path / "elsewhere"
+  instances.rename(elsewhere)
+  instances.symlink_to(elsewhere)
+  assert guests.run("whoami", guest=OPENBSD_GUEST).stdout == "runner\n"
+
+
 def test_an_older_image_that_wants_a_key(guests):
   """FreeBSD's, before v0.14.0, in the first partition of an MBR; what is newer gets no key."""
   guests.play(login="key-mbr")

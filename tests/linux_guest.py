@@ -233,6 +233,7 @@ def _initramfs(root: str, login: str) -> bytes:
   archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
   archive.add("bin/busybox", stat.S_IFREG | 0o755, _read(os.path.join(root, "bin/busybox")))
   archive.add("bin/sh", stat.S_IFLNK | 0o777, b"busybox")
+  archive.add("bin/printf", stat.S_IFLNK | 0o777, b"busybox")  # which find runs: POSIX has it
   _add_dropbear(archive, root)
   _add_settings(archive, login, _add_modules(archive, root))
   return archive.bytes()

@@ -463,3 +463,16 @@ def instance_names(qvm):
 def disk_of(argv):
   """The disk that a QEMU was started with."""
   return re.search(r"if=none,file=(.*),id=drive0", " ".join(argv)).group(1)
+
+
+def replace_qemu_img(qvm, content):
+  """Put another program in the place of the cached qemu-img, and note its size; returns the old."""
+  path, note = qvm.cache / "bin" / "qemu-img", qvm.cache / "bin" / "qemu-img.json"
+  old, record = path.read_bytes(), json.loads(note.read_text())
+  content = content.encode() if isinstance(content, str) else content
+  for each in (path, note):
+    each.unlink()
+  path.write_bytes(content)
+  path.chmod(0o755)
+  note.write_text(json.dumps({**record, "bytes": len(content)}))
+  return old

@@ -653,7 +653,6 @@ UNFIT = {
   "share/qemu is a file": pack(*SOUND[:2], file("./share/qemu")),
   "a folder of the program's new name": pack(*SOUND, folder("./bin/qemu-system-x86_64")),
   "a folder of the record's name": pack(*SOUND, folder("./release.json/x")),
-  "a folder of the record's other name": pack(*SOUND, folder("./release.json.tmp/x")),
   "non-UTF-8 and set-uid": with_raw(header(entry("./a", mode=0o4755)[0], _0_100=b"./\xff\x1b[3m")),
 }
 

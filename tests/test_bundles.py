@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import fails, works
+from support import fails, replace_qemu_img, works
 
 STEM = "netbsd-11.0-x86-64"
 REPO = "netbsd-builder"
@@ -245,9 +245,7 @@ def test_holes_stay_holes(no_image, server, tmp_path, size, pieces, form):
   slack = MB
   assert disk.stat().st_blocks * 512 <= data + slack
   serve(server, gnu_bundle(tmp_path, *FORMATS[form], "disk.img"))
-  qemu_img = no_image.cache / "bin" / "qemu-img"
-  qemu_img.chmod(0o755)
-  qemu_img.write_text(METER)
+  replace_qemu_img(no_image, METER)
   works(no_image(*PULL, env={"METER": str(tmp_path / "meter")}))
   before, after = json.loads((tmp_path / "meter").read_text())
   assert before == {"disk.img": before["disk.img"]}
@@ -308,9 +306,7 @@ def test_holes_with_each_unpacker(no_image, server, tmp_path, zstd_package, unpa
   disk = write_disk(tmp_path / "disk.img", 400 * MB, [(200 * MB, MB)])
   serve(server, gnu_bundle(tmp_path, "-S", "--format=oldgnu", "disk.img"))
   use(no_image, unpacker, tmp_path, zstd_package)
-  qemu_img = no_image.cache / "bin" / "qemu-img"
-  qemu_img.chmod(0o755)
-  qemu_img.write_text(METER)
+  replace_qemu_img(no_image, METER)
   works(no_image(*PULL, env={"METER": str(tmp_path / "meter")}))
   for note in json.loads((tmp_path / "meter").read_text()):
     assert max(note.values()) <= 2 * MB
@@ -624,17 +620,14 @@ def stopped(no_image, server, sound, tmp_path):
     text = WAITER.format(python=sys.executable, real=real, when=when, size=5 * MB, fifo=str(fifo))
     program.write_text(text)
     program.chmod(0o755)
-    qemu_img = no_image.cache / "bin" / "qemu-img"
-    content = qemu_img.read_bytes()
+    content = (no_image.cache / "bin" / "qemu-img").read_bytes()
     if where == "qemu-img":
-      qemu_img.write_text(text)
+      replace_qemu_img(no_image, text)
     env = {"PATH": f"{program.parent}:{no_image.env['PATH']}"}
     process = no_image.start(*PULL, env=env if where == "zstd" else {})
     started.append([process])
     started[-1].append(waiting(fifo, process))
-    qemu_img.unlink()
-    qemu_img.write_bytes(content)
-    qemu_img.chmod(0o755)
+    replace_qemu_img(no_image, content)
     return process
 
   yield start
@@ -692,14 +685,12 @@ def test_clean_leaves_what_is_being_unpacked(no_image, stopped, where):
 
 
 def test_failing_qemu_img_leaves_no_disk(no_image, server, sound, small):
-  qemu_img = no_image.cache / "bin" / "qemu-img"
-  qemu_img.chmod(0o755)
-  content = qemu_img.read_bytes()
-  qemu_img.write_text(f"#!{sys.executable}\nraise SystemExit('qemu-img: no space left')\n")
+  script = f"#!{sys.executable}\nraise SystemExit('qemu-img: no space left')\n"
+  content = replace_qemu_img(no_image, script)
   serve(server, sound)
   fails(no_image(*PULL), "qemu-img", "no space left")
   assert [name for name in image_files(no_image) if "unpacked" in name] == []
-  qemu_img.write_bytes(content)
+  replace_qemu_img(no_image, content)
   works(no_image(*PULL))
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 

@@ -6365,9 +6365,9 @@ list() {
   case $how in
     stat) find "$@" -exec stat -f '//%Sp %Lp %z %i/%Fm/%Fc %N' {} + ;;
     *find) $how "$@" -printf '//%y %m %s %i/%T@/%C@ %p\n' ;;
-    *) find "$@" \( -type d -exec printf '//d - - - %s\n' {} + \
-         -o -type f -exec printf '//f - - - %s\n' {} + \
-         -o -type l -exec printf '//l - - - %s\n' {} + \) ;;
+    *) r=0 # busybox drops an -exec within brackets
+      for k in d f l; do find "$@" -type $k -exec printf "//$k - - - %s\n" {} + || r=$?; done
+      (exit $r) ;;
   esac
   echo "//end $?"
 }

@@ -4851,8 +4851,9 @@ def read_instance(paths: InstancePaths) -> Instance:
 
 def mend_record(paths: InstancePaths) -> None:
   """Rebuild a missing or damaged record of an instance from the name of its disk's base image."""
-  if sound_record(Instance(), paths.record).name != paths.name:
-    write_record(paths.cache, paths.record, read_instance(paths), keep=True)
+  rebuilt = read_instance(paths)
+  if rebuilt != sound_record(Instance(), paths.record):
+    write_record(paths.cache, paths.record, rebuilt, keep=True)
     say(f"the record of the instance {paths.name} was missing or damaged; "
         "it has been rebuilt from its disk")  # fmt: skip
 

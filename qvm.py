@@ -1726,13 +1726,23 @@ def locks_work(folder: str) -> bool:
 OLDER_DOWNLOAD_RE = r"(.+\.(?:qcow2|tar|tar\.zst))\.(?:part|json|map|lock|tmp|json\.tmp)\Z"
 
 
+def older_downloads(cache: Cache) -> List[str]:
+  """The flat files that qvm 0.1 left in downloads/, but for those that one works on."""
+  found = []
+  for path in paths_in(cache.downloads):
+    match = re.match(OLDER_DOWNLOAD_RE, path)
+    name = re.sub(r"\.tar\.zst\Z", ".qcow2", match.group(1)) if match else ""
+    if match and not Lock(name + ".lock").is_held():
+      found.append(path)
+  return found
+
+
 def drop_older_downloads(cache: Cache) -> None:
-  """Remove the flat files that qvm 0.1 left in downloads/: they cannot be resumed."""
-  older = [path for path in paths_in(cache.downloads) if re.match(OLDER_DOWNLOAD_RE, path)]
-  if older:
+  """Remove what qvm 0.1 left in downloads/: it cannot be resumed."""
+  if older_downloads(cache):
     with Lock(cache.downloads, folder=True) as idle:
-      if idle.try_():  # else a qvm 0.1 may be at work on them
-        for path in older:
+      if idle.try_():  # a qvm 0.1 at work has it too
+        for path in older_downloads(cache):
           remove_tree(path)
         say(f"removed the unfinished downloads of an older qvm in {cache.downloads}")
 
@@ -8979,9 +8989,11 @@ def cmd_pull(options: Options) -> int:
     say(f"what is damaged is downloaded again: {', '.join(map(os.path.basename, damaged))}")
     fetch_missing(plan._replace(damaged=damaged, refresh=False), net)
     bad = verify(plan, Releases(impatient(net)))
-  if not bad:
-    say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
-  return EXIT_FAILED if bad else 0
+  if bad:
+    say(f"these cannot be verified; delete them and pull again: {', '.join(bad)}")
+    return EXIT_FAILED
+  say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
+  return 0
 
 
 def verify(plan: Plan, releases: Releases) -> Tuple[str, ...]:
@@ -9240,7 +9252,7 @@ LEFTOVER_RES = {
   "bin": r"resources\.tmp|qemu-img\.json\..+",
   "qemu": r"(x86_64|aarch64)\.(tmp|new)|\.(x86_64|aarch64)-[0-9a-f]{8}",
   "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
-  "downloads": SCRATCH + r".+|.+\.(qcow2|tar)|" + OLDER_DOWNLOAD_RE,
+  "downloads": SCRATCH + r".+|.+\.(qcow2|tar)",
 }
 
 

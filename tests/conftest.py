@@ -23,6 +23,7 @@ from support import (
   default_signals,
   end_processes,
   fill,
+  forget_sizes,
   heard,
   kill_if_mine,
   small_tools_tar,
@@ -240,6 +241,7 @@ def guests(full, tmp_path):
     shutil.copy(base / (FREEBSD + suffix), base / ("openbsd-7.9-x86-64" + suffix))
   program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
   program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+  forget_sizes(full.cache)
   (tmp_path / "tmp").mkdir()
   full.env["TMPDIR"] = str(tmp_path / "tmp")
   yield Guests(full, tmp_path / "guest")

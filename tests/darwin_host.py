@@ -60,6 +60,7 @@ for name; do
     kern.osproductversion) value=15.6;;
     kern.osrelease) value=24.6.0;;
     kern.maxfilesperproc) value=61440;;
+    kern.bootsessionuuid) value=5A3E3BC1-9E0B-4A52-A7E9-3C1B5B8C1E11;;
   esac
   if [ -z "$value" ]; then
     [ -n "$ignore" ] || { echo "sysctl: unknown oid '$name'" >&2; code=1; }

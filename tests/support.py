@@ -476,3 +476,11 @@ def replace_qemu_img(qvm, content):
   path.chmod(0o755)
   note.write_text(json.dumps({**record, "bytes": len(content)}))
   return old
+
+
+def forget_sizes(cache):
+  """Let qvm take the cached programs for undamaged whatever their size: they are stand-ins."""
+  for note in [*cache.glob("qemu/*/release.json"), *cache.glob("bin/qemu-img.json")]:
+    record = json.loads(note.read_text())
+    note.unlink()
+    note.write_text(json.dumps({**record, "bytes": 0}))

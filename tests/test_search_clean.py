@@ -95,7 +95,7 @@ def pulled(qvm, server, filled):
   return qvm
 
 
-def newer(server, image, tools_tar=None, tag="v0.17.0"):
+def newer(server, image, tools_tar=None, tag="v2.17.0"):
   """Publish a newer image, with tools_tar also a newer QEMU; returns the image."""
   content = image + tag.encode()
   names = [f"freebsd-15.1-{arch}.qcow2" for arch in ("x86-64", "arm64")]
@@ -293,11 +293,11 @@ def test_refresh_takes_the_newest(pulled, server, image, tools_tar):
   assert server.started == 0, "without --refresh what is there is enough"
   works(pulled(*REFRESH))
   assert (pulled.cache / BASE).read_bytes() == content
-  assert json.loads((pulled.cache / NOTE).read_text())["release"] == "v0.17.0"
-  assert (pulled.cache / FIRMWARE).read_bytes() == b"v0.17.0"
+  assert json.loads((pulled.cache / NOTE).read_text())["release"] == "v2.17.0"
+  assert (pulled.cache / FIRMWARE).read_bytes() == b"v2.17.0"
   assert [name for name in pulled.files() if name.startswith("downloads/")] == []
   works(pulled(*RUN))
-  assert works(pulled("pull", "--verify", *PULL[1:])).stdout.count(": ok, matches v0.17.0") == 3
+  assert works(pulled("pull", "--verify", *PULL[1:])).stdout.count(": ok, matches v2.17.0") == 3
 
 
 @pytest.mark.parametrize("api", ["up", "gone"])
@@ -455,9 +455,9 @@ def test_refresh_is_killed_at_any_step(tmp_path, filled, server, image, stepped,
     assert "DAMAGED" not in qvm("pull", "--verify", *PULL[1:]).stdout, where
     works(qvm(*REFRESH))
     found = [(qvm.cache / path).read_bytes() for path in (BASE, "bin/qemu-img", FIRMWARE)]
-    assert found == [content, tool, b"v0.17.0"], where
+    assert found == [content, tool, b"v2.17.0"], where
     notes = [qvm.cache / path for path in (NOTE, "bin/qemu-img.json", "qemu/x86_64/release.json")]
-    assert [json.loads(note.read_text())["release"] for note in notes] == ["v0.17.0"] * 3, where
+    assert [json.loads(note.read_text())["release"] for note in notes] == ["v2.17.0"] * 3, where
     shutil.rmtree(qvm.home)
   assert step > 3
 
@@ -708,7 +708,7 @@ def test_what_an_older_qvm_left_is_dropped(pulled):
   folder = older_downloads(pulled)
   (folder / "holiday.jpg").write_text("mine")
   runs = [works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD})) for _ in range(2)]
-  assert [run.stderr.count("an older qvm left unfinished") for run in runs] == [1, 0]
+  assert [run.stderr.count("unfinished downloads of an older qvm") for run in runs] == [1, 0]
   assert os.listdir(folder) == ["holiday.jpg"]
 
 

@@ -662,14 +662,14 @@ def test_clean_never_takes_an_instance(pulled):
 
 
 def test_clean_old_qemu_trees(pulled, server, image, tools_tar):
-  for tag in ("v1", "v2"):
+  for tag in ("v3", "v4"):
     newer(server, image, tools_tar, tag)
     works(pulled(*REFRESH))
   trees = [path for path in (pulled.cache / "qemu").iterdir() if not path.is_symlink()]
   assert len(trees) == 2, "the one in use and the one before"
   paths = clean(pulled)
   assert len(paths) == 1 and paths[0].startswith("qemu/")
-  assert (pulled.cache / FIRMWARE).read_bytes() == b"v2"
+  assert (pulled.cache / FIRMWARE).read_bytes() == b"v4"
   works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD}))
 
 

@@ -9269,6 +9269,7 @@ def unfinished_downloads(cache: Cache) -> List[str]:
   backings = [(paths, backing_file(paths.disk)) for paths in overlays(cache)]
   kept = [base_needed(paths) for paths, name in backings if name is None or is_served(name)]
   paths = named_leftovers(cache, "downloads") if None not in kept else scratch_folders(cache)
+  paths += older_downloads(cache)
   return [p for p in paths if os.path.basename(p) not in kept and not Lock(p).is_held()]
 
 

@@ -5164,19 +5164,20 @@ def read_list(stream: IO[bytes]) -> Optional[Listing]:
   return None
 
 
+ENTRY_RE = rb"//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*))?\n\Z"
+
+
 def add_entry(entries: Dict[str, Entry], text: bytes) -> None:
   """Add a line of the list, "//KIND MODE SIZE STAMP ./PATH"; the kind may be as ls(1) has it."""
-  words = os.fsdecode(text[2:-1]).split(" ", 4)
-  if len(words) == 5 and re.match(r"\./|\.\Z", words[4]):
-    kind = words[0][:1].replace("-", "f")
-    if words[3] == "-":
-      entry = Entry(kind, -1, -1, "")
-    elif re.match(r"[0-7]+ [0-9]+\Z", f"{words[1]} {words[2]}"):
-      mode = int(words[1], 8) & 0o777
-      entry = Entry(kind, mode, int(words[2]), f"d{mode:o}" if kind == "d" else words[3])
-    else:
-      return
-    entries[words[4][2:]] = entry
+  match = re.match(ENTRY_RE, text, re.DOTALL)
+  if match:
+    letter, octal, size, times, path = match.groups()
+    kind = "f" if letter == b"-" else letter.decode("latin-1")
+    entry = Entry(kind, -1, -1, "")
+    if octal:
+      mode = int(octal, 8) & 0o777
+      entry = Entry(kind, mode, int(size), f"d{mode:o}" if kind == "d" else times.decode("latin-1"))
+    entries[os.fsdecode(path or b"")] = entry
 
 
 class Tail:
@@ -5573,7 +5574,8 @@ class Sync:
       self.judge(*(self.outcome or self.session("", self.receive, 0.0)))
     finally:
       self.receiver.finish()
-      self.save()
+      if self.receiver.changed or self.receiver.gone:
+        self.save()
 
   def receive(self, process: Any) -> None:
     """Ask for what has changed, once the guest lists what it has, and take it."""
@@ -5637,6 +5639,7 @@ class Sync:
         say("nothing is deleted here, as not all has come")
       else:
         receiver.delete(gone)
+        receiver.gone = gone
 
 
 def kind_of(stat: os.stat_result) -> str:
@@ -5689,6 +5692,7 @@ class Receiver:
     self.changed: Dict[str, Entry] = {}  # what is to come,
     self.present: Dict[str, Entry] = {}  # of all that there is
     self.unlisted: Set[str] = set()
+    self.gone: List[str] = []  # what was deleted here
     self.done: Set[str] = set()
     self.landed: Set[str] = set()
     self.held: List[str] = []  # what stays in the guest

@@ -42,6 +42,7 @@ NEWER = {
   "gnu": {"-newer": "mm", "-cnewer": "cm", "-anewer": "am", "-newercc": "cc", "-newercm": "cm"},
 }
 COMMANDS = ("-exec", "-ok", "-execdir")
+ACTIONS = (*COMMANDS, "-print", "-print0", "-ls", "-delete", "-printf", "-quit")
 GNU_NAMES = {"-d": "-depth", "-x": "-xdev", "-local": "-true", "-mnewer": "-newer"}
 
 
@@ -82,7 +83,6 @@ def compare(folder, letters, reference, path):
 
 def translated(system, folder, words):
   """GNU find's arguments."""
-  none, one = (set(names.split()) for names in PRIMARIES[system])
   options = ("-H", "-L") if system == "omnios" else ("-H", "-L", "-P", "-d", "-x", "-X")
   found, late = [], []
   while words and words[0] in options:
@@ -93,8 +93,14 @@ def translated(system, folder, words):
     paths.append(words.pop(0))
   if not paths:
     usage("insufficient number of arguments")
-  found += paths + late
-  clock = segments(folder)
+  return found + paths + late + expression(system, folder, words)
+
+
+def expression(system, folder, words):
+  """What comes after the paths."""
+  none, one = (set(names.split()) for names in PRIMARIES[system])
+  found, clock = [], segments(folder)
+  silent = clock and not set(words) & set(ACTIONS)  # -exec, which is put in, prints nothing
   while words:
     word = words.pop(0)
     if word in COMMANDS and not (system == "omnios" and word == "-execdir"):
@@ -113,7 +119,7 @@ def translated(system, folder, words):
       found += with_value(system, folder, clock, word, words.pop(0))
     else:
       usage(f"bad option {word}")
-  return found
+  return ["(", *found, ")", "-print"] if silent and found else found
 
 
 def with_value(system, folder, clock, word, value):
@@ -135,6 +141,13 @@ def with_value(system, folder, clock, word, value):
 def with_clock(folder, words):
   """GNU find's own arguments, with what looks at the clock replaced where that has been set."""
   clock, found = segments(folder), []
+  silent = clock and not set(words) & set(ACTIONS)
+  if silent:
+    words = list(words)
+    start = next((n for n, word in enumerate(words) if word[:1] in "-(!" and n), len(words))
+    found, words = words[:start] + ["("], words[start:] + [")", "-print"]
+    if words[0] == ")":
+      found, words = found[:-1], words[1:]
   while words:
     word = words.pop(0)
     if clock and words and word in NEWER["gnu"]:

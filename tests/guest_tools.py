@@ -102,8 +102,9 @@ esac
 exec {dash} "$@"
 """
 # dash's kill knows no --; NetBSD's says so and does it, FreeBSD's is content with it.
-KILL = """kill() {{ case " $* " in *" -- "*) {complaint}[ "$1" != -- ] || set -- -TERM "$@"
-k=$*; set -- ${{k%%-- *}}${{k#*-- }};; esac; command kill "$@"; }}"""
+KILL = """kill() {{ for q_a do [ "$q_a" != -- ] || q_s=TERM; done; [ "${{q_s-}}" ] || {{
+command kill "$@"; return; }}; {complaint}case $1 in -s) q_s=$2;; --) ;; -*) q_s=${{1#-}};; esac
+while [ "$1" != -- ]; do shift; done; shift; set -- -$q_s "$@"; q_s=; command kill "$@"; }}"""
 PRELUDES = {  # FreeBSD's %b ends at a \\0
   "FreeBSD": KILL.replace("{complaint}", "")
   + """

@@ -5260,11 +5260,6 @@ class SyncRecord(NamedTuple):
 SYNC_FORMAT = 1
 
 
-def sync_record_path(files: Files, folder: str) -> str:
-  """Where an instance's record of a folder is."""
-  return files.path(".sync-" + hashed(folder))
-
-
 def read_sync_record(path: str) -> Optional[SyncRecord]:
   """A record; None where there is none, or no sound one."""
   try:
@@ -5279,22 +5274,21 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
     return None
 
 
-def write_sync_record(files: Files, record: SyncRecord) -> None:
-  """Keep a record with the instance; where that cannot be, the next sync takes longer."""
-  rows = {path: [there, *(here or ())] for path, (there, here) in record.known.items()}
-  text = json.dumps([SYNC_FORMAT, record.folder, record.name, rows], separators=(",", ":"))
-  if os.path.lexists(files.disk):
-    with contextlib.suppress(OSError):
-      write_text(sync_record_path(files, record.folder), text)
+def write_sync_record(path: str, record: SyncRecord) -> None:
+  """Keep a record; where that cannot be, the next sync takes longer."""
+  rows = {name: [there, *(here or ())] for name, (there, here) in record.known.items()}
+  with contextlib.suppress(OSError):
+    write_text(path, json.dumps([SYNC_FORMAT, *record[:2], rows], separators=(",", ":")))
 
 
-def new_sync_record(files: Files, folder: str) -> SyncRecord:
+def new_sync_record(files: Files, folder: str, name: str) -> SyncRecord:
   """The record of a folder that this instance has never had, under a name of its own there."""
-  name = os.path.basename(folder)
   for other in names_in(files.folder, ""):
     if re.match(re.escape(files.name) + SYNC_SUFFIX_RE + r"\Z", other):
       record = read_sync_record(os.path.join(files.folder, other))
-      if record and record.name == name and os.path.isdir(record.folder):
+      if (
+        record and record.name == name and record.folder != folder and os.path.isdir(record.folder)
+      ):
         own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
         say(f"~/work/{name} in {files.name} is {record.folder}: {folder} goes to ~/work/{own}")
         return SyncRecord(folder, own, {})
@@ -5308,10 +5302,11 @@ class Sync:
     self.login, self.options = login, options
     self.folder = opened_folder(options.sync)
     self.excludes = Excludes(options.sync_exclude)
-    path = os.path.realpath(options.sync)
-    known = read_sync_record(sync_record_path(login.files, path))
+    path, name = os.path.realpath(options.sync), os.path.basename(options.sync)
+    self.path = login.files.path(".sync-" + hashed(os.path.join(path, name)))
+    known = read_sync_record(self.path)
     self.is_new = known is None
-    self.record = known or new_sync_record(login.files, path)
+    self.record = known or new_sync_record(login.files, path, name)
     self.known = self.record.known
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
@@ -5365,7 +5360,8 @@ class Sync:
     return code, tails[-1].words()
 
   def save(self) -> None:
-    write_sync_record(self.login.files, self.record._replace(known=self.known))
+    if os.path.lexists(self.login.files.disk):  # else the instance is gone
+      write_sync_record(self.path, self.record._replace(known=self.known))
 
   # In
 
@@ -5802,9 +5798,17 @@ class Receiver:
     if not there:
       os.mkdir(parts[-1], 0o755, dir_fd=self.folder.enter(parts[:-1]))
       self.add_name(parts)
-    elif there.st_mode & 0o700 != 0o700:
-      os.fchmod(self.folder.enter(parts), there.st_mode & 0o777 | 0o700)
-      self.modes[path] = there.st_mode & 0o777
+    else:
+      self.open_up(parts)
+
+  def open_up(self, parts: Tuple[str, ...]) -> int:
+    """Open a closed folder until all is in it; returns a descriptor of it."""
+    fd = self.folder.enter(parts)
+    mode = os.fstat(fd).st_mode & 0o777
+    if parts and mode & 0o700 != 0o700:
+      os.fchmod(fd, mode | 0o700)
+      self.modes["/".join(parts)] = mode
+    return fd
 
   def put_folder(self, parts: Tuple[str, ...]) -> os.stat_result:
     """Make a folder that is new in the guest, or give one its new mode."""
@@ -5949,21 +5953,26 @@ class Receiver:
   def delete(self, gone: Sequence[str]) -> None:
     """Delete what was the same on both sides, is so here, and is not in the guest any more."""
     for path in sorted(gone, reverse=True):
-      parts, known = tuple(path.split("/")), self.known[path].here
-      with contextlib.suppress(Kept, FileNotFoundError, NotADirectoryError):
-        fd = self.folder.enter(parts[:-1])
-        there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
-        if self.spelling(fd, parts, there) != parts[-1]:
-          continue  # it is there by another name
-        if S_ISDIR(there.st_mode) and known and known.inode == there.st_ino:
-          try:
-            os.rmdir(parts[-1], dir_fd=fd)
-          except OSError as error:
-            self.keep(path, f"is a folder here, but not in the guest: it stays ({describe(error)})")
-        else:
-          self.check_unchanged(path, there)
-          os.unlink(parts[-1], dir_fd=fd)
+      try:
+        self.delete_one(path, tuple(path.split("/")))
         self.known.pop(path, None)
+      except (Kept, FileNotFoundError, NotADirectoryError):
+        pass
+      except OSError as error:
+        say(f"{shown(os.path.join(self.folder.path, path))} stays here: {describe(error)}")
+
+  def delete_one(self, path: str, parts: Tuple[str, ...]) -> None:
+    fd, known = self.open_up(parts[:-1]), self.known[path].here
+    there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
+    if self.spelling(fd, parts, there) != parts[-1]:
+      return  # it is there by another name
+    if not (S_ISDIR(there.st_mode) and known and known.inode == there.st_ino):
+      self.check_unchanged(path, there)
+      return os.unlink(parts[-1], dir_fd=fd)
+    try:
+      os.rmdir(parts[-1], dir_fd=fd)
+    except OSError as error:
+      self.keep(path, f"is a folder here, but not in the guest: it stays ({describe(error)})")
 
   def finish(self) -> None:
     """Put what has waited into its place, set the modes of folders, note what both sides have."""

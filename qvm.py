@@ -6478,19 +6478,20 @@ def read_list(stream: IO[bytes]) -> Optional[Listing]:
   return None
 
 
+ENTRY_RE = rb"//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*))?\n\Z"
+
+
 def add_entry(entries: Dict[str, Entry], text: bytes) -> None:
   """Add a line of the list, "//KIND MODE SIZE STAMP ./PATH"; the kind may be as ls(1) has it."""
-  words = os.fsdecode(text[2:-1]).split(" ", 4)
-  if len(words) == 5 and re.match(r"\./|\.\Z", words[4]):
-    kind = words[0][:1].replace("-", "f")
-    if words[3] == "-":
-      entry = Entry(kind, -1, -1, "")
-    elif re.match(r"[0-7]+ [0-9]+\Z", f"{words[1]} {words[2]}"):
-      mode = int(words[1], 8) & 0o777
-      entry = Entry(kind, mode, int(words[2]), f"d{mode:o}" if kind == "d" else words[3])
-    else:
-      return
-    entries[words[4][2:]] = entry
+  match = re.match(ENTRY_RE, text, re.DOTALL)
+  if match:
+    letter, octal, size, times, path = match.groups()
+    kind = "f" if letter == b"-" else letter.decode("latin-1")
+    entry = Entry(kind, -1, -1, "")
+    if octal:
+      mode = int(octal, 8) & 0o777
+      entry = Entry(kind, mode, int(size), f"d{mode:o}" if kind == "d" else times.decode("latin-1"))
+    entries[os.fsdecode(path or b"")] = entry
 
 
 class Tail:
@@ -6574,11 +6575,6 @@ class SyncRecord(NamedTuple):
 SYNC_FORMAT = 1
 
 
-def sync_record_path(paths: InstancePaths, folder: str) -> str:
-  """Where an instance's record of a folder is."""
-  return paths.stem + ".sync-" + hashed(folder)
-
-
 def read_sync_record(path: str) -> Optional[SyncRecord]:
   """A record; None where there is none, or no sound one."""
   try:
@@ -6593,25 +6589,24 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
     return None
 
 
-def write_sync_record(paths: InstancePaths, record: SyncRecord) -> None:
-  """Keep a record with the instance; where that cannot be, the next sync takes longer."""
-  rows = {path: [there, *(here or ())] for path, (there, here) in record.known.items()}
-  text = json.dumps([SYNC_FORMAT, record.folder, record.name, rows], separators=(",", ":"))
-  if os.path.lexists(paths.disk):
-    with contextlib.suppress(OSError), unfinished(paths.cache) as scratch:
-      aside = os.path.join(scratch, "record")
-      with open(aside, "w", encoding="ascii") as file:
-        file.write(text)
-      move(aside, sync_record_path(paths, record.folder), False)
+def write_sync_record(cache: Cache, path: str, record: SyncRecord) -> None:
+  """Keep a record; where that cannot be, the next sync takes longer."""
+  rows = {name: [there, *(here or ())] for name, (there, here) in record.known.items()}
+  with contextlib.suppress(OSError), unfinished(cache) as scratch:
+    aside = os.path.join(scratch, "record")
+    with open(aside, "w", encoding="ascii") as file:
+      file.write(json.dumps([SYNC_FORMAT, *record[:2], rows], separators=(",", ":")))
+    move(aside, path, False)
 
 
-def new_sync_record(paths: InstancePaths, folder: str) -> SyncRecord:
+def new_sync_record(paths: InstancePaths, folder: str, name: str) -> SyncRecord:
   """The record of a folder that this instance has never had, under a name of its own there."""
-  name = os.path.basename(folder)
   for other in names_in(paths.cache.instances):
     if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other):
       record = read_sync_record(os.path.join(paths.cache.instances, other))
-      if record and record.name == name and os.path.isdir(record.folder):
+      if (
+        record and record.name == name and record.folder != folder and os.path.isdir(record.folder)
+      ):
         own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
         say(f"~/work/{name} in {paths.name} is {record.folder}: {folder} goes to ~/work/{own}")
         return SyncRecord(folder, own, {})
@@ -6625,10 +6620,11 @@ class Sync:
     self.login, self.options = login, options
     self.folder = opened_folder(options.sync)
     self.excludes = Excludes(options.sync_exclude)
-    path = os.path.realpath(options.sync)
-    known = read_sync_record(sync_record_path(login.paths, path))
+    path, name = os.path.realpath(options.sync), os.path.basename(options.sync)
+    self.path = login.paths.stem + ".sync-" + hashed(os.path.join(path, name))
+    known = read_sync_record(self.path)
     self.is_new = known is None
-    self.record = known or new_sync_record(login.paths, path)
+    self.record = known or new_sync_record(login.paths, path, name)
     self.known = self.record.known
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
@@ -6676,7 +6672,9 @@ class Sync:
     return code, tails[-1].words()
 
   def save(self) -> None:
-    write_sync_record(self.login.paths, self.record._replace(known=self.known))
+    paths = self.login.paths
+    if os.path.lexists(paths.disk):  # else the instance is gone
+      write_sync_record(paths.cache, self.path, self.record._replace(known=self.known))
 
   # In
 
@@ -6885,7 +6883,8 @@ class Sync:
       self.judge(*(self.outcome or self.session("", self.receive, 0.0)))
     finally:
       self.receiver.finish()
-      self.save()
+      if self.receiver.changed or self.receiver.gone:
+        self.save()
 
   def receive(self, process: Any) -> None:
     """Ask for what has changed, once the guest lists what it has, and take it."""
@@ -6949,6 +6948,7 @@ class Sync:
         say("nothing is deleted here, as not all has come")
       else:
         receiver.delete(gone)
+        receiver.gone = gone
 
 
 def kind_of(stat: os.stat_result) -> str:
@@ -7001,6 +7001,7 @@ class Receiver:
     self.changed: Dict[str, Entry] = {}  # what is to come,
     self.present: Dict[str, Entry] = {}  # of all that there is
     self.unlisted: Set[str] = set()
+    self.gone: List[str] = []  # what was deleted here
     self.done: Set[str] = set()
     self.landed: Set[str] = set()
     self.held: List[str] = []  # what stays in the guest
@@ -7110,9 +7111,17 @@ class Receiver:
     if not there:
       os.mkdir(parts[-1], 0o755, dir_fd=self.folder.enter(parts[:-1]))
       self.add_name(parts)
-    elif there.st_mode & 0o700 != 0o700:
-      os.fchmod(self.folder.enter(parts), there.st_mode & 0o777 | 0o700)
-      self.modes[path] = there.st_mode & 0o777
+    else:
+      self.open_up(parts)
+
+  def open_up(self, parts: Tuple[str, ...]) -> int:
+    """Open a closed folder until all is in it; returns a descriptor of it."""
+    fd = self.folder.enter(parts)
+    mode = os.fstat(fd).st_mode & 0o777
+    if parts and mode & 0o700 != 0o700:
+      os.fchmod(fd, mode | 0o700)
+      self.modes["/".join(parts)] = mode
+    return fd
 
   def put_folder(self, parts: Tuple[str, ...]) -> os.stat_result:
     """Make a folder that is new in the guest, or give one its new mode."""
@@ -7257,21 +7266,26 @@ class Receiver:
   def delete(self, gone: Sequence[str]) -> None:
     """Delete what was the same on both sides, is so here, and is not in the guest any more."""
     for path in sorted(gone, reverse=True):
-      parts, known = tuple(path.split("/")), self.known[path].here
-      with contextlib.suppress(Kept, FileNotFoundError, NotADirectoryError):
-        fd = self.folder.enter(parts[:-1])
-        there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
-        if self.spelling(fd, parts, there) != parts[-1]:
-          continue  # it is there by another name
-        if S_ISDIR(there.st_mode) and known and known.inode == there.st_ino:
-          try:
-            os.rmdir(parts[-1], dir_fd=fd)
-          except OSError as error:
-            self.keep(path, f"is a folder here, but not in the guest: it stays ({describe(error)})")
-        else:
-          self.check_unchanged(path, there)
-          os.unlink(parts[-1], dir_fd=fd)
+      try:
+        self.delete_one(path, tuple(path.split("/")))
         self.known.pop(path, None)
+      except (Kept, FileNotFoundError, NotADirectoryError):
+        pass
+      except OSError as error:
+        say(f"{shown(os.path.join(self.folder.path, path))} stays here: {describe(error)}")
+
+  def delete_one(self, path: str, parts: Tuple[str, ...]) -> None:
+    fd, known = self.open_up(parts[:-1]), self.known[path].here
+    there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
+    if self.spelling(fd, parts, there) != parts[-1]:
+      return  # it is there by another name
+    if not (S_ISDIR(there.st_mode) and known and known.inode == there.st_ino):
+      self.check_unchanged(path, there)
+      return os.unlink(parts[-1], dir_fd=fd)
+    try:
+      os.rmdir(parts[-1], dir_fd=fd)
+    except OSError as error:
+      self.keep(path, f"is a folder here, but not in the guest: it stays ({describe(error)})")
 
   def finish(self) -> None:
     """Put what has waited into its place, set the modes of folders, note what both sides have."""

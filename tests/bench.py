@@ -301,6 +301,7 @@ def bench_sync_of(qvm, ssh, home, folder, title, count):
   }
   show(f"--sync of {title} into the guest",
        turns_from_nothing(calls, count, home / "work"), "tar c | ssh tar x", "s")  # fmt: skip
+  bench_unchanged(qvm, ssh, folder, title, count)
   out = ["ssh", "--sync", str(here / folder.name), "--sync-direction", "out", "vm", "--", "true"]
   calls = {
     "ssh tar c | tar x": lambda: run(
@@ -309,11 +310,24 @@ def bench_sync_of(qvm, ssh, home, folder, title, count):
     ),
     "qvm ssh --sync, out, all": lambda: run(qvm.command(*out), env=qvm.env),
   }
-  run([*ssh, f"rm -f work/.{folder.name}.qvm"])
   (here / folder.name).mkdir(parents=True)
   show(f"--sync of {title} out of the guest",
        turns_from_nothing(calls, count, here / folder.name), "ssh tar c | tar x", "s")  # fmt: skip
   shutil.rmtree(here)
+
+
+def bench_unchanged(qvm, ssh, folder, title, count):
+  """The same once more, there and back, when nothing has changed."""
+  both = qvm.command("ssh", "--sync", str(folder), "vm", "--", "true")
+  run(both, env=qvm.env)
+  calls = {"qvm ssh --sync": lambda: run(both, env=qvm.env)}
+  if shutil.which("rsync"):
+    rsync = ["rsync", "-a", "-e", " ".join(ssh[:-1])]
+    there = f"{ssh[-1]}:work/{folder.name}/"
+    calls["rsync -a, there and back"] = lambda: (
+      run([*rsync, f"{folder}/", there]), run([*rsync, there, f"{folder}/"]),
+    )  # fmt: skip
+  show(f"--sync of {title} that have not changed", turns(calls, count), list(calls)[-1], "s")
 
 
 def turns_from_nothing(calls, count, folder):

@@ -24,6 +24,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
 
 .venv/installed: tests/requirements.txt tests/install tests/linux_packages
 	tests/install

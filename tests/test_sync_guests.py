@@ -19,10 +19,10 @@ from pathlib import Path
 
 import guest_tools
 import pytest
-from conftest import ended, free_port, obey_modes
 from guest_tools import bsd_guest  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support import ended, free_port, obey_modes
 
 pytestmark = [
   pytest.mark.skipif(guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"),

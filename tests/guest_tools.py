@@ -404,8 +404,7 @@ def systems():
 @pytest.fixture(scope="module")
 def bsd_guest(filled, tmp_path_factory):
   """bsd_guest(SYSTEM): the running Guest of that system, one for a module."""
-  from conftest import ROOT, Qvm, free_port
-  from test_console import end_processes
+  from support import ROOT, Qvm, end_processes, free_port
 
   found = {}
 

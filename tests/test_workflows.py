@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 from test_mac import (  # noqa: F401 (fixtures)
   fault,
   mac_of,

@@ -9479,7 +9479,7 @@ def check_cache(cache: Cache) -> Check:
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
     return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
-  if there == root and not locks_work(there):
+  if not locks_work(there):
     return Check("warning", "cache", f"{text}: its locks let everybody in", NFS_FIX)
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"

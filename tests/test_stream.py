@@ -862,7 +862,15 @@ def test_what_fails_later_throws_nothing_away(streamer, server, tmp_path, packed
   is_ordinary(streamer, packed)
 
 
-@pytest.mark.parametrize("folder", ["base", "downloads"])
+@pytest.mark.parametrize(
+  "folder",
+  [
+    "base",
+    pytest.param(
+      "downloads", marks=pytest.mark.xfail(run=False, reason="issue 17: it waits for ever")
+    ),
+  ],
+)
 def test_a_base_that_cannot_be_published_throws_nothing_away(
   streamer, server, tmp_path, packed, folder
 ):

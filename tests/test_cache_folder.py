@@ -98,6 +98,7 @@ def test_doctor_runs_nothing_of_what_it_calls_a_fault(full, tmp_path):
 # --- What lies above it ----------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("entered")  # they change the folders above, which all workers share
 @pytest.mark.parametrize("mode, refused", [
   (0o755, False), (0o700, False), (0o1777, False), (0o777, True), (0o757, True), (0o702, True),
 ])  # fmt: skip
@@ -134,6 +135,7 @@ def test_what_nobody_else_can_enter_is_not_looked_at(full, tmp_path):
   works(full(*RUN))
 
 
+@pytest.mark.xdist_group("entered")
 def test_the_folders_above_where_a_link_leads(full, tmp_path):
   other = tmp_path / "open"
   other.mkdir()
@@ -148,6 +150,7 @@ def test_the_folders_above_where_a_link_leads(full, tmp_path):
 
 
 @as_root
+@pytest.mark.xdist_group("entered")
 def test_a_folder_in_tmp_that_another_has_made(full, tmp_path):
   """The sticky bit protects what is there, not a name that is free."""
   with entered(tmp_path):
@@ -158,6 +161,7 @@ def test_a_folder_in_tmp_that_another_has_made(full, tmp_path):
 
 
 @as_root
+@pytest.mark.xdist_group("entered")
 @pytest.mark.parametrize("group, refused", [(0, False), (OTHER, True)])
 def test_a_folder_above_that_a_group_can_write(full, tmp_path, group, refused):
   with entered(tmp_path):

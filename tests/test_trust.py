@@ -38,7 +38,8 @@ def test_a_token_goes_nowhere_in_the_clear(offline, name):
 ])  # fmt: skip
 def test_programs_over_http_want_a_digest(monkeypatch, url, repo, digest, refused):
   hash_ = types.SimpleNamespace(hexdigest=lambda: "aa")
-  result = types.SimpleNamespace(name="x.tar", url=url, file=types.SimpleNamespace(hash=hash_))
+  file = types.SimpleNamespace(hash=hash_, note=qvm_source.DownloadNote(url, "", 1))
+  result = types.SimpleNamespace(name="x.tar", url=url, file=file, resumed=0)
   monkeypatch.setattr(qvm_source, "download", lambda *words: result)
   net = qvm_source.net_from({"QVM_RELEASES_URL": url})
   releases = types.SimpleNamespace(net=net, digest=lambda *words: digest)

@@ -6498,13 +6498,15 @@ class Tail:
   """Reads a stream to its end in a thread of its own and keeps the last of it."""
 
   def __init__(self, stream: IO[bytes]) -> None:
-    self.stream, self.kept = stream, b""
+    self.fd, self.kept = os.dup(stream.fileno()), b""  # the stream is closed once ssh has ended
     self.reading = Future(self.read)
 
   def read(self) -> None:
-    with self.stream:
-      for chunk in iter(lambda: os.read(self.stream.fileno(), 65536), b""):
+    try:
+      for chunk in iter(lambda: os.read(self.fd, 65536), b""):
         self.kept = (self.kept + chunk)[-TAIL_BYTES:]
+    finally:
+      os.close(self.fd)
 
   def words(self) -> str:
     """What was said last, on one line; once the program has ended."""

@@ -8230,10 +8230,8 @@ class Machine:
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
-      if not self.starts:
-        check_instance(plan)
-      check_backing(plan, base)
       check_instance(plan)
+      check_backing(plan, base)
       record_instance(plan, f"{self.address.host}:{self.address.port}", base)
       make_overlay(plan, base.backing, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)

@@ -1178,7 +1178,7 @@ class AssetRecord(NamedTuple):
   asset_sha256: str = ""
   sha256: str = ""  # of the file or tree made from the asset
   bytes: int = 0  # the file's length, or that of all files of a tree
-  mtime: int = 0  # the file's, in seconds: a file with another one is hashed again
+  mtime_ns: int = 0  # the file's: a file with another one is hashed again
   time: str = ""  # of the download, in UTC
   inode: int = 0  # of the file that the record describes
 
@@ -4012,7 +4012,7 @@ def publish_with_record(
   which of the two files it is meant for; record_of takes the one that fits.
   """
   waiting, stat = record_path(target) + ".new", os.stat(source)
-  record = record._replace(inode=stat.st_ino, mtime=int(stat.st_mtime))
+  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns)
   write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
   move(waiting, record_path(target), True)
@@ -4650,8 +4650,9 @@ def base_record(plan: Plan) -> AssetRecord:
   A file without one, or that has been changed since, is hashed, and that is noted. RefusedError if
   its digest is another one than the record's.
   """
-  record, mtime = record_of(plan.base), int(os.stat(plan.base).st_mtime)
-  if record.sha256 and record.mtime == mtime:
+  record, mtime_ns = record_of(plan.base), os.stat(plan.base).st_mtime_ns
+  whole_seconds = record.mtime_ns // 10**9 * 10**9  # what many an archive keeps of a cache
+  if record.sha256 and mtime_ns in (record.mtime_ns, whole_seconds):
     return record
   digest = file_sha256(plan.base)
   if record.sha256 not in ("", digest):
@@ -4659,7 +4660,7 @@ def base_record(plan: Plan) -> AssetRecord:
       f"the base image {plan.base} is damaged: its digest is not the one recorded at download",
       f"{pull_line(plan)} --verify downloads it again",
     )
-  record = record._replace(sha256=digest, bytes=os.path.getsize(plan.base), mtime=mtime)
+  record = record._replace(sha256=digest, bytes=os.path.getsize(plan.base), mtime_ns=mtime_ns)
   with contextlib.suppress(OSError):  # it is then hashed each time
     write_record(plan.cache, record_path(plan.base), record, 0o444, keep=True)
   return record

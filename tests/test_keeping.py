@@ -73,13 +73,28 @@ def test_another_base_is_noticed_whatever_its_record_says(kept, image, record):
   path = kept.cache / f"base/{FREEBSD}.json"
   text = json.loads(path.read_text())
   replace(kept.cache / BASE, changed(image))
-  os.utime(kept.cache / BASE, (1, 1))
   path.unlink()
   if record != "none":
-    path.write_text(json.dumps({**text, "mtime": text["mtime"] if "old" in record else 0}))
+    path.write_text(json.dumps({**text, "mtime_ns": text["mtime_ns"] if "old" in record else 0}))
   before = digest(kept.cache / DISK)
   fails(kept(*RUN), *("is damaged", "--verify") if record != "none" else ("a different base",))
   assert digest(kept.cache / DISK) == before
+
+
+def test_a_base_changed_within_a_second_is_noticed(kept, image):
+  path = kept.cache / BASE
+  times = json.loads(path.with_suffix(".json").read_text())["mtime_ns"]
+  replace(path, changed(image))
+  os.utime(path, ns=(times + 1, times + 1))
+  fails(kept(*RUN), "is damaged", "--verify")
+
+
+def test_a_base_from_an_archive_with_whole_seconds_is_not_hashed_again(kept, image):
+  path = kept.cache / BASE
+  seconds = json.loads(path.with_suffix(".json").read_text())["mtime_ns"] // 10**9
+  replace(path, changed(image))  # an image that is read would be refused
+  os.utime(path, (seconds, seconds))
+  works(kept(*RUN))
 
 
 def test_a_base_without_a_record_is_hashed_once(kept, image):

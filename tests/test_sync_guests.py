@@ -24,11 +24,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support import ended, free_port, obey_modes
 
-pytestmark = [
-  pytest.mark.skipif(guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"),
-  # Each passes alone; a few fail in a run of all, whose cases share one guest.
-  pytest.mark.xfail(reason="issue 15: not yet seen to pass as a whole", strict=False),
-]
+pytestmark = pytest.mark.skipif(
+  guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"
+)
 NUMBERS = itertools.count()
 LONG = "n" * 150
 # Whose tar cannot write a name of 150 bytes, or a link to so long a name.

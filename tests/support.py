@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+  sys.path.append(str(ROOT))  # where bench.py and torture.py find qvm.py, too
 HOST = "macos" if sys.platform == "darwin" else "linux"
 FREEBSD = "freebsd-15.1-x86-64"
 # The three files that a first run downloads, and where they come to lie.

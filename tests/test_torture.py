@@ -1,6 +1,8 @@
 """A short part of `make torture`, always the same, and whether it would find anything at all."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 from support import ROOT
@@ -65,8 +67,15 @@ def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part, seed):
     play(part, seed, range(200), root=tmp_path)
 
 
+@pytest.mark.parametrize("program", ["torture.py", "bench.py"])
+def test_it_starts_by_hand(program):
+  command = [sys.executable, str(ROOT / "tests" / program), "--help"]
+  assert "usage: " + program in subprocess.run(command, check=True, stdout=-1).stdout.decode()
+
+
 @pytest.mark.parametrize("words, parts", [
-  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "streaming": 500, "crowd": 3}),
+  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "streaming": 500,
+        "power": 100, "crowd": 3}),
   (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
 ])  # fmt: skip
 def test_parts(words, parts):

@@ -6,6 +6,7 @@
   disk    [120]    one call of the system fails as on a full, broken or read-only disk
   sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
   streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs
+  power   [100]    the power fails in a first run, a kept one, a refresh and a stream
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
 
 qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
@@ -52,6 +53,8 @@ from support import (
   tar_of,
 )
 from support_network import Proxy, certificate, served
+from support_power import ACTIONS as POWERED
+from support_power import Cuts
 
 BUNDLE = FREEBSD + ".tar.zst"
 REPOS = {
@@ -67,6 +70,15 @@ PATIENCE = 60  # seconds after which a qvm hangs
 
 class Violation(Exception):
   """qvm did what it must never do."""
+
+
+@contextlib.contextmanager
+def violations(what):
+  """Makes a Violation of an assertion of the tests' own helpers."""
+  try:
+    yield
+  except AssertionError as error:
+    raise Violation(f"{what}: {error}")
 
 
 def demand(condition, *facts):
@@ -1418,6 +1430,19 @@ def crowd_round(qvm, forks, rng, versions, counts):
     check_words(forks.run(qvm, "rm", "a"), (0,))
 
 
+def power(folder, forks, seed, numbers):
+  """Cut the power at a point of each action; returns what was counted."""
+  cuts, counts = Cuts(folder, make_tools(random.Random(seed)).content, seed), Counter()
+  for number in numbers:
+    for action in POWERED:
+      with violations(f"{action}, point {number}"):
+        lost = cuts.one(number, action)
+      counts[f"{action}: points"] += 1
+      counts[f"{action}: lost something"] += any(lost)
+    progress(number)
+  return counts
+
+
 # --- By hand ---------------------------------------------------------------------------------
 
 PARTS = {
@@ -1426,6 +1451,7 @@ PARTS = {
   "disk": (failing, 120),
   "sync": (syncing, 60),
   "streaming": (streaming, 500),
+  "power": (power, 100),
   "crowd": (crowd, 3),
 }
 

@@ -8254,10 +8254,18 @@ class Machine:
     self.keep_awake()
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
-    """Start QEMU; a console log of qvm's own stays within bounds, one of the user's does not."""
-    if not spawn.session or self.options.console_log:
+    """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
+    if not spawn.session:
       return start(command, spawn)
-    spawn, self.keeper = bounded(spawn)
+    bound = "" if self.options.console_log else "bounded"
+    keeper = [sys.executable, "-I", "-S", "-c", KEEPER, bound]
+    with open(self.paths.disk, "rb") as disk:
+      fds = (disk.fileno(),) if self.options.detach and not self.plan.ephemeral else ()
+      self.keeper = start(
+        [*keeper, *map(str, fds)],
+        Spawn(subprocess.PIPE, spawn.stdout, subprocess.DEVNULL, session=True, fds=fds),
+      )
+    spawn = spawn._replace(stdout=self.keeper.stdin, stderr=self.keeper.stdin)
     self.stack.callback(self.console_written)
     with self.keeper.stdin:  # type: ignore[union-attr] # it is a pipe
       return start(command, spawn)
@@ -8483,10 +8491,11 @@ def new_console_log(paths: InstancePaths) -> IO[bytes]:
   return open(paths.console, "ab+", buffering=0)
 
 
-# Passes a console on to its log until QEMU has ended, and keeps that within bounds: the beginning,
-# and at least as many bytes of the end. A process of its own, because QEMU outlives qvm.
-KEEP_ENDS = """
-import os
+# Passes a console on to its log until QEMU has ended, and flushes its disk then: KEEPER BOUND [FD].
+# With BOUND not empty the log keeps its beginning, and at least as many bytes of its end; one of
+# the user's is left alone. A process of its own, because QEMU outlives qvm.
+KEEPER = """
+import fcntl, os, sys
 head, tail, left, mark = 1 << 20, 10 << 20, 0, b""
 data = os.read(0, 1 << 16)
 while data:
@@ -8494,7 +8503,7 @@ while data:
     while data:
       data = data[os.write(1, data) :]
     size = os.fstat(1).st_size
-    if size > head + 2 * tail:
+    if sys.argv[1] and size > head + 2 * tail:
       end = os.pread(1, tail, size - tail)
       left += size - head - len(mark) - len(end)
       mark = b"\\n[qvm left out %d bytes]\\n" % left
@@ -8505,16 +8514,11 @@ while data:
   except OSError:
     pass  # a full disk: this much is lost
   data = os.read(0, 1 << 16)
+for disk in map(int, sys.argv[2:]):
+  os.fsync(disk)
+  if hasattr(fcntl, "F_FULLFSYNC"):
+    fcntl.fcntl(disk, fcntl.F_FULLFSYNC)
 """
-
-
-def bounded(spawn: Spawn) -> Tuple[Spawn, "Process"]:
-  """The same way to start QEMU, but with KEEP_ENDS before its log; and the process of that."""
-  keeper = start(
-    [sys.executable, "-I", "-S", "-c", KEEP_ENDS],
-    Spawn(subprocess.PIPE, spawn.stdout, subprocess.DEVNULL, session=True),
-  )
-  return spawn._replace(stdout=keeper.stdin, stderr=keeper.stdin), keeper
 
 
 def print_command(plan: Plan, options: Options) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from support import (
   parent_of,
   processes_of,
   qemu_pid,
+  works,
 )
 
 # As $MACHINE says: prints, listens where hostfwd says, and lives until it is told to end. SIGUSR1
@@ -352,6 +354,45 @@ def test_a_console_log_of_ones_own(machines, tmp_path):
   machines.up("vm", "--console-log", str(tmp_path / "log"), stdout="console\n", stderr="words\n")
   assert (tmp_path / "log").read_text() == "before\nconsole\nwords\n"
   assert "vm.console.log" not in instances(machines)
+
+
+def flushes(path, disk):
+  """How often a trace says that a disk was flushed."""
+  return len(re.findall(rf"fsync\(\d+<{re.escape(str(disk))}>", path.read_text()))
+
+
+@pytest.fixture
+def traced(tmp_path):
+  """A Python that notes each fsync of its own and of what it starts, and the file of that."""
+  if not shutil.which("strace"):
+    pytest.skip("no strace")
+  program, trace = tmp_path / "traced", tmp_path / "trace"
+  strace = f"strace -f -y -qq -o {trace} -e trace=fsync {sys.executable}"
+  program.write_text(f'#!/bin/sh\nexec {strace} "$@"\n')
+  program.chmod(0o755)
+  return str(program), trace
+
+
+@pytest.mark.parametrize("log", [[], ["--console-log", "/dev/null"]], ids=["its log", "a log"])
+def test_a_guest_in_the_background_that_powers_itself_off_is_flushed(machines, traced, log):
+  python, trace = traced
+  machines.play(**UP)
+  process = machines.qvm.start(*RUN, *log, "--ssh-port", str(free_port()), *GUEST, python=python)
+  assert process.stdout.readline() == "vm\n"
+  disk = machines.qvm.cache / "instances" / "vm.qcow2"
+  before = flushes(trace, disk)
+  os.kill(qemu_pid(machines.qvm, "vm"), signal.SIGUSR1)
+  process.communicate(timeout=DEADLINE)  # strace ends with the last process
+  assert flushes(trace, disk) == before + 1
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["asked", "forced"])
+def test_what_is_stopped_is_flushed(machines, traced, force):
+  python, trace = traced
+  machines.up()
+  machines.ssh(press="vm")
+  works(machines.qvm("stop", *force, "vm", python=python))
+  assert flushes(trace, machines.qvm.cache / "instances" / "vm.qcow2") == 1
 
 
 def test_a_second_machine_of_that_name_leaves_the_console_log_alone(machines):

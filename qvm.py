@@ -2054,7 +2054,9 @@ def cannot_run(program: str, error: OSError) -> QvmError:
     )
   if error.errno == errno.ENOEXEC:
     return QvmError(
-      message, "it is built for another CPU; use a QEMU built for this machine with --qemu"
+      message,
+      "if it is damaged, qvm pull downloads it again; if it is built for another CPU, use a QEMU "
+      "built for this machine with --qemu",
     )
   if error.errno == errno.EACCES:
     return QvmError(

@@ -479,9 +479,9 @@ def elf(machine):
 
 
 NOT_FOR_HERE = {
-  "text": (b"just words\n", "another CPU", "--qemu"),
-  "empty": (b"", "another CPU", "--qemu"),
-  "another machine": (elf(0xBEEF), "another CPU", "--qemu"),
+  "text": (b"just words\n", "qvm pull", "another CPU", "--qemu"),
+  "empty": (b"", "qvm pull", "another CPU", "--qemu"),
+  "another machine": (elf(0xBEEF), "qvm pull", "another CPU", "--qemu"),
   "no interpreter": (b"#!/no/such/interpreter\n", "interpreter is missing"),
   "interpreter a folder": (b"#!/tmp\n", "cannot execute"),
 }

@@ -4468,6 +4468,8 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
   flush(disk)  # APFS takes for holes what it has not written yet (QEMU's bug 1776920)
   run_program([plan.qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, result])
+  if sys.platform == "darwin":  # by now the disk has told the truth, if it had not before
+    run_program([plan.qemu_img, "compare", "-f", "raw", "-F", "qcow2", disk, result])
   os.unlink(disk)
   return result
 

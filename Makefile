@@ -4,6 +4,9 @@ BIN = .venv/bin
 qvm.pyz: qvm.py build_zipapp.py
 	$(PYTHON) build_zipapp.py $@
 
+qvm.1: qvm.py build_zipapp.py
+	$(PYTHON) build_zipapp.py $@
+
 # Install what the tests need and run all of them.
 test: .venv/installed
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
@@ -11,6 +14,10 @@ test: .venv/installed
 # What shows most mistakes, in half a minute.
 check: .venv/installed lint
 	$(BIN)/python -m pytest -n 2 -m "(pure and not slow) or smoke"
+
+# qvm in front of you, without GitHub.
+demo: .venv/installed
+	$(BIN)/python tests/demo.py
 
 # What qvm costs; BENCH="start sync" measures some of it.
 bench: .venv/installed
@@ -25,6 +32,7 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/mypy --platform darwin
+	$(BIN)/python tests/check_schemas.py
 
 .venv/installed: tests/requirements.txt tests/install tests/linux_packages
 	tests/install
@@ -34,6 +42,6 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv qvm.pyz
+	rm -rf .venv qvm.pyz qvm.1
 
-.PHONY: test check bench torture lint clean
+.PHONY: test check demo bench torture lint clean

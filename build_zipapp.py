@@ -3,6 +3,8 @@
 
 usage: build_zipapp.py [OUTPUT]
 
+An OUTPUT that ends in .1 is the manual page, made of the tables that --help shows.
+
 The members have fixed dates, modes and order and are stored, not deflated: what zlib makes of
 them differs between its versions, and Python starts a little sooner without it.
 """
@@ -12,6 +14,10 @@ import io
 import os
 import sys
 import zipfile
+from typing import TYPE_CHECKING, Mapping
+
+if TYPE_CHECKING:
+  import qvm
 
 SHEBANG = b"#!/usr/bin/env python3\n"
 
@@ -104,14 +110,49 @@ def build(source: str) -> bytes:
   return packed.getvalue()
 
 
+def roff(text: str) -> str:
+  """Text as man(7) wants it: no line is taken for a request, no hyphen for a dash."""
+  escaped = text.replace("\\", "\\e").replace("-", "\\-")
+  return "\n".join("\\&" + line if line[:1] in (".", "'") else line for line in escaped.split("\n"))
+
+
+def option_entry(option: "qvm.Option", own_help: Mapping[str, str]) -> str:
+  """The manual page's entry for an option."""
+  flags = ", ".join(f"\\fB{roff(flag)}\\fR" for flag in option.flags)
+  metavar = f" \\fI{roff(option.metavar)}\\fR" if option.metavar else ""
+  return f".TP\n{flags}{metavar}\n{roff(own_help.get(option.field, option.help))}\n"
+
+
+def manual() -> str:
+  """The manual page, in roff."""
+  import qvm  # the zipapp is made without running what it holds
+
+  page = f'.TH QVM 1 "" "qvm {qvm.__version__}" "User Commands"\n'
+  page += ".SH NAME\nqvm \\- run BSDs, Haiku and OmniOS in QEMU\n"
+  page += ".SH SYNOPSIS\n.B qvm\n\\fICOMMAND\\fR [\\fIOPTIONS\\fR] ...\n.SH DESCRIPTION\n"
+  page += roff(" ".join((qvm.__doc__ or "").split("\n\n")[1].split())) + "\n.SH COMMANDS\n"
+  for name, form in qvm.COMMANDS.items():
+    page += f".SS {roff(f'qvm {name} [OPTIONS] {form.operands}'.strip())}\n{roff(form.summary)}\n"
+    for option in qvm.known_options(name):
+      if option.field not in qvm.EVERYWHERE:
+        page += option_entry(option, form.option_help)
+    page += ".PP\nExamples:\n.PP\n.nf\n.RS\n" + roff("\n".join(form.examples)) + "\n.RE\n.fi\n"
+  page += ".SH COMMANDS IN THE GUEST\n" + roff("\n".join(qvm.COMMAND_HELP).strip()) + "\n"
+  page += ".SH ENVIRONMENT\n"
+  for names, text in qvm.ENVIRONMENT:
+    page += f".TP\n\\fB{roff(names)}\\fR\n{roff(text)}\n"
+  return page
+
+
 def main() -> None:
-  """Write the zipapp, whole or not at all."""
+  """Write the zipapp or the manual page, whole or not at all."""
   here = os.path.dirname(os.path.abspath(__file__))
   output = sys.argv[1] if len(sys.argv) > 1 else os.path.join(here, "qvm.pyz")
-  packed = build(os.path.join(here, "qvm.py"))
+  page = output.endswith(".1")
+  packed = manual().encode() if page else build(os.path.join(here, "qvm.py"))
   with open(output + ".tmp", "wb") as file:
     file.write(packed)
-  os.chmod(output + ".tmp", 0o755)
+  os.chmod(output + ".tmp", 0o644 if page else 0o755)
   os.replace(output + ".tmp", output)
 
 

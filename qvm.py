@@ -1081,6 +1081,18 @@ def find_os(text: str) -> str:
   return text.lower()
 
 
+ENVIRONMENT = (
+  ("QVM_CACHE_DIR", "the folder of everything (default: $XDG_CACHE_HOME/qvm or ~/.cache/qvm)"),
+  ("QVM_RELEASES_URL", "a mirror to download from (default: GitHub)"),
+  ("QVM_API_URL", "the API of that mirror; without it a mirror is asked for none"),
+  ("QVM_QEMU_X86_64, QVM_QEMU_AARCH64", "as --qemu, for all guests of that CPU"),
+  ("GITHUB_TOKEN, GH_TOKEN", "sent to the API's address only; raises its quota"),
+  ("https_proxy, no_proxy, SSL_CERT_FILE", "as everywhere"),
+  ("QVM_TIMEOUT", "seconds for a connection and for the next bytes to come (default: 30)"),
+  ("QVM_RETRY_DELAY", "seconds before the first of four retries (default: 1)"),
+  ("QVM_DEBUG", "1: show the traceback of a bug"),
+)
+
 COMMAND_HELP = [
   "",
   "qvm passes COMMAND and its ARGs to the guest unchanged, whatever characters they contain. A",
@@ -1116,6 +1128,10 @@ def help_text(command: str) -> str:
       left = ""
   examples = COMMANDS[command].examples if command else (
     "qvm run freebsd 15.1", "qvm run --rm netbsd 10.1", "qvm run --help")  # fmt: skip
+  if not command:
+    lines += ["", "environment:"]
+    for names, text in ENVIRONMENT:
+      lines += [f"  {names}", f"      {text}"]
   return "\n".join(lines + ["", "examples:"] + ["  " + example for example in examples])
 
 

@@ -31,7 +31,9 @@ NODE_24 = {
 
 
 def test_actions_run_on_node_24():
-  found = re.findall(r"uses: (actions/[\w-]+)@v(\d+)", "".join(map(text_of, FOLDER.iterdir())))
+  found = re.findall(
+    r"uses: (actions/[\w-]+)@v(\d+)", "".join(map(text_of, FOLDER.parent.rglob("*.yml")))
+  )
   assert {name for name, _ in found} == set(NODE_24)
   assert [(name, major) for name, major in found if int(major) < NODE_24[name]] == []
 

@@ -3,6 +3,7 @@
 import json
 import marshal
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -341,3 +342,27 @@ def test_kept_code_in_a_cache_behind_a_link(packed, tmp_path):
   packed.cache.rename(tmp_path / "real")
   packed.cache.symlink_to(tmp_path / "real")
   assert packed("list").stdout == "hostile\n"
+
+
+def test_the_manual_page_has_what_help_shows(tmp_path):
+  page = tmp_path / "qvm.1"
+  subprocess.run([sys.executable, "-B", str(ROOT / "build_zipapp.py"), str(page)], check=True)
+  text = page.read_text()
+  assert page.stat().st_mode & 0o777 == 0o644
+  for name, command in qvm_source.COMMANDS.items():
+    assert f"\n.SS qvm {name}" in text
+    assert all(example.replace("-", "\\-") in text for example in command.examples)
+  for option in qvm_source.OPTIONS:
+    shown = option.field in qvm_source.EVERYWHERE or option.flags[-1].replace("-", "\\-") in text
+    assert shown, option
+  assert not re.search(r"(?m)^['.](?!SH|SS|TH|TP|PP|nf|fi|RS|RE|B )", text)
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="no groff")
+def test_groff_has_nothing_to_say_about_the_manual_page(tmp_path):
+  page = tmp_path / "qvm.1"
+  subprocess.run([sys.executable, "-B", str(ROOT / "build_zipapp.py"), str(page)], check=True)
+  run = subprocess.run(
+    ["groff", "-man", "-ww", "-Kutf8", "-Tutf8", str(page)], stdout=-1, stderr=-1
+  )
+  assert (run.returncode, run.stderr) == (0, b"")

@@ -384,7 +384,8 @@ def test_help_tells_the_options_that_there_are(offline, command):
   assert (run.returncode, run.stderr) == (0, "")
   assert run.stdout.startswith(f"usage: qvm {command or 'COMMAND'} ")
   options, _, examples = run.stdout.partition("\nexamples:\n")
-  flags = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options.partition("\noptions:\n")[2])
+  options = options.partition("\noptions:\n")[2].partition("\nenvironment:\n")[0]
+  flags = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options)
   listed = [f for f in flags if any(f in known for known in KNOWN.values())]
   assert sorted(listed) == sorted(KNOWN[command])
   assert examples.strip()

@@ -5,7 +5,8 @@
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
   disk    [120]    one call of the system fails as on a full, broken or read-only disk
   sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
-  streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs
+  streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs,
+                   or faults of the server
   power   [100]    the power fails in a first run, a kept one, a refresh and a stream
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
 
@@ -1264,6 +1265,7 @@ class Streaming:
     self.filled = Qvm(self.folder, forks.program, self.server)
     check_words(forks.run(self.filled, *PULL), (0,))
     shutil.rmtree(self.filled.cache / "base")
+    self.filled.env["QVM_TIMEOUT"] = "0.5"
     self.server.rate = 2e6
     began = time.monotonic()
     with self.home() as qvm:
@@ -1274,10 +1276,12 @@ class Streaming:
   def home(self):
     """qvm in a home of its own, which goes away again with all that runs there."""
     qvm = Qvm(self.folder / "home", self.forks.program, self.server)
+    qvm.env["QVM_TIMEOUT"] = "0.5"
     shutil.copytree(self.filled.cache, qvm.cache, symlinks=True)
     try:
       yield qvm
     finally:
+      self.server.clear_faults()
       end_processes(f"HOME={qvm.home}", environment=True)
       self.forks.settled()
       shutil.rmtree(qvm.home)
@@ -1285,22 +1289,35 @@ class Streaming:
   def one(self, seed):
     """Kill at one point, and check that the next run makes all of it good."""
     rng = random.Random(seed)
-    who = rng.choice(["qvm", "server", "QEMU", "qvm and server", "all"])
+    who = rng.choice(["qvm", "server", "QEMU", "qvm and server", "all", *["nothing"] * 5])
     rm = rng.random() < 0.3
     said = [f"seed {seed}: kill {who}, {'--rm' if rm else 'a'}"]
     with self.home() as qvm:
       try:
         words = ("run", "--stream", "--rm", *GUEST) if rm else STREAM
         for _ in range(rng.randrange(1, 3)):
+          said += self.faults(rng) if who == "nothing" else []
           child = self.forks.start(qvm, *words)
           time.sleep(rng.uniform(0, 1.1) * self.seconds)
-          struck = self.strike(qvm, child, who)
+          struck = who != "nothing" and self.strike(qvm, child, who)
           said += [child.wait().stderr]
           self.gone(qvm)
+        self.server.clear_faults()
         self.afterwards(qvm, rng, rm, said)
       except Violation as violation:
         raise Violation("\n".join([*said, str(violation)]))
-    self.counts[f"{who}: {'killed' if struck else 'had ended'}"] += 1
+    ended = "failed by faults" if who == "nothing" else "had ended"
+    self.counts[f"{who}: {'killed' if struck else ended}"] += 1
+
+  def faults(self, rng):
+    """Faults of every kind while it comes, some for good; returns what they are."""
+    kinds = [{"change": True}]
+    while any("change" in kind or kind.get("etag") == '"same"' for kind in kinds):
+      kinds = asset_fault(rng, len(self.assets[IMAGE].content))
+    after = rng.randrange(6)
+    for kind in kinds:
+      self.server.fault(IMAGE, times=rng.choice([1, 1, 3, None]), after=after, **kind)
+    return [f"{after} requests, then {kind}" for kind in kinds]
 
   def strike(self, qvm, child, who):
     """Kill some of the processes; whether there was one."""
@@ -1332,15 +1349,17 @@ class Streaming:
     check_locks(qvm)
     words = rng.choice([STREAM, RUN, ("run", "--name", "a", *GUEST)])
     said.append(" ".join(words))
-    result = self.forks.run(qvm, *words)
-    said.append(result.stderr)
-    check_words(result, (0,))
-    self.gone(qvm)
+    lies = any(lie in text for text in said for lie in LIES)
+    for codes in [(0, 1), (0,)] if lies else [(0,)]:  # a lie that is kept is found in the end
+      result = self.forks.run(qvm, *words)
+      said.append(result.stderr)
+      check_words(result, codes)
+      self.gone(qvm)
     check_words(self.forks.run(qvm, "run", "--name", "a", *GUEST), (0,))
     check_complete(qvm, versions)
     check_words(self.forks.run(qvm, "pull", "--verify", *GUEST), (0,))
     demand(b"../base/" + IMAGE.encode() in disk.read_bytes()[:4096], "not put on its base")
-    if wrote and not rm:
+    if wrote and not rm and not lies:
       command = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 64k 4k", str(disk)]
       demand(b"verification failed" not in subprocess.check_output(command), "data are lost")
     check_words(self.forks.run(qvm, "rm", "a"), (0,))

@@ -1179,7 +1179,9 @@ def help_text(command: str) -> str:
     if "OS" in form.operands:
       lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
     if "VERSION" in form.operands:
-      lines += ["VERSION defaults to `latest`, the newest version for that CPU."]
+      lines += [
+        "VERSION defaults to `latest`, the newest version for that CPU; 15 is the newest 15.x."
+      ]
     if "COMMAND" in form.operands:
       lines += EACH_HELP if "GUEST" in form.operands else COMMAND_HELP
   else:
@@ -3639,6 +3641,19 @@ def is_candidate(version: str) -> bool:
   return bool(re.search(r"(^|[^a-z])rc[0-9]*($|[^a-z])", version.lower()))
 
 
+def newest_of(versions: Sequence[str], beginning: str = "") -> str:
+  """The newest version with this beginning, of which each part counts whole: 15 does not begin 150.
+
+  A version that is exactly so comes first. Empty if there is none.
+  """
+  if beginning in versions:
+    return beginning
+  parts = version_key(beginning)[:-1]
+  found = [each for each in versions if version_key(each)[: len(parts)] == parts]
+  found = [each for each in found if is_candidate(beginning) or not is_candidate(each)]
+  return max(found, key=version_key) if found else ""
+
+
 # ---- Unpack -------------------------------------------------------------------------------------
 # Tar streams are not trusted, wherever they come from: QEMU's archives, bundles, and guests. Each
 # step down goes through a descriptor of the folder above and follows no link, so nothing is ever
@@ -4779,36 +4794,52 @@ def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
   cache, host = cache_from(os.environ), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  if "".join(options.operands[1:]).lower() in ("", "latest"):
-    check_host(host, guest, options.qemu)  # before any request
-    version = latest_version(options, net, guest, cache)
-    options = options._replace(operands=(guest.os, version))
+  version = chosen_version(options, net, guest, cache)
+  options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
   return plan._replace(qemu_img=own_qemu_img(options.qemu)) if options.qemu else plan
 
 
-def latest_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
-  """The newest version for a CPU; `run` takes the newest cached when no server can be asked."""
+# A VERSION with fewer numbers and words is a beginning; about others no server is asked.
+VERSION_PARTS = {"haiku": 4}  # r1beta5; of all others 2, as in 15.1 and r151058
+
+
+def is_beginning(guest: Guest, version: str) -> bool:
+  """Whether this may be the beginning of a version; an empty one, of any."""
+  return len(version_key(version)[:-1]) < VERSION_PARTS.get(guest.os, 2)
+
+
+def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
+  """The version that was named, or the newest one with that beginning.
+
+  `run` takes the newest cached when no server can be asked.
+  """
+  wanted = "".join(options.operands[1:])
+  wanted = "" if wanted.lower() == "latest" else wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
-  cached = [version for version in cached if not is_candidate(version)]
+  if wanted and (wanted in cached or not is_beginning(guest, wanted)):
+    return wanted
+  newest = newest_of(cached, wanted)
   if options.dry_run:
-    if not cached:
+    if not newest and not wanted:
       raise UsageError("--dry-run asks no server: name the version, as in freebsd 15.1")
-    return cached[0]
-  fallback = cached if options.command == "run" else []
+    return newest or wanted
+  fallback = newest if options.command == "run" else ""
+  check_host(this_host(), guest, options.qemu)  # before any request
   try:
     releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
   except QvmError as error:
     if not fallback:
       raise
-    say(f"{error}; taking the newest cached version, {fallback[0]}")
-    return fallback[0]
+    say(f"{error}; taking the newest cached version, {fallback}")
+    return fallback
   images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  versions = [image.version for image in images if not is_candidate(image.version)]
-  if not versions:
+  found = newest_of([image.version for image in images], wanted)
+  if not found and not wanted:
     raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
-  say(f"the newest {guest.title} for {guest.arch} is {versions[0]}")
-  return versions[0]
+  if found and found != wanted:
+    say(f"the newest {guest.title}{' ' * bool(wanted)}{wanted} for {guest.arch} is {found}")
+  return found or wanted  # what there is not, the download explains
 
 
 # ---- Instances ----------------------------------------------------------------------------------
@@ -9044,7 +9075,7 @@ def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
   """What to say when a newer version, which the user did not name, makes another instance."""
-  named = options.name or "".join(options.operands[1:]).lower() not in ("", "latest")
+  named = options.name or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
   stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]

@@ -234,7 +234,7 @@ class Reporter:
     self.phases = -1  # the descriptor to which a child of `qvm each` tells what it does
     self.lock = threading.Lock()
     self.drawn = 0  # lines
-    self.size = (0, 0)  # of the terminal, when they were drawn
+    self.resized = False  # whether the terminal has been, since they were drawn
 
   def say(self, text: str) -> None:
     """Write one `qvm: …` line; a closed stderr is not an error."""
@@ -246,7 +246,7 @@ class Reporter:
     """Show progress: on a terminal in place, elsewhere as lines of their own."""
     with self.lock:
       if os.isatty(2):
-        columns, _ = self.size = terminal_size()
+        columns, _ = terminal_size()
         text = "\r\n".join(printable(line)[: columns - 1] for line in lines)
         # Without wrap the terminal cuts what is wider than it looks.
         self._write(text if len(lines) == 1 else f"\033[?7l{text}\033[?7h")
@@ -269,8 +269,8 @@ class Reporter:
 
   def _write(self, text: str) -> None:
     clear = "\r" + "\033[K\033[A" * (self.drawn - 1) + "\033[K" if self.drawn else ""
-    if self.drawn > 1 and self.size != terminal_size():  # they may be anywhere now
-      clear = "\033[H\033[2J"
+    if self.drawn > 1 and self.resized:  # they may be anywhere now
+      clear, self.resized = "\033[H\033[2J", False
     data = (clear + text).encode("utf-8", "replace")
     try:
       os.write(2, data)
@@ -9543,7 +9543,7 @@ class Child:
   process: "Process"  # from start() on, as are these
   keeper: "Process"  # of its log
   life: int
-  fds: Dict[int, Callable[[bytes], None]]  # what to read, and who takes it
+  fds: List[int]  # what to read: its output, its errors, and what it tells
 
   def __init__(self, guest: str, words: List[str], paths: InstancePaths, log: str) -> None:
     self.guest, self.words, self.paths, self.log = guest, words, paths, log
@@ -9552,21 +9552,23 @@ class Child:
     self.code: Optional[int] = None  # the command's
     self.began = self.since = self.stopped = self.seconds = 0.0
     self.ended = False
-    self.rest = self.half = b""  # the beginnings of a line of output, and of what the child tells
+    self.rest: Dict[int, bytes] = {}  # of each descriptor: the beginning of a line
     self.output: List[str] = []  # the last lines
     self.news: List[bytes] = []  # whole lines that have not been shown
 
   def start(self, folder: str) -> None:
-    """Start the qvm; its output comes in one pipe, so that it keeps its order."""
+    """Start the qvm; in one pipe for output and errors they would cut each other's lines."""
     self.phase, self.began, self.since = "starting", time.monotonic(), time.monotonic()
-    (output, ours), (phases, told), (life, self.life) = os.pipe(), os.pipe(), os.pipe()
-    self.fds = {output: self.take_output, phases: self.take_phases}
+    pipes = [os.pipe() for _ in range(3)]
+    (life, self.life), ends = os.pipe(), [end for _, end in pipes]
+    self.fds, told = [fd for fd, _ in pipes], ends[2]
     command = [*own_program(), CHILD, f"{told},{life},{folder}", "run", "--rm"]
-    spawn = Spawn(subprocess.DEVNULL, ours, subprocess.STDOUT, (told, life), session=True)
+    spawn = Spawn(subprocess.DEVNULL, ends[0], ends[1], (told, life), session=True)
     with signals.hold(), open(self.log, "wb"), open(self.log, "ab+") as log:
       self.keeper = bounded(Spawn(stdout=log))[1]
       self.process = start([*command, "--name", self.paths.name, *self.words], spawn)
-    for fd in (ours, told, life):
+    self.rest = dict.fromkeys(self.fds, b"")
+    for fd in (*ends, life):
       os.close(fd)
 
   @property
@@ -9575,18 +9577,16 @@ class Child:
 
   def stop(self, reason: str) -> None:
     """Have the machine and its qvm end at once; one that waits is not started any more."""
-    self.reason = self.reason or reason
+    self.reason = self.reason if self.ended else self.reason or reason
     if self.running and not self.stopped:
       self.stopped = time.monotonic()
       os.close(self.life)
 
   def take_output(self, data: bytes) -> None:
-    """Log some output, and cut it into lines."""
+    """Log whole lines of output, and keep the last ones."""
     with contextlib.suppress(OSError):
       write_all(self.keeper.stdin.fileno(), data)  # type: ignore[union-attr] # it is a pipe
-    *lines, self.rest = (self.rest + data).split(b"\n")
-    if len(self.rest) > LINE_BYTES or not data and self.rest:
-      lines, self.rest = [*lines, self.rest], b""
+    lines = data.split(b"\n")[: -1 if data[-1:] in (b"", b"\n") else None]
     self.news += lines
     newest = [plain(line)[:1000] for line in lines[-TAIL_LINES:]]
     self.output = [*self.output, *newest][-TAIL_LINES:]
@@ -9595,8 +9595,7 @@ class Child:
 
   def take_phases(self, data: bytes) -> None:
     """Take in what the child tells of itself."""
-    *lines, self.half = (self.half + data).split(b"\n")
-    for line in lines:
+    for line in data.splitlines():
       name, _, text = line.decode("utf-8", "replace").partition(" ")
       if name == "exit":
         self.code = code = int(text)
@@ -9610,15 +9609,19 @@ class Child:
 
   def read(self, ready: Sequence[int]) -> None:
     """Take what there is to read, and the end of the child."""
-    for fd in [fd for fd in ready if fd in self.fds]:
-      data = os.read(fd, CHUNK_BYTES)
-      self.fds[fd](data)
-      if not data:
+    for fd in [fd for fd in self.rest if fd in ready]:
+      chunk = os.read(fd, CHUNK_BYTES)
+      data = self.rest[fd] + chunk
+      end = data.rfind(b"\n") + 1
+      end = end if chunk and len(data) - end < LINE_BYTES else len(data)
+      self.rest[fd] = data[end:]
+      (self.take_phases if fd == self.fds[2] else self.take_output)(data[:end])
+      if not chunk:
         os.close(fd)
-        del self.fds[fd]
+        del self.rest[fd]
     if self.stopped and time.monotonic() > self.stopped + STOP_SECONDS:
       self.process.kill()
-    if not self.fds and self.process.poll() is not None:
+    if not self.rest and self.process.poll() is not None:
       self.finish(self.process.returncode)
 
   def finish(self, code: int) -> None:
@@ -9653,6 +9656,10 @@ class Team:
     self.out = 2 if options.json else 1
     self.live = os.isatty(2) and (options.json or os.isatty(1)) and os.environ.get("TERM") != "dumb"
     self.ending, self.shown = False, 0.0
+    signal.signal(signal.SIGWINCH, self.resized)
+
+  def resized(self, number: int, frame: Optional[FrameType]) -> None:
+    report.resized = True
 
   def run(self) -> None:
     """Run all; however that ends, no machine and no qvm stays."""
@@ -9682,7 +9689,7 @@ class Team:
         continue
       if not running:
         return
-      ready = select.select([fd for child in running for fd in child.fds], [], [], 0.2)[0]
+      ready = select.select([fd for child in running for fd in child.rest], [], [], 0.2)[0]
       for child in running:
         child.read(ready)
         self.show(child)

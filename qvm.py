@@ -24,7 +24,7 @@ Contents; every section uses only the sections above it:
   Image server              a base image served while it is downloaded (NBD)
   Machine                   an instance while a command deals with it
   Layers                    checkpoints: starts from the memory of a booted guest
-  Commands, Doctor, Completion and main
+  Commands, Each, Doctor, Completion and main
 
 How it stays right:
 
@@ -44,7 +44,8 @@ daemons that fetch, or feed and read a program; the result of each is raised whe
 
 Who outlives whom: a detached QEMU outlives qvm and keeps the instance's lock and port. An image
 server outlives qvm too; it ends when nobody holds the other end of its pipe, which QEMU has. An
-orphaned qemu-img keeps the instance's lock until it has ended.
+orphaned qemu-img keeps the instance's lock until it has ended. Nothing outlives `qvm each`: its
+children end themselves and their machines once nobody holds the other end of their pipes.
 """
 
 import contextlib
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
   import urllib.error
   import urllib.parse
   import urllib.request
+  import xml.etree.ElementTree
   import zlib
 
   Process = subprocess.Popen[bytes]
@@ -141,6 +143,7 @@ else:
     globals()[_name] = Lazy(_name)
   email, http = Lazy("email.utils"), Lazy("http.client")
   urllib = Lazy("urllib.error", "urllib.parse", "urllib.request")
+  xml = Lazy("xml.etree.ElementTree")
 
 
 # ---- Errors and output --------------------------------------------------------------------------
@@ -228,33 +231,46 @@ class Reporter:
     self.progress = False
     self.newline = "\n"  # "\r\n" while the terminal is raw
     self.log = -1  # the descriptor of a file that gets the lines once stderr is closed
+    self.phases = -1  # the descriptor to which a child of `qvm each` tells what it does
     self.lock = threading.Lock()
-    self.drawn = False
+    self.drawn = 0  # lines
+    self.resized = False  # whether the terminal has been, since they were drawn
 
   def say(self, text: str) -> None:
     """Write one `qvm: …` line; a closed stderr is not an error."""
     with self.lock:
       self._write(f"qvm: {printable(text)}{self.newline}")
-      self.drawn = False
+      self.drawn = 0
 
-  def draw(self, text: str) -> None:
-    """Show progress: on a terminal in place, elsewhere as a line of its own."""
+  def draw(self, *lines: str) -> None:
+    """Show progress: on a terminal in place, elsewhere as lines of their own."""
     with self.lock:
       if os.isatty(2):
-        self._write(printable(text)[: terminal_width() - 1])
-        self.drawn = True
+        columns, _ = terminal_size()
+        text = "\r\n".join(printable(line)[: columns - 1] for line in lines)
+        # Without wrap the terminal cuts what is wider than it looks.
+        self._write(text if len(lines) == 1 else f"\033[?7l{text}\033[?7h")
+        self.drawn = len(lines)
       else:
-        self._write(f"qvm: {printable(text)}\n")
+        self._write("".join(f"qvm: {printable(line)}\n" for line in lines))
 
   def erase(self) -> None:
     """Take away what draw() has shown in place."""
     with self.lock:
       if self.drawn:
         self._write("")
-        self.drawn = False
+        self.drawn = 0
+
+  def phase(self, name: str, text: str = "") -> None:
+    """Tell the `qvm each` that has started this qvm, if one has, what it does."""
+    if self.phases >= 0:
+      with self.lock, contextlib.suppress(OSError):
+        write_all(self.phases, f"{name} {printable(text)[:1000]}\n".encode("utf-8", "replace"))
 
   def _write(self, text: str) -> None:
-    clear = "\r\033[K" if self.drawn else ""
+    clear = "\r" + "\033[K\033[A" * (self.drawn - 1) + "\033[K" if self.drawn else ""
+    if self.drawn > 1 and self.resized:  # they may be anywhere now
+      clear, self.resized = "\033[H\033[2J", False
     data = (clear + text).encode("utf-8", "replace")
     try:
       os.write(2, data)
@@ -263,12 +279,13 @@ class Reporter:
         os.write(self.log, b"\n" + data)  # the guest may have left its line unfinished
 
 
-def terminal_width() -> int:
-  """The columns of the terminal on stderr; 80 if unknown."""
+def terminal_size() -> Tuple[int, int]:
+  """The columns and rows of the terminal on stderr; 80 and 24 if unknown."""
   try:
-    return os.get_terminal_size(2).columns or 80
+    columns, rows = os.get_terminal_size(2)
+    return columns or 80, rows or 24
   except OSError:
-    return 80
+    return 80, 24
 
 
 report = Reporter()
@@ -324,6 +341,7 @@ class Signals:
   def __init__(self) -> None:
     self.held = False
     self.caught = 0
+    self.hurried = False  # whether qvm has seconds to end, and lets nothing else take its time
 
   def install(self) -> None:
     """Install the handlers; a signal that was ignored at the start (nohup) stays ignored."""
@@ -344,6 +362,10 @@ class Signals:
   def finish(self) -> None:
     """Ignore further signals: the work is done."""
     self.caught = self.caught or -1
+
+  def grace(self, seconds: float) -> float:
+    """For how long to wait for the end of what is given this time."""
+    return min(seconds, 1.0) if self.hurried else seconds
 
   @contextlib.contextmanager
   def hold(self) -> Iterator[None]:
@@ -666,6 +688,11 @@ class Options(NamedTuple):
   sync_direction: str = "both"
   sync_exclude: Tuple[str, ...] = ()
   sync_delete: bool = False
+  sync_out: str = ""
+  jobs: int = 0  # 0: as many as this host carries
+  logs: str = ""
+  junit: str = ""
+  fail_fast: bool = False
   force: bool = False
   offline: bool = False
   progress: bool = False
@@ -753,10 +780,10 @@ def parse_seconds(text: str) -> float:
   return float(text)
 
 
-def parse_attempts(text: str) -> int:
-  """How often a machine may be booted."""
-  if not re.match(r"[0-9]{1,2}\Z", text) or not 1 <= int(text) <= 10:
-    raise UsageError(f"invalid number of attempts '{text}': use 1 to 10")
+def parse_attempts(text: str, most: int = 10) -> int:
+  """How often a machine may be booted, or how many may run."""
+  if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= most:
+    raise UsageError(f"invalid number '{text}': use 1 to {most}")
   return int(text)
 
 
@@ -840,6 +867,14 @@ OPTIONS = (
          ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
+  Option(("--sync-out",), "sync_out", "DIR", parse_text,
+         "bring what the command changed to DIR/GUEST/"),
+  Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_attempts(text, 999),
+         "machines at once (default: as many as there are cores, and\nas free memory carries)"),
+  Option(("--fail-fast",), "fail_fast", "", bool, "end the others once one has failed"),
+  Option(("--logs",), "logs", "DIR", parse_text,
+         "write the logs to DIR/GUEST.log (default: below the cache,\nfor the last ten runs)"),
+  Option(("--junit",), "junit", "FILE", parse_text, "write the results to FILE as JUnit's XML"),
   Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
   Option(("--offline",), "offline", "", bool, "skip the network checks"),
   Option(("--progress",), "progress", "", bool, "show download progress"),
@@ -856,6 +891,11 @@ OPTIONS = (
 )  # fmt: skip
 EVERYWHERE = ("help", "version")
 IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
+# What `each` hands on to the `run` of each guest.
+HANDED_ON = (
+  "memory", "cpus", "accel", "qemu", "qemu_args", "boot_timeout", "boot_attempts", "warm", "stream",
+  "no_network", "env", "sync", "sync_exclude",
+)  # fmt: skip
 
 
 class Command(NamedTuple):
@@ -888,6 +928,16 @@ COMMANDS = {
       "qvm run --detach --name web freebsd 15.1",
       "qvm run --dry-run netbsd 10.1",
     ),
+  ),
+  "each": Command(
+    "GUEST... -- COMMAND [ARG...]", 1, 1000,
+    ("jobs", "fail_fast", *HANDED_ON, "sync_out", "logs", "json", "junit"),
+    "Run one command in several guests at once, each a temporary machine of its own.",
+    (
+      "qvm each --sync . freebsd-14 freebsd-15 openbsd-7.9-arm64 -- 'make && make test'",
+      "qvm each -j 2 --fail-fast --junit results.xml all -- uname -a",
+    ),
+    {"sync": "copy DIR to ~/work in each guest, and run the command there"},
   ),
   "pull": Command(
     "OS [VERSION]", 1, 2,
@@ -997,15 +1047,17 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError(
       "--detach cannot be combined with a command; use qvm ssh NAME -- COMMAND once it runs"
     )
-  if options.warm and not options.rm:
+  if options.warm and not options.rm and options.command == "run":
     raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
   for option in OPTIONS:
     flag = option.flags[-1]
-    if option.field in fields and option.field in IN_GUEST:
-      if options.command == "run" and not options.guest_command:
-        raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
-      if option.field.startswith("sync_") and not options.sync:
-        raise UsageError(f"{flag} needs --sync DIR")
+    wants_command = option.field in fields and option.field in IN_GUEST
+    if wants_command and options.command == "run" and not options.guest_command:
+      raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
+    if option.field in fields and option.field.startswith("sync_") and not options.sync:
+      raise UsageError(f"{flag} needs --sync DIR")
+  if options.command == "each" and not options.guest_command and not fields & set(EVERYWHERE):
+    raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")
   if options.sync_delete and options.sync_direction == "in":
     raise UsageError("--sync-delete has no effect with --sync-direction in")
 
@@ -1068,6 +1120,8 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
   if command in ("rm", "stop", "ssh"):
     for name in operands:
       parse_name(name)
+  for name in operands if command == "each" else ():
+    parse_guest(name)
   if command == "config" and operands[0] != "print-path":
     raise UsageError(f"unknown argument '{operands[0]}'; qvm config has only print-path")
   if command == "completion" and operands[0] not in ("bash", "zsh", "fish", "words"):
@@ -1080,6 +1134,32 @@ def find_os(text: str) -> str:
     raise UsageError("unknown OS '{}'; choose from {}".format(text, ", ".join(OS_NAMES)))
   return text.lower()
 
+
+ALL = "all"
+
+
+def parse_guest(text: str) -> Tuple[str, str, str]:
+  """OS[-VERSION][-ARCH], as in the images' names, or `all`; what is left out is empty."""
+  arches = "|".join(map(re.escape, ARCHES))
+  match = re.match(rf"([^-]*)(?:-(.+?))??(?:-({arches}))?\Z", text, re.IGNORECASE)
+  if not match:
+    raise UsageError(f"invalid guest '{text}': use OS[-VERSION][-ARCH], as in openbsd-7.9-arm64")
+  os_name, version, arch = (part or "" for part in match.groups())
+  if text.lower() == ALL:
+    return ALL, "", ""
+  if arch:
+    arch = find_guest(find_os(os_name), parse_arch(arch)).arch
+  return find_os(os_name), parse_version(version) if version else "", arch
+
+
+EACH_HELP = [
+  "GUEST is OS[-VERSION][-ARCH], as in freebsd, freebsd-15 or openbsd-7.9-arm64, or `all`: the",
+  "newest of every OS for this host's CPU. OS is one of {}.".format(", ".join(OS_NAMES)),
+  "",
+  "Each guest runs COMMAND as `qvm run --rm` does, without input. A terminal shows what each does;",
+  "elsewhere each line of output has the guest's name before it. The exit code is 0 if all went",
+  "well, 1 if a command failed, 125 if a machine could not be run, and 130 after Ctrl-C.",
+]
 
 ENVIRONMENT = (
   ("QVM_CACHE_DIR", "the folder of everything (default: $XDG_CACHE_HOME/qvm or ~/.cache/qvm)"),
@@ -1112,9 +1192,11 @@ def help_text(command: str) -> str:
     if "OS" in form.operands:
       lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
     if "VERSION" in form.operands:
-      lines += ["VERSION defaults to `latest`, the newest version for that CPU."]
+      lines += [
+        "VERSION defaults to `latest`, the newest version for that CPU; 15 is the newest 15.x."
+      ]
     if "COMMAND" in form.operands:
-      lines += COMMAND_HELP
+      lines += EACH_HELP if "GUEST" in form.operands else COMMAND_HELP
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
@@ -1490,7 +1572,7 @@ def unfinished(cache: Cache) -> Iterator[str]:
 
 
 def remove_unlocked(path: str) -> bool:
-  """Remove a folder in downloads/ unless its lock is held; returns whether it is gone."""
+  """Remove a folder unless its lock is held; returns whether it is gone."""
   with Lock(path, folder=True) as lock:
     if lock.try_():
       remove_tree(path)
@@ -1997,7 +2079,7 @@ def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
   paths: Dict[str, Any] = {
     name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
-    for name in ("sync", "console_log", "mirror")
+    for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit")
     if getattr(options, name)
   }
   if options.sync and not os.path.isdir(paths["sync"]):
@@ -2005,7 +2087,7 @@ def resolve(options: Options) -> Options:
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
   name, program = "--qemu", options.qemu
-  if not program and "qemu" in COMMANDS[options.command].fields:
+  if not program and {"qemu", "platform"} <= set(COMMANDS[options.command].fields):
     name = "QVM_QEMU_" + QEMU_CPUS[options.platform or this_host().arch].upper()
     program = os.environ.get(name, "")
   if program:
@@ -2101,7 +2183,7 @@ def end_process(process: "Process") -> None:
   if process.poll() is None:
     process.terminate()
     try:
-      process.wait(TERM_GRACE_SECONDS)
+      process.wait(signals.grace(TERM_GRACE_SECONDS))
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
@@ -2929,14 +3011,18 @@ class Progress:
 
   def show(self) -> None:
     """With --progress, now and then: one line with how far each download is."""
+    if report.phases >= 0 and self.files:
+      total = sum(file.total or 0 for file in list(self.files))
+      there = sum(file.done for file in list(self.files))
+      report.phase("downloading", f"{min(100, 100 * there // total)} %" if total else "")
     pause = 0.2 if os.isatty(2) else 5.0  # on a terminal it moves, a log it must not fill
     if not report.progress or not self.files or time.monotonic() < self.shown + pause:
       return
     self.shown = time.monotonic()
     texts = []
     for file in list(self.files):
-      done, total = file.done, file.total
-      share = f" {100 * done // total}%" if total else ""
+      done, size = file.done, file.total
+      share = f" {100 * done // size}%" if size else ""
       texts.append(f"{file.name}{share} {megabytes(done)}")
     report.draw(" | ".join(texts))
 
@@ -3572,6 +3658,19 @@ def version_key(version: str) -> List[Tuple[int, int, str]]:
 def is_candidate(version: str) -> bool:
   """Whether a version is a release candidate; `latest` never selects one."""
   return bool(re.search(r"(^|[^a-z])rc[0-9]*($|[^a-z])", version.lower()))
+
+
+def newest_of(versions: Sequence[str], beginning: str = "") -> str:
+  """The newest version with this beginning, of which each part counts whole: 15 does not begin 150.
+
+  A version that is exactly so comes first. Empty if there is none.
+  """
+  if beginning in versions:
+    return beginning
+  parts = version_key(beginning)[:-1]
+  found = [each for each in versions if version_key(each)[: len(parts)] == parts]
+  found = [each for each in found if is_candidate(beginning) or not is_candidate(each)]
+  return max(found, key=version_key) if found else ""
 
 
 # ---- Unpack -------------------------------------------------------------------------------------
@@ -4716,36 +4815,52 @@ def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
   cache, host = cache_from(os.environ), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  if "".join(options.operands[1:]).lower() in ("", "latest"):
-    check_host(host, guest, options.qemu)  # before any request
-    version = latest_version(options, net, guest, cache)
-    options = options._replace(operands=(guest.os, version))
+  version = chosen_version(options, net, guest, cache)
+  options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
   return plan._replace(qemu_img=own_qemu_img(options.qemu)) if options.qemu else plan
 
 
-def latest_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
-  """The newest version for a CPU; `run` takes the newest cached when no server can be asked."""
+# A VERSION with fewer numbers and words is a beginning; about others no server is asked.
+VERSION_PARTS = {"haiku": 4}  # r1beta5; of all others 2, as in 15.1 and r151058
+
+
+def is_beginning(guest: Guest, version: str) -> bool:
+  """Whether this may be the beginning of a version; an empty one, of any."""
+  return len(version_key(version)[:-1]) < VERSION_PARTS.get(guest.os, 2)
+
+
+def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
+  """The version that was named, or the newest one with that beginning.
+
+  `run` takes the newest cached when no server can be asked.
+  """
+  wanted = "".join(options.operands[1:])
+  wanted = "" if wanted.lower() == "latest" else wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
-  cached = [version for version in cached if not is_candidate(version)]
+  if wanted and (wanted in cached or not is_beginning(guest, wanted)):
+    return wanted
+  newest = newest_of(cached, wanted)
   if options.dry_run:
-    if not cached:
+    if not newest and not wanted:
       raise UsageError("--dry-run asks no server: name the version, as in freebsd 15.1")
-    return cached[0]
-  fallback = cached if options.command == "run" else []
+    return newest or wanted
+  fallback = newest if options.command == "run" else ""
+  check_host(this_host(), guest, options.qemu)  # before any request
   try:
     releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
   except QvmError as error:
     if not fallback:
       raise
-    say(f"{error}; taking the newest cached version, {fallback[0]}")
-    return fallback[0]
+    say(f"{error}; taking the newest cached version, {fallback}")
+    return fallback
   images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  versions = [image.version for image in images if not is_candidate(image.version)]
-  if not versions:
+  found = newest_of([image.version for image in images], wanted)
+  if not found and not wanted:
     raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
-  say(f"the newest {guest.title} for {guest.arch} is {versions[0]}")
-  return versions[0]
+  if found and found != wanted:
+    say(f"the newest {guest.title}{' ' * bool(wanted)}{wanted} for {guest.arch} is {found}")
+  return found or wanted  # what there is not, the download explains
 
 
 # ---- Instances ----------------------------------------------------------------------------------
@@ -5599,16 +5714,27 @@ def go_raw(signals: bool = False) -> None:
     report.newline = "\r\n"
 
 
+ESCAPE_RE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_k][^\x07\x1b]*(?:\x07|\x1b\\|\Z)|[ -/]*[0-~])"
+
+
+def plain(line: bytes) -> str:
+  """A line of output as a terminal would leave it, without any control character."""
+  text = line.decode("utf-8", "replace")
+  if not text.isprintable():  # which is quickly seen
+    text = re.sub(ESCAPE_RE, "", text).rstrip("\r").rpartition("\r")[2]
+    text = printable(text.expandtabs())
+  return text
+
+
 def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
   """The last lines of a console log, skipping its first `start` bytes and control characters."""
   try:
     with open(path, "rb") as file:
       file.seek(max(start, os.path.getsize(path) - 65536))
-      text = file.read().decode("utf-8", "replace")
+      data = file.read()
   except OSError:
     return []
-  text = re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|c)", "", text).replace("\r", "")
-  return [printable(line) for line in text.split("\n") if line.strip()][-count:]
+  return [line for line in map(plain, data.split(b"\n")) if line.strip()][-count:]
 
 
 def show_console(lines: Iterable[str]) -> None:
@@ -6655,7 +6781,8 @@ class Sync:
     self.short: Set[str] = set()  # what became shorter while it was read
     self.asked: List[str] = []  # of the guest's tar
     self.code: Optional[int] = None  # the command's
-    self.receiver = Receiver(self.folder, self.excludes, self.known, self.is_new)
+    target = opened_folder(options.sync_out) if options.sync_out else self.folder
+    self.receiver = Receiver(target, self.excludes, self.known, self.is_new)
     self.outcome: Optional[Tuple[int, str]] = None  # of the session that has brought what changed
 
   def run(self, command: Callable[[float], int], patience: float) -> int:
@@ -6911,7 +7038,8 @@ class Sync:
 
   def receive(self, process: Any) -> None:
     """Ask for what has changed, once the guest lists what it has, and take it."""
-    self.receiver.known, self.receiver.take_all = self.known, self.is_new
+    self.receiver.known = self.known
+    self.receiver.take_all = self.is_new or bool(self.options.sync_out)
     self.list = read_list(process.stdout)
     if self.list:
       self.asked = self.ask(self.list)
@@ -6948,7 +7076,8 @@ class Sync:
 
   def judge(self, code: int, words: str) -> None:
     """Say what has not come, delete what may be, and raise what is an error."""
-    problem = f"what changed in {self.login.paths.name} cannot be brought to {self.options.sync}"
+    target = self.receiver.folder.path
+    problem = f"what changed in {self.login.paths.name} cannot be brought to {target}"
     receiver = self.receiver
     if receiver.error:
       raise receiver.error
@@ -7369,7 +7498,7 @@ def run_line(
     try:
       process.wait()
     except Interrupted as stop:
-      if terminal or not line:
+      if terminal or not line or signals.hurried:
         raise
       signals.again()
       problem = hand_on(login, pid_file, stop.signum)
@@ -7514,7 +7643,7 @@ class Stream:
     """Wait for the server to end, which it does once QEMU has."""
     self.release()
     with contextlib.suppress(subprocess.TimeoutExpired):
-      self.process.wait(POWER_OFF_SECONDS)  # it may be checking a whole image
+      self.process.wait(signals.grace(POWER_OFF_SECONDS))  # it may be checking a whole image
     end_process(self.process)
     self.reader.join(TERM_GRACE_SECONDS)
     if self.process.stdout:
@@ -7531,6 +7660,11 @@ class Stream:
       drop_socket(self.socket)
 
 
+def own_program() -> List[str]:
+  """What starts another qvm like this one."""
+  return [sys.executable, os.path.abspath(sys.argv[0] if packed_code[0] else __file__)]
+
+
 def streamed_base(
   plan: Plan, options: Options, fds: Tuple[int, int], stack: contextlib.ExitStack
 ) -> Optional[Base]:
@@ -7540,8 +7674,7 @@ def streamed_base(
   """
   ours, life = os.pipe()
   lock, log = fds
-  program = os.path.abspath(sys.argv[0] if packed_code[0] else __file__)
-  command = [sys.executable, program, SERVE, f"{lock},{ours},{log}", "run", "--stream"]
+  command = [*own_program(), SERVE, f"{lock},{ours},{log}", "run", "--stream"]
   command += ["--platform", plan.guest.arch, "--name", plan.name]
   command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
   command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
@@ -8127,6 +8260,8 @@ class BootWatch:
   def tick(self) -> None:
     """Show the seconds and the console's last line, if it is time."""
     seconds = time.monotonic() - self.began
+    if report.phases >= 0:
+      report.phase("booting", self.last_line())
     if seconds >= self.next:
       self.next = seconds - seconds % self.pause + self.pause
       line = self.last_line()
@@ -8277,14 +8412,9 @@ class Machine:
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
     if not spawn.session:
       return start(command, spawn)
-    bound = "" if self.options.console_log else "bounded"
-    keeper = [sys.executable, "-I", "-S", "-c", KEEPER, bound]
     with open(self.paths.disk, "rb") as disk:
       fds = (disk.fileno(),) if self.options.detach and not self.plan.ephemeral else ()
-      self.keeper = start(
-        [*keeper, *map(str, fds)],
-        Spawn(subprocess.PIPE, spawn.stdout, subprocess.DEVNULL, session=True, fds=fds),
-      )
+      self.keeper = start_keeper(spawn.stdout, not self.options.console_log, fds)
     spawn = spawn._replace(stdout=self.keeper.stdin, stderr=self.keeper.stdin)
     self.stack.callback(self.console_written)
     with self.keeper.stdin:  # type: ignore[union-attr] # it is a pipe
@@ -8294,7 +8424,7 @@ class Machine:
     """Once QEMU has ended: wait until all that it wrote is in the console log."""
     with contextlib.suppress(subprocess.TimeoutExpired):  # then another process has its pipe
       if self.keeper:
-        self.keeper.wait(TERM_GRACE_SECONDS)
+        self.keeper.wait(signals.grace(TERM_GRACE_SECONDS))
 
   def has_ended(self, seconds: float = 0.0) -> bool:
     """Whether QEMU has ended, after waiting up to this long."""
@@ -8353,6 +8483,7 @@ class Machine:
   def wait_for_ssh(self) -> bool:
     """Wait until ssh answers; False on timeout, QvmError if the machine ends."""
     watch = BootWatch(self.plan.name, lambda: "".join(self.last_words(1)))
+    report.phase("booting")
 
     def ended(pause: float) -> bool:
       watch.tick()
@@ -8460,6 +8591,7 @@ class Machine:
           "--boot-timeout allows more time",
         )
       first = refresh_script(self.plan.guest) if self.resumed else ""
+      report.phase("running")
       code = run_command(self.login, self.options, self.log_in(began), first)
     except QvmError as error:
       raise self.explained(error)
@@ -8539,6 +8671,12 @@ for disk in map(int, sys.argv[2:]):
   if hasattr(fcntl, "F_FULLFSYNC"):
     fcntl.fcntl(disk, fcntl.F_FULLFSYNC)
 """
+
+
+def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> "Process":
+  """Start a KEEPER, which writes to a log what comes in at its stdin."""
+  command = [sys.executable, "-I", "-S", "-c", KEEPER, "bound" if bound else "", *map(str, fds)]
+  return start(command, Spawn(subprocess.PIPE, log, subprocess.DEVNULL, session=True, fds=fds))
 
 
 def print_command(plan: Plan, options: Options) -> int:
@@ -8963,7 +9101,7 @@ def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
   """What to say when a newer version, which the user did not name, makes another instance."""
-  named = options.name or "".join(options.operands[1:]).lower() not in ("", "latest")
+  named = options.name or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
   stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]
@@ -9292,6 +9430,7 @@ LEFTOVER_RES = {
   "qemu": r"(x86_64|aarch64)\.(tmp|new)|\.(x86_64|aarch64)-[0-9a-f]{8}",
   "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
   "downloads": SCRATCH + r".+|.+\.(qcow2|tar)",
+  "each": r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}",
 }
 
 
@@ -9348,14 +9487,14 @@ def strays(cache: Cache) -> List[str]:
 
 
 def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
-  """Layers and base images that no instance needs, and QEMU if nothing is running.
+  """Layers and base images that no instance needs, and QEMU if nothing is running; also logs.
 
-  All of it can be downloaded or created again.
+  All but the logs can be downloaded or created again.
   """
   kept = [paths for paths in overlays(cache) if paths.name not in orphans]
+  found = [path for path in named_leftovers(cache, "each") if not Lock(path).is_held()]
   backings = {backing_file(paths.disk): paths.name for paths in kept}
   used = {os.path.basename(backing or "") for backing in backings}
-  found = []
   for layer in layers(cache) if None not in backings else []:  # the record goes first
     if layer.name + ".qcow2" not in used:
       found += layer_files(layer)
@@ -9388,6 +9527,324 @@ def cmd_config(options: Options) -> int:
   """Print the path of the cache folder."""
   emit(cache_from(os.environ).root)
   return 0
+
+
+# ---- Each ---------------------------------------------------------------------------------------
+# `each` starts a qvm for each guest: `qvm --child PHASES,LIFE,DIR run --rm …`. The numbers are
+# descriptors of two pipes. Into the first the child writes what it does, as Reporter.phase has it.
+# The other end of the second only the parent holds: once that is closed, whatever has become of
+# the parent, the child ends its machine and itself. DIR is where --sync-out brings what changed.
+
+CHILD = "--child"
+STOP_SECONDS = 4.0  # until a child that was to end is killed
+LINE_BYTES = 1 << 16  # a longer line of output is broken
+TAIL_LINES = 40
+KEPT_RUNS = 10  # whose logs the cache holds
+
+
+def join_parent(word: str, options: Options) -> Options:
+  """In a child of `each`: the options with --sync-out; from now on it ends with the parent."""
+  phases, life, folder = word.split(",", 2)
+  report.phases = int(phases)
+  for fd in (int(phases), int(life)):
+    os.set_inheritable(fd, False)
+  threading.Thread(target=watch_pipe, args=(int(life),), daemon=True).start()
+  if folder:
+    os.makedirs(folder, exist_ok=True)
+  return options._replace(sync_out=folder)
+
+
+def watch_pipe(life: int) -> None:
+  """Once nobody holds the other end of the pipe: end this qvm in an orderly way, else at once."""
+  os.read(life, 1)
+  signals.hurried = True
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(STOP_SECONDS)
+  os._exit(128 + signal.SIGTERM)
+
+
+class Child:
+  """A guest of `each`: the qvm that runs it, what that does, and how it has ended."""
+
+  process: "Process"  # from start() on, as are these
+  keeper: "Process"  # of its log
+  life: int
+  fds: List[int]  # what to read: its output, its errors, and what it tells
+
+  def __init__(self, guest: str, words: List[str], paths: InstancePaths, log: str) -> None:
+    self.guest, self.words, self.paths, self.log = guest, words, paths, log
+    self.phase, self.text = "waiting", ""  # what it does, and more about that
+    self.result, self.reason = "not run", ""  # ok, exit N, signal N; why it was not run
+    self.code: Optional[int] = None  # the command's
+    self.began = self.since = self.stopped = self.seconds = 0.0
+    self.ended = False
+    self.rest: Dict[int, bytes] = {}  # of each descriptor: the beginning of a line
+    self.output: List[str] = []  # the last lines
+    self.news: List[bytes] = []  # whole lines that have not been shown
+
+  def start(self, folder: str) -> None:
+    """Start the qvm; in one pipe for output and errors they would cut each other's lines."""
+    self.phase, self.began, self.since = "starting", time.monotonic(), time.monotonic()
+    pipes = [os.pipe() for _ in range(3)]
+    (life, self.life), ends = os.pipe(), [end for _, end in pipes]
+    self.fds, told = [fd for fd, _ in pipes], ends[2]
+    command = [*own_program(), CHILD, f"{told},{life},{folder}", "run", "--rm"]
+    spawn = Spawn(subprocess.DEVNULL, ends[0], ends[1], (told, life), session=True)
+    with signals.hold(), open(self.log, "wb"), open(self.log, "ab+") as log:
+      self.keeper = start_keeper(log)
+      self.process = start([*command, "--name", self.paths.name, *self.words], spawn)
+    self.rest = dict.fromkeys(self.fds, b"")
+    for fd in (*ends, life):
+      os.close(fd)
+
+  @property
+  def running(self) -> bool:
+    return bool(self.began) and not self.ended
+
+  def stop(self, reason: str) -> None:
+    """Have the machine and its qvm end at once; one that waits is not started any more."""
+    self.reason = self.reason if self.ended else self.reason or reason
+    if self.running and not self.stopped:
+      self.stopped = time.monotonic()
+      os.close(self.life)
+
+  def take_output(self, data: bytes) -> None:
+    """Log whole lines of output, and keep the last ones."""
+    with contextlib.suppress(OSError):
+      write_all(self.keeper.stdin.fileno(), data)  # type: ignore[union-attr] # it is a pipe
+    lines = data.split(b"\n")[: -1 if data[-1:] in (b"", b"\n") else None]
+    self.news += lines
+    newest = [plain(line)[:1000] for line in lines[-TAIL_LINES:]]
+    self.output = [*self.output, *newest][-TAIL_LINES:]
+    if self.phase != "booting":  # then it is the console's
+      self.text = next(filter(str.strip, reversed(newest)), self.text)
+
+  def take_phases(self, data: bytes) -> None:
+    """Take in what the child tells of itself."""
+    for line in data.splitlines():
+      name, _, text = line.decode("utf-8", "replace").partition(" ")
+      if name == "exit":
+        self.code = code = int(text)
+        self.result = f"exit {code}" if not 128 < code <= 192 else f"signal {code - 128}"
+        self.result = self.result if code else "ok"
+      elif name == "error":
+        self.reason = self.reason or text
+      else:
+        self.since = self.since if name == self.phase else time.monotonic()
+        self.phase, self.text = name, text
+
+  def read(self, ready: Sequence[int]) -> None:
+    """Take what there is to read, and the end of the child."""
+    for fd in [fd for fd in self.rest if fd in ready]:
+      chunk = os.read(fd, CHUNK_BYTES)
+      data = self.rest[fd] + chunk
+      end = data.rfind(b"\n") + 1
+      end = end if chunk and len(data) - end < LINE_BYTES else len(data)
+      self.rest[fd] = data[end:]
+      (self.take_phases if fd == self.fds[2] else self.take_output)(data[:end])
+      if not chunk:
+        os.close(fd)
+        del self.rest[fd]
+    if self.stopped and time.monotonic() > self.stopped + STOP_SECONDS:
+      self.process.kill()
+    if not self.rest and self.process.poll() is not None:
+      self.finish(self.process.returncode)
+
+  def finish(self, code: int) -> None:
+    """The child has ended: see to it that nothing of its machine stays."""
+    self.stop(f"its qvm has ended ({ending(code)})")
+    close_streams(self.keeper)
+    self.keeper.wait()
+    if code < 0:
+      with contextlib.suppress(QvmError):
+        stop_instance(self.paths, force=True)
+      sweep(self.paths.cache)
+    self.reason = self.reason if self.code is None else ""
+    self.output = self.output if self.code != 0 else []
+    self.ended, self.seconds = True, round(time.monotonic() - self.began, 1)
+    self.phase = self.result
+
+  def state(self) -> str:
+    """What it does, or how it has ended, in a line."""
+    seconds = self.seconds if self.ended else time.monotonic() - self.since
+    text = self.reason if self.ended else self.text
+    if self.phase in ("waiting", "downloading"):
+      return f"{self.phase} {text}"
+    return f"{self.phase} {seconds:.0f} s" + (f": {text}" if text else "")
+
+
+class Team:
+  """All guests of an `each`: starts them, shows what they do, and ends them."""
+
+  def __init__(self, children: List[Child], options: Options) -> None:
+    self.children, self.options = children, options
+    self.jobs = options.jobs or machines_at_once(options)
+    self.out = 2 if options.json else 1
+    self.live = os.isatty(2) and (options.json or os.isatty(1)) and os.environ.get("TERM") != "dumb"
+    self.ending, self.shown = False, 0.0
+    signal.signal(signal.SIGWINCH, self.resized)
+
+  def resized(self, number: int, frame: Optional[FrameType]) -> None:
+    report.resized = True
+
+  def run(self) -> None:
+    """Run all; however that ends, no machine and no qvm stays."""
+    try:
+      self.loop()
+    except BaseException:
+      self.end("was interrupted")
+      self.loop()
+      raise
+    finally:
+      report.erase()
+
+  def end(self, reason: str) -> None:
+    """End all that run, and start no more."""
+    self.ending = True
+    for child in self.children:
+      child.stop(reason)
+
+  def loop(self) -> None:
+    """Go on until none runs, and none is to be started."""
+    while True:
+      running = [child for child in self.children if child.running]
+      waiting = [child for child in self.children if not child.began and not self.ending]
+      if waiting and len(running) < self.jobs:
+        folder = self.options.sync_out
+        waiting[0].start(folder and os.path.join(folder, waiting[0].guest))
+        continue
+      if not running:
+        return
+      ready = select.select([fd for child in running for fd in child.rest], [], [], 0.2)[0]
+      for child in running:
+        child.read(ready)
+        self.show(child)
+        if child.ended and child.code != 0 and self.options.fail_fast:
+          self.end(f"was ended: {child.guest} has failed")
+
+  def show(self, child: Child) -> None:
+    """On a terminal show what all do; elsewhere the output of one, with its name before it."""
+    lines, child.news = child.news, []
+    if self.live and time.monotonic() >= self.shown + 0.2:
+      self.shown = time.monotonic()
+      report.draw(*self.lines(terminal_size()[1] - 1))
+    elif lines and not self.live and not self.ending:
+      text = "".join(f"{child.guest}: {plain(line)}\n" for line in lines)
+      write_all(self.out, text.encode("utf-8", "replace"))
+
+  def lines(self, rows: int) -> List[str]:
+    """A line for each guest; where there is no room for all, the last one counts the others."""
+    shown, width = self.children, max(len(child.guest) for child in self.children)
+    if len(shown) > rows:  # those that run come first, then those that have failed
+      shown = sorted(shown, key=lambda child: (not child.running, not child.ended, child.code == 0))
+      shown = shown[: max(0, rows - 1)]
+    lines = [f"{child.guest.ljust(width)}  {child.state()}" for child in shown]
+    phases = [child.phase for child in self.children if child not in shown]
+    if phases:
+      counts = [f"{phases.count(name)} {name}" for name in dict.fromkeys(phases)]
+      lines.append(f"and {len(phases)} more: {', '.join(counts)}")
+    return lines
+
+
+def machines_at_once(options: Options) -> int:
+  """As many as the host has cores, and free memory for them, but at least one."""
+  cores, free = os.cpu_count() or 1, available_memory("/proc/meminfo")
+  if sys.platform == "linux":
+    cores = len(os.sched_getaffinity(0))
+  return max(1, cores if free is None else min(cores, free // memory_bytes(options.memory)))
+
+
+def handed_on(options: Options) -> List[str]:
+  """The words that give the `run` of a guest the options of `each`."""
+  words = ["--sync-direction=" + ("both" if options.sync_out else "in")] if options.sync else []
+  for option in OPTIONS:
+    value, flag = getattr(options, option.field), option.flags[-1]
+    if option.field in HANDED_ON and value != getattr(Options(), option.field):
+      values = value if option.many else (value,)
+      words += [f"{flag}={each}" if option.metavar else flag for each in values]
+  inside = os.path.relpath(options.sync_out or "/", options.sync or "/")
+  return words if inside.startswith(".") else [*words, f"--sync-exclude=/{inside}"]
+
+
+def chosen_guests(options: Options) -> Dict[str, List[str]]:
+  """The words that name each guest for `run`, by its name for us; UsageError if there is none."""
+  host, found = this_host(), {}
+  for os_name, version, arch in map(parse_guest, options.operands):
+    names = [g.os for g in GUESTS if g.arch == host.arch] if os_name == ALL else [os_name]
+    for guest in [find_guest(name, arch or host.arch) for name in names]:
+      check_host(host, guest, options.qemu)
+      check_own_qemu(guest, options.qemu)
+      words = [f"--platform={guest.arch}", guest.os, version or "latest"]
+      found["-".join(filter(None, (guest.os, version, arch)))] = words
+  return found
+
+
+@contextlib.contextmanager
+def logs_folder(cache: Cache, wanted: str) -> Iterator[str]:
+  """The folder for the logs; one below the cache takes the place of the oldest run's."""
+  if wanted:
+    os.makedirs(wanted, exist_ok=True)
+    yield wanted
+    return
+  os.makedirs(cache.path("each"), 0o700, exist_ok=True)
+  name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
+  with Lock(cache.path("each", name), folder=True).hold() as lock:
+    yield lock.path
+  for path in sorted(named_leftovers(cache, "each"))[:-KEPT_RUNS]:
+    remove_unlocked(path)
+
+
+def junit(rows: Sequence[Child]) -> bytes:
+  """The results as JUnit's XML; printable text has no character that XML forbids."""
+  tree, failed = xml.etree.ElementTree, sum(bool(row.code) for row in rows)
+  counts = {"tests": len(rows), "failures": failed, "errors": sum(r.code is None for r in rows)}
+  suites = tree.Element("testsuites")
+  about = {"name": "qvm each", **{name: str(count) for name, count in counts.items()}}
+  suite = tree.SubElement(suites, "testsuite", about)
+  for row in rows:
+    about = {"classname": "qvm", "name": row.guest, "time": str(row.seconds)}
+    case = tree.SubElement(suite, "testcase", about)
+    if row.code != 0:
+      kind, text = ("error", row.reason) if row.code is None else ("failure", row.result)
+      tree.SubElement(case, kind, {"message": printable(text)}).text = "\n".join(row.output)
+  return bytes(tree.tostring(suites, "utf-8"))
+
+
+def show_results(rows: Sequence[Child], options: Options) -> None:
+  """Print the last lines of what failed, and the table; or all of it as JSON."""
+  if options.junit:
+    with open(options.junit, "wb") as file:
+      file.write(junit(rows))
+  if options.json:
+    fields = ("guest", "result", "code", "seconds", "reason", "log", "output")
+    return emit_json([{name: getattr(row, name) for name in fields} for row in rows])
+  for row in [row for row in rows if row.output]:
+    emit("\n".join([f"--- the last lines of {row.guest}:", *row.output]))
+  table = [["GUEST", "RESULT", "SECONDS", "REASON"]]
+  show_table(table + [[row.guest, row.result, f"{row.seconds:.1f}", row.reason] for row in rows])
+
+
+def cmd_each(options: Options) -> int:
+  """Run one command in several guests at once, each a temporary machine of its own."""
+  file, cache, guests = options.junit, cache_from(os.environ), chosen_guests(options)
+  if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file))):
+    raise UsageError(f"--junit: no file can be written at '{file}'")
+  program_for_ssh("ssh")
+  make_folders(cache)
+  check_sync(options)
+  with logs_folder(cache, options.logs) as folder:
+    children = []
+    for guest, names in guests.items():
+      paths = cache.instance(f"{guest}-each-{os.urandom(3).hex()}")
+      words = [*handed_on(options), *names, "--", *options.guest_command]
+      children.append(Child(guest, words, paths, os.path.join(folder, guest + ".log")))
+    try:
+      Team(children, options).run()
+    finally:
+      show_results(children, options)
+      say(f"the logs are in {folder}")
+  codes = [child.code for child in children]
+  return EXIT_FAILED if any(codes) else EXIT_OWN if None in codes else 0
 
 
 # ---- Doctor -------------------------------------------------------------------------------------
@@ -9768,6 +10225,8 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
     names = instance_names(cache, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
     words += [name for name in names if name not in operands and re.match(NAME_RE, name)]
+  elif form.operands.startswith("GUEST"):
+    words += [name for name in (ALL, *OS_NAMES) if name not in operands]
   elif command == "config" and not operands:
     words += ["print-path"]
   elif command == "completion" and not operands:
@@ -9777,6 +10236,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
 
 CALLS: Dict[str, Callable[[Options], int]] = {
   "run": cmd_run,
+  "each": cmd_each,
   "pull": cmd_pull,
   "search": cmd_search,
   "list": cmd_list,
@@ -9825,9 +10285,13 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     if words[:1] == [SERVE]:
       code = serve(words[1:])
     else:
-      options = parse_command_line(words)
+      join = words[:1] == [CHILD]
+      options = parse_command_line(words[2:] if join else words)
+      if join:
+        options = join_parent(words[1], options)
       code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
       code = call(options)
+      report.phase("exit", str(code))
   except Interrupted as stop:
     code = 128 + stop.signum
   except QvmError as error:
@@ -9835,11 +10299,13 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     say(str(error))
     if error.hint:
       say(error.hint)
+    report.phase("error", "; ".join(filter(None, (str(error), error.hint))))
   except BrokenPipeError:
     code = 128 + signal.SIGPIPE
   except OSError as error:
     path = error.filename2 or error.filename
     say(f"{path}: {describe(error)}" if path else describe(error))
+    report.phase("error", f"{path or ''} {describe(error)}")
     if error.errno == errno.EPERM and sys.platform == "darwin":
       say("does your terminal have access? System Settings, Privacy & Security, Files and Folders")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):

@@ -163,11 +163,14 @@ HOSTILE = (
 )  # fmt: skip
 RUN = ("run", *FREEBSD)
 BAD = [
-  ((), ["run, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
-  (("",), ["run, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
-  (("frobnicate",), ["'frobnicate'", "run, pull, search, list, ssh, stop, rm, clean, doctor"]),
+  ((), ["run, each, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
+  (("",), ["run, each, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
+  (
+    ("frobnicate",),
+    ["'frobnicate'", "run, each, pull, search, list, ssh, stop, rm, clean, doctor"],
+  ),
   (("--rm",), ["--help"]),
-  (("--dry-run", "15.1"), ["run, pull"]),
+  (("--dry-run", "15.1"), ["run, each, pull"]),
   (("run",), ["qvm run OS [VERSION]", *OS_NAMES]),
   (("pull",), ["qvm pull OS [VERSION]"]),
   ((*RUN, "extra"), ["'extra'", "qvm run OS [VERSION]"]),
@@ -210,6 +213,22 @@ BAD += [
   (("ssh", "a", "b"), ["'b'", "unexpected argument"]),
   (("ssh", "../a", "--", "ls"), ["name", "letters"]),
   (("run", "-d", "freebsd", "--", "ls"), ["--detach", "qvm ssh"]),
+  (("each",), ["missing argument", "qvm each GUEST..."]),
+  (("each", "freebsd"), ["needs a command"]),
+  (("each", "freebsd", "--"), ["no command after"]),
+  (("each", "--", "freebsd"), ["needs a command"]),
+  (("each", "plan9", "--", "true"), ["'plan9'", "freebsd, openbsd"]),
+  (("each", "freebsd", "-15", "--", "true"), ["-1"]),
+  (("each", "freebsd-", "--", "true"), ["freebsd-", "OS[-VERSION][-ARCH]"]),
+  (("each", "haiku-arm64", "--", "true"), ["Haiku", "x86-64"]),
+  (("each", "freebsd-15/1", "--", "true"), ["version", "letters"]),
+  (("each", "freebsd-..-arm64", "--", "true"), ["version", "letters"]),
+  (("each", "-j", "0", "all", "--", "true"), ["'0'", "1 to 999"]),
+  (("each", "--sync-out", "out", "all", "--", "true"), ["--sync-out", "--sync DIR"]),
+  (("each", "--rm", "all", "--", "true"), ["--rm", "--fail-fast"]),
+  (("each", "--junit", "/no/such/x", "all", "--", "true"), ["--junit", "/no/such/x"]),
+  (("each", "--sync", "/no/such", "all", "--", "true"), ["--sync", "no such folder"]),
+  (("each", "--env", "1=2", "all", "--", "true"), ["'1=2'"]),
   (("ssh", "a", "--sync-delete"), ["--sync-delete", "--sync DIR"]),
   (("ssh", "a", "--sync-exclude", "x"), ["--sync-exclude", "--sync DIR"]),
   (("ssh", "a", "--sync", "/"), ["root folder"]),
@@ -348,7 +367,7 @@ def test_any_words_are_options_or_a_usage_error(words):
 # --- Help and version ------------------------------------------------------------------------
 
 COMMANDS = (
-  *("run", "pull", "search", "list", "ssh", "stop", "rm", "clean", "doctor", "config"),
+  *("run", "each", "pull", "search", "list", "ssh", "stop", "rm", "clean", "doctor", "config"),
   "completion",
 )
 SHARED = ("--help", "-h", "--version")
@@ -359,6 +378,9 @@ KNOWN = {
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
   + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
   + IN_GUEST,
+  "each": SHARED + ("-j", "--jobs", "--fail-fast", "--logs", "--json", "--junit", "-m", "--memory")
+  + ("--cpus", "--accel", "--qemu", "--qemu-arg", "--warm", "--stream", "--boot-timeout")
+  + ("--boot-attempts", "--no-network", "-e", "--env", "--sync", "--sync-exclude", "--sync-out"),
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
   "search": SHARED + ("--json",),

@@ -199,7 +199,7 @@ def test_version_that_is_nowhere(no_image, server, image, state, platform, wante
   "os_name, wanted, near",
   [
     ("freebsd", "15.2", "15.1"),
-    ("freebsd", "15", "15.1"),
+    ("freebsd", "15.11", "15.1"),
     ("freebsd", "15.0-rc1", "15.0"),
     ("netbsd", "10.9", "10.1"),
     ("haiku", "r1beta6", "r1beta5"),

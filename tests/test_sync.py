@@ -351,7 +351,7 @@ class Anything(dict):
     return qvm_source.Entry("f", 0o644, 0, "1")
 
 
-def receive(folder, data, known=None, patterns=(), changed=None, present=None):
+def receive(folder, data, known=None, present=None):
   """What a Receiver makes of a stream that comes through a pipe; returns it."""
   reading, writing = os.pipe()
 
@@ -363,9 +363,11 @@ def receive(folder, data, known=None, patterns=(), changed=None, present=None):
   feeder.start()
   try:
     with os.fdopen(reading, "rb") as file, qvm_source.Folder(str(folder)) as opened:
-      excludes = qvm_source.Excludes(patterns)
+      excludes = qvm_source.Excludes(())
       receiver = qvm_source.Receiver(opened, excludes, dict(known or {}), known is None)
-      receiver.expect(Anything() if changed is None else changed, present or changed or {})
+      receiver.expect(qvm_source.Listing(present or {}, True), True)
+      if present is None:
+        receiver.changed = receiver.asked = Anything()
       receiver.take(file)
       receiver.finish()
       return receiver
@@ -464,7 +466,7 @@ def test_set_user_id_bits_do_not_come(here):
 def test_a_closed_folder_that_is_filled(here):
   file = qvm_source.Entry("f", 0o644, 7, "1")
   changed = {"d/e/y": file, "d/e": folder_entry(0o500), "d": folder_entry(0o555), "d/x": file}
-  receive(here, stream(member("d/x"), member("d/e/y")), changed=changed)
+  receive(here, stream(member("d/x"), member("d/e/y")), present=changed)
   assert {p: e[1] for p, e in tree(here / "d").items()} == {"x": 0o644, "e": 0o500, "e/y": 0o644}
   assert tree(here)["d"][1] == 0o555
   os.chmod(here / "d", 0o755)
@@ -474,7 +476,7 @@ def test_a_closed_folder_that_is_filled(here):
 def test_only_what_was_asked_for_comes(here):
   file = qvm_source.Entry("f", 0o644, 7, "1")
   receiver = receive(here, stream(member("a"), member("b"), member("./c")),
-                     changed={"b": file, "c": file})  # fmt: skip
+                     present={"b": file, "c": file})  # fmt: skip
   assert {"b", "c"} < set(tree(here)) and "a" not in tree(here)
   assert receiver.done == {"b", "c"}
 
@@ -551,8 +553,8 @@ def test_with_every_python(guests, project, pyz, python):
 def test_what_comes_has_to_fit(here, monkeypatch):
   """And something is left for all else that writes here."""
   monkeypatch.setattr(qvm_source, "free_space", lambda folder: qvm_source.RESERVE_BYTES)
-  receiver = receive(here, stream(member("x"), member("y")))
-  assert re.search("disk is full: .*/x needs 7 B more", str(receiver.error))
+  with pytest.raises(qvm_source.QvmError, match="disk is full: .*/x needs 7 B more"):
+    receive(here, stream(member("x"), member("y")))
   assert not {"x", "y"} & set(tree(here))
 
 
@@ -742,11 +744,11 @@ def folding(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       Folding(patch)
       data = [member(path, content.encode()) for path, content in after.items() if path in changed]
-      receiver = receive(folder, stream(*data), known, changed=changed, present=present)
+      receiver = receive(folder, stream(*data), known, present=present)
       with qvm_source.Folder(str(folder)) as opened:
         receiver.folder = opened
         if delete:
-          receiver.delete([path for path in receiver.known if path not in present])
+          receiver.delete()
     return {p: e[2].decode() for p, e in tree(folder).items() if e[2] is not None}, receiver
 
   return go

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
   import hashlib
   import http.client
   import ipaddress
+  import itertools
   import json
   import lzma
   import marshal
@@ -134,7 +135,18 @@ else:
 
   for _name in (
     *("array", "bz2", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
-    *("ipaddress", "json", "lzma", "marshal", "pwd", "queue", "random", "resource", "select"),
+    *(
+      "ipaddress",
+      "itertools",
+      "json",
+      "lzma",
+      "marshal",
+      "pwd",
+      "queue",
+      "random",
+      "resource",
+      "select",
+    ),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
     *("termios", "tty", "unicodedata", "zlib"),
   ):
@@ -3765,6 +3777,16 @@ class Folder:
     fd, name = self.at(path)
     return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
+  def unlink(self, path: str) -> None:
+    """Delete a file or link below."""
+    fd, name = self.at(path)
+    os.unlink(name, dir_fd=fd)
+
+  def rename(self, old: str, new: str) -> None:
+    """Rename something within its folder."""
+    fd, name = self.at(new)
+    os.rename(os.path.basename(old), name, src_dir_fd=fd, dst_dir_fd=fd)
+
   def make(self, path: str) -> int:
     """As enter(), but folders that are missing are made."""
     with contextlib.suppress(FileNotFoundError):
@@ -6245,9 +6267,9 @@ class Entry(NamedTuple):
   """A line of the guest's list."""
 
   kind: str  # d, f, l, or another letter for what is not synchronised
-  mode: int  # -1 where the guest does not tell
-  size: int
-  stamp: str  # what is equal only while nothing has changed; empty where nothing tells
+  mode: int = -1  # where the guest does not tell
+  size: int = -1
+  stamp: str = ""  # what is equal only while nothing has changed; empty where nothing tells
 
 
 class Listing(NamedTuple):
@@ -6320,9 +6342,6 @@ def say_each(paths: Sequence[str], problem: str) -> None:
     say(f"and {len(paths) - MAX_SAID} more: each {problem}")
 
 
-# What is here
-
-
 @functools.lru_cache(maxsize=None)
 def opened_folder(path: str) -> Folder:
   """The folder of --sync, opened once: another one that is put in its place later is not taken."""
@@ -6370,16 +6389,13 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
           if (stat.st_dev, stat.st_ino) == cache:
             continue
           inner.append(path)
-        elif S_ISREG(stat.st_mode) and not may_read(fd, name, stat):
+        elif S_ISREG(stat.st_mode) and not (
+          stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
+        ):
           raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
         found[path] = stat
     waiting += reversed(inner)
   return found
-
-
-def may_read(fd: int, name: str, stat: os.stat_result) -> bool:
-  """Whether a file may be read; asked only where its mode does not let everybody."""
-  return stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
 
 
 def unreadable(folder: Folder, path: str, error: OSError) -> QvmError:
@@ -6403,8 +6419,6 @@ def kind_of(stat: os.stat_result) -> str:
   """The letter that a file's kind has in the guest's list."""
   return "d" if S_ISDIR(stat.st_mode) else "l" if S_ISLNK(stat.st_mode) else "f"
 
-
-# What the guest runs, and says
 
 # The guest's list: each line begins with //, which no path has in it, and the last has find's exit
 # code. stat is that of the BSDs, -printf is GNU's; without either, names and kinds must do.
@@ -6484,16 +6498,6 @@ def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
   return lines
 
 
-def closing_lines(modes: Dict[str, int]) -> List[str]:
-  """The line that gives closed folders in the guest their modes, innermost first, at the end."""
-  closed: Dict[Tuple[int, int], List[str]] = {}
-  for path, mode in modes.items():
-    if mode & 0o700 != 0o700:
-      closed.setdefault((-path.count("/"), mode), []).append(path)
-  commands = [guest_lines(f"chmod {key[1]:o}", closed[key]) for key in sorted(closed)]
-  return ["finish() { " + "; ".join(sum(commands, [])) + "; }"] if commands else []
-
-
 def is_ready(stream: IO[bytes]) -> bool:
   """Read up to where a script begins: what the user's shell prints at its start comes before."""
   for _ in range(1000):
@@ -6503,42 +6507,30 @@ def is_ready(stream: IO[bytes]) -> bool:
   return False
 
 
+# A line of the list; the kind is as find or ls has it. No path has // in it, but some a newline.
+LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
+
+
 def read_list(stream: IO[bytes]) -> Optional[Listing]:
   """The guest's next list; None when it ends before its end."""
-  entries: Dict[str, Entry] = {}
-  size, text = 0, b""
-  for line in iter(lambda: stream.readline(1 << 16), b""):
-    size += len(line)
+  lines, size, entries = [b""], 0, {}
+  while not lines[-1].startswith(b"//end "):
+    lines.append(stream.readline(1 << 16))
+    size += len(lines[-1])
+    if not lines[-1]:
+      return None
     if size > MAX_LIST_BYTES:
       raise RefusedError("the guest's list of names is longer than any")
-    if line.startswith(b"//"):
-      add_entry(entries, text)
-      text = line
-      if line.startswith(b"//end "):
-        break
-    elif len(text) <= 2 * MAX_PATH_BYTES:  # a name with a newline
-      text += line
-  if not text.startswith(b"//end ") or not entries.pop("", None):
-    return None
+  for match in re.finditer(LINE_RE, os.fsdecode(b"".join(lines))):
+    letter, octal, length, times, path = match.groups()
+    kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
+    stamp = f"d{mode:o}" if kind == "d" else times
+    entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
   told = [entry.stamp for entry in entries.values() if entry.kind != "d" and entry.stamp]
   if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):  # whole seconds
     entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
-  return Listing(entries, text.strip() == b"//end 0")
-
-
-def add_entry(entries: Dict[str, Entry], text: bytes) -> None:
-  """Add a line of the list, "//KIND MODE SIZE STAMP ./PATH"; the kind may be as ls(1) has it."""
-  match = re.match(
-    rb"//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*))?\n\Z", text, re.DOTALL
-  )
-  if match:
-    letter, octal, size, times, path = match.groups()
-    kind = "f" if letter == b"-" else letter.decode("latin-1")
-    entry = Entry(kind, -1, -1, "")
-    if octal:
-      mode = int(octal, 8) & 0o777
-      entry = Entry(kind, mode, int(size), f"d{mode:o}" if kind == "d" else times.decode("latin-1"))
-    entries[os.fsdecode(path or b"")] = entry
+  is_there = entries.pop("", None)
+  return Listing(entries, lines[-1].strip() == b"//end 0") if is_there else None
 
 
 def last_words(fd: int) -> str:
@@ -6548,9 +6540,6 @@ def last_words(fd: int) -> str:
     for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""):
       kept = (kept + chunk)[-TAIL_BYTES:]
   return " ".join(kept.decode("utf-8", "replace").split())
-
-
-# What qvm sends
 
 
 def tar_header(path: str, stat: os.stat_result, target: str, tar: GuestTar) -> bytes:
@@ -6586,8 +6575,6 @@ def pax_record(key: bytes, value: bytes) -> bytes:
     size += 1
   return b"%d %s=%s\n" % (size, key, value)
 
-
-# The record
 
 SYNC_FORMAT = 1
 
@@ -6632,6 +6619,7 @@ class Sync:
     record = read_sync_record(self.path)
     self.record = record or new_sync_record(login.paths, path, name)
     self.known = self.record.known
+    self.saved = record and dict(self.known)  # what the record has
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
@@ -6687,13 +6675,14 @@ class Sync:
   def save(self) -> None:
     """Keep the record, unless the instance is gone; where it cannot be, the next sync is longer."""
     paths, (folder, name, known) = self.login.paths, self.record
-    rows = {path: [there, *(here or ())] for path, (there, here) in known.items()}
-    if os.path.lexists(paths.disk):
+    if known != self.saved and os.path.lexists(paths.disk):
+      rows = {path: [there, *(here or ())] for path, (there, here) in known.items()}
       with contextlib.suppress(OSError), unfinished(paths.cache) as scratch:
         aside = os.path.join(scratch, "record")
         with open(aside, "w", encoding="ascii") as file:
           file.write(json.dumps([SYNC_FORMAT, folder, name, rows], separators=(",", ":")))
         move(aside, self.path, False)
+        self.saved = dict(known)
 
   # In
 
@@ -6703,7 +6692,6 @@ class Sync:
     If it is that already, the command runs while the session waits, which then brings the changes.
     """
     walk = Future(lambda: walk_folder(self.folder, self.excludes))  # while ssh logs in
-    work: List[str] = []
 
     def feed(stdin: IO[bytes], stdout: IO[bytes]) -> None:
       self.found = walk.result()
@@ -6712,22 +6700,17 @@ class Sync:
       if not self.list:
         return
       lines, changed = self.plan_in(self.list.entries)
-      work[:] = [*lines, *changed]
-      if work:
-        send = ["send=1"] if changed else []
-        stdin.write(os.fsencode("\n".join([*lines, *send, "", ""])))
+      if lines:
+        stdin.write(os.fsencode("\n".join([*lines, "", ""])))
         self.write_files(changed, stdin)
         stdin.close()
         self.list = read_list(stdout)
       elif command:
-        if self.receiver.take_all:
-          self.remember()
+        self.remember()
         self.code = command(0.0)
         stdin.write(b"all\n")
         stdin.flush()
         self.receive(stdin, stdout)
-      else:
-        stdin.write(b"exit\n")
 
     try:
       code, words = self.session(OPEN, feed, patience)
@@ -6739,9 +6722,8 @@ class Sync:
       self.outcome = (code, words) if self.list else None
       return
     self.account(code, words)
-    if work or self.receiver.take_all:
-      self.remember()
-      self.save()
+    self.remember()
+    self.save()
 
   def sendable(self) -> Dict[str, os.stat_result]:
     """What the guest can take of what is here; the rest is said."""
@@ -6787,22 +6769,25 @@ class Sync:
         gone.append(path)
     if not changed and not gone:
       return [], []
-    # Closed folders are opened for what changes in them, and get their modes back at the end.
-    folders = {path for path, entry in before.items() if entry.kind == "d"}
-    touched = folders & {above for path in (*changed, *gone) for above in folders_above(path)}
-    closed = sorted(path for path in touched if before[path].mode & 0o700 != 0o700)
-    modes = {path: before[path].mode for path in closed}
-    for path in (*closed, *changed):
-      if path in self.mine and S_ISDIR(self.mine[path].st_mode):
-        modes[path] = self.mine[path].st_mode & 0o777
-    untold = any(entry.mode < 0 for entry in before.values())
+    # Closed folders are opened, and get their modes at the end, the innermost first.
+    folders = {path: entry.mode for path, entry in before.items() if entry.kind == "d"}
+    modes = {path: mode for path, mode in folders.items() if path not in self.mine}
+    modes.update(
+      (p, stat.st_mode & 0o777) for p, stat in self.mine.items() if S_ISDIR(stat.st_mode)
+    )
+    closed = sorted((p for p in modes if modes[p] & 0o700 != 0o700), reverse=True)
+    closing = [
+      line
+      for mode, paths in itertools.groupby(closed, modes.__getitem__)
+      for line in guest_lines(f"2>/dev/null chmod {mode:o}", paths)
+    ]
     lines = [
-      *guest_lines("chmod u+rwx", closed),
-      *(["find . -type d ! -perm -700 -exec chmod u+rwx {} \\;"] if untold else []),
+      *guest_lines("chmod u+rwx", reversed([path for path in closed if path in folders])),
       *guest_lines("rm -rf", in_way),
       *guest_lines("rm -f", (path for path in gone if path not in folders)),
-      *guest_lines("2>/dev/null rmdir", sorted(folders.intersection(gone), reverse=True)),
-      *closing_lines(modes),
+      *guest_lines("2>/dev/null rmdir", sorted(folders.keys() & gone, reverse=True)),
+      f"finish() {{ {'; '.join([*closing, ':'])}; }}",
+      *(["send=1"] if changed else []),
     ]
     return lines, changed
 
@@ -6891,8 +6876,8 @@ class Sync:
     try:
       self.judge(*(self.outcome or self.session("", self.receive, 0.0)))
     finally:
-      if self.receiver.finish():
-        self.save()
+      self.receiver.finish()
+      self.save()
 
   def receive(self, stdin: IO[bytes], stdout: IO[bytes]) -> None:
     """Ask for what has changed, once the guest lists what it has, and take it."""
@@ -6947,7 +6932,6 @@ class Receiver:
     self.held: List[str] = []  # what stays in the guest,
     self.failed: List[str] = []  # and what could not be written here
     self.cut, self.is_empty = "", True  # what was wrong with the stream; whether there was none
-    self.is_changed = False  # whether known has changed
     self.ready = {""}  # folders that are there, in this spelling
     self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
     self.waiting: Dict[str, str] = {}  # for what was made aside, the folder that is in its place
@@ -6956,7 +6940,8 @@ class Receiver:
 
   def expect(self, there: Listing, large_files: bool) -> Iterable[str]:
     """Make the folders that are new in the guest; returns the files that its tar is to send."""
-    self.present, large, git = there.entries, [], []
+    self.present, self.changed, self.done = there.entries, {}, set()
+    large, git = [], []
     for path, entry in self.present.items():
       if entry.kind not in "dfl" or is_as_known(entry, self.known.get(path)):
         continue
@@ -6990,7 +6975,7 @@ class Receiver:
 
   def take(self, stream: IO[bytes]) -> None:
     """Unpack all that comes and was asked for, until the stream ends or is no honest tar's."""
-    self.is_empty = not stream.peek(1)  # type: ignore[attr-defined]
+    self.cut, self.is_empty = "", not stream.peek(1)  # type: ignore[attr-defined]
     try:
       for archive, member in () if self.is_empty else tar_members(stream, MAX_HEADER_BYTES, True):
         with contextlib.suppress(ValueError):  # such a name was not asked for
@@ -7002,7 +6987,7 @@ class Receiver:
 
   def attempt(self, path: str, put: Callable[[str], Optional[os.stat_result]]) -> None:
     """Put something into its place; what goes wrong with it alone is said."""
-    where = shown(os.path.join(self.folder.path, path))
+    where, reason = shown(os.path.join(self.folder.path, path)), ""
     try:
       if safe_path(path) != path or not path:
         raise ValueError("is not a plain path")
@@ -7012,15 +6997,18 @@ class Receiver:
     except Kept:
       pass
     except ValueError as error:
-      self.hold(path, f"it {error}")
+      reason = f"it {error}"
     except OSError as error:
       if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise QvmError(f"{where}: {describe(error)}")
       if error.errno in BAD_NAME_ERRORS:
-        self.hold(path, describe(error))
+        reason = describe(error)
       else:
         self.failed.append(f"{where}: {describe(error)}")
         say(self.failed[-1])
+    if reason:
+      self.held.append(path)
+      say(f"{shown(path)} stays in the guest: {reason}")
     self.done.add(path)
 
   def note(self, path: str, here: os.stat_result) -> None:
@@ -7028,16 +7016,9 @@ class Receiver:
     self.landed.add(path)
     if path in self.changed:
       self.known[path] = Known(self.changed[path].stamp, stamp_of(here))
-      self.is_changed = True
-
-  def hold(self, path: str, reason: str) -> None:
-    """Say why something stays in the guest."""
-    self.held.append(path)
-    say(f"{shown(path)} stays in the guest: {reason}")
 
   def keep(self, path: str, reason: str) -> None:
     """Leave what is here as it is, and say why."""
-    self.is_changed = True
     self.known.pop(path, None)
     say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
     raise Kept
@@ -7054,31 +7035,25 @@ class Receiver:
   # Folders
 
   def make(self, path: str) -> int:
-    """A descriptor of a folder for what comes; it and those above are made where they are not."""
-    missing = []
-    for each in (path, *folders_above(path)):
-      if each in self.ready:
-        break
-      missing.append(each)
-    for each in reversed(missing):
-      self.make_one(each)
+    """A descriptor of a folder for what comes; it and those above are made where they are not.
+
+    Kept where something of ours is in the way.
+    """
+    steps = itertools.takewhile(lambda each: each not in self.ready, (path, *folders_above(path)))
+    for each in reversed(list(steps)):
+      there = self.there(each)
+      if there and (there.st_dev, there.st_ino) == self.cache:
+        raise ValueError("is qvm's cache here")
+      if there and S_ISDIR(there.st_mode):
+        self.open_up(each)
+      else:
+        if there:
+          self.check_unchanged(each, there)
+          self.folder.unlink(each)
+        fd, name = self.folder.at(each)
+        os.mkdir(name, 0o755, dir_fd=fd)
       self.ready.add(each)
     return self.folder.enter(path)
-
-  def make_one(self, path: str) -> None:
-    """See to it that there is a folder in that spelling; Kept where something of ours is."""
-    there = self.there(path)
-    if there and (there.st_dev, there.st_ino) == self.cache:
-      raise ValueError("is qvm's cache here")
-    if there and S_ISDIR(there.st_mode):
-      self.open_up(path)
-      return
-    if there:
-      self.check_unchanged(path, there)
-    fd, name = self.folder.at(path)
-    if there:
-      os.unlink(name, dir_fd=fd)
-    os.mkdir(name, 0o755, dir_fd=fd)
 
   def open_up(self, path: str) -> None:
     """Open a closed folder until all is in it."""
@@ -7130,21 +7105,17 @@ class Receiver:
       raise ValueError(f"is the same file as {shown(old)} to this disk")
     if not S_ISDIR(there.st_mode):
       self.check_unchanged(old, there)
-    self.rename(old, new)
-    self.is_changed = True
+    self.folder.rename(old, new)
     for path in [p for p in self.known if p == old or p.startswith(old + "/")]:
       self.known[new + path[len(old) :]] = self.known.pop(path)
     if new in self.known and not S_ISDIR(there.st_mode):
       self.known[new] = self.known[new]._replace(here=stamp_of(self.folder.stat(new)))
 
-  def rename(self, old: str, new: str) -> None:
-    """Rename something within its folder."""
-    fd, name = self.folder.at(new)
-    os.rename(os.path.basename(old), name, src_dir_fd=fd, dst_dir_fd=fd)
-
   # Files and links
 
-  def put(self, archive: Any, member: Any, path: str) -> Optional[os.stat_result]:
+  def put(
+    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str
+  ) -> Optional[os.stat_result]:
     """Give a file or link that has come its place; returns what is there then, if it is that."""
     self.make(os.path.dirname(path))
     if member.issym():
@@ -7162,7 +7133,9 @@ class Receiver:
       raise disk_full(os.path.join(self.folder.path, path), size - max(left, 0))
     return self.put_file(archive, member, path)
 
-  def put_file(self, archive: Any, member: Any, path: str) -> Optional[os.stat_result]:
+  def put_file(
+    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str
+  ) -> Optional[os.stat_result]:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
     mode = member.mode & 0o777
     with self.aside(path) as aside:
@@ -7198,9 +7171,8 @@ class Receiver:
       yield aside
     finally:
       if aside not in self.waiting:
-        fd, name = self.folder.at(aside)
         with contextlib.suppress(FileNotFoundError):
-          os.unlink(name, dir_fd=fd)
+          self.folder.unlink(aside)
 
   def is_same(self, path: str, mode: int, new: IO[bytes]) -> bool:
     """Whether a file is here already with that mode and content."""
@@ -7227,14 +7199,13 @@ class Receiver:
       except OSError:
         self.waiting[aside] = path
         return None
-    self.rename(aside, path)
+    self.folder.rename(aside, path)
     return self.folder.stat(path)
 
   # At the end
 
   def delete(self) -> None:
     """Delete what was the same on both sides, is so here, and is not in the guest any more."""
-    self.is_changed = True
     for path, here in sorted(self.gone().items(), reverse=True):
       try:
         self.delete_one(path, here)
@@ -7253,36 +7224,31 @@ class Receiver:
     is_folder = S_ISDIR(there.st_mode) and here.inode == there.st_ino
     if not is_folder:
       self.check_unchanged(path, there)
+      return self.folder.unlink(path)
     fd, name = self.folder.at(path)
-    if not is_folder:
-      return os.unlink(name, dir_fd=fd)
     try:
       os.rmdir(name, dir_fd=fd)
     except OSError as error:
       self.keep(path, f"{FOLDER_STAYS} ({describe(error)})")
 
-  def finish(self) -> bool:
-    """Put what has waited into its place, set the modes of folders.
-
-    Returns whether the record has changed.
-    """
+  def finish(self) -> None:
+    """Put what has waited into its place, and set the modes of folders."""
     for aside, path in self.waiting.items():
-      fd, name = self.folder.at(path)
       try:
+        fd, name = self.folder.at(path)
         os.rmdir(name, dir_fd=fd)
-        self.rename(aside, path)
+        self.folder.rename(aside, path)
         self.note(path, self.folder.stat(path))
       except OSError as error:
-        os.unlink(os.path.basename(aside), dir_fd=fd)
-        where = shown(os.path.join(self.folder.path, path))
-        say(f"{where} {FOLDER_STAYS} ({describe(error)})")
+        say(f"{shown(os.path.join(self.folder.path, path))} {FOLDER_STAYS} ({describe(error)})")
+        with contextlib.suppress(OSError):
+          self.folder.unlink(aside)
     for path in sorted(self.modes, reverse=True):
       with contextlib.suppress(OSError):
         fd = self.folder.enter(path)
         os.fchmod(fd, self.modes[path])
         if path in self.landed:
           self.note(path, os.fstat(fd))
-    return self.is_changed
 
 
 FOLDER_STAYS = "is a folder here, but not in the guest: it stays"

@@ -6719,7 +6719,7 @@ class Sync:
         raise
       return  # lost while the command ran: there will be another session
     if self.code is not None:
-      self.outcome = (code, words) if self.list else None
+      self.outcome = (code, words) if self.list and code != 255 else None  # ssh's, when it is lost
       return
     self.account(code, words)
     self.remember()
@@ -6771,10 +6771,8 @@ class Sync:
       return [], []
     # Closed folders are opened, and get their modes at the end, the innermost first.
     folders = {path: entry.mode for path, entry in before.items() if entry.kind == "d"}
-    modes = {path: mode for path, mode in folders.items() if path not in self.mine}
-    modes.update(
-      (p, stat.st_mode & 0o777) for p, stat in self.mine.items() if S_ISDIR(stat.st_mode)
-    )
+    mine = {p: stat.st_mode & 0o777 for p, stat in self.mine.items() if S_ISDIR(stat.st_mode)}
+    modes = {**{path: mode for path, mode in folders.items() if path not in self.mine}, **mine}
     closed = sorted((p for p in modes if modes[p] & 0o700 != 0o700), reverse=True)
     closing = [
       line
@@ -6782,7 +6780,7 @@ class Sync:
       for line in guest_lines(f"2>/dev/null chmod {mode:o}", paths)
     ]
     lines = [
-      *guest_lines("chmod u+rwx", reversed([path for path in closed if path in folders])),
+      *guest_lines("chmod u+rwx", sorted(p for p in folders if folders[p] & 0o700 != 0o700)),
       *guest_lines("rm -rf", in_way),
       *guest_lines("rm -f", (path for path in gone if path not in folders)),
       *guest_lines("2>/dev/null rmdir", sorted(folders.keys() & gone, reverse=True)),

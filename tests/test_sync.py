@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import re
 import stat
 import subprocess
 import tarfile
@@ -200,6 +199,17 @@ def test_a_folder_that_stays_because_something_is_in_it(guests, tmp_path):
   result = works(guests.qvm("ssh", "vm", *options, "--", line))
   assert "d is a folder here" in result.stderr
   assert (folder / "d/kept").read_text() == "mine\n"
+
+
+def test_what_is_made_between_two_syncs_of_nothing(guests, tmp_path):
+  """Once a folder has been synchronised, what is new in the guest comes, even if it was empty."""
+  (tmp_path / "p").mkdir()
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "true")
+  works(guests.qvm(*words))
+  works(guests.qvm("ssh", "vm", "--", "echo x >work/p/made"))
+  works(guests.qvm(*words))
+  assert (tmp_path / "p/made").read_text() == "x\n"
 
 
 def test_a_command_that_changes_at_once(guests, tmp_path):
@@ -471,6 +481,19 @@ def test_a_closed_folder_that_is_filled(here):
   assert tree(here)["d"][1] == 0o555
   os.chmod(here / "d", 0o755)
   os.chmod(here / "d/e", 0o755)
+
+
+def test_a_folder_that_is_closed_there_is_not_made(here):
+  receiver = receive(here, stream(member("d/x")), present={"d": folder_entry(0o300)})
+  assert receiver.held == ["d"] and "d" not in tree(here)
+
+
+def test_a_file_that_comes_twice_for_a_folder(here):
+  """Neither takes its place, and neither is left beside it."""
+  (here / "real/kept").write_text("mine\n")
+  before = tree(here)
+  receive(here, stream(member("real"), member("real")))
+  assert tree(here) == before
 
 
 def test_only_what_was_asked_for_comes(here):

@@ -280,6 +280,19 @@ def test_a_change_in_a_closed_folder(guest, project):
   arrives(guest.sync(project, "true", options=IN), guest, project)
 
 
+def test_a_closed_folder_goes(guest, project):
+  """Deleted here, or replaced by a file: in the guest it can neither be emptied nor closed then."""
+  put(project, c__f="x", c__d__g="x", e__d__f="x", z="z")
+  for path in ("c/d", "c", "e/d", "e"):
+    (project / path).chmod(0o555)
+  works(guest.sync(project, "true", options=IN))
+  open_all(project)
+  shutil.rmtree(project / "c")
+  shutil.rmtree(project / "e")
+  (project / "e").write_text("a file now")
+  arrives(guest.sync(project, "true", options=IN), guest, project)
+
+
 @pytest.mark.parametrize("case", ["empty", "folder", "excluded"])
 def test_next_to_nothing(guest, project, case):
   if case == "folder":
@@ -621,6 +634,30 @@ def test_a_tar_that_fails_at_once(guest, project):
     result = guest.sync(project, *script("echo new >a; exit 3"), options=BOTH)
   works(result, 125)
   assert "boom" in result.stderr and (project / "a").read_text() == "old"
+
+
+# Its first call sends a part of what is asked for, and then the connection is lost.
+LOST = """
+[ -e {once} ] && [ "$1" = -cf ] || exec {{real}} "$@"
+rm {once}
+{{real}} "$@" 2>/dev/null | /usr/bin/head -c 6000
+read -r pid name state parent rest </proc/$PPID/stat
+kill -9 $parent
+"""
+
+
+@on("freebsd", "haiku")
+def test_a_connection_that_is_lost_while_changes_come(guest, project):
+  """There is another session then, and what went wrong in the first is no longer an error."""
+  put(project, a="old", gone="old")
+  works(guest.sync(project, "true"))
+  once = project.parent / "once"
+  once.write_text("")
+  text = "rm gone; for n in 1 2 3 4 5 6; do echo $n >f$n; done; echo new >a; exit 3"
+  with at_writing(guest, LOST.format(once=once)):
+    works(guest.sync(project, *script(text), options=BOTH), 3)
+  assert not once.exists()
+  assert contents(project) == {"a": b"new\n", **{f"f{n}": b"%d\n" % n for n in range(1, 7)}}
 
 
 def test_a_find_that_fails_on_the_way_out(guest, project):

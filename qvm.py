@@ -3746,10 +3746,7 @@ class Folder:
     self.root = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     self.inner, self.inner_path = os.dup(self.root), ""
 
-  def __enter__(self: "AnyFolder") -> "AnyFolder":
-    return self
-
-  def __exit__(self, *error: Any) -> None:
+  def close(self) -> None:
     os.close(self.inner)
     os.close(self.root)
 
@@ -3772,15 +3769,14 @@ class Folder:
     """A descriptor of the folder that something is in, as enter() gives it, and its name there."""
     return self.enter(os.path.dirname(path)), os.path.basename(path)
 
+  def do(self, function: Callable[..., T], path: str, *words: object, **more: object) -> T:
+    """Call a function of os for something below, by its name and the folder that it is in."""
+    fd, name = self.at(path)
+    return function(name, *words, dir_fd=fd, **more)
+
   def stat(self, path: str) -> os.stat_result:
     """What lstat says of something below."""
-    fd, name = self.at(path)
-    return os.stat(name, dir_fd=fd, follow_symlinks=False)
-
-  def unlink(self, path: str) -> None:
-    """Delete a file or link below."""
-    fd, name = self.at(path)
-    os.unlink(name, dir_fd=fd)
+    return self.do(os.stat, path, follow_symlinks=False)
 
   def rename(self, old: str, new: str) -> None:
     """Rename something within its folder."""
@@ -3792,26 +3788,29 @@ class Folder:
     with contextlib.suppress(FileNotFoundError):
       return self.enter(path)
     for each in [*reversed([*folders_above(path)]), path]:
-      fd, name = self.at(each)
       with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o755, dir_fd=fd)
+        self.do(os.mkdir, each, 0o755)
     return self.enter(path)
 
   def open_file(self, path: str) -> IO[bytes]:
     """A plain file below, for reading; OSError or ValueError when there is none."""
-    fd, name = self.at(path)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would let us wait for ever
-    file = os.open(name, flags, dir_fd=fd)
-    if S_ISREG(os.fstat(file).st_mode):
-      return os.fdopen(file, "rb", 0)
-    os.close(file)
+    fd = self.do(os.open, path, flags)
+    if S_ISREG(os.fstat(fd).st_mode):
+      return os.fdopen(fd, "rb", 0)
+    os.close(fd)
     raise ValueError("is no file")
 
   def new_file(self, path: str) -> IO[bytes]:
     """A file that is new below, for writing; only its owner may open it."""
-    fd, name = self.at(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    return os.fdopen(os.open(name, flags, 0o600, dir_fd=fd), "w+b")
+    return os.fdopen(self.do(os.open, path, flags, 0o600), "w+b")
+
+  def link(self, path: str, target: str) -> None:
+    """Make a symbolic link below; ValueError when it leads out."""
+    check_link(path, target)
+    fd, name = self.at(path)
+    os.symlink(target, name, dir_fd=fd)
 
   def write_member(
     self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]
@@ -3823,9 +3822,6 @@ class Folder:
       shutil.copyfileobj(source, file, CHUNK_BYTES)
 
 
-AnyFolder = TypeVar("AnyFolder", bound=Folder)
-
-
 def folders_above(path: str) -> Iterator[str]:
   """The paths of the folders that something is in, the innermost first."""
   above = os.path.dirname(path)
@@ -3834,25 +3830,21 @@ def folders_above(path: str) -> Iterator[str]:
     above = os.path.dirname(above)
 
 
-class Unpacker(Folder):
-  """A new folder into which an archive is unpacked, or refused whole with a ValueError.
+def unpack(stream: IO[bytes], path: str, limits: Limits, expected: Sequence[str] = ()) -> None:
+  """Unpack a tar stream into a new folder, or refuse it whole with a ValueError.
 
-  Then the caller throws the folder away. Section Sync has one that leaves out what it refuses.
+  Then the caller throws the folder away. Expected names, if given, are all that it may hold.
+  Section Sync has a Receiver, which leaves out what it refuses.
   """
-
-  def __init__(self, path: str, limits: Limits, expected: Sequence[str] = ()) -> None:
-    os.mkdir(path, 0o755)
-    super().__init__(path)
-    self.limits, self.expected, self.size = limits, expected, 0
-
-  def unpack(self, stream: IO[bytes]) -> None:
-    """Unpack all of a tar stream; expected names, if given, are all that it may hold."""
-    for number, (archive, member) in enumerate(tar_members(stream, self.limits.headers)):
-      if number >= self.limits.members:
-        raise ValueError("it holds more than an honest one")
-      self.count(member.size)
+  os.mkdir(path, 0o755)
+  with contextlib.closing(Folder(path)) as folder:
+    size = 0
+    for number, (archive, member) in enumerate(tar_members(stream, limits.headers)):
       try:
-        self.put(archive, member)
+        size += size_of(folder, member)
+        if number >= limits.members or size > limits.size:
+          raise ValueError("is one too many for an honest archive")
+        unpack_member(folder, archive, member, expected)
       except ValueError as error:
         raise ValueError(f"its member '{member.name[:100]}' {error}")
       except OSError as error:
@@ -3860,44 +3852,37 @@ class Unpacker(Folder):
           raise
         raise ValueError(f"its member '{member.name[:100]}' finds no place: {describe(error)}")
 
-  def count(self, size: int) -> None:
-    """Add to the size of all that is unpacked; ValueError when it is too much."""
-    self.size += size
-    if self.size > self.limits.size:
-      raise ValueError("it holds more than an honest one")
 
-  def put(self, archive: "tarfile.TarFile", member: "tarfile.TarInfo") -> None:
-    """Give one member its place; ValueError when it is not a plain file, folder or link."""
-    path = safe_path(member.name)
-    if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
-      raise ValueError("has a set-uid or set-gid bit")
-    if self.expected and path and not (member.isreg() and path in self.expected):
-      raise ValueError("is not expected")
-    if member.isdir():
-      self.make(path)
-      return
-    if not path:
-      raise ValueError("has no name")
-    self.make(os.path.dirname(path))
-    if member.issym():
-      check_link(path, member.linkname)
-      fd, name = self.at(path)
-      os.symlink(member.linkname, name, dir_fd=fd)
-    elif member.islnk() or member.isreg():
-      self.put_file(archive, member, path)
-    else:
-      raise ValueError("is a device or another special file")
+def size_of(folder: Folder, member: "tarfile.TarInfo") -> int:
+  """The bytes of a member, holes included, or of the file that a hard link leads to."""
+  if not member.islnk():
+    return member.size
+  try:
+    return folder.stat(safe_path(member.linkname)).st_size
+  except OSError:
+    raise ValueError(f"is a link to {member.linkname[:100]}, which has not come")
 
-  def put_file(self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str) -> None:
-    """Write a file; a hard link becomes a copy."""
-    if member.islnk():
-      try:
-        self.count(self.stat(safe_path(member.linkname)).st_size)
-      except OSError:
-        raise ValueError(f"is a link to {member.linkname[:100]}, which has not come")
-    with self.new_file(path) as file:
-      self.write_member(archive, member, file)
+
+def unpack_member(
+  folder: Folder, archive: "tarfile.TarFile", member: "tarfile.TarInfo", expected: Sequence[str]
+) -> None:
+  """Give a member its place; ValueError when it is not a plain file, folder or link."""
+  path = safe_path(member.name)
+  if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
+    raise ValueError("has a set-uid or set-gid bit")
+  if expected and path and not (member.isreg() and path in expected):
+    raise ValueError("is not expected")
+  if not path and not member.isdir():
+    raise ValueError("has no name")
+  folder.make(path if member.isdir() else os.path.dirname(path))
+  if member.issym():
+    folder.link(path, member.linkname)
+  elif member.islnk() or member.isreg():
+    with folder.new_file(path) as file:
+      folder.write_member(archive, member, file)
       os.fchmod(file.fileno(), 0o755 if member.mode & 0o100 else 0o644)
+  elif not member.isdir():
+    raise ValueError("is a device or another special file")
 
 
 def open_packed(path: str) -> IO[bytes]:
@@ -3918,8 +3903,8 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
   """
   remove_tree(folder)
   try:
-    with open_packed(path) as stream, Unpacker(folder, QEMU_LIMITS) as unpacker:
-      unpacker.unpack(stream)
+    with open_packed(path) as stream:
+      unpack(stream, folder, QEMU_LIMITS)
     return find_unpacked(folder, names)
   except (tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, EOFError) as error:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
@@ -4026,8 +4011,7 @@ def unpack_by_program(path: str, folder: str, name: str) -> None:
 
 def unpack_disk(stream: IO[bytes], folder: str) -> None:
   """Unpack the tar stream of a bundle, and look at all that follows: the checksum comes last."""
-  with Unpacker(folder, BUNDLE_LIMITS, ("disk.img", "kernel")) as unpacker:
-    unpacker.unpack(stream)
+  unpack(stream, folder, BUNDLE_LIMITS, ("disk.img", "kernel"))
   for _ in range(MAX_REST_BYTES // CHUNK_BYTES):
     if not stream.read(CHUNK_BYTES):
       break
@@ -6219,18 +6203,17 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 # inode and both times of each path. Two such lines are only ever compared for being equal. Where
 # the tools tell no fractions of a second, equal means nothing, and everything goes and comes.
 #
-# In, one session: the guest lists; qvm answers with lines of shell, which remove what is in the way
-# or was deleted here, and with a tar stream of what is not as the record says; the guest lists
-# again. That list must account for every name, else the command does not run.
+# In: the guest lists; qvm answers with lines of shell, which remove what is in the way or was
+# deleted here, and with a tar stream of what is not as the record says; the guest lists again. That
+# list must account for every name, else the command does not run.
 #
-# Out, one session: the guest lists; qvm asks by name for what is not as it was last seen, and its
-# tar sends that. Folders are made from the list. What was asked for and has not come is said. Only
-# when all has come is anything deleted: what was seen there, is as it was here, and is gone there.
+# Out: the guest lists; qvm asks by name for what is not as it was last seen, and its tar sends
+# that. Folders are made from the list. What was asked for and has not come is said. Only when all
+# has come is anything deleted: what was seen there, is as it was here, and is gone there.
 #
 # The record, a file of the instance, has for each path its line in the guest's list when both sides
 # were the same, and how the file was here. It saves work and is never trusted: each line must still
-# be what the guest lists, each file here what lstat says. Losing it costs time, no data. Paths
-# without a file here were in the guest before, and need not come.
+# be what the guest lists, each file here what lstat says. Losing it costs time, no data.
 #
 # The guest is not trusted either: what comes is written as section Unpack says. And a file here is
 # known by its inode: names that differ only in case or normalisation may be one file to this disk.
@@ -6498,15 +6481,6 @@ def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
   return lines
 
 
-def is_ready(stream: IO[bytes]) -> bool:
-  """Read up to where a script begins: what the user's shell prints at its start comes before."""
-  for _ in range(1000):
-    line = stream.readline(1000)
-    if not line or line == b"qvm-is-ready\n":
-      return bool(line)
-  return False
-
-
 # A line of the list; the kind is as find or ls has it. No path has // in it, but some a newline.
 LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
 
@@ -6596,14 +6570,13 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
 def new_sync_record(paths: InstancePaths, folder: str, name: str) -> SyncRecord:
   """The record of a folder that this instance has never had, under a name of its own there."""
   for other in names_in(paths.cache.instances):
-    if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other):
-      record = read_sync_record(os.path.join(paths.cache.instances, other))
-      if (
-        record and record.name == name and record.folder != folder and os.path.isdir(record.folder)
-      ):
-        own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
-        say(f"~/work/{name} in {paths.name} is {record.folder}: {folder} goes to ~/work/{own}")
-        return SyncRecord(folder, own, {})
+    is_record = re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other)
+    record = read_sync_record(os.path.join(paths.cache.instances, other)) if is_record else None
+    others = record.folder if record and record.name == name else folder
+    if others != folder and os.path.isdir(others):
+      own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
+      say(f"~/work/{name} in {paths.name} is {others}: {folder} goes to ~/work/{own}")
+      return SyncRecord(folder, own, {})
   return SyncRecord(folder, name, {})
 
 
@@ -6628,23 +6601,24 @@ class Sync:
     self.receiver = Receiver(self.folder, self.excludes, self.known, record is None)
     self.outcome: Optional[Tuple[int, str]] = None  # of the session that has brought what changed
 
-  def run(self, command: Callable[[float], int], patience: float) -> int:
-    """Copy the folder to the guest, run the command, and bring what has changed.
-
-    command gets the patience that is left for a login. Returns its exit code.
-    """
+  def run(self, patience: float) -> int:
+    """Copy the folder to the guest, run the command, and bring what has changed; its exit code."""
     way = self.options.sync_direction
     if way != "out":
-      self.send(patience, command if way == "both" else None)
+      self.send(patience)
       patience = 0.0
     if self.code is None:
-      self.code = command(patience)
+      self.code = self.command(patience)
     if way != "in":
       try:
         self.fetch()
       except QvmError as error:
         raise QvmError(str(error), f"the command itself ended with exit code {self.code}")
     return self.code
+
+  def command(self, patience: float) -> int:
+    """Run the command in the folder's copy."""
+    return run_line(self.login, self.options, patience, "", guest_folder(self.record.name))
 
   def session(
     self, first: str, use: Callable[[IO[bytes], IO[bytes]], None], patience: float
@@ -6659,8 +6633,9 @@ class Sync:
       assert process.stdin and process.stdout and process.stderr
       fd = os.dup(process.stderr.fileno())  # the stream is closed once ssh has ended
       said.append(Future(lambda: last_words(fd)))
+      lines = (process.stdout.readline(1000) for _ in range(1000))  # the user's shell may greet
       with contextlib.suppress(BrokenPipeError):  # the guest says why
-        if is_ready(process.stdout):
+        if b"qvm-is-ready\n" in lines:
           use(process.stdin, process.stdout)
         process.stdin.close()
       while process.stdout.read(CHUNK_BYTES):
@@ -6686,7 +6661,7 @@ class Sync:
 
   # In
 
-  def send(self, patience: float, command: Optional[Callable[[float], int]]) -> None:
+  def send(self, patience: float) -> None:
     """Make the guest's copy what the folder is; QvmError unless all has arrived.
 
     If it is that already, the command runs while the session waits, which then brings the changes.
@@ -6705,9 +6680,9 @@ class Sync:
         self.write_files(changed, stdin)
         stdin.close()
         self.list = read_list(stdout)
-      elif command:
+      elif self.options.sync_direction == "both":
         self.remember()
-        self.code = command(0.0)
+        self.code = self.command(0.0)
         stdin.write(b"all\n")
         stdin.flush()
         self.receive(stdin, stdout)
@@ -6812,8 +6787,7 @@ class Sync:
     """Write a file to a tar stream, as many bytes of it as its header announces."""
     stat = self.mine[path]
     if not S_ISREG(stat.st_mode):
-      fd, name = self.folder.at(path)
-      target = os.readlink(name, dir_fd=fd) if S_ISLNK(stat.st_mode) else ""
+      target = self.folder.do(os.readlink, path) if S_ISLNK(stat.st_mode) else ""
       out.write(tar_header(path, stat, target, self.tar))
       return
     with self.folder.open_file(path) as file:
@@ -7047,9 +7021,8 @@ class Receiver:
       else:
         if there:
           self.check_unchanged(each, there)
-          self.folder.unlink(each)
-        fd, name = self.folder.at(each)
-        os.mkdir(name, 0o755, dir_fd=fd)
+          self.folder.do(os.unlink, each)
+        self.folder.do(os.mkdir, each, 0o755)
       self.ready.add(each)
     return self.folder.enter(path)
 
@@ -7118,14 +7091,12 @@ class Receiver:
     self.make(os.path.dirname(path))
     if member.issym():
       return self.put_link(path, member.linkname)
-    if member.isreg():
-      size = sum(size for _, size in pieces_of(member))
-    elif not member.islnk():
+    if not member.isreg() and not member.islnk():
       raise ValueError("is no file or link")
-    elif safe_path(member.linkname) in self.landed:
-      size = self.folder.stat(safe_path(member.linkname)).st_size
-    else:
+    if member.islnk() and safe_path(member.linkname) not in self.landed:
       raise ValueError(f"is a link to {shown(member.linkname)}, which has not come")
+    pieces = pieces_of(member) if member.isreg() else [(0, size_of(self.folder, member))]
+    size = sum(size for _, size in pieces)  # holes take no space
     left = free_space(self.folder.path) - RESERVE_BYTES
     if size > left:
       raise disk_full(os.path.join(self.folder.path, path), size - max(left, 0))
@@ -7151,14 +7122,11 @@ class Receiver:
 
   def put_link(self, path: str, target: str) -> Optional[os.stat_result]:
     """Make a symbolic link, where there is none with that target."""
-    fd, name = self.folder.at(path)
     with contextlib.suppress(OSError):
-      if os.readlink(name, dir_fd=fd) == target:
+      if self.folder.do(os.readlink, path) == target:
         return self.there(path)
-    check_link(path, target)
     with self.aside(path) as aside:
-      fd, name = self.folder.at(aside)
-      os.symlink(target, name, dir_fd=fd)
+      self.folder.link(aside, target)
       return self.replace(path, aside)
 
   @contextlib.contextmanager
@@ -7170,7 +7138,7 @@ class Receiver:
     finally:
       if aside not in self.waiting:
         with contextlib.suppress(FileNotFoundError):
-          self.folder.unlink(aside)
+          self.folder.do(os.unlink, aside)
 
   def is_same(self, path: str, mode: int, new: IO[bytes]) -> bool:
     """Whether a file is here already with that mode and content."""
@@ -7191,9 +7159,8 @@ class Receiver:
     if there:
       self.check_unchanged(path, there)
     if there and S_ISDIR(there.st_mode):
-      fd, name = self.folder.at(path)
       try:
-        os.rmdir(name, dir_fd=fd)
+        self.folder.do(os.rmdir, path)
       except OSError:
         self.waiting[aside] = path
         return None
@@ -7222,10 +7189,9 @@ class Receiver:
     is_folder = S_ISDIR(there.st_mode) and here.inode == there.st_ino
     if not is_folder:
       self.check_unchanged(path, there)
-      return self.folder.unlink(path)
-    fd, name = self.folder.at(path)
+      return self.folder.do(os.unlink, path)
     try:
-      os.rmdir(name, dir_fd=fd)
+      self.folder.do(os.rmdir, path)
     except OSError as error:
       self.keep(path, f"{FOLDER_STAYS} ({describe(error)})")
 
@@ -7233,14 +7199,13 @@ class Receiver:
     """Put what has waited into its place, and set the modes of folders."""
     for aside, path in self.waiting.items():
       try:
-        fd, name = self.folder.at(path)
-        os.rmdir(name, dir_fd=fd)
+        self.folder.do(os.rmdir, path)
         self.folder.rename(aside, path)
         self.note(path, self.folder.stat(path))
       except OSError as error:
         say(f"{shown(os.path.join(self.folder.path, path))} {FOLDER_STAYS} ({describe(error)})")
         with contextlib.suppress(OSError):
-          self.folder.unlink(aside)
+          self.folder.do(os.unlink, aside)
     for path in sorted(self.modes, reverse=True):
       with contextlib.suppress(OSError):
         fd = self.folder.enter(path)
@@ -7262,9 +7227,7 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
     return run_line(login, options, patience, first)
   if first:  # the time must be right before files get their times
     in_guest(login, shell_line(first), wait_for, patience)
-  sync = Sync(login, options)
-  folder = guest_folder(sync.record.name)
-  return sync.run(lambda patience: run_line(login, options, patience, "", folder), patience)
+  return Sync(login, options).run(patience)
 
 
 def run_line(
@@ -7298,7 +7261,11 @@ def run_line(
 
   with RelayedStreams(terminal) as spawn:
     code = in_guest(login, line, wait, patience, spawn)
-  if code == 255 and (login.ended(1.0) or not has_finished(login, pid_file if line else "")):
+  # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
+  has_file = line and not terminal  # else ssh has said on the terminal what happened
+  if code == 255 and (
+    login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
+  ):
     raise lost(login, "no answer any more")
   return code
 
@@ -7333,32 +7300,19 @@ KILLED = 9
 
 
 def hand_on(login: Login, pid_file: str, number: int) -> int:
-  """Give a signal to a command in the guest; returns 0, KILLED, or 1 if there is no command.
+  """Give a signal to a command in the guest: 0, or KILLED; 1 if there is no command, 2 no answer.
 
   Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
   """
   script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
   if number == signal.SIGTERM:
     script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
+  elif number == signal.SIGHUP:
+    script += f"rm -f {pid_file}"  # its shell may be killed with it
   try:
     return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
   except (QvmError, subprocess.TimeoutExpired):
-    return 1
-
-
-def has_finished(login: Login, pid_file: str) -> bool:
-  """Whether a command whose ssh ended with 255 has ended itself with this code.
-
-  If it has not, the connection was lost, and the command gets the SIGHUP of a lost terminal.
-  """
-  if not pid_file:
-    return True  # ssh has said on the terminal what happened
-  script = f"read leader <{pid_file} && rm -f {pid_file} && kill -s HUP -- -$leader"
-  try:
-    line = shell_line(script + " 2>/dev/null")
-    return in_guest(login._replace(patience=REFUSED_SECONDS), line, wait_up_to(60)) != 0
-  except (QvmError, subprocess.TimeoutExpired):
-    return False
+    return 2
 
 
 # ---- Image server -------------------------------------------------------------------------------

@@ -372,7 +372,9 @@ def receive(folder, data, known=None, present=None):
   feeder = threading.Thread(target=feed)
   feeder.start()
   try:
-    with os.fdopen(reading, "rb") as file, qvm_source.Folder(str(folder)) as opened:
+    with os.fdopen(reading, "rb") as file, contextlib.closing(
+      qvm_source.Folder(str(folder))
+    ) as opened:
       excludes = qvm_source.Excludes(())
       receiver = qvm_source.Receiver(opened, excludes, dict(known or {}), known is None)
       receiver.expect(qvm_source.Listing(present or {}, True), True)
@@ -768,7 +770,7 @@ def folding(tmp_path, monkeypatch):
       Folding(patch)
       data = [member(path, content.encode()) for path, content in after.items() if path in changed]
       receiver = receive(folder, stream(*data), known, present=present)
-      with qvm_source.Folder(str(folder)) as opened:
+      with contextlib.closing(qvm_source.Folder(str(folder))) as opened:
         receiver.folder = opened
         if delete:
           receiver.delete()
@@ -814,7 +816,7 @@ def test_qvms_cache_is_out_of_reach_by_any_path(here, monkeypatch, capfd):
   before = tree(here)
   receiver = receive(here, stream(member("real/cache/bin/qemu-img")))
   assert tree(here) == before and receiver.held == ["real/cache/bin/qemu-img"]
-  with qvm_source.Folder(str(here)) as opened:
+  with contextlib.closing(qvm_source.Folder(str(here))) as opened:
     assert "real/cache" not in qvm_source.walk_folder(opened, qvm_source.Excludes(()))
 
 

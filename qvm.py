@@ -3717,24 +3717,6 @@ def pieces_of(member: "tarfile.TarInfo") -> List[Tuple[int, int]]:
   return pieces
 
 
-def write_pieces(archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]) -> None:
-  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
-
-  The pieces of a sparse member lie one behind the other in the stream, which is at the first.
-  """
-  zeros = bytes(CHUNK_BYTES)
-  for offset, size in pieces_of(member):
-    while size > 0:
-      chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
-      if not chunk:
-        raise ValueError("is cut short")
-      if chunk != zeros[: len(chunk)]:
-        file.seek(offset)
-        file.write(chunk)
-      offset, size = offset + len(chunk), size - len(chunk)
-  file.truncate(member.size)
-
-
 class Folder:
   """A folder, opened once; what is below it is reached step by step and through no link.
 
@@ -3815,11 +3797,25 @@ class Folder:
   def write_member(
     self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]
   ) -> None:
-    """Write a file of an archive: what comes, or a copy of the file that a hard link leads to."""
-    if member.isreg():
-      return write_pieces(archive, member, file)
-    with self.open_file(safe_path(member.linkname)) as source:
-      shutil.copyfileobj(source, file, CHUNK_BYTES)
+    """Write a file of an archive, or a copy of the one that a hard link leads to.
+
+    Its holes, and what is zero throughout, take no space on the disk. The pieces of a sparse member
+    lie one behind the other in the stream, which is at the first.
+    """
+    if member.islnk():
+      with self.open_file(safe_path(member.linkname)) as source:
+        return shutil.copyfileobj(source, file, CHUNK_BYTES)
+    zeros = bytes(CHUNK_BYTES)
+    for offset, size in pieces_of(member):
+      while size > 0:
+        chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
+        if not chunk:
+          raise ValueError("is cut short")
+        if chunk != zeros[: len(chunk)]:
+          file.seek(offset)
+          file.write(chunk)
+        offset, size = offset + len(chunk), size - len(chunk)
+    file.truncate(member.size)
 
 
 def folders_above(path: str) -> Iterator[str]:
@@ -6304,12 +6300,14 @@ class Excludes:
     self.names = re.compile("|".join([r"\.git\Z", r"\.qvm-[0-9a-f]{12}\Z", *names]))
     self.paths = re.compile("|".join(paths)) if paths else None
 
+  def has_itself(self, path: str) -> bool:
+    """Whether a path is left out, but for the folders above it."""
+    path = unicodedata.normalize("NFD", in_utf8(path))
+    return bool(self.names.match(os.path.basename(path)) or (self.paths and self.paths.match(path)))
+
   def has(self, path: str) -> bool:
     """Whether a path, or a folder above it, is left out."""
-    path = unicodedata.normalize("NFD", in_utf8(path))
-    if any(map(self.names.match, path.split("/"))):
-      return True
-    return bool(self.paths and any(map(self.paths.match, (path, *folders_above(path)))))
+    return any(map(self.has_itself, (path, *folders_above(path))))
 
 
 def shown(path: str) -> str:
@@ -6364,7 +6362,7 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
       raise unreadable(folder, above, error)
     for name in names:
       path = os.path.join(above, name)
-      if excludes.has(path) or is_git(name):
+      if excludes.has_itself(path) or is_git(name):
         continue
       with contextlib.suppress(FileNotFoundError):
         stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -6462,11 +6460,6 @@ def sync_script(first: str, folder: str, patterns: Sequence[str]) -> str:
   return LIST + SYNC % (first, folder, " -o ".join("-name " + shlex.quote(text) for text in plain))
 
 
-def guest_folder(name: str) -> str:
-  """Where a folder lies in the guest, quoted for sh."""
-  return '"$HOME"/work/' + shlex.quote(name)
-
-
 def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
   """Lines of shell for the guest: a command for paths, as many at a time as one command takes."""
   lines: List[str] = []
@@ -6516,30 +6509,48 @@ def last_words(fd: int) -> str:
   return " ".join(kept.decode("utf-8", "replace").split())
 
 
+def tar_block(
+  name: bytes, kind: bytes, mode: int, size: int, mtime: int = 0, target: bytes = b"",
+  magic: bytes = b"ustar\x0000",
+) -> bytes:  # fmt: skip
+  """A header as POSIX's ustar has it; a size that does not fit is in base 256, as GNU's."""
+  length = b"%011o\0" % size if size <= MAX_OCTAL_SIZE else b"\x80" + size.to_bytes(11, "big")
+  zero = b"0000000\0"  # the owner
+  block = struct.pack(
+    "100s8s8s8s12s12s8ss100s8s247x", name, b"%07o\0" % mode, zero, zero, length,
+    b"%011o\0" % mtime, b" " * 8, kind, target, magic,
+  )  # fmt: skip
+  return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def padded(data: bytes) -> bytes:
+  """Data filled up to whole tar blocks."""
+  return data + bytes(-len(data) % 512)
+
+
 def tar_header(path: str, stat: os.stat_result, target: str, tar: GuestTar) -> bytes:
   """The headers of a file in a tar stream, as the guest's tar reads them.
 
   Names over 100 bytes go in GNU's header L, targets in its K or, for illumos, in Solaris' X. The
   prefix of ustar is not used: the tar of NetBSD wants something left for the name.
   """
-  name, link, extended = os.fsencode(path), os.fsencode(target), b""
-  info = tarfile.TarInfo()
-  info.mode, info.mtime = stat.st_mode & 0o777, min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
+  name, link, mode = os.fsencode(path), os.fsencode(target), stat.st_mode & 0o777
+  kind, size = (b"2" if target else b"0"), 0 if target else stat.st_size
   if S_ISDIR(stat.st_mode):  # opened, so that it can be filled; finish() in the guest closes it
-    name, info.type, info.mode = name + b"/", tarfile.DIRTYPE, info.mode | 0o700
-  elif target:
-    info.type = tarfile.SYMTYPE
-  else:
-    info.size = stat.st_size
-  is_plain = max(len(name), len(link)) <= 100 and info.size <= MAX_OCTAL_SIZE
+    name, kind, mode, size = name + b"/", b"5", mode | 0o700, 0
+  magic, more = b"ustar  \0", []
   if len(link) > 100 and not tar.long_links:
     records = pax_record(b"path", name) + pax_record(b"linkpath", link)
-    header = tarfile.TarInfo("pax")
-    header.type, header.size = b"X", len(records)
-    extended = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
-    name, link = name[:100], link[:100]
-  info.name, info.linkname = name.decode("latin-1"), link.decode("latin-1")
-  return extended + info.tobuf(tarfile.USTAR_FORMAT if is_plain else tarfile.GNU_FORMAT, "latin-1")
+    more.append(tar_block(b"pax", b"X", 0o644, len(records)) + padded(records))
+  else:
+    for letter, value in ((b"K", link), (b"L", name)):
+      if len(value) > 100:
+        block = tar_block(b"././@LongLink", letter, 0, len(value) + 1, magic=magic)
+        more.append(block + padded(value + b"\0"))
+  if not more and size <= MAX_OCTAL_SIZE:
+    magic = b"ustar\x0000"
+  mtime = min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
+  return b"".join(more) + tar_block(name[:100], kind, mode, size, mtime, link[:100], magic)
 
 
 def pax_record(key: bytes, value: bytes) -> bytes:
@@ -6591,6 +6602,7 @@ class Sync:
     self.path = login.paths.stem + ".sync-" + hashed(os.path.join(path, name))
     record = read_sync_record(self.path)
     self.record = record or new_sync_record(login.paths, path, name)
+    self.copy = '"$HOME"/work/' + shlex.quote(self.record.name)  # for the guest's sh
     self.known = self.record.known
     self.saved = record and dict(self.known)  # what the record has
     self.list: Optional[Listing] = None  # the guest's newest
@@ -6618,7 +6630,7 @@ class Sync:
 
   def command(self, patience: float) -> int:
     """Run the command in the folder's copy."""
-    return run_line(self.login, self.options, patience, "", guest_folder(self.record.name))
+    return run_line(self.login, self.options, patience, "", self.copy)
 
   def session(
     self, first: str, use: Callable[[IO[bytes], IO[bytes]], None], patience: float
@@ -6641,8 +6653,8 @@ class Sync:
       while process.stdout.read(CHUNK_BYTES):
         pass
 
-    folder, pipe = guest_folder(self.record.name), subprocess.PIPE
-    script = sync_script(first.format(folder), folder, self.options.sync_exclude)
+    pipe = subprocess.PIPE
+    script = sync_script(first.format(self.copy), self.copy, self.options.sync_exclude)
     self.list = None
     code = in_guest(self.login, shell_line(script), talk, patience, Spawn(pipe, pipe, pipe))
     return code, said[-1].result()

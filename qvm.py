@@ -6756,18 +6756,10 @@ class Sync:
         gone.append(path)
     if not changed and not gone:
       return [], []
-    # Closed folders are opened, and get their modes at the end, the innermost first.
     folders = {path: entry.mode for path, entry in before.items() if entry.kind == "d"}
-    mine = {p: stat.st_mode & 0o777 for p, stat in self.mine.items() if S_ISDIR(stat.st_mode)}
-    modes = {**{path: mode for path, mode in folders.items() if path not in self.mine}, **mine}
-    closed = sorted((p for p in modes if modes[p] & 0o700 != 0o700), reverse=True)
-    closing = [
-      line
-      for mode, paths in itertools.groupby(closed, modes.__getitem__)
-      for line in guest_lines(f"2>/dev/null chmod {mode:o}", paths)
-    ]
+    opening, closing = self.folder_lines(folders)
     lines = [
-      *guest_lines("chmod u+rwx", sorted(p for p in folders if folders[p] & 0o700 != 0o700)),
+      *opening,
       *guest_lines("rm -rf", in_way),
       *guest_lines("rm -f", (path for path in gone if path not in folders)),
       *guest_lines("2>/dev/null rmdir", sorted(folders.keys() & gone, reverse=True)),
@@ -6775,6 +6767,21 @@ class Sync:
       *(["send=1"] if changed else []),
     ]
     return lines, changed
+
+  def folder_lines(self, there: Dict[str, int]) -> Tuple[List[str], List[str]]:
+    """Lines that open the closed folders of the guest, and lines that give all their modes.
+
+    there: the modes before; -1 where the guest does not tell.
+    """
+    modes = {path: mode for path, mode in there.items() if path not in self.mine}
+    mine = ((p, stat.st_mode) for p, stat in self.mine.items() if S_ISDIR(stat.st_mode))
+    modes.update((path, mode & 0o777) for path, mode in mine)
+    opened = sorted(p for p in there if there[p] & modes.get(p, -1) & 0o700 != 0o700)
+    closed = sorted((p for p in modes if modes[p] & 0o700 != 0o700), reverse=True)
+    closing = []
+    for mode, paths in itertools.groupby(closed, modes.__getitem__):  # the innermost first
+      closing += guest_lines(f"2>/dev/null chmod {mode:o}", paths)
+    return guest_lines("chmod u+rwx", opened), closing
 
   def write_files(self, changed: Sequence[str], out: IO[bytes]) -> None:
     """Write files as a tar stream; what vanishes or shrinks meanwhile is said."""

@@ -293,6 +293,19 @@ def test_a_closed_folder_goes(guest, project):
   arrives(guest.sync(project, "true", options=IN), guest, project)
 
 
+@on("freebsd", "netbsd")
+def test_a_guest_that_tells_only_names(guest, project):
+  """Its modes are those that it got from here."""
+  put(project, c__d__f="x", z="z")
+  with guest.tool("stat", "exit 1"):
+    for content in ("old", "new"):
+      open_all(project)
+      (project / "c/d/f").write_text(content)
+      for path in ("c/d", "c"):
+        (project / path).chmod(0o555)
+      arrives(guest.sync(project, "true", options=IN), guest, project)
+
+
 @pytest.mark.parametrize("case", ["empty", "folder", "excluded"])
 def test_next_to_nothing(guest, project, case):
   if case == "folder":

@@ -6440,7 +6440,7 @@ finish() { :; }
 echo qvm-is-ready
 all
 while IFS= read -r line && [ "$line" ]; do eval "$line"; done
-[ ! "$send" ] || tar -xpf - || exit
+[ ! "$send" ] || { tar -xpf - && cat >/dev/null; } || exit
 all
 finish
 """
@@ -6608,6 +6608,7 @@ class Sync:
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
+    self.before: Dict[str, Entry] = {}  # how the guest had what it gets anew
     self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     self.receiver = Receiver(self.folder, self.excludes, self.known, record is None)
@@ -6686,8 +6687,10 @@ class Sync:
       self.list = read_list(stdout)
       if not self.list:
         return
-      lines, changed = self.plan_in(self.list.entries)
+      before = self.list.entries
+      lines, changed = self.plan_in(before)
       if lines:
+        self.list, self.before = None, {path: before[path] for path in changed if path in before}
         stdin.write(os.fsencode("\n".join([*lines, "", ""])))
         self.write_files(changed, stdin)
         stdin.close()
@@ -6831,6 +6834,8 @@ class Sync:
       entry, size = there.get(path), stat.st_size if S_ISREG(stat.st_mode) else -1
       if not entry or entry.kind != kind_of(stat) or (size >= 0 and entry.size not in (-1, size)):
         missing.append(path)
+      elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
+        missing.append(path)  # its tar has not written it
     problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
     if code or not self.list:
       raise QvmError(f"{problem} ({ending(code)}): {words}")

@@ -420,6 +420,19 @@ def test_a_tar_that_loses_a_file_without_a_word(guest, project):
   assert contents(project) == {"a": b"a", "lost": b"x", "z": b"z"}
 
 
+@pytest.mark.parametrize("reads", ["cat >/dev/null", ":"])
+def test_a_tar_that_writes_nothing_without_a_word(guest, project, reads):
+  """The guest has a file of that name and size, but it is the old one."""
+  size = 3 << 20  # more than lies between qvm and tar
+  (project / "a").write_bytes(b"1" * size)
+  works(guest.sync(project, "true", options=IN))
+  (project / "a").write_bytes(b"2" * size)
+  with at_reading(guest, f"{reads}; exit 0"):
+    result = fails(guest.sync(project, *script("echo ran"), options=BOTH))
+  assert is_said(result, "a") and (project / "a").read_bytes() == b"2" * size
+  arrives(guest.sync(project, "true", options=IN), guest, project)
+
+
 def test_a_find_that_fails_on_the_way_in(guest, project):
   put(project, a="a", b="b", c="c")
   with guest.tool("find", "exit 1"):

@@ -4908,12 +4908,12 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """
   with signals.hold():
     drop_socket(socket_of(paths.disk))
-    for suffix in paths.SUFFIXES:
-      if suffix != ".console.log" or not keep_log:
-        remove_file(paths.stem + suffix)
     for name in names_in(paths.cache.instances):
       if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", name):
         remove_file(os.path.join(paths.cache.instances, name))
+    for suffix in paths.SUFFIXES:
+      if suffix != ".console.log" or not keep_log:
+        remove_file(paths.stem + suffix)
 
 
 def sweep(cache: Cache) -> None:

@@ -94,6 +94,7 @@ if TYPE_CHECKING:
   import hashlib
   import http.client
   import ipaddress
+  import itertools
   import json
   import lzma
   import marshal
@@ -136,7 +137,18 @@ else:
 
   for _name in (
     *("array", "bz2", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
-    *("ipaddress", "json", "lzma", "marshal", "pwd", "queue", "random", "resource", "select"),
+    *(
+      "ipaddress",
+      "itertools",
+      "json",
+      "lzma",
+      "marshal",
+      "pwd",
+      "queue",
+      "random",
+      "resource",
+      "select",
+    ),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
     *("termios", "tty", "unicodedata", "zlib"),
   ):
@@ -3712,8 +3724,8 @@ def from_utf8(name: str) -> str:
   return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
-def safe_name(name: str) -> List[str]:
-  """The parts of an archive member's name; ValueError when it could lead out of the tree."""
+def safe_path(name: str) -> str:
+  """An archive member's name without "." parts; ValueError when it could lead out of the tree."""
   if name.startswith("/") or "\0" in name or len(os.fsencode(name)) > MAX_PATH_BYTES:
     raise ValueError("is not a plain path")
   parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -3721,10 +3733,10 @@ def safe_name(name: str) -> List[str]:
     raise ValueError("has too long a name")
   if ".." in parts:
     raise ValueError("leads out of its folder")
-  return parts
+  return "/".join(parts)
 
 
-def check_link(parts: Sequence[str], target: str) -> None:
+def check_link(path: str, target: str) -> None:
   """A symbolic link may only climb within the tree, and only at the start of its target."""
   if not target or target.startswith("/") or "\0" in target or len(target) > MAX_PATH_BYTES:
     raise ValueError(f"is a link to {target[:100]}")
@@ -3732,7 +3744,7 @@ def check_link(parts: Sequence[str], target: str) -> None:
   climbs = 0
   while climbs < len(words) and words[climbs] == "..":
     climbs += 1
-  if climbs >= len(parts) or ".." in words[climbs:]:
+  if climbs > path.count("/") or ".." in words[climbs:]:
     raise ValueError(f"is a link out of its folder, to {target[:100]}")
 
 
@@ -3822,97 +3834,130 @@ def pieces_of(member: "tarfile.TarInfo") -> List[Tuple[int, int]]:
   return pieces
 
 
-def write_member(archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]) -> None:
-  """Write a member so that its holes, and what is zero throughout, take no space on the disk.
-
-  The pieces of a sparse member lie one behind the other in the stream, which is at the first.
-  """
-  zeros = bytes(CHUNK_BYTES)
-  for offset, size in pieces_of(member):
-    while size > 0:
-      chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
-      if not chunk:
-        raise ValueError("is cut short")
-      if chunk != zeros[: len(chunk)]:
-        file.seek(offset)
-        file.write(chunk)
-      offset, size = offset + len(chunk), size - len(chunk)
-  file.truncate(member.size)
-
-
 class Folder:
-  """A folder, opened once; what is below it is reached step by step and through no link."""
+  """A folder, opened once; what is below it is reached step by step and through no link.
+
+  Paths are relative to it and plain, as safe_path() returns them.
+  """
 
   def __init__(self, path: str) -> None:
     self.path = path
     self.root = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    self.inner, self.inner_parts = os.dup(self.root), ()  # type: int, Tuple[str, ...]
+    self.inner, self.inner_path = os.dup(self.root), ""
 
-  def __enter__(self: "AnyFolder") -> "AnyFolder":
-    return self
-
-  def __exit__(self, *error: Any) -> None:
+  def close(self) -> None:
     os.close(self.inner)
     os.close(self.root)
 
-  def enter(self, parts: Sequence[str]) -> int:
+  def enter(self, path: str) -> int:
     """A descriptor of a folder below, good until the next call; OSError where there is none."""
-    parts, known = tuple(parts), len(self.inner_parts)
-    if parts[:known] != self.inner_parts:
-      known = 0
-    fd = os.dup(self.inner if known else self.root)
+    is_deeper = f"{path}/".startswith(f"{self.inner_path}/")
+    fd = os.dup(self.inner if is_deeper else self.root)
     try:
-      for name in parts[known:]:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-        inner = os.open(name, flags, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-      fd, self.inner, self.inner_parts = self.inner, fd, parts
+      for name in path[len(self.inner_path) if is_deeper else 0 :].split("/"):
+        if name:
+          flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+          above, fd = fd, os.open(name, flags, dir_fd=fd)
+          os.close(above)
+      fd, self.inner, self.inner_path = self.inner, fd, path
     finally:
       os.close(fd)
     return self.inner
 
-  def make(self, parts: Sequence[str]) -> int:
-    """As enter(), but a folder that is missing is made."""
-    with contextlib.suppress(FileNotFoundError):
-      return self.enter(parts)
-    for number, name in enumerate(parts):
-      with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o755, dir_fd=self.enter(parts[:number]))
-    return self.enter(parts)
+  def at(self, path: str) -> Tuple[int, str]:
+    """A descriptor of the folder that something is in, as enter() gives it, and its name there."""
+    return self.enter(os.path.dirname(path)), os.path.basename(path)
 
-  def open_file(self, parts: Sequence[str]) -> IO[bytes]:
+  def do(self, function: Callable[..., T], path: str, *words: object, **more: object) -> T:
+    """Call a function of os for something below, by its name and the folder that it is in."""
+    fd, name = self.at(path)
+    return function(name, *words, dir_fd=fd, **more)
+
+  def stat(self, path: str) -> os.stat_result:
+    """What lstat says of something below."""
+    return self.do(os.stat, path, follow_symlinks=False)
+
+  def rename(self, old: str, new: str) -> None:
+    """Rename something within its folder."""
+    fd, name = self.at(new)
+    os.rename(os.path.basename(old), name, src_dir_fd=fd, dst_dir_fd=fd)
+
+  def make(self, path: str) -> int:
+    """As enter(), but folders that are missing are made."""
+    with contextlib.suppress(FileNotFoundError):
+      return self.enter(path)
+    for each in [*reversed([*folders_above(path)]), path]:
+      with contextlib.suppress(FileExistsError):
+        self.do(os.mkdir, each, 0o755)
+    return self.enter(path)
+
+  def open_file(self, path: str) -> IO[bytes]:
     """A plain file below, for reading; OSError or ValueError when there is none."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would let us wait for ever
-    fd = os.open(parts[-1], flags, dir_fd=self.enter(parts[:-1]))
+    fd = self.do(os.open, path, flags)
     if S_ISREG(os.fstat(fd).st_mode):
       return os.fdopen(fd, "rb", 0)
     os.close(fd)
     raise ValueError("is no file")
 
+  def new_file(self, path: str) -> IO[bytes]:
+    """A file that is new below, for writing; only its owner may open it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return os.fdopen(self.do(os.open, path, flags, 0o600), "w+b")
 
-AnyFolder = TypeVar("AnyFolder", bound=Folder)
+  def link(self, path: str, target: str) -> None:
+    """Make a symbolic link below; ValueError when it leads out."""
+    check_link(path, target)
+    fd, name = self.at(path)
+    os.symlink(target, name, dir_fd=fd)
+
+  def write_member(
+    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]
+  ) -> None:
+    """Write a file of an archive, or a copy of the one that a hard link leads to.
+
+    Its holes, and what is zero throughout, take no space on the disk. The pieces of a sparse member
+    lie one behind the other in the stream, which is at the first.
+    """
+    if member.islnk():
+      with self.open_file(safe_path(member.linkname)) as source:
+        return shutil.copyfileobj(source, file, CHUNK_BYTES)
+    zeros = bytes(CHUNK_BYTES)
+    for offset, size in pieces_of(member):
+      while size > 0:
+        chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
+        if not chunk:
+          raise ValueError("is cut short")
+        if chunk != zeros[: len(chunk)]:
+          file.seek(offset)
+          file.write(chunk)
+        offset, size = offset + len(chunk), size - len(chunk)
+    file.truncate(member.size)
 
 
-class Unpacker(Folder):
-  """A new folder into which an archive is unpacked, or refused whole with a ValueError.
+def folders_above(path: str) -> Iterator[str]:
+  """The paths of the folders that something is in, the innermost first."""
+  above = os.path.dirname(path)
+  while above:
+    yield above
+    above = os.path.dirname(above)
 
-  Then the caller throws the folder away. Section Sync has one that leaves out what it refuses.
+
+def unpack(stream: IO[bytes], path: str, limits: Limits, expected: Sequence[str] = ()) -> None:
+  """Unpack a tar stream into a new folder, or refuse it whole with a ValueError.
+
+  Then the caller throws the folder away. Expected names, if given, are all that it may hold.
+  Section Sync has a Receiver, which leaves out what it refuses.
   """
-
-  def __init__(self, path: str, limits: Limits, expected: Sequence[str] = ()) -> None:
-    os.mkdir(path, 0o755)
-    super().__init__(path)
-    self.limits, self.expected, self.size = limits, expected, 0
-
-  def unpack(self, stream: IO[bytes]) -> None:
-    """Unpack all of a tar stream; expected names, if given, are all that it may hold."""
-    for number, (archive, member) in enumerate(tar_members(stream, self.limits.headers)):
-      self.size += member.size
-      if number >= self.limits.members or self.size > self.limits.size:
-        raise ValueError("it holds more than an honest one")
+  os.mkdir(path, 0o755)
+  with contextlib.closing(Folder(path)) as folder:
+    size = 0
+    for number, (archive, member) in enumerate(tar_members(stream, limits.headers)):
       try:
-        self.put(archive, member)
+        size += size_of(folder, member)
+        if number >= limits.members or size > limits.size:
+          raise ValueError("is one too many for an honest archive")
+        unpack_member(folder, archive, member, expected)
       except ValueError as error:
         raise ValueError(f"its member '{member.name[:100]}' {error}")
       except OSError as error:
@@ -3920,52 +3965,37 @@ class Unpacker(Folder):
           raise
         raise ValueError(f"its member '{member.name[:100]}' finds no place: {describe(error)}")
 
-  def put(self, archive: "tarfile.TarFile", member: "tarfile.TarInfo") -> None:
-    """Give one member its place; ValueError when it is not a plain file, folder or link."""
-    parts = safe_name(member.name)
-    if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
-      raise ValueError("has a set-uid or set-gid bit")
-    if self.expected and parts and not (member.isreg() and "/".join(parts) in self.expected):
-      raise ValueError("is not expected")
-    if member.isdir():
-      self.make(parts)
-    elif not parts:
-      raise ValueError("has no name")
-    elif member.issym():
-      check_link(parts, member.linkname)
-      os.symlink(member.linkname, parts[-1], dir_fd=self.make(parts[:-1]))
-    elif member.islnk() or member.isreg():
-      self.put_file(archive, member, parts)
-    else:
-      raise ValueError("is a device or another special file")
 
-  def put_file(
-    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", parts: Sequence[str]
-  ) -> None:
-    """Write a file, or a copy of the file that a hard link leads to."""
-    source = None
-    if member.islnk():
-      source = self.open_linked(member.linkname)
-      self.size += os.fstat(source.fileno()).st_size
-      if self.size > self.limits.size:
-        raise ValueError("is one copy too many")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    fd = os.open(parts[-1], flags, 0o600, dir_fd=self.make(parts[:-1]))
-    with os.fdopen(fd, "wb") as file:
-      if source:
-        with source:
-          shutil.copyfileobj(source, file, CHUNK_BYTES)
-      else:
-        write_member(archive, member, file)
-      os.fchmod(fd, 0o755 if member.mode & 0o100 else 0o644)
+def size_of(folder: Folder, member: "tarfile.TarInfo") -> int:
+  """The bytes of a member, holes included, or of the file that a hard link leads to."""
+  if not member.islnk():
+    return member.size
+  try:
+    return folder.stat(safe_path(member.linkname)).st_size
+  except OSError:
+    raise ValueError(f"is a link to {member.linkname[:100]}, which has not come")
 
-  def open_linked(self, name: str) -> IO[bytes]:
-    """The file that a hard link leads to, which has come before it; ValueError without."""
-    parts = safe_name(name)
-    try:
-      return self.open_file(parts)
-    except (OSError, IndexError):
-      raise ValueError(f"is a link to {name[:100]}, which is no file that has come")
+
+def unpack_member(
+  folder: Folder, archive: "tarfile.TarFile", member: "tarfile.TarInfo", expected: Sequence[str]
+) -> None:
+  """Give a member its place; ValueError when it is not a plain file, folder or link."""
+  path = safe_path(member.name)
+  if member.mode & 0o4000 or (member.mode & 0o2000 and not member.isdir()):
+    raise ValueError("has a set-uid or set-gid bit")
+  if expected and path and not (member.isreg() and path in expected):
+    raise ValueError("is not expected")
+  if not path and not member.isdir():
+    raise ValueError("has no name")
+  folder.make(path if member.isdir() else os.path.dirname(path))
+  if member.issym():
+    folder.link(path, member.linkname)
+  elif member.islnk() or member.isreg():
+    with folder.new_file(path) as file:
+      folder.write_member(archive, member, file)
+      os.fchmod(file.fileno(), 0o755 if member.mode & 0o100 else 0o644)
+  elif not member.isdir():
+    raise ValueError("is a device or another special file")
 
 
 def open_packed(path: str) -> IO[bytes]:
@@ -3986,8 +4016,8 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
   """
   remove_tree(folder)
   try:
-    with open_packed(path) as stream, Unpacker(folder, QEMU_LIMITS) as unpacker:
-      unpacker.unpack(stream)
+    with open_packed(path) as stream:
+      unpack(stream, folder, QEMU_LIMITS)
     return find_unpacked(folder, names)
   except (tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, EOFError) as error:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
@@ -4094,8 +4124,7 @@ def unpack_by_program(path: str, folder: str, name: str) -> None:
 
 def unpack_disk(stream: IO[bytes], folder: str) -> None:
   """Unpack the tar stream of a bundle, and look at all that follows: the checksum comes last."""
-  with Unpacker(folder, BUNDLE_LIMITS, ("disk.img", "kernel")) as unpacker:
-    unpacker.unpack(stream)
+  unpack(stream, folder, BUNDLE_LIMITS, ("disk.img", "kernel"))
   for _ in range(MAX_REST_BYTES // CHUNK_BYTES):
     if not stream.read(CHUNK_BYTES):
       break
@@ -5014,12 +5043,12 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """
   with signals.hold():
     drop_socket(socket_of(paths.disk))
-    for suffix in paths.SUFFIXES:
-      if suffix != ".console.log" or not keep_log:
-        remove_file(paths.stem + suffix)
     for name in names_in(paths.cache.instances):
       if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", name):
         remove_file(os.path.join(paths.cache.instances, name))
+    for suffix in paths.SUFFIXES:
+      if suffix != ".console.log" or not keep_log:
+        remove_file(paths.stem + suffix)
 
 
 def sweep(cache: Cache) -> None:
@@ -6316,25 +6345,23 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 # inode and both times of each path. Two such lines are only ever compared for being equal. Where
 # the tools tell no fractions of a second, equal means nothing, and everything goes and comes.
 #
-# In, one session: the guest lists; qvm answers with lines of shell, which remove what is in the way
-# or was deleted here, and with a tar stream of what is not as the record says; the guest lists
-# again. That list must account for every name, else the command does not run.
+# In: the guest lists; qvm answers with lines of shell, which remove what is in the way or was
+# deleted here, and with a tar stream of what is not as the record says; the guest lists again. That
+# list must account for every name, else the command does not run.
 #
-# Out, one session: the guest lists; qvm asks by name for what is not as it was last seen, and its
-# tar sends that. Folders are made from the list. What was asked for and has not come is said. Only
-# when all has come is anything deleted: what was seen there, is as it was here, and is gone there.
+# Out: the guest lists; qvm asks by name for what is not as it was last seen, and its tar sends
+# that. Folders are made from the list. What was asked for and has not come is said. Only when all
+# has come is anything deleted: what was seen there, is as it was here, and is gone there.
 #
 # The record, a file of the instance, has for each path its line in the guest's list when both sides
 # were the same, and how the file was here. It saves work and is never trusted: each line must still
-# be what the guest lists, each file here what lstat says. Losing it costs time, no data. Paths
-# without a file here were in the guest before, and need not come.
+# be what the guest lists, each file here what lstat says. Losing it costs time, no data.
 #
 # The guest is not trusted either: what comes is written as section Unpack says. And a file here is
 # known by its inode: names that differ only in case or normalisation may be one file to this disk.
 
-READY = "qvm-is-ready"  # the line after which a script reads or writes its stream
 MAX_LIST_BYTES = 128 << 20  # of a guest's list: some million names
-MAX_GUEST_PATH_BYTES = 1023  # of a path below ./ in the guest; all five have PATH_MAX 1024
+MAX_GUEST_PATH_BYTES = 1023  # of a path in the guest, from ./ on; all five have PATH_MAX 1024
 MAX_OCTAL_SIZE = (1 << 33) - 1  # what eleven octal digits hold
 RESERVE_BYTES = 16 << 20  # of the disk, which a guest's files do not get
 MAX_SAID = 50  # names of one kind that are said
@@ -6343,11 +6370,10 @@ LINE_BYTES = 30000  # of names in one command of the guest's: its limit is 256 K
 IGNORED_CHARS = dict.fromkeys(
   [*range(0x200C, 0x2010), *range(0x202A, 0x202F), *range(0x206A, 0x2070), 0xFEFF]
 )
-OWN_FILE_RE = r"\.qvm-[0-9a-f]{12}\Z"  # half files that a killed qvm has left
 
 
 class FileStamp(NamedTuple):
-  """How a file is; one whose stamp is another one has been changed. Folders: mode, inode."""
+  """How a file is here; one whose stamp is another one has been changed."""
 
   mode: int
   inode: int
@@ -6357,26 +6383,18 @@ class FileStamp(NamedTuple):
 
 
 def stamp_of(stat: os.stat_result) -> FileStamp:
-  """What lstat(2) says of a file, as far as it shows changes."""
-  if S_ISDIR(stat.st_mode):
-    return FileStamp(stat.st_mode, stat.st_ino, 0, 0, 0)
-  return FileStamp(stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-class Known(NamedTuple):
-  """How a path was when both sides were the same; here is None for what was only in the guest."""
-
-  there: str
-  here: Optional[FileStamp]
+  """What lstat says of a file, as far as it shows changes; a folder has only mode and inode."""
+  changes = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+  return FileStamp(stat.st_mode, stat.st_ino, *((0, 0, 0) if S_ISDIR(stat.st_mode) else changes))
 
 
 class Entry(NamedTuple):
   """A line of the guest's list."""
 
   kind: str  # d, f, l, or another letter for what is not synchronised
-  mode: int  # -1 where the guest does not tell
-  size: int
-  stamp: str  # what is equal only while nothing has changed; empty where nothing tells
+  mode: int = -1  # where the guest does not tell
+  size: int = -1
+  stamp: str = ""  # what is equal only while nothing has changed; empty where nothing tells
 
 
 class Listing(NamedTuple):
@@ -6386,6 +6404,26 @@ class Listing(NamedTuple):
   complete: bool
 
 
+class Known(NamedTuple):
+  """How a path was when both sides were the same; here is None for what was only in the guest."""
+
+  there: str
+  here: Optional[FileStamp]
+
+
+class SyncRecord(NamedTuple):
+  """What an instance has of a folder: its name in ~/work, and how each path was."""
+
+  folder: str
+  name: str
+  known: Dict[str, Known]
+
+
+def is_as_known(entry: Optional[Entry], known: Optional[Known]) -> bool:
+  """Whether the guest still has a path as it was when both sides were the same."""
+  return bool(entry and known and entry.stamp and entry.stamp == known.there)
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def fold(name: str) -> str:
   """What is the same for all names that some file system takes for one."""
@@ -6393,33 +6431,29 @@ def fold(name: str) -> str:
   return unicodedata.normalize("NFD", text)
 
 
+def is_git(path: str) -> bool:
+  """Whether a part of a path is .git in some spelling."""
+  return any(fold(part) == ".git" for part in path.split("/"))
+
+
 class Excludes:
-  """What stays where it is: .git, what qvm has left, and what the patterns name."""
+  """What stays where it is: .git, half files of a killed qvm, and what the patterns name."""
 
   def __init__(self, patterns: Sequence[str]) -> None:
     texts = [unicodedata.normalize("NFD", in_utf8(text)).rstrip("/") for text in patterns]
     names = [fnmatch.translate(text) for text in texts if "/" not in text]
     paths = [fnmatch.translate(text.lstrip("/")) for text in texts if "/" in text]
-    self.names = re.compile("|".join([r"\.git\Z", OWN_FILE_RE, *names]))
+    self.names = re.compile("|".join([r"\.git\Z", r"\.qvm-[0-9a-f]{12}\Z", *names]))
     self.paths = re.compile("|".join(paths)) if paths else None
 
-  def has_itself(self, path: str, name: str) -> bool:
-    """Whether a path, whose last part that is, is left out for its own sake."""
-    if self.names.match(unicodedata.normalize("NFD", in_utf8(name))):
-      return True
-    return bool(self.paths and self.paths.match(unicodedata.normalize("NFD", in_utf8(path))))
+  def has_itself(self, path: str) -> bool:
+    """Whether a path is left out, but for the folders above it."""
+    path = unicodedata.normalize("NFD", in_utf8(path))
+    return bool(self.names.match(os.path.basename(path)) or (self.paths and self.paths.match(path)))
 
   def has(self, path: str) -> bool:
     """Whether a path, or a folder above it, is left out."""
-    parts = unicodedata.normalize("NFD", in_utf8(path)).split("/")
-    return any(map(self.names.match, parts)) or bool(
-      self.paths and any(self.paths.match("/".join(parts[:n])) for n in range(1, len(parts) + 1))
-    )
-
-
-def is_git(path: str) -> bool:
-  """Whether a part of a path is .git in some spelling."""
-  return any(fold(part) == ".git" for part in path.split("/"))
+    return any(map(self.has_itself, (path, *folders_above(path))))
 
 
 def shown(path: str) -> str:
@@ -6462,35 +6496,33 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
 
   qvm's own cache is left out, known by its inode. QvmError for what may not be read.
   """
-  cache, found = cache_inode(), {}
-  waiting: List[Tuple[str, ...]] = [()]
+  cache, found, waiting = cache_inode(), {}, [""]
   while waiting:
-    parts = waiting.pop()
+    above, inner = waiting.pop(), []
     try:
-      fd = folder.enter(parts)
-      names, inner = sorted(os.listdir(fd)), []
+      fd = folder.enter(above)
+      names = sorted(os.listdir(fd))
     except (FileNotFoundError, NotADirectoryError):
       continue  # it has just vanished
     except OSError as error:
-      raise unreadable(folder, "/".join(parts), error)
+      raise unreadable(folder, above, error)
     for name in names:
-      path = "/".join((*parts, name))
+      path = os.path.join(above, name)
+      if excludes.has_itself(path) or is_git(name):
+        continue
       with contextlib.suppress(FileNotFoundError):
         stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if excludes.has_itself(path, name) or is_git(name) or (stat.st_dev, stat.st_ino) == cache:
-          continue
-        found[path] = stat
         if S_ISDIR(stat.st_mode):
-          inner.append((*parts, name))
-        elif S_ISREG(stat.st_mode) and not may_read(fd, name, stat):
+          if (stat.st_dev, stat.st_ino) == cache:
+            continue
+          inner.append(path)
+        elif S_ISREG(stat.st_mode) and not (
+          stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
+        ):
           raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
+        found[path] = stat
     waiting += reversed(inner)
   return found
-
-
-def may_read(fd: int, name: str, stat: os.stat_result) -> bool:
-  """Whether a file may be read; asked only where its mode does not let everybody."""
-  return stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
 
 
 def unreadable(folder: Folder, path: str, error: OSError) -> QvmError:
@@ -6508,6 +6540,11 @@ def cache_inode() -> Tuple[int, int]:
     stat = os.stat(cache_from(os.environ).root)
     return stat.st_dev, stat.st_ino
   return -1, -1
+
+
+def kind_of(stat: os.stat_result) -> str:
+  """The letter that a file's kind has in the guest's list."""
+  return "d" if S_ISDIR(stat.st_mode) else "l" if S_ISLNK(stat.st_mode) else "f"
 
 
 # The guest's list: each line begins with //, which no path has in it, and the last has find's exit
@@ -6533,8 +6570,8 @@ list() {
 # An empty line ends the lines that qvm sends; where there are no files to send, none comes. That a
 # tar sends nothing is no failure where it may read nothing of what it is asked for.
 SYNC = """
-FIRST
-cd FOLDER || exit
+%s
+cd %s || exit
 n='
 '
 send= code=0 quoted=
@@ -6544,121 +6581,78 @@ t() {
   c=$?
   for f do [ ! -r "$f" ] && [ ! -h "$f" ] || code=$c; done
 }
-all() { list . PRUNE; }
+all() { list . ! -name . \\( %s \\) -prune -o; }
 finish() { :; }
-echo READY
+echo qvm-is-ready
 all
 while IFS= read -r line && [ "$line" ]; do eval "$line"; done
-[ ! "$send" ] || tar -xpf - || exit
+[ ! "$send" ] || { tar -xpf - && cat >/dev/null; } || exit
 all
 finish
 """
-# Folders that cannot be listed are opened.
-OPEN = "mkdir -p FOLDER && cd FOLDER && find . -type d ! -perm -500 -exec chmod u+rwx {} \\;"
-ASK = 'eval "$(cat)"; exit $code'  # the rest is lines that call t with names
+# On the way in: folders that cannot be listed are opened.
+OPEN = "mkdir -p {0} && cd {0} && find . -type d ! -perm -500 -exec chmod u+rwx {{}} \\;"
+# On the way out: the rest is lines that call t with names.
+ASK = 'eval "$(cat)"; exit $code'
 
 
-def sync_script(first: str, name: str, patterns: Sequence[str]) -> str:
-  """The script for the folder of that name in ~/work; first is what it does before all.
+def sync_script(first: str, folder: str, patterns: Sequence[str]) -> str:
+  """The script for a folder, quoted for sh; first is what it does before all.
 
   Only patterns of which the guest's find says what fnmatch says are for it; all hold here.
   """
   names = [text.rstrip("/") for text in (".git", *patterns)]
   plain = [text for text in names if text and not re.search(r"[/\[\\?]", text)]
-  prune = " -o ".join("-name " + shlex.quote(text) for text in plain)
-  words = {
-    "FOLDER": guest_folder(name),
-    "READY": READY,
-    "PRUNE": f"! -name . \\( {prune} \\) -prune -o",
-  }
-  script = SYNC.replace("FIRST", first, 1)
-  return LIST + re.sub("FOLDER|READY|PRUNE", lambda match: words[match.group()], script)
+  return LIST + SYNC % (first, folder, " -o ".join("-name " + shlex.quote(text) for text in plain))
 
 
-def guest_folder(name: str) -> str:
-  """Where a folder lies in the guest, quoted for sh."""
-  return '"$HOME"/work/' + shlex.quote(name)
-
-
-def guest_words(paths: Iterable[str]) -> Iterator[str]:
-  """Paths as arguments for the guest's sh, on one line, as many at a time as one command takes."""
-  words, size = [], 0
+def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
+  """Lines of shell for the guest: a command for paths, as many at a time as one command takes."""
+  lines: List[str] = []
+  left = 0
   for path in paths:
-    word = shlex.quote("./" + path).replace("\n", "'\"$n\"'")
-    words.append(word)
-    size += len(word)
-    if size > LINE_BYTES:
-      yield " ".join(words)
-      words, size = [], 0
-  if words:
-    yield " ".join(words)
+    word = " " + shlex.quote("./" + path).replace("\n", "'\"$n\"'")
+    if left <= 0:
+      lines.append(command)
+      left = LINE_BYTES
+    lines[-1] += word
+    left -= len(word)
+  return lines
 
 
-def is_ready(stream: IO[bytes]) -> bool:
-  """Read up to where a script begins: what the user's shell prints at its start comes before."""
-  for _ in range(1000):
-    line = stream.readline(1000)
-    if not line or line == READY.encode() + b"\n":
-      return bool(line)
-  return False
+# A line of the list; the kind is as find or ls has it. No path has // in it, but some a newline.
+LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
 
 
 def read_list(stream: IO[bytes]) -> Optional[Listing]:
   """The guest's next list; None when it ends before its end."""
-  entries: Dict[str, Entry] = {}
-  size, text = 0, b""
-  for line in iter(lambda: stream.readline(1 << 16), b""):
-    size += len(line)
+  lines, size, entries = [b""], 0, {}
+  while not lines[-1].startswith(b"//end "):
+    lines.append(stream.readline(1 << 16))
+    size += len(lines[-1])
+    if not lines[-1]:
+      return None
     if size > MAX_LIST_BYTES:
       raise RefusedError("the guest's list of names is longer than any")
-    if line.startswith(b"//"):
-      add_entry(entries, text)
-      text = line
-      if line.startswith(b"//end "):
-        told = [entry.stamp for entry in entries.values() if entry.kind != "d" and entry.stamp]
-        if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):
-          entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
-        whole = line.strip() == b"//end 0"
-        return Listing(entries, whole) if entries.pop("", None) else None
-    elif len(text) <= 2 * MAX_PATH_BYTES:  # a name with a newline
-      text += line
-  return None
+  for match in re.finditer(LINE_RE, os.fsdecode(b"".join(lines))):
+    letter, octal, length, times, path = match.groups()
+    kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
+    stamp = f"d{mode:o}" if kind == "d" else times
+    entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
+  told = [entry.stamp for entry in entries.values() if entry.kind != "d" and entry.stamp]
+  if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):  # whole seconds
+    entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
+  is_there = entries.pop("", None)
+  return Listing(entries, lines[-1].strip() == b"//end 0") if is_there else None
 
 
-ENTRY_RE = rb"//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*))?\n\Z"
-
-
-def add_entry(entries: Dict[str, Entry], text: bytes) -> None:
-  """Add a line of the list, "//KIND MODE SIZE STAMP ./PATH"; the kind may be as ls(1) has it."""
-  match = re.match(ENTRY_RE, text, re.DOTALL)
-  if match:
-    letter, octal, size, times, path = match.groups()
-    kind = "f" if letter == b"-" else letter.decode("latin-1")
-    entry = Entry(kind, -1, -1, "")
-    if octal:
-      mode = int(octal, 8) & 0o777
-      entry = Entry(kind, mode, int(size), f"d{mode:o}" if kind == "d" else times.decode("latin-1"))
-    entries[os.fsdecode(path or b"")] = entry
-
-
-class Tail:
-  """Reads a stream to its end in a thread of its own and keeps the last of it."""
-
-  def __init__(self, stream: IO[bytes]) -> None:
-    self.fd, self.kept = os.dup(stream.fileno()), b""  # the stream is closed once ssh has ended
-    self.reading = Future(self.read)
-
-  def read(self) -> None:
-    try:
-      for chunk in iter(lambda: os.read(self.fd, 65536), b""):
-        self.kept = (self.kept + chunk)[-TAIL_BYTES:]
-    finally:
-      os.close(self.fd)
-
-  def words(self) -> str:
-    """What was said last, on one line; once the program has ended."""
-    self.reading.result()
-    return " ".join(self.kept.decode("utf-8", "replace").split())
+def last_words(fd: int) -> str:
+  """Read a descriptor to its end and close it; returns the last of it, on one line."""
+  kept = b""
+  with os.fdopen(fd, "rb", 0) as stream:
+    for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""):
+      kept = (kept + chunk)[-TAIL_BYTES:]
+  return " ".join(kept.decode("utf-8", "replace").split())
 
 
 def tar_block(
@@ -6667,10 +6661,10 @@ def tar_block(
 ) -> bytes:  # fmt: skip
   """A header as POSIX's ustar has it; a size that does not fit is in base 256, as GNU's."""
   length = b"%011o\0" % size if size <= MAX_OCTAL_SIZE else b"\x80" + size.to_bytes(11, "big")
-  zero = b"0000000\0"
+  zero = b"0000000\0"  # the owner
   block = struct.pack(
-    "100s8s8s8s12s12s8ss100s8s32s32s8s8s155s12x", name, b"%07o\0" % mode, zero, zero, length,
-    b"%011o\0" % mtime, b" " * 8, kind, target, magic, b"", b"", zero, zero, b"",
+    "100s8s8s8s12s12s8ss100s8s247x", name, b"%07o\0" % mode, zero, zero, length,
+    b"%011o\0" % mtime, b" " * 8, kind, target, magic,
   )  # fmt: skip
   return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
@@ -6713,14 +6707,6 @@ def pax_record(key: bytes, value: bytes) -> bytes:
   return b"%d %s=%s\n" % (size, key, value)
 
 
-class SyncRecord(NamedTuple):
-  """What an instance has of a folder: its name in ~/work, and how each path was."""
-
-  folder: str
-  name: str
-  known: Dict[str, Known]
-
-
 SYNC_FORMAT = 1
 
 
@@ -6738,27 +6724,16 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
     return None
 
 
-def write_sync_record(cache: Cache, path: str, record: SyncRecord) -> None:
-  """Keep a record; where that cannot be, the next sync takes longer."""
-  rows = {name: [there, *(here or ())] for name, (there, here) in record.known.items()}
-  with contextlib.suppress(OSError), unfinished(cache) as scratch:
-    aside = os.path.join(scratch, "record")
-    with open(aside, "w", encoding="ascii") as file:
-      file.write(json.dumps([SYNC_FORMAT, *record[:2], rows], separators=(",", ":")))
-    move(aside, path, False)
-
-
 def new_sync_record(paths: InstancePaths, folder: str, name: str) -> SyncRecord:
   """The record of a folder that this instance has never had, under a name of its own there."""
   for other in names_in(paths.cache.instances):
-    if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other):
-      record = read_sync_record(os.path.join(paths.cache.instances, other))
-      if (
-        record and record.name == name and record.folder != folder and os.path.isdir(record.folder)
-      ):
-        own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
-        say(f"~/work/{name} in {paths.name} is {record.folder}: {folder} goes to ~/work/{own}")
-        return SyncRecord(folder, own, {})
+    is_record = re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other)
+    record = read_sync_record(os.path.join(paths.cache.instances, other)) if is_record else None
+    others = record.folder if record and record.name == name else folder
+    if others != folder and os.path.isdir(others):
+      own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
+      say(f"~/work/{name} in {paths.name} is {others}: {folder} goes to ~/work/{own}")
+      return SyncRecord(folder, own, {})
   return SyncRecord(folder, name, {})
 
 
@@ -6766,36 +6741,34 @@ class Sync:
   """A folder and its copy in a guest, from before a command until what it has changed is here."""
 
   def __init__(self, login: Login, options: Options) -> None:
-    self.login, self.options = login, options
+    self.login, self.options, self.tar = login, options, login.guest.tar
     self.folder = opened_folder(options.sync)
     self.excludes = Excludes(options.sync_exclude)
     path, name = os.path.realpath(options.sync), os.path.basename(options.sync)
     self.path = login.paths.stem + ".sync-" + hashed(os.path.join(path, name))
-    known = read_sync_record(self.path)
-    self.is_new = known is None
-    self.record = known or new_sync_record(login.paths, path, name)
+    record = read_sync_record(self.path)
+    self.record = record or new_sync_record(login.paths, path, name)
+    self.copy = '"$HOME"/work/' + shlex.quote(self.record.name)  # for the guest's sh
     self.known = self.record.known
+    self.saved = record and dict(self.known)  # what the record has
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
-    self.short: Set[str] = set()  # what became shorter while it was read
-    self.asked: List[str] = []  # of the guest's tar
+    self.before: Dict[str, Entry] = {}  # how the guest had what it gets anew
+    self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     target = opened_folder(options.sync_out) if options.sync_out else self.folder
-    self.receiver = Receiver(target, self.excludes, self.known, self.is_new)
+    self.receiver = Receiver(target, self.excludes, self.known, record is None)
     self.outcome: Optional[Tuple[int, str]] = None  # of the session that has brought what changed
 
-  def run(self, command: Callable[[float], int], patience: float) -> int:
-    """Copy the folder to the guest, run the command, and bring what has changed.
-
-    command gets the patience that is left for a login. Returns its exit code.
-    """
+  def run(self, patience: float) -> int:
+    """Copy the folder to the guest, run the command, and bring what has changed; its exit code."""
     way = self.options.sync_direction
     if way != "out":
-      self.send(patience, command if way == "both" else None)
+      self.send(patience)
       patience = 0.0
     if self.code is None:
-      self.code = command(patience)
+      self.code = self.command(patience)
     if way != "in":
       try:
         self.fetch()
@@ -6803,61 +6776,78 @@ class Sync:
         raise QvmError(str(error), f"the command itself ended with exit code {self.code}")
     return self.code
 
-  def session(self, first: str, use: Callable[[Any], None], patience: float) -> Tuple[int, str]:
-    """Run the script in the guest; returns its exit code and its last words."""
-    tails: List[Tail] = []
+  def command(self, patience: float) -> int:
+    """Run the command in the folder's copy."""
+    return run_line(self.login, self.options, patience, "", self.copy)
 
-    def talk(process: Any) -> None:
-      tails.append(Tail(process.stderr))
+  def session(
+    self, first: str, use: Callable[[IO[bytes], IO[bytes]], None], patience: float
+  ) -> Tuple[int, str]:
+    """Run the script in the guest; returns its exit code and its last words.
+
+    use() gets its stdin and stdout.
+    """
+    said: List[Future[str]] = []
+
+    def talk(process: "Process") -> None:
+      assert process.stdin and process.stdout and process.stderr
+      fd = os.dup(process.stderr.fileno())  # the stream is closed once ssh has ended
+      said.append(Future(lambda: last_words(fd)))
+      lines = (process.stdout.readline(1000) for _ in range(1000))  # the user's shell may greet
       with contextlib.suppress(BrokenPipeError):  # the guest says why
-        if is_ready(process.stdout):
-          use(process)
+        if b"qvm-is-ready\n" in lines:
+          use(process.stdin, process.stdout)
         process.stdin.close()
       while process.stdout.read(CHUNK_BYTES):
         pass
 
-    script = sync_script(first, self.record.name, self.options.sync_exclude)
-    pipe, self.list = subprocess.PIPE, None
+    pipe = subprocess.PIPE
+    script = sync_script(first.format(self.copy), self.copy, self.options.sync_exclude)
+    self.list = None
     code = in_guest(self.login, shell_line(script), talk, patience, Spawn(pipe, pipe, pipe))
-    return code, tails[-1].words()
+    return code, said[-1].result()
 
   def save(self) -> None:
-    paths = self.login.paths
-    if os.path.lexists(paths.disk):  # else the instance is gone
-      write_sync_record(paths.cache, self.path, self.record._replace(known=self.known))
+    """Keep the record, unless the instance is gone; where it cannot be, the next sync is longer."""
+    paths, (folder, name, known) = self.login.paths, self.record
+    if known != self.saved and os.path.lexists(paths.disk):
+      rows = {path: [there, *(here or ())] for path, (there, here) in known.items()}
+      with contextlib.suppress(OSError), unfinished(paths.cache) as scratch:
+        aside = os.path.join(scratch, "record")
+        with open(aside, "w", encoding="ascii") as file:
+          file.write(json.dumps([SYNC_FORMAT, folder, name, rows], separators=(",", ":")))
+        move(aside, self.path, False)
+        self.saved = dict(known)
 
   # In
 
-  def send(self, patience: float, command: Optional[Callable[[float], int]]) -> None:
+  def send(self, patience: float) -> None:
     """Make the guest's copy what the folder is; QvmError unless all has arrived.
 
     If it is that already, the command runs while the session waits, which then brings the changes.
     """
     walk = Future(lambda: walk_folder(self.folder, self.excludes))  # while ssh logs in
-    work: List[str] = []
 
-    def feed(process: Any) -> None:
+    def feed(stdin: IO[bytes], stdout: IO[bytes]) -> None:
       self.found = walk.result()
       self.mine = self.sendable()
-      before = self.list = read_list(process.stdout)
-      if before:
-        lines, changed = self.plan_in(before.entries)
-        work[:] = [*lines, *changed]
-        if work:
-          send = ["send=1"] if changed else []
-          process.stdin.write(os.fsencode("\n".join([*lines, *send, "", ""])))
-          self.write_files(changed, process.stdin)
-          process.stdin.close()
-          self.list = read_list(process.stdout)
-        elif command:
-          if self.is_new:
-            self.remember()
-          self.code = command(0.0)
-          process.stdin.write(b"all\n")
-          process.stdin.flush()
-          self.receive(process)
-        else:
-          process.stdin.write(b"exit\n")
+      self.list = read_list(stdout)
+      if not self.list:
+        return
+      before = self.list.entries
+      lines, changed = self.plan_in(before)
+      if lines:
+        self.list, self.before = None, {path: before[path] for path in changed if path in before}
+        stdin.write(os.fsencode("\n".join([*lines, "", ""])))
+        self.write_files(changed, stdin)
+        stdin.close()
+        self.list = read_list(stdout)
+      elif self.options.sync_direction == "both":
+        self.remember()
+        self.code = self.command(0.0)
+        stdin.write(b"all\n")
+        stdin.flush()
+        self.receive(stdin, stdout)
 
     try:
       code, words = self.session(OPEN, feed, patience)
@@ -6866,80 +6856,82 @@ class Sync:
         raise
       return  # lost while the command ran: there will be another session
     if self.code is not None:
-      self.outcome = (code, words) if self.list else None
+      self.outcome = (code, words) if self.list and code != 255 else None  # ssh's, when it is lost
       return
     self.account(code, words)
-    if work or self.is_new:
-      self.remember()
-      self.save()
+    self.remember()
+    self.save()
 
   def sendable(self) -> Dict[str, os.stat_result]:
     """What the guest can take of what is here; the rest is said."""
-    large, special, long, mine = [], [], [], {}
+    mine: Dict[str, os.stat_result] = {}
+    stays: Dict[str, List[str]] = {}
     for path, stat in self.found.items():
-      above = path.rpartition("/")[0]
-      if above and above not in mine:
-        continue
-      if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode) or S_ISLNK(stat.st_mode)):
-        special.append(os.path.join(self.folder.path, path))
-      elif len(os.fsencode(path)) > MAX_GUEST_PATH_BYTES - len("./"):
-        long.append(os.path.join(self.folder.path, path))
-      elif stat.st_size > MAX_OCTAL_SIZE and S_ISREG(stat.st_mode) and not self.tar.large_files:
-        large.append(os.path.join(self.folder.path, path))
-      else:
-        mine[path] = stat
-    say_each(special, "is no file, folder or link: it stays here")
-    say_each(long, "has too long a path for the guest: it stays here")
-    say_each(large, "has 8 GiB or more, too much for the guest's tar: it stays here")
+      above = os.path.dirname(path)
+      if not above or above in mine:
+        problem = self.why_not(path, stat)
+        if problem:
+          stays.setdefault(problem, []).append(os.path.join(self.folder.path, path))
+        else:
+          mine[path] = stat
+    for problem, paths in stays.items():
+      say_each(paths, f"{problem}: it stays here")
     return mine
 
-  @property
-  def tar(self) -> GuestTar:
-    return self.login.guest.tar
+  def why_not(self, path: str, stat: os.stat_result) -> str:
+    """Why the guest cannot take what is here; empty if it can."""
+    if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode) or S_ISLNK(stat.st_mode)):
+      return "is no file, folder or link"
+    if len(os.fsencode("./" + path)) > MAX_GUEST_PATH_BYTES:
+      return "has too long a path for the guest"
+    if S_ISREG(stat.st_mode) and stat.st_size > MAX_OCTAL_SIZE and not self.tar.large_files:
+      return "has 8 GiB or more, too much for the guest's tar"
+    return ""
 
   def plan_in(self, before: Dict[str, Entry]) -> Tuple[List[str], List[str]]:
     """Lines of shell for the guest, and the paths that it is to be sent then."""
-    changed = [path for path, stat in self.mine.items() if not self.is_there(path, stat, before)]
-    in_way: Dict[str, None] = {}
-    for path in changed:
-      entry = before.get(path)
-      if entry and (entry.kind == "l" or entry.kind != kind_of(self.mine[path])):
-        if not any(above in in_way for above in folders_above(path)):
-          in_way[path] = None
+    changed, in_way, gone = [], [], []
+    for path, stat in self.mine.items():
+      known, entry = self.known.get(path), before.get(path)
+      if known and is_as_known(entry, known) and known.here == stamp_of(stat):
+        continue
+      changed.append(path)
+      if entry and (entry.kind == "l" or entry.kind != kind_of(stat)):
+        in_way.append(path)
         if entry.kind == "d":
           say(f"{shown(path)} was a folder in the guest: it is replaced, with all in it")
-    gone = self.gone_here(before)
-    touched = {above for path in (*changed, *gone) for above in folders_above(path)}
-    closed = sorted(path for path in touched if path in before and is_closed(before[path]))
-    modes = {path: before[path].mode for path in closed}
-    for path in {*closed, *changed}.intersection(self.mine):
-      if S_ISDIR(self.mine[path].st_mode):
-        modes[path] = self.mine[path].st_mode & 0o777
-    lines = [f"chmod u+rwx {words}" for words in guest_words(closed)]
-    if any(entry.mode < 0 for entry in before.values()):
-      lines.append("find . -type d ! -perm -700 -exec chmod u+rwx {} \\;")
-    lines += [f"rm -rf {words}" for words in guest_words(in_way)]
-    lines += [f"rm -f {words}" for words in guest_words(p for p in gone if before[p].kind != "d")]
-    folders = sorted((path for path in gone if before[path].kind == "d"), reverse=True)
-    lines += [f"rmdir {words} 2>/dev/null" for words in guest_words(folders)]
-    return (lines + closing_lines(modes) if lines or changed else []), changed
+    for path, known in self.known.items():  # deleted here, and there as it was
+      is_gone = known.here and path not in self.found and not self.excludes.has(path)
+      if is_gone and is_as_known(before.get(path), known):
+        gone.append(path)
+    if not changed and not gone:
+      return [], []
+    folders = {path: entry.mode for path, entry in before.items() if entry.kind == "d"}
+    opening, closing = self.folder_lines(folders)
+    lines = [
+      *opening,
+      *guest_lines("rm -rf", in_way),
+      *guest_lines("rm -f", (path for path in gone if path not in folders)),
+      *guest_lines("2>/dev/null rmdir", sorted(folders.keys() & gone, reverse=True)),
+      f"finish() {{ {'; '.join([*closing, ':'])}; }}",
+      *(["send=1"] if changed else []),
+    ]
+    return lines, changed
 
-  def is_there(self, path: str, stat: os.stat_result, before: Dict[str, Entry]) -> bool:
-    """Whether the guest still has what the record says it got, and the file here is still that."""
-    known, entry = self.known.get(path), before.get(path)
-    return bool(
-      known and entry and entry.stamp and entry.stamp == known.there
-      and known.here == stamp_of(stat)
-    )  # fmt: skip
+  def folder_lines(self, there: Dict[str, int]) -> Tuple[List[str], List[str]]:
+    """Lines that open the closed folders of the guest, and lines that give all their modes.
 
-  def gone_here(self, before: Dict[str, Entry]) -> List[str]:
-    """What has been deleted here since it was the same, and is as it was in the guest."""
-    return [
-      path
-      for path, known in self.known.items()
-      if known.here and path not in self.found and not self.excludes.has(path)
-      and path in before and before[path].stamp and before[path].stamp == known.there
-    ]  # fmt: skip
+    there: the modes before; -1 where the guest does not tell.
+    """
+    modes = {path: mode for path, mode in there.items() if path not in self.mine}
+    mine = ((p, stat.st_mode) for p, stat in self.mine.items() if S_ISDIR(stat.st_mode))
+    modes.update((path, mode & 0o777) for path, mode in mine)
+    opened = sorted(p for p in there if there[p] & modes.get(p, -1) & 0o700 != 0o700)
+    closed = sorted((p for p in modes if modes[p] & 0o700 != 0o700), reverse=True)
+    closing = []
+    for mode, paths in itertools.groupby(closed, modes.__getitem__):  # the innermost first
+      closing += guest_lines(f"2>/dev/null chmod {mode:o}", paths)
+    return guest_lines("chmod u+rwx", opened), closing
 
   def write_files(self, changed: Sequence[str], out: IO[bytes]) -> None:
     """Write files as a tar stream; what vanishes or shrinks meanwhile is said."""
@@ -6953,40 +6945,33 @@ class Sync:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
           raise unreadable(self.folder, path, error)
         vanished.append(path)
-        self.mine.pop(path, None)
+        del self.mine[path]
     if changed:
       out.write(bytes(1024))
       out.flush()
     say_each(vanished, "has vanished, or become something else, while the folder was read")
-    say_each(
-      sorted(self.short), "became shorter while the folder was read: the guest has not all of it"
-    )
+    say_each(self.short, "became shorter while the folder was read: the guest has not all of it")
 
   def write_file(self, path: str, out: IO[bytes]) -> None:
     """Write a file to a tar stream, as many bytes of it as its header announces."""
-    parts, stat = path.split("/"), self.mine[path]
+    stat = self.mine[path]
     if not S_ISREG(stat.st_mode):
-      fd = self.folder.enter(parts[:-1])
-      target = os.readlink(parts[-1], dir_fd=fd) if S_ISLNK(stat.st_mode) else ""
+      target = self.folder.do(os.readlink, path) if S_ISLNK(stat.st_mode) else ""
       out.write(tar_header(path, stat, target, self.tar))
       return
-    with self.folder.open_file(parts) as file:
-      before, stat = stat.st_size, os.fstat(file.fileno())
-      self.mine[path] = stat
-      if stat.st_size > MAX_OCTAL_SIZE and not self.tar.large_files:
+    with self.folder.open_file(path) as file:
+      now = self.mine[path] = os.fstat(file.fileno())
+      if self.why_not(path, now):
         raise ValueError("has grown too large")
-      out.write(tar_header(path, stat, "", self.tar))
-      left = stat.st_size
-      if left < before:
-        self.short.add(path)
+      out.write(tar_header(path, now, "", self.tar))
+      left, is_short = now.st_size, now.st_size < stat.st_size
       while left:
         chunk = file.read(min(left, CHUNK_BYTES))
-        if not chunk:
-          self.short.add(path)
-          chunk = bytes(min(left, CHUNK_BYTES))
-        out.write(chunk)
-        left -= len(chunk)
-      out.write(bytes(-stat.st_size % 512))
+        is_short = is_short or not chunk
+        left -= out.write(chunk or bytes(min(left, CHUNK_BYTES)))
+    out.write(bytes(-now.st_size % 512))
+    if is_short:
+      self.short.append(path)
 
   def account(self, code: int, words: str) -> None:
     """QvmError unless the guest lists all that it was to get."""
@@ -6996,14 +6981,14 @@ class Sync:
       entry, size = there.get(path), stat.st_size if S_ISREG(stat.st_mode) else -1
       if not entry or entry.kind != kind_of(stat) or (size >= 0 and entry.size not in (-1, size)):
         missing.append(path)
-    if code or missing or not self.list:
-      names = ", ".join(map(shown, missing[:10])) + (", ..." if missing[10:] else "")
-      problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
-      if missing and self.list and not code:
-        raise QvmError(
-          f"{problem}: {len(missing)} of {len(self.mine)} are not there: {names}", words
-        )
+      elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
+        missing.append(path)  # its tar has not written it
+    problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
+    if code or not self.list:
       raise QvmError(f"{problem} ({ending(code)}): {words}")
+    if missing:
+      names = ", ".join(map(shown, missing[:10])) + (", ..." if missing[10:] else "")
+      raise QvmError(f"{problem}: {len(missing)} of {len(self.mine)} are not there: {names}", words)
 
   def remember(self) -> None:
     """Note how both sides are, now that they are the same.
@@ -7012,15 +6997,17 @@ class Sync:
     """
     known = {}
     for path, entry in (self.list.entries if self.list else {}).items():
-      if path in self.mine:
-        stat = self.mine[path]
+      before, stat = self.known.get(path), self.mine.get(path)
+      if stat:
         there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
         known[path] = Known(there, None if path in self.short else stamp_of(stat))
-      elif self.is_new:
+      elif self.receiver.take_all:
         known[path] = Known(entry.stamp, None)
-      elif path in self.known and not self.known[path].here:
-        known[path] = self.known[path]
-    self.known, self.is_new = known, False
+      elif before and not before.here:
+        known[path] = before
+    self.known.clear()
+    self.known.update(known)
+    self.receiver.take_all = False
 
   # Out
 
@@ -7033,56 +7020,24 @@ class Sync:
       self.judge(*(self.outcome or self.session("", self.receive, 0.0)))
     finally:
       self.receiver.finish()
-      if self.receiver.changed or self.receiver.gone:
-        self.save()
+      self.save()
 
-  def receive(self, process: Any) -> None:
+  def receive(self, stdin: IO[bytes], stdout: IO[bytes]) -> None:
     """Ask for what has changed, once the guest lists what it has, and take it."""
-    self.receiver.known = self.known
-    self.receiver.take_all = self.is_new or bool(self.options.sync_out)
-    self.list = read_list(process.stdout)
+    self.receiver.take_all |= bool(self.options.sync_out)  # that folder was never the same
+    self.list = read_list(stdout)
     if self.list:
-      self.asked = self.ask(self.list)
-      lines = [ASK, *(f"t {words}" for words in guest_words(self.asked)), ""]
-      process.stdin.write(os.fsencode("\n".join(lines)))
-      process.stdin.close()
-      self.receiver.take(process.stdout)
-
-  def ask(self, there: Listing) -> List[str]:
-    """What the guest's tar is to send; the folders that are new are made."""
-    changed, large, git = {}, [], []
-    for path, entry in there.entries.items():
-      known = self.known.get(path)
-      if entry.kind not in "dfl" or (known and entry.stamp and known.there == entry.stamp):
-        continue
-      if self.excludes.has(path):
-        continue
-      if is_git(path):
-        git += [path] if fold(path.rpartition("/")[2]) == ".git" else []
-      elif entry.size > MAX_OCTAL_SIZE and entry.kind == "f" and not self.tar.large_files:
-        large.append(path)
-      else:
-        changed[path] = entry
-    say_each(git, "stays in the guest: some file systems take it for .git")
-    say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
-    self.receiver.held += large
-    self.receiver.expect(changed, there.entries)
-    unlisted = []
-    if not there.complete:  # what is not listed may be there, and is asked for
-      unlisted = [p for p, known in self.known.items() if known.here and p not in there.entries
-                  and not S_ISDIR(known.here.mode) and not self.excludes.has(p)]  # fmt: skip
-      self.receiver.unlisted = set(unlisted)
-    return [path for path, entry in changed.items() if entry.kind != "d"] + unlisted
+      asked = self.receiver.expect(self.list, self.tar.large_files)
+      stdin.write(os.fsencode("\n".join([ASK, *guest_lines("t", asked), ""])))
+      stdin.close()
+      self.receiver.take(stdout)
 
   def judge(self, code: int, words: str) -> None:
     """Say what has not come, delete what may be, and raise what is an error."""
     target = self.receiver.folder.path
     problem = f"what changed in {self.login.paths.name} cannot be brought to {target}"
     receiver = self.receiver
-    if receiver.error:
-      raise receiver.error
-    wanted = (path for path in self.asked if path not in receiver.unlisted)
-    missing = [path for path in wanted if path not in receiver.done]
+    missing = [path for path in receiver.changed if path not in receiver.done]
     if not self.list or receiver.cut or (missing and receiver.is_empty and code):
       say_each(missing[:10], "stays in the guest")
       raise QvmError(f"{problem} ({ending(code)}): {receiver.cut or ''} {words}".replace("  ", " "))
@@ -7093,46 +7048,11 @@ class Sync:
       say(f"{self.login.paths.name} says: {words[-1000:]}")
     if receiver.failed:
       raise QvmError(f"{problem}: {receiver.failed[0]}")
-    if self.options.sync_delete:
-      gone = [path for path, known in self.known.items() if known.here
-              and path not in self.list.entries and not self.excludes.has(path)]  # fmt: skip
-      if gone and (missing or receiver.held or code or not self.list.complete):
+    if self.options.sync_delete and receiver.gone():
+      if missing or receiver.held or code or not self.list.complete:
         say("nothing is deleted here, as not all has come")
       else:
-        receiver.delete(gone)
-        receiver.gone = gone
-
-
-def kind_of(stat: os.stat_result) -> str:
-  """The letter that a file's kind has in the guest's list."""
-  return "d" if S_ISDIR(stat.st_mode) else "l" if S_ISLNK(stat.st_mode) else "f"
-
-
-def is_closed(entry: Entry) -> bool:
-  """Whether its owner may not fill a folder."""
-  return entry.kind == "d" and entry.mode >= 0 and entry.mode & 0o700 != 0o700
-
-
-def folders_above(path: str) -> Iterator[str]:
-  """The paths of the folders that a path is in, the innermost first."""
-  above = path.rpartition("/")[0]
-  while above:
-    yield above
-    above = above.rpartition("/")[0]
-
-
-def closing_lines(modes: Dict[str, int]) -> List[str]:
-  """The line that gives folders in the guest their modes once they are filled, innermost first."""
-  by_depth: Dict[Tuple[int, int], List[str]] = {}
-  for path, mode in modes.items():
-    if mode & 0o700 != 0o700:
-      by_depth.setdefault((-path.count("/"), mode), []).append(path)
-  commands = [
-    f"chmod {mode:o} {words}"
-    for (_, mode), paths in sorted(by_depth.items())
-    for words in guest_words(paths)
-  ]
-  return ["finish() { " + "; ".join(commands) + "; }"] if commands else []
+        receiver.delete()
 
 
 class Kept(Exception):
@@ -7149,68 +7069,91 @@ class Receiver:
     self, folder: Folder, excludes: Excludes, known: Dict[str, Known], take_all: bool
   ) -> None:
     self.folder, self.excludes, self.known, self.take_all = folder, excludes, known, take_all
-    self.error: Optional[QvmError] = None  # why nothing more can be written
-    self.changed: Dict[str, Entry] = {}  # what is to come,
-    self.present: Dict[str, Entry] = {}  # of all that there is
-    self.unlisted: Set[str] = set()
-    self.gone: List[str] = []  # what was deleted here
-    self.done: Set[str] = set()
-    self.landed: Set[str] = set()
-    self.held: List[str] = []  # what stays in the guest
-    self.failed: List[str] = []  # what could not be written here
-    self.cut, self.is_empty = "", True
-    self.ready: Set[Tuple[str, ...]] = {()}  # folders that are there, in this spelling
+    self.present: Dict[str, Entry] = {}  # all that there is in the guest,
+    self.changed: Dict[str, Entry] = {}  # of that, what is to come,
+    self.asked: Dict[str, None] = {}  # and what its tar is to send; also what may be there
+    self.done: Set[str] = set()  # what has been dealt with,
+    self.landed: Set[str] = set()  # of that, what is the same on both sides now,
+    self.held: List[str] = []  # what stays in the guest,
+    self.failed: List[str] = []  # and what could not be written here
+    self.cut, self.is_empty = "", True  # what was wrong with the stream; whether there was none
+    self.ready = {""}  # folders that are there, in this spelling
     self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
-    self.waiting: Dict[str, str] = {}  # files beside a folder that is in their place
-    self.names: Tuple[Tuple[str, ...], Set[str]] = ((), set())
+    self.waiting: Dict[str, str] = {}  # for what was made aside, the folder that is in its place
+    self.names: Tuple[str, Set[str]] = ("", set())  # of the folder that was looked at last
     self.cache = cache_inode()
 
-  def expect(self, changed: Dict[str, Entry], present: Dict[str, Entry]) -> None:
-    """What is to come of all that the guest has; makes the folders."""
-    self.changed, self.present = changed, present
-    for path in sorted(path for path, entry in changed.items() if entry.kind == "d"):
+  def expect(self, there: Listing, large_files: bool) -> Iterable[str]:
+    """Make the folders that are new in the guest; returns the files that its tar is to send."""
+    self.present, self.changed, self.done = there.entries, {}, set()
+    large, git = [], []
+    for path, entry in self.present.items():
+      if entry.kind not in "dfl" or is_as_known(entry, self.known.get(path)):
+        continue
+      if self.excludes.has(path):
+        continue
+      if is_git(path):
+        git += [path] if is_git(os.path.basename(path)) else []
+      elif entry.kind == "f" and entry.size > MAX_OCTAL_SIZE and not large_files:
+        large.append(path)
+      else:
+        self.changed[path] = entry
+    say_each(git, "stays in the guest: some file systems take it for .git")
+    say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
+    self.held += large
+    folders = [path for path, entry in self.changed.items() if entry.kind == "d"]
+    for path in sorted(folders):
       self.attempt(path, self.put_folder)
+    self.asked = dict.fromkeys(path for path in self.changed if path not in self.done)
+    if not there.complete:  # what is not listed may be there
+      self.asked.update((path, None) for path, here in self.gone().items()
+                        if not S_ISDIR(here.mode))  # fmt: skip
+    return self.asked
+
+  def gone(self) -> Dict[str, FileStamp]:
+    """What was the same on both sides and is not in the guest any more, as it was here."""
+    return {
+      path: known.here
+      for path, known in self.known.items()
+      if known.here and path not in self.present and not self.excludes.has(path)
+    }
 
   def take(self, stream: IO[bytes]) -> None:
     """Unpack all that comes and was asked for, until the stream ends or is no honest tar's."""
-    self.is_empty = not stream.peek(1)  # type: ignore[attr-defined]
+    self.cut, self.is_empty = "", not stream.peek(1)  # type: ignore[attr-defined]
     try:
       for archive, member in () if self.is_empty else tar_members(stream, MAX_HEADER_BYTES, True):
-        try:
-          path = "/".join(safe_name(member.name))
-        except ValueError:
-          continue  # such a name was not asked for
-        if self.error:
-          break
-        if path and (path in self.changed or path in self.unlisted):
-          self.attempt(path, functools.partial(self.put, archive, member))
+        with contextlib.suppress(ValueError):  # such a name was not asked for
+          path = safe_path(member.name)
+          if path in self.asked:
+            self.attempt(path, functools.partial(self.put, archive, member))
     except (tarfile.TarError, ValueError) as error:
       self.cut = f"what the guest sends is refused: {error}"
 
-  def attempt(self, path: str, put: Callable[[Tuple[str, ...]], Optional[os.stat_result]]) -> None:
+  def attempt(self, path: str, put: Callable[[str], Optional[os.stat_result]]) -> None:
     """Put something into its place; what goes wrong with it alone is said."""
+    where, reason = shown(os.path.join(self.folder.path, path)), ""
     try:
-      parts = tuple(safe_name(path))
-      if "/".join(parts) != path or not parts:
+      if safe_path(path) != path or not path:
         raise ValueError("is not a plain path")
-      stat = put(parts)
-      if stat:
-        self.note(path, stat)
+      here = put(path)
+      if here:
+        self.note(path, here)
     except Kept:
       pass
-    except QvmError as error:
-      self.error = error
     except ValueError as error:
-      self.hold(path, f"it {error}")
+      reason = f"it {error}"
     except OSError as error:
-      where = os.path.join(self.folder.path, path)
       if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        self.error = QvmError(f"{where}: {describe(error)}")
-      elif error.errno in BAD_NAME_ERRORS:
-        self.hold(path, describe(error))
+        raise QvmError(f"{where}: {describe(error)}")
+      if error.errno in BAD_NAME_ERRORS:
+        reason = describe(error)
       else:
         self.failed.append(f"{where}: {describe(error)}")
         say(self.failed[-1])
+    if reason:
+      self.held.append(path)
+      say(f"{shown(path)} stays in the guest: {reason}")
     self.done.add(path)
 
   def note(self, path: str, here: os.stat_result) -> None:
@@ -7219,170 +7162,160 @@ class Receiver:
     if path in self.changed:
       self.known[path] = Known(self.changed[path].stamp, stamp_of(here))
 
-  def hold(self, path: str, reason: str) -> None:
-    self.held.append(path)
-    say(f"{shown(path)} stays in the guest: {reason}")
-
-  def put(self, archive: Any, member: Any, parts: Tuple[str, ...]) -> Optional[os.stat_result]:
-    """Give a file or link that has come its place; returns what is there then, if it is that."""
-    self.enter(parts[:-1])
-    if member.issym():
-      return self.put_link(parts, member.linkname)
-    if member.islnk():
-      source = "/".join(safe_name(member.linkname))
-      if source not in self.landed:
-        raise ValueError(f"is a link to {shown(source)}, which has not come")
-      with self.folder.open_file(source.split("/")) as file:
-        copy = functools.partial(shutil.copyfileobj, file, length=CHUNK_BYTES)
-        return self.put_file(parts, member, os.fstat(file.fileno()).st_size, copy)
-    if not member.isreg():
-      raise ValueError("is no file or link")
-    size = sum(size for _, size in pieces_of(member))
-    return self.put_file(parts, member, size, functools.partial(write_member, archive, member))
-
-  def enter(self, parts: Tuple[str, ...]) -> int:
-    """A descriptor of a folder for what comes; it and those above are made where they are not."""
-    number = len(parts)
-    while parts[:number] not in self.ready:
-      number -= 1
-    for end in range(number + 1, len(parts) + 1):
-      self.make_folder(parts[:end])
-      self.ready.add(parts[:end])
-    return self.folder.enter(parts)
-
-  def make_folder(self, parts: Tuple[str, ...]) -> None:
-    """See to it that there is a folder in that spelling; Kept where something of ours is."""
-    path = "/".join(parts)
-    there = self.there(parts)
-    if there and (there.st_dev, there.st_ino) == self.cache:
-      raise ValueError("is qvm's cache here")
-    if there and not S_ISDIR(there.st_mode):
-      self.check_unchanged(path, there)
-      os.unlink(parts[-1], dir_fd=self.folder.enter(parts[:-1]))
-      there = None
-    if not there:
-      os.mkdir(parts[-1], 0o755, dir_fd=self.folder.enter(parts[:-1]))
-      self.add_name(parts)
-    else:
-      self.open_up(parts)
-
-  def open_up(self, parts: Tuple[str, ...]) -> int:
-    """Open a closed folder until all is in it; returns a descriptor of it."""
-    fd = self.folder.enter(parts)
-    mode = os.fstat(fd).st_mode & 0o777
-    if parts and mode & 0o700 != 0o700:
-      os.fchmod(fd, mode | 0o700)
-      self.modes["/".join(parts)] = mode
-    return fd
-
-  def put_folder(self, parts: Tuple[str, ...]) -> os.stat_result:
-    """Make a folder that is new in the guest, or give one its new mode."""
-    fd, path = self.enter(parts), "/".join(parts)
-    mode = self.changed[path].mode
-    if mode >= 0 and mode & 0o500 != 0o500:
-      raise ValueError(f"is closed there (mode {mode:o}), and so is what it holds")
-    if mode >= 0 and mode & 0o700 != 0o700:
-      self.modes[path] = mode  # once all is in it
-    elif mode >= 0:
-      self.modes.pop(path, None)
-      os.fchmod(fd, mode)
-    return os.fstat(fd)
-
-  def there(self, parts: Tuple[str, ...]) -> Optional[os.stat_result]:
-    """What has that name here, in that spelling: if need be, it is renamed to it."""
-    fd = self.folder.enter(parts[:-1])
-    try:
-      there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-      return None
-    name = self.spelling(fd, parts, there)
-    if name != parts[-1]:
-      self.respell(fd, parts, name, there)
-    return there
-
-  def spelling(self, fd: int, parts: Tuple[str, ...], there: os.stat_result) -> str:
-    """How the name of a file is spelled on this disk, which may take several names for one."""
-    if self.names[0] != parts[:-1] or not self.names[1]:
-      self.names = parts[:-1], set(os.listdir(fd))
-    if parts[-1] in self.names[1]:
-      return parts[-1]
-    for name in self.names[1]:
-      if fold(name) == fold(parts[-1]):
-        with contextlib.suppress(FileNotFoundError):
-          if os.path.samestat(os.stat(name, dir_fd=fd, follow_symlinks=False), there):
-            return name
-    return parts[-1]
-
-  def respell(self, fd: int, parts: Tuple[str, ...], name: str, there: os.stat_result) -> None:
-    """Rename what is here in another spelling, if the guest has it only in the new one."""
-    old, new = "/".join((*parts[:-1], name)), "/".join(parts)
-    if old in self.present or self.excludes.has(old) or is_git(name):
-      raise ValueError(f"is the same file as {shown(old)} to this disk")
-    if not S_ISDIR(there.st_mode):
-      self.check_unchanged(old, there)
-    os.rename(name, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
-    self.names[1].discard(name)
-    self.add_name(parts)
-    for path in [p for p in self.known if p == old or p.startswith(old + "/")]:
-      self.known[new + path[len(old) :]] = self.known.pop(path)
-    if new in self.known and not S_ISDIR(there.st_mode):
-      renamed = stamp_of(os.stat(parts[-1], dir_fd=fd, follow_symlinks=False))
-      self.known[new] = self.known[new]._replace(here=renamed)
-
-  def add_name(self, parts: Tuple[str, ...]) -> None:
-    if self.names[0] == parts[:-1] and self.names[1]:
-      self.names[1].add(parts[-1])
-
-  def check_unchanged(self, path: str, there: os.stat_result) -> None:
-    """Kept, which is said, unless what is here is as it was when both sides were the same."""
-    known = self.known.get(path)
-    if not self.take_all and not (known and known.here and known.here[:4] == stamp_of(there)[:4]):
-      self.keep(path, "has changed here and in the guest: it stays as it is")
-
   def keep(self, path: str, reason: str) -> None:
+    """Leave what is here as it is, and say why."""
     self.known.pop(path, None)
     say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
     raise Kept
 
-  def put_link(self, parts: Tuple[str, ...], target: str) -> Optional[os.stat_result]:
-    fd = self.folder.enter(parts[:-1])
-    with contextlib.suppress(OSError):
-      if os.readlink(parts[-1], dir_fd=fd) == target:
-        return self.there(parts)
-    check_link(parts, target)
-    aside = new_name()
-    os.symlink(target, aside, dir_fd=fd)
-    return self.replace(parts, aside)
+  def check_unchanged(self, path: str, there: os.stat_result) -> None:
+    """Kept, which is said, unless what is here is as it was when both sides were the same.
 
-  def put_file(
-    self, parts: Tuple[str, ...], member: Any, size: int, write: Callable[[IO[bytes]], Any]
+    The time of the status change is left out: links and renames elsewhere change it.
+    """
+    known = self.known.get(path)
+    if not self.take_all and not (known and known.here and known.here[:4] == stamp_of(there)[:4]):
+      self.keep(path, "has changed here and in the guest: it stays as it is")
+
+  # Folders
+
+  def make(self, path: str) -> int:
+    """A descriptor of a folder for what comes; it and those above are made where they are not.
+
+    Kept where something of ours is in the way.
+    """
+    steps = itertools.takewhile(lambda each: each not in self.ready, (path, *folders_above(path)))
+    for each in reversed(list(steps)):
+      there = self.there(each)
+      if there and (there.st_dev, there.st_ino) == self.cache:
+        raise ValueError("is qvm's cache here")
+      if there and S_ISDIR(there.st_mode):
+        self.open_up(each)
+      else:
+        if there:
+          self.check_unchanged(each, there)
+          self.folder.do(os.unlink, each)
+        self.folder.do(os.mkdir, each, 0o755)
+      self.ready.add(each)
+    return self.folder.enter(path)
+
+  def open_up(self, path: str) -> None:
+    """Open a closed folder until all is in it."""
+    fd = self.folder.enter(path)
+    mode = os.fstat(fd).st_mode & 0o777
+    if path and mode & 0o700 != 0o700:
+      os.fchmod(fd, mode | 0o700)
+      self.modes[path] = mode
+
+  def put_folder(self, path: str) -> os.stat_result:
+    """Make a folder that is new in the guest, or give one its new mode once all is in it."""
+    mode = self.changed[path].mode
+    if mode & 0o500 != 0o500:
+      raise ValueError(f"is closed there (mode {mode:o}), and so is what it holds")
+    fd = self.make(path)
+    if mode >= 0:
+      self.modes[path] = mode
+    return os.fstat(fd)
+
+  # Names
+
+  def there(self, path: str) -> Optional[os.stat_result]:
+    """What has that name here, in that spelling: if need be, it is renamed to it."""
+    try:
+      there = self.folder.stat(path)
+    except FileNotFoundError:
+      return None
+    spelled = self.spelled(path, there)
+    if spelled != path:
+      self.respell(spelled, path, there)
+    return there
+
+  def spelled(self, path: str, there: os.stat_result) -> str:
+    """How the name of a file is spelled on this disk, which may take several names for one."""
+    fd, name = self.folder.at(path)
+    above = os.path.dirname(path)
+    if self.names[0] != above or name not in self.names[1]:
+      self.names = above, set(os.listdir(fd))
+    for other in () if name in self.names[1] else self.names[1]:
+      if fold(other) == fold(name):
+        with contextlib.suppress(FileNotFoundError):
+          if os.path.samestat(os.stat(other, dir_fd=fd, follow_symlinks=False), there):
+            return os.path.join(above, other)
+    return path
+
+  def respell(self, old: str, new: str, there: os.stat_result) -> None:
+    """Rename what is here in another spelling, if the guest has it only in the new one."""
+    if old in self.present or self.excludes.has(old) or is_git(old):
+      raise ValueError(f"is the same file as {shown(old)} to this disk")
+    if not S_ISDIR(there.st_mode):
+      self.check_unchanged(old, there)
+    self.folder.rename(old, new)
+    for path in [p for p in self.known if p == old or p.startswith(old + "/")]:
+      self.known[new + path[len(old) :]] = self.known.pop(path)
+    if new in self.known and not S_ISDIR(there.st_mode):
+      self.known[new] = self.known[new]._replace(here=stamp_of(self.folder.stat(new)))
+
+  # Files and links
+
+  def put(
+    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str
   ) -> Optional[os.stat_result]:
-    """Write a file aside; it takes its place when whole, and only if it brings anything new."""
+    """Give a file or link that has come its place; returns what is there then, if it is that."""
+    self.make(os.path.dirname(path))
+    if member.issym():
+      return self.put_link(path, member.linkname)
+    if not member.isreg() and not member.islnk():
+      raise ValueError("is no file or link")
+    if member.islnk() and safe_path(member.linkname) not in self.landed:
+      raise ValueError(f"is a link to {shown(member.linkname)}, which has not come")
+    pieces = pieces_of(member) if member.isreg() else [(0, size_of(self.folder, member))]
+    size = sum(size for _, size in pieces)  # holes take no space
     left = free_space(self.folder.path) - RESERVE_BYTES
     if size > left:
-      raise disk_full(os.path.join(self.folder.path, *parts), size - max(left, 0))
-    aside, fd = new_name(), self.folder.enter(parts[:-1])
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    try:
-      with os.fdopen(os.open(aside, flags, 0o600, dir_fd=fd), "w+b") as file:
-        write(file)
+      raise disk_full(os.path.join(self.folder.path, path), size - max(left, 0))
+    return self.put_file(archive, member, path)
+
+  def put_file(
+    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str
+  ) -> Optional[os.stat_result]:
+    """Write a file aside; it takes its place when whole, and only if it brings anything new."""
+    mode = member.mode & 0o777
+    with self.aside(path) as aside:
+      with self.folder.new_file(aside) as file:
+        self.folder.write_member(archive, member, file)
         file.flush()
-        if self.is_same(parts, member.mode & 0o777, file):
-          return self.there(parts)
-        os.fchmod(file.fileno(), member.mode & 0o777)
+        if self.is_same(path, mode, file):
+          return self.there(path)
+        os.fchmod(file.fileno(), mode)
         try:
           os.utime(file.fileno(), (member.mtime, member.mtime))
         except (OverflowError, ValueError):
           raise ValueError("has an impossible time")
-      return self.replace(parts, aside)
-    finally:
-      if "/".join(parts) not in self.waiting:
-        with contextlib.suppress(FileNotFoundError):
-          os.unlink(aside, dir_fd=self.folder.enter(parts[:-1]))
+      return self.replace(path, aside)
 
-  def is_same(self, parts: Tuple[str, ...], mode: int, new: IO[bytes]) -> bool:
+  def put_link(self, path: str, target: str) -> Optional[os.stat_result]:
+    """Make a symbolic link, where there is none with that target."""
+    with contextlib.suppress(OSError):
+      if self.folder.do(os.readlink, path) == target:
+        return self.there(path)
+    with self.aside(path) as aside:
+      self.folder.link(aside, target)
+      return self.replace(path, aside)
+
+  @contextlib.contextmanager
+  def aside(self, path: str) -> Iterator[str]:
+    """A path beside another, for what is not whole; deleted afterwards, unless it has to wait."""
+    aside = os.path.join(os.path.dirname(path), ".qvm-" + os.urandom(6).hex())
+    try:
+      yield aside
+    finally:
+      if aside not in self.waiting:
+        with contextlib.suppress(FileNotFoundError):
+          self.folder.do(os.unlink, aside)
+
+  def is_same(self, path: str, mode: int, new: IO[bytes]) -> bool:
     """Whether a file is here already with that mode and content."""
-    with contextlib.suppress(OSError, ValueError), self.folder.open_file(parts) as file:
+    with contextlib.suppress(OSError, ValueError), self.folder.open_file(path) as file:
       there, size = os.fstat(file.fileno()), os.fstat(new.fileno()).st_size
       if (there.st_mode & 0o7777, there.st_size) == (mode, size):
         new.seek(0)
@@ -7390,79 +7323,71 @@ class Receiver:
         return all(chunk == new.read(len(chunk)) for chunk in chunks)
     return False
 
-  def replace(self, parts: Tuple[str, ...], aside: str) -> Optional[os.stat_result]:
+  def replace(self, path: str, aside: str) -> Optional[os.stat_result]:
     """Rename what was made aside to its name, if what has that now is as it was.
 
     A folder with files must wait until delete() has emptied it, and may.
     """
-    path = "/".join(parts)
-    try:
-      there = self.there(parts)
-      if there:
-        self.check_unchanged(path, there)
-      fd = self.folder.enter(parts[:-1])
-      if there and S_ISDIR(there.st_mode):
-        try:
-          os.rmdir(parts[-1], dir_fd=fd)
-        except OSError:
-          self.waiting[path] = aside
-          return None
-      os.rename(aside, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
-      self.add_name(parts)
-      return os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.unlink(aside, dir_fd=self.folder.enter(parts[:-1]))
-      raise
-
-  def delete(self, gone: Sequence[str]) -> None:
-    """Delete what was the same on both sides, is so here, and is not in the guest any more."""
-    for path in sorted(gone, reverse=True):
+    there = self.there(path)
+    if there:
+      self.check_unchanged(path, there)
+    if there and S_ISDIR(there.st_mode):
       try:
-        self.delete_one(path, tuple(path.split("/")))
+        self.folder.do(os.rmdir, path)
+      except OSError:
+        self.waiting[aside] = path
+        return None
+    self.folder.rename(aside, path)
+    return self.folder.stat(path)
+
+  # At the end
+
+  def delete(self) -> None:
+    """Delete what was the same on both sides, is so here, and is not in the guest any more."""
+    for path, here in sorted(self.gone().items(), reverse=True):
+      try:
+        self.delete_one(path, here)
         self.known.pop(path, None)
       except (Kept, FileNotFoundError, NotADirectoryError):
         pass
       except OSError as error:
         say(f"{shown(os.path.join(self.folder.path, path))} stays here: {describe(error)}")
 
-  def delete_one(self, path: str, parts: Tuple[str, ...]) -> None:
-    fd, known = self.open_up(parts[:-1]), self.known[path].here
-    there = os.stat(parts[-1], dir_fd=fd, follow_symlinks=False)
-    if self.spelling(fd, parts, there) != parts[-1]:
+  def delete_one(self, path: str, here: FileStamp) -> None:
+    """Delete a file or an empty folder that is as it was."""
+    self.open_up(os.path.dirname(path))
+    there = self.folder.stat(path)
+    if self.spelled(path, there) != path:
       return  # it is there by another name
-    if not (S_ISDIR(there.st_mode) and known and known.inode == there.st_ino):
+    is_folder = S_ISDIR(there.st_mode) and here.inode == there.st_ino
+    if not is_folder:
       self.check_unchanged(path, there)
-      return os.unlink(parts[-1], dir_fd=fd)
+      return self.folder.do(os.unlink, path)
     try:
-      os.rmdir(parts[-1], dir_fd=fd)
+      self.folder.do(os.rmdir, path)
     except OSError as error:
-      self.keep(path, f"is a folder here, but not in the guest: it stays ({describe(error)})")
+      self.keep(path, f"{FOLDER_STAYS} ({describe(error)})")
 
   def finish(self) -> None:
-    """Put what has waited into its place, set the modes of folders, note what both sides have."""
-    for path, aside in self.waiting.items():
-      parts = tuple(path.split("/"))
-      fd = self.folder.enter(parts[:-1])
+    """Put what has waited into its place, and set the modes of folders."""
+    for aside, path in self.waiting.items():
       try:
-        os.rmdir(parts[-1], dir_fd=fd)
-        os.rename(aside, parts[-1], src_dir_fd=fd, dst_dir_fd=fd)
-        self.note(path, os.stat(parts[-1], dir_fd=fd, follow_symlinks=False))
+        self.folder.do(os.rmdir, path)
+        self.folder.rename(aside, path)
+        self.note(path, self.folder.stat(path))
       except OSError as error:
-        os.unlink(aside, dir_fd=fd)
-        where = shown(os.path.join(self.folder.path, path))
-        say(f"{where} is a folder here, but not in the guest: it stays ({describe(error)})")
+        say(f"{shown(os.path.join(self.folder.path, path))} {FOLDER_STAYS} ({describe(error)})")
+        with contextlib.suppress(OSError):
+          self.folder.do(os.unlink, aside)
     for path in sorted(self.modes, reverse=True):
       with contextlib.suppress(OSError):
-        fd = self.folder.enter(path.split("/"))
+        fd = self.folder.enter(path)
         os.fchmod(fd, self.modes[path])
         if path in self.landed:
           self.note(path, os.fstat(fd))
 
 
-def new_name() -> str:
-  """A name that nothing has, for what is not whole."""
-  return ".qvm-" + os.urandom(6).hex()
+FOLDER_STAYS = "is a folder here, but not in the guest: it stays"
 
 
 def run_command(login: Login, options: Options, patience: float, first: str = "") -> int:
@@ -7475,9 +7400,7 @@ def run_command(login: Login, options: Options, patience: float, first: str = ""
     return run_line(login, options, patience, first)
   if first:  # the time must be right before files get their times
     in_guest(login, shell_line(first), wait_for, patience)
-  sync = Sync(login, options)
-  folder = guest_folder(sync.record.name)
-  return sync.run(lambda patience: run_line(login, options, patience, "", folder), patience)
+  return Sync(login, options).run(patience)
 
 
 def run_line(
@@ -7511,7 +7434,11 @@ def run_line(
 
   with RelayedStreams(terminal) as spawn:
     code = in_guest(login, line, wait, patience, spawn)
-  if code == 255 and (login.ended(1.0) or not has_finished(login, pid_file if line else "")):
+  # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
+  has_file = line and not terminal  # else ssh has said on the terminal what happened
+  if code == 255 and (
+    login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
+  ):
     raise lost(login, "no answer any more")
   return code
 
@@ -7546,32 +7473,19 @@ KILLED = 9
 
 
 def hand_on(login: Login, pid_file: str, number: int) -> int:
-  """Give a signal to a command in the guest; returns 0, KILLED, or 1 if there is no command.
+  """Give a signal to a command in the guest: 0, or KILLED; 1 if there is no command, 2 no answer.
 
   Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
   """
   script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
   if number == signal.SIGTERM:
     script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
+  elif number == signal.SIGHUP:
+    script += f"rm -f {pid_file}"  # its shell may be killed with it
   try:
     return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
   except (QvmError, subprocess.TimeoutExpired):
-    return 1
-
-
-def has_finished(login: Login, pid_file: str) -> bool:
-  """Whether a command whose ssh ended with 255 has ended itself with this code.
-
-  If it has not, the connection was lost, and the command gets the SIGHUP of a lost terminal.
-  """
-  if not pid_file:
-    return True  # ssh has said on the terminal what happened
-  script = f"read leader <{pid_file} && rm -f {pid_file} && kill -s HUP -- -$leader"
-  try:
-    line = shell_line(script + " 2>/dev/null")
-    return in_guest(login._replace(patience=REFUSED_SECONDS), line, wait_up_to(60)) != 0
-  except (QvmError, subprocess.TimeoutExpired):
-    return False
+    return 2
 
 
 # ---- Image server -------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import re
 import stat
 import subprocess
 import tarfile
@@ -202,6 +201,17 @@ def test_a_folder_that_stays_because_something_is_in_it(guests, tmp_path):
   assert (folder / "d/kept").read_text() == "mine\n"
 
 
+def test_what_is_made_between_two_syncs_of_nothing(guests, tmp_path):
+  """Once a folder has been synchronised, what is new in the guest comes, even if it was empty."""
+  (tmp_path / "p").mkdir()
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "true")
+  works(guests.qvm(*words))
+  works(guests.qvm("ssh", "vm", "--", "echo x >work/p/made"))
+  works(guests.qvm(*words))
+  assert (tmp_path / "p/made").read_text() == "x\n"
+
+
 def test_a_command_that_changes_at_once(guests, tmp_path):
   """The mark and the change may not fall into the same tick of the guest's clock."""
   (tmp_path / "p").mkdir()
@@ -351,7 +361,7 @@ class Anything(dict):
     return qvm_source.Entry("f", 0o644, 0, "1")
 
 
-def receive(folder, data, known=None, patterns=(), changed=None, present=None):
+def receive(folder, data, known=None, present=None):
   """What a Receiver makes of a stream that comes through a pipe; returns it."""
   reading, writing = os.pipe()
 
@@ -362,10 +372,14 @@ def receive(folder, data, known=None, patterns=(), changed=None, present=None):
   feeder = threading.Thread(target=feed)
   feeder.start()
   try:
-    with os.fdopen(reading, "rb") as file, qvm_source.Folder(str(folder)) as opened:
-      excludes = qvm_source.Excludes(patterns)
+    with os.fdopen(reading, "rb") as file, contextlib.closing(
+      qvm_source.Folder(str(folder))
+    ) as opened:
+      excludes = qvm_source.Excludes(())
       receiver = qvm_source.Receiver(opened, excludes, dict(known or {}), known is None)
-      receiver.expect(Anything() if changed is None else changed, present or changed or {})
+      receiver.expect(qvm_source.Listing(present or {}, True), True)
+      if present is None:
+        receiver.changed = receiver.asked = Anything()
       receiver.take(file)
       receiver.finish()
       return receiver
@@ -464,17 +478,30 @@ def test_set_user_id_bits_do_not_come(here):
 def test_a_closed_folder_that_is_filled(here):
   file = qvm_source.Entry("f", 0o644, 7, "1")
   changed = {"d/e/y": file, "d/e": folder_entry(0o500), "d": folder_entry(0o555), "d/x": file}
-  receive(here, stream(member("d/x"), member("d/e/y")), changed=changed)
+  receive(here, stream(member("d/x"), member("d/e/y")), present=changed)
   assert {p: e[1] for p, e in tree(here / "d").items()} == {"x": 0o644, "e": 0o500, "e/y": 0o644}
   assert tree(here)["d"][1] == 0o555
   os.chmod(here / "d", 0o755)
   os.chmod(here / "d/e", 0o755)
 
 
+def test_a_folder_that_is_closed_there_is_not_made(here):
+  receiver = receive(here, stream(member("d/x")), present={"d": folder_entry(0o300)})
+  assert receiver.held == ["d"] and "d" not in tree(here)
+
+
+def test_a_file_that_comes_twice_for_a_folder(here):
+  """Neither takes its place, and neither is left beside it."""
+  (here / "real/kept").write_text("mine\n")
+  before = tree(here)
+  receive(here, stream(member("real"), member("real")))
+  assert tree(here) == before
+
+
 def test_only_what_was_asked_for_comes(here):
   file = qvm_source.Entry("f", 0o644, 7, "1")
   receiver = receive(here, stream(member("a"), member("b"), member("./c")),
-                     changed={"b": file, "c": file})  # fmt: skip
+                     present={"b": file, "c": file})  # fmt: skip
   assert {"b", "c"} < set(tree(here)) and "a" not in tree(here)
   assert receiver.done == {"b", "c"}
 
@@ -551,8 +578,8 @@ def test_with_every_python(guests, project, pyz, python):
 def test_what_comes_has_to_fit(here, monkeypatch):
   """And something is left for all else that writes here."""
   monkeypatch.setattr(qvm_source, "free_space", lambda folder: qvm_source.RESERVE_BYTES)
-  receiver = receive(here, stream(member("x"), member("y")))
-  assert re.search("disk is full: .*/x needs 7 B more", str(receiver.error))
+  with pytest.raises(qvm_source.QvmError, match="disk is full: .*/x needs 7 B more"):
+    receive(here, stream(member("x"), member("y")))
   assert not {"x", "y"} & set(tree(here))
 
 
@@ -742,11 +769,11 @@ def folding(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       Folding(patch)
       data = [member(path, content.encode()) for path, content in after.items() if path in changed]
-      receiver = receive(folder, stream(*data), known, changed=changed, present=present)
-      with qvm_source.Folder(str(folder)) as opened:
+      receiver = receive(folder, stream(*data), known, present=present)
+      with contextlib.closing(qvm_source.Folder(str(folder))) as opened:
         receiver.folder = opened
         if delete:
-          receiver.delete([path for path in receiver.known if path not in present])
+          receiver.delete()
     return {p: e[2].decode() for p, e in tree(folder).items() if e[2] is not None}, receiver
 
   return go
@@ -789,7 +816,7 @@ def test_qvms_cache_is_out_of_reach_by_any_path(here, monkeypatch, capfd):
   before = tree(here)
   receiver = receive(here, stream(member("real/cache/bin/qemu-img")))
   assert tree(here) == before and receiver.held == ["real/cache/bin/qemu-img"]
-  with qvm_source.Folder(str(here)) as opened:
+  with contextlib.closing(qvm_source.Folder(str(here))) as opened:
     assert "real/cache" not in qvm_source.walk_folder(opened, qvm_source.Excludes(()))
 
 

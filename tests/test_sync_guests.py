@@ -280,6 +280,32 @@ def test_a_change_in_a_closed_folder(guest, project):
   arrives(guest.sync(project, "true", options=IN), guest, project)
 
 
+def test_a_closed_folder_goes(guest, project):
+  """Deleted here, or replaced by a file: in the guest it can neither be emptied nor closed then."""
+  put(project, c__f="x", c__d__g="x", e__d__f="x", z="z")
+  for path in ("c/d", "c", "e/d", "e"):
+    (project / path).chmod(0o555)
+  works(guest.sync(project, "true", options=IN))
+  open_all(project)
+  shutil.rmtree(project / "c")
+  shutil.rmtree(project / "e")
+  (project / "e").write_text("a file now")
+  arrives(guest.sync(project, "true", options=IN), guest, project)
+
+
+@on("freebsd", "netbsd")
+def test_a_guest_that_tells_only_names(guest, project):
+  """Its modes are those that it got from here."""
+  put(project, c__d__f="x", z="z")
+  with guest.tool("stat", "exit 1"):
+    for content in ("old", "new"):
+      open_all(project)
+      (project / "c/d/f").write_text(content)
+      for path in ("c/d", "c"):
+        (project / path).chmod(0o555)
+      arrives(guest.sync(project, "true", options=IN), guest, project)
+
+
 @pytest.mark.parametrize("case", ["empty", "folder", "excluded"])
 def test_next_to_nothing(guest, project, case):
   if case == "folder":
@@ -392,6 +418,19 @@ def test_a_tar_that_loses_a_file_without_a_word(guest, project):
   fails(result)
   assert is_said(result, "lost")
   assert contents(project) == {"a": b"a", "lost": b"x", "z": b"z"}
+
+
+@pytest.mark.parametrize("reads", ["cat >/dev/null", ":"])
+def test_a_tar_that_writes_nothing_without_a_word(guest, project, reads):
+  """The guest has a file of that name and size, but it is the old one."""
+  size = 3 << 20  # more than lies between qvm and tar
+  (project / "a").write_bytes(b"1" * size)
+  works(guest.sync(project, "true", options=IN))
+  (project / "a").write_bytes(b"2" * size)
+  with at_reading(guest, f"{reads}; exit 0"):
+    result = fails(guest.sync(project, *script("echo ran"), options=BOTH))
+  assert is_said(result, "a") and (project / "a").read_bytes() == b"2" * size
+  arrives(guest.sync(project, "true", options=IN), guest, project)
 
 
 def test_a_find_that_fails_on_the_way_in(guest, project):
@@ -621,6 +660,30 @@ def test_a_tar_that_fails_at_once(guest, project):
     result = guest.sync(project, *script("echo new >a; exit 3"), options=BOTH)
   works(result, 125)
   assert "boom" in result.stderr and (project / "a").read_text() == "old"
+
+
+# Its first call sends a part of what is asked for, and then the connection is lost.
+LOST = """
+[ -e {once} ] && [ "$1" = -cf ] || exec {{real}} "$@"
+rm {once}
+{{real}} "$@" 2>/dev/null | /usr/bin/head -c 6000
+read -r pid name state parent rest </proc/$PPID/stat
+kill -9 $parent
+"""
+
+
+@on("freebsd", "haiku")
+def test_a_connection_that_is_lost_while_changes_come(guest, project):
+  """There is another session then, and what went wrong in the first is no longer an error."""
+  put(project, a="old", gone="old")
+  works(guest.sync(project, "true"))
+  once = project.parent / "once"
+  once.write_text("")
+  text = "rm gone; for n in 1 2 3 4 5 6; do echo $n >f$n; done; echo new >a; exit 3"
+  with at_writing(guest, LOST.format(once=once)):
+    works(guest.sync(project, *script(text), options=BOTH), 3)
+  assert not once.exists()
+  assert contents(project) == {"a": b"new\n", **{f"f{n}": b"%d\n" % n for n in range(1, 7)}}
 
 
 def test_a_find_that_fails_on_the_way_out(guest, project):

@@ -35,8 +35,9 @@ def test_disks_that_fail():
 
 
 def test_kill_9_with_sync():
-  counts = play("sync", 1, range(3))
-  assert counts["points"] == 3 and counts["killed"] > 1
+  counts = play("sync", 1, range(8))
+  assert counts["points"] == 8 and counts["killed"] > 3
+  assert sum(number for what, number in counts.items() if what.startswith("halfway")) == 4
 
 
 def test_kill_9_while_streaming():

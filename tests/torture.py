@@ -4,7 +4,7 @@
   network [1000]   schedules of faults of the release server; no wrong byte is ever published
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
   disk    [120]    one call of the system fails as on a full, broken or read-only disk
-  sync    [60]     kill -9 of a run with --sync and a command, in a guest that is a real sshd
+  sync    [60]     kill -9 of a run with --sync and a command, or of its ssh or the guest's tar
   streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs,
                    or faults of the server
   power   [100]    the power fails in a first run, a kept one, a refresh and a stream
@@ -1092,6 +1092,22 @@ for f in f*; do tr a-m n-z <"$f" >t && cat t >"$f" && rm t; done
 rm -f gone; mkdir -p new/deep; cat f* >new/deep/sum; ln -sf ../f1 new/link"""
 LANDING = "rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,write,fchmod,utimensat,symlinkat"
 UPPER, LOWER = b"abcdefghijklm", b"nopqrstuvwxyz"
+# A guest's tar that ends, or lets others end, after so many bytes of what it reads or writes.
+HALFWAY = """#!/bin/sh
+[ "$1" = {way} ] && mkdir "{reached}.once" || exec /bin/tar "$@"
+part() {{ head -c {bytes}; : >"{reached}"; {then}; }}
+case $1 in -cf) /bin/tar "$@" | part ;; *) part | /bin/tar "$@" ;; esac
+"""
+
+
+def children_of(pid, name):
+  """The processes of that name that a process has started."""
+  for path in Path("/proc").glob("[0-9]*/stat"):
+    with contextlib.suppress(OSError):
+      number, _, rest = path.read_text().partition(" (")
+      found, _, rest = rest.rpartition(") ")
+      if found == name and int(rest.split()[1]) == pid:
+        yield int(number)
 
 
 class Syncing:
@@ -1145,9 +1161,9 @@ class Syncing:
       for path, name in named.items()
     }
 
-  def go(self, before=()):
+  def go(self, before=(), guest=None):
     """Start the run, in a guest of its own."""
-    guest = tempfile.mkdtemp(dir=self.folder, prefix="guest")
+    guest = guest or tempfile.mkdtemp(dir=self.folder, prefix="guest")
     return self.forks.start(
       self.qvm, *self.words, env={"SSH_GUEST": json.dumps({"folder": guest})}, before=before
     )
@@ -1162,9 +1178,11 @@ class Syncing:
       self.counts["machines that were ended with stop"] += 1
     self.forks.settled()
     check_words(self.forks.run(self.qvm, "list"), (0,))
-    left = [name for name in self.qvm.files() if re.match(r"instances/.*(qcow2|ephemeral)$", name)]
+    left = [name for name in self.qvm.files() if re.match(r"instances/.*(?<!\.lock)$", name)]
     demand(not left, f"left: {left}")
-    demand(not check_locks(self.qvm), "locks are left")
+    for name in check_locks(self.qvm):  # a qvm that was killed as it was about to delete it
+      (self.qvm.cache / name).unlink()
+      self.counts["free locks left"] += 1
     for guest in self.folder.glob("guest*"):
       shutil.rmtree(guest, ignore_errors=True)
 
@@ -1180,11 +1198,41 @@ class Syncing:
     found = Counter(re.findall(r"^([a-z0-9]+)\(", log.read_text(), re.MULTILINE))
     return {} if code else dict(found)
 
+  def halfway(self, victim, way, size):
+    """End qvm, its ssh or the guest's tar while a stream is on its way; returns qvm's exit code."""
+    guest = Path(tempfile.mkdtemp(dir=self.folder, prefix="guest"))
+    reached, program = guest / "reached", guest / "bin" / "tar"
+    program.parent.mkdir()
+    then = "kill -9 $$" if victim == "tar" else "exec sleep 600"  # until its guest ends
+    program.write_text(HALFWAY.format(way=way, reached=reached, bytes=size, then=then))
+    program.chmod(0o755)
+    child, until = self.go(guest=str(guest)), time.monotonic() + PATIENCE
+    while child.poll() is None and not reached.exists():
+      demand(time.monotonic() < until, "nothing comes that far")
+      time.sleep(0.002)
+    if victim == "qvm":
+      child.kill()
+    for pid in children_of(child.pid, "ssh") if victim == "ssh" else ():
+      os.kill(pid, signal.SIGKILL)
+    result = child.wait()
+    demand(reached.exists(), f"the stream never came: {result}")
+    if victim != "qvm":
+      demand(result.code in (0, 125), result)
+      demand(not list(self.project.rglob(".qvm-*")), f"half a file is left: {result}")
+    demand(way == "-cf" or self.there() == self.old, "the command has not run")
+    return result.code
+
   def one(self, seed, number):
     """Kill a run, look at the folder, and run it again."""
     rng = random.Random(seed)
     self.refill()
-    if number % 2 and self.calls:
+    if number % 4 > 1:
+      victim, way = rng.choice(("qvm", "ssh", "tar")), rng.choice(("-xpf", "-cf"))
+      size = rng.randrange(sum(map(len, self.old.values())))
+      said = f"seed {seed}: {victim} after {size} bytes of tar {way}"
+      killed = self.halfway(victim, way, size) != 0
+      self.counts[f"halfway {'back' if way == '-cf' else 'there'}: {victim}"] += 1
+    elif number % 4 and self.calls:
       call = rng.choice(sorted(self.calls))
       when = rng.randint(1, self.calls[call])
       said = f"seed {seed}: at the {call} number {when}"
@@ -1201,6 +1249,8 @@ class Syncing:
     self.counts["killed" if killed else "not killed"] += 1
     try:
       self.settle()
+      lost = self.new.keys() & self.old.keys() - self.there().keys()
+      demand(not lost, f"{sorted(lost)} is lost")
       for name, data in self.there().items():
         known = [files[name] for files in (self.old, self.new) if name in files]
         demand(data in known, f"{name} is neither old nor new: {len(data)} bytes")

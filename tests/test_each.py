@@ -246,6 +246,21 @@ def test_a_signal_ends_all_machines(each, number):
   assert each.nothing_left()
 
 
+def test_a_child_that_does_not_listen(each):
+  """It is killed, and then its machine, which ignores SIGTERM as well."""
+  each.play({"netbsd-10.1": {"ignore_term": True}})
+  with ended(each.start(*THREE, "--", sleeping(each))) as process:
+    running(each, process)
+    found = [pid for pid in processes_of("netbsd-10.1-each-") if parent_of(pid) == process.pid]
+    os.kill(found[0], signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=40)
+  assert process.returncode == 130
+  shutil.rmtree(each.qvm.env["TMPDIR"])  # it could not take its ssh's log away
+  os.mkdir(each.qvm.env["TMPDIR"])
+  assert each.nothing_left()
+
+
 def test_a_signal_while_they_boot(each):
   each.play(dict.fromkeys(THREE, {"listen": False}))
   with ended(each.start(*THREE, "--", "true")) as process:

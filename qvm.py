@@ -6322,7 +6322,7 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
       return say(f"{paths.name} has powered off")
     say(f"{paths.name} has not powered off within {POWER_OFF_SECONDS:g} s")
   for number, seconds in (
-    (signal.SIGTERM, TERM_GRACE_SECONDS + 2),
+    (signal.SIGTERM, signals.grace(TERM_GRACE_SECONDS + 2)),
     (signal.SIGKILL, TERM_GRACE_SECONDS),
   ):
     noted = holder(paths)
@@ -9450,7 +9450,7 @@ def cmd_config(options: Options) -> int:
 # the parent, the child ends its machine and itself. DIR is where --sync-out brings what changed.
 
 CHILD = "--child"
-STOP_SECONDS = 4.0  # until a child that was to end is killed
+STOP_SECONDS = 3.0  # until a child that was to end is killed; it may need two for its programs
 LINE_BYTES = 1 << 16  # a longer line of output is broken
 TAIL_LINES = 40
 KEPT_RUNS = 10  # whose logs the cache holds
@@ -9460,8 +9460,6 @@ def join_parent(word: str, options: Options) -> Options:
   """In a child of `each`: the options with --sync-out; from now on it ends with the parent."""
   phases, life, folder = word.split(",", 2)
   report.phases = int(phases)
-  for fd in (int(phases), int(life)):
-    os.set_inheritable(fd, False)
   threading.Thread(target=watch_pipe, args=(int(life),), daemon=True).start()
   if folder:
     os.makedirs(folder, exist_ok=True)
@@ -9482,8 +9480,9 @@ class Child:
 
   process: "Process"  # from start() on, as are these
   keeper: "Process"  # of its log
+  tells: int  # what it does, to be read
   life: int
-  fds: List[int]  # what to read: its output, its errors, and what it tells
+  rest: Dict[int, bytes]  # of each descriptor to be read: the beginning of a line
 
   def __init__(self, guest: str, words: List[str], paths: InstancePaths, log: str) -> None:
     self.guest, self.words, self.paths, self.log = guest, words, paths, log
@@ -9491,33 +9490,28 @@ class Child:
     self.result, self.reason = "not run", ""  # ok, exit N, signal N; why it was not run
     self.code: Optional[int] = None  # the command's
     self.began = self.since = self.stopped = self.seconds = 0.0
-    self.ended = False
-    self.rest: Dict[int, bytes] = {}  # of each descriptor: the beginning of a line
+    self.running = self.ended = False
     self.output: List[str] = []  # the last lines
     self.news: List[bytes] = []  # whole lines that have not been shown
 
   def start(self, folder: str) -> None:
     """Start the qvm; in one pipe for output and errors they would cut each other's lines."""
-    self.phase, self.began, self.since = "starting", time.monotonic(), time.monotonic()
-    pipes = [os.pipe() for _ in range(3)]
-    (life, self.life), ends = os.pipe(), [end for _, end in pipes]
-    self.fds, told = [fd for fd, _ in pipes], ends[2]
+    pipes = [os.pipe() for _ in range(4)]
+    (output, mine), (errors, other), (self.tells, told), (life, self.life) = pipes
     command = [*own_program(), CHILD, f"{told},{life},{folder}", "run", "--rm"]
-    spawn = Spawn(subprocess.DEVNULL, ends[0], ends[1], (told, life), session=True)
-    with signals.hold(), open(self.log, "wb"), open(self.log, "ab+") as log:
+    spawn = Spawn(subprocess.DEVNULL, mine, other, (told, life), session=True)
+    with open(self.log, "wb"), open(self.log, "ab+") as log:
       self.keeper = start_keeper(log)
-      self.process = start([*command, "--name", self.paths.name, *self.words], spawn)
-    self.rest = dict.fromkeys(self.fds, b"")
-    for fd in (*ends, life):
+    self.process = start([*command, "--name", self.paths.name, *self.words], spawn)
+    for fd in (mine, other, told, life):
       os.close(fd)
-
-  @property
-  def running(self) -> bool:
-    return bool(self.began) and not self.ended
+    self.rest = {output: b"", errors: b"", self.tells: b""}
+    self.phase, self.running = "starting", True
+    self.began = self.since = time.monotonic()
 
   def stop(self, reason: str) -> None:
     """Have the machine and its qvm end at once; one that waits is not started any more."""
-    self.reason = self.reason if self.ended else self.reason or reason
+    self.reason = self.reason or reason * (not self.ended)
     if self.running and not self.stopped:
       self.stopped = time.monotonic()
       os.close(self.life)
@@ -9530,7 +9524,7 @@ class Child:
     self.news += lines
     newest = [plain(line)[:1000] for line in lines[-TAIL_LINES:]]
     self.output = [*self.output, *newest][-TAIL_LINES:]
-    if self.phase != "booting":  # then it is the console's
+    if self.phase not in ("downloading", "booting"):  # of which it tells
       self.text = next(filter(str.strip, reversed(newest)), self.text)
 
   def take_phases(self, data: bytes) -> None:
@@ -9555,7 +9549,7 @@ class Child:
       end = data.rfind(b"\n") + 1
       end = end if chunk and len(data) - end < LINE_BYTES else len(data)
       self.rest[fd] = data[end:]
-      (self.take_phases if fd == self.fds[2] else self.take_output)(data[:end])
+      (self.take_phases if fd == self.tells else self.take_output)(data[:end])
       if not chunk:
         os.close(fd)
         del self.rest[fd]
@@ -9570,13 +9564,14 @@ class Child:
     close_streams(self.keeper)
     self.keeper.wait()
     if code < 0:
+      signals.hurried = True
       with contextlib.suppress(QvmError):
         stop_instance(self.paths, force=True)
       sweep(self.paths.cache)
     self.reason = self.reason if self.code is None else ""
     self.output = self.output if self.code != 0 else []
-    self.ended, self.seconds = True, round(time.monotonic() - self.began, 1)
-    self.phase = self.result
+    self.running, self.ended, self.phase = False, True, self.result
+    self.seconds = round(time.monotonic() - self.began, 1)
 
   def state(self) -> str:
     """What it does, or how it has ended, in a line."""
@@ -9607,6 +9602,7 @@ class Team:
       self.loop()
     except BaseException:
       self.end("was interrupted")
+      signals.again()  # a second Ctrl-C does not wait for what is ending
       self.loop()
       raise
     finally:
@@ -9625,7 +9621,8 @@ class Team:
       waiting = [child for child in self.children if not child.began and not self.ending]
       if waiting and len(running) < self.jobs:
         folder = self.options.sync_out
-        waiting[0].start(folder and os.path.join(folder, waiting[0].guest))
+        with signals.hold():
+          waiting[0].start(folder and os.path.join(folder, waiting[0].guest))
         continue
       if not running:
         return

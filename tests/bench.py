@@ -372,6 +372,42 @@ def bench_warm(bench, count):
       show(f"run --rm -- true on {arch}, -m 6G", turns(calls, count), "warm", "s")
 
 
+def bench_each(bench, count):
+  """Four guests at once, of which each only sleeps, against a shell loop and against one guest."""
+  folder, home = bench.folder / "each", bench.folder / "each-home"
+  folder.mkdir()
+  home.mkdir()
+  real_qemu.pack_qemu("x86_64", folder / "qemu-system-x86_64-linux.tar")
+  real_qemu.pack_resources(folder / "resources-linux.tar")
+  archives = {path.name: path for path in folder.iterdir()}
+  image = folder / "image"
+  linux_guest.disk(str(ROOT / ".venv" / "linux"), "x86-64", "bios", "open", str(image))
+  with ReleaseServer() as server:
+    qvm = Qvm(home, bench.pyz, server)
+    server.add_release("resources", "v2.0.0", archives)
+    versions = ("1", "2", "3", "4")
+    images = {f"netbsd-{version}.0-x86-64.qcow2": image for version in versions}
+    server.add_release("netbsd-builder", "v1.0.0", images)
+    light = ("--warm", "--accel", "tcg", "-m", "512M", "--cpus", "1")
+    names = [f"netbsd-{version}.0-x86-64" for version in versions]
+
+    def one_by_one(command):
+      for version in versions:
+        words = ("run", "--rm", *light, "--platform", "x86-64", "netbsd", f"{version}.0")
+        run(qvm.command(*words, "--", *command), env=qvm.env)
+
+    def each(guests, command):
+      run(qvm.command("each", "-j", "4", *light, *guests, "--", *command), env=qvm.env)
+
+    for command in (("true",), ("sleep", "2")):
+      calls = {
+        "each of four": functools.partial(each, names, command),
+        "each of one": functools.partial(each, names[:1], command),
+        "a loop over four": functools.partial(one_by_one, command),
+      }
+      show(f"each … -- {' '.join(command)}, warm", turns(calls, count), "a loop over four", "s")
+
+
 # --- Streaming -------------------------------------------------------------------------------
 
 FILLER = 400 * MB  # so that the image is as large as those that qvm is for
@@ -508,6 +544,7 @@ PARTS = {
   "growth": (bench_growth, 15),
   "sync": (bench_sync, 5),
   "warm": (bench_warm, 5),
+  "each": (bench_each, 5),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -140,6 +141,27 @@ def test_a_guest_without_a_network(linux):
 
 def warm(os_name, arch, *command, options=()):
   return run(os_name, arch, *command, options=("--rm", "--warm", *options))
+
+
+def test_each_of_three_guests(linux, tmp_path):
+  """A folder in, one out, a failure, and what the machines leave."""
+  work = tmp_path / "work"
+  work.mkdir()
+  (work / "given").write_text("given\n")
+  script = "cat given; echo $USER >made; [ $USER = runner ] || exit 3"
+  light = [word for word in LIGHT if word not in ("--accel", "tcg")]
+  words = ["each", "-j", "3", *light, "--accel", "tcg", "--sync", str(work)]
+  words += ["--sync-out", str(tmp_path / "out")]
+  guests = ("freebsd-1-x86-64", "netbsd-1-x86-64", "haiku-x86-64")
+  result = linux(*words, *guests, "--", script, timeout=300)
+  assert result.returncode == 1, (result.stdout, result.stderr)
+  for guest, end in zip(guests, (r"ok +", r"ok +", r"exit 3 +")):
+    assert f"{guest}: given\n" in result.stdout
+    assert re.search(rf"(?m)^{guest} +{end}[0-9.]+$", result.stdout), result.stdout
+    user = "user" if guest.startswith("haiku") else "runner"
+    assert tree(tmp_path / "out" / guest)["made"][2] == f"{user}\n".encode()
+  assert list(tree(work)) == ["given"]
+  assert not any(name.startswith("instances/") for name in linux.files())
 
 
 def test_warm_starts(linux):

@@ -1481,51 +1481,38 @@ def remove_unlocked(path: str) -> bool:
     return lock.fd >= 0
 
 
-def new_sha256() -> "hashlib._Hash":
-  """A new SHA-256 object."""
-  return hashlib.sha256()
-
-
 def file_sha256(path: str) -> str:
   """The SHA-256 of a file, in hexadecimal."""
-  digest = new_sha256()
+  digest = hashlib.sha256()
   with open(path, "rb") as file:
     for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
       digest.update(chunk)
-  return str(digest.hexdigest())
+  return digest.hexdigest()
+
+
+def files_of_tree(root: str) -> List[str]:
+  """The paths of all files of a QEMU's tree, but for its record's."""
+  found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+  return [path for path in sorted(found) if os.path.basename(path) != "release.json"]
 
 
 def tree_sha256(root: str) -> str:
-  """One SHA-256 for the names and contents of all files below a folder, without release.json."""
-  digest = new_sha256()
-  for folder, folders, names in os.walk(root):
-    folders.sort()
-    for path in sorted(os.path.join(folder, name) for name in names if name != "release.json"):
-      digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
-      digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
-  return str(digest.hexdigest())
+  """One SHA-256 for the names and contents of all files of a tree."""
+  digest = hashlib.sha256()
+  for path in files_of_tree(root):
+    digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+    digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
+  return digest.hexdigest()
 
 
 def tree_bytes(root: str) -> int:
-  """The bytes in all files below a folder, without release.json."""
-  paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-  return sum(os.lstat(p).st_size for p in paths if os.path.basename(p) != "release.json")
+  """The bytes in all files of a tree."""
+  return sum(os.lstat(path).st_size for path in files_of_tree(root))
 
 
 def hashed(name: str) -> str:
   """A short name derived from one of any length."""
-  digest = new_sha256()
-  digest.update(os.fsencode(name))
-  return str(digest.hexdigest()[:16])
-
-
-def write_text(path: str, text: str, mode: int = 0o644) -> None:
-  """Write a file that appears complete or not at all."""
-  remove_file(path + ".tmp")
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.chmod(path + ".tmp", mode)
-  os.replace(path + ".tmp", path)
+  return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def temporary_folder(cache: Cache) -> str:
@@ -1667,22 +1654,20 @@ def move_into_place(source: str, target: str, mode: int) -> None:
 
 
 FOLDERS = (
-  "", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code", "accelerators",
+  "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code", "accelerators",
 )  # fmt: skip
 
 
 def make_folders(cache: Cache) -> None:
-  """Create the cache and its folders, accessible to this user only."""
+  """Create the cache and its folders, accessible to this user only; check_owners() comes first."""
   path = cache.root
   try:
-    for path in reversed(list(missing_above(cache.root))):
-      make_folder(path)
+    if make_folder(path) and sys.platform == "darwin":
+      ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
     with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
       os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
-    for name in FOLDERS:
-      path = cache.path(name) if name else cache.root
-      if make_folder(path) and not name and sys.platform == "darwin":
-        ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
+    for path in (cache.root, *map(cache.path, FOLDERS)):
+      make_folder(path)
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
@@ -1691,9 +1676,18 @@ def make_folders(cache: Cache) -> None:
     raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", owner_fix(path))
   if not locks_work(cache.root):
     say(f"{cache.root}: locks do not work on its file system: run one qvm at a time, {NFS_FIX}")
-  check_owners(cache)
   drop_older_downloads(cache)
   keep_code()
+
+
+def make_folder(path: str) -> bool:
+  """Create a folder, with those above it, for this user only; False if something is there."""
+  if not os.path.isdir(os.path.dirname(path)):
+    make_folder(os.path.dirname(path))
+  with contextlib.suppress(FileExistsError):
+    os.mkdir(path, 0o700)  # which no umask widens
+    return True
+  return False
 
 
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
@@ -1723,17 +1717,14 @@ def locks_work(folder: str) -> bool:
       os.close(fd)
 
 
-OLDER_DOWNLOAD_RE = r"(.+\.(?:qcow2|tar|tar\.zst))\.(?:part|json|map|lock|tmp|json\.tmp)\Z"
-
-
 def older_downloads(cache: Cache) -> List[str]:
   """The flat files that qvm 0.1 left in downloads/, but for those that one works on."""
+  pattern = re.compile(r"(.+\.(?:qcow2|tar|tar\.zst))\.(?:part|json|map|lock|tmp|json\.tmp)")
   found = []
-  for path in paths_in(cache.downloads):
-    match = re.match(OLDER_DOWNLOAD_RE, path)
-    name = re.sub(r"\.tar\.zst\Z", ".qcow2", match.group(1)) if match else ""
-    if match and not Lock(name + ".lock").is_held():
-      found.append(path)
+  for match in filter(None, map(pattern.fullmatch, paths_in(cache.downloads))):
+    name = re.sub(r"\.tar\.zst\Z", ".qcow2", match.group(1))
+    if not Lock(name + ".lock").is_held():
+      found.append(match.group())
   return found
 
 
@@ -1747,22 +1738,6 @@ def drop_older_downloads(cache: Cache) -> None:
         say(f"removed the unfinished downloads of an older qvm in {cache.downloads}")
 
 
-def make_folder(path: str) -> bool:
-  """Create a folder for this user only, whatever the umask; False if something is there."""
-  with contextlib.suppress(FileExistsError):
-    os.mkdir(path, 0o700)
-    return True
-  return False
-
-
-def missing_above(path: str) -> Iterator[str]:
-  """The folders above a path that do not exist, from the bottom up."""
-  above = os.path.dirname(path)
-  while not os.path.isdir(above):
-    yield above
-    above = os.path.dirname(above)
-
-
 def check_owners(cache: Cache) -> None:
   """Refuse a cache that others can change or replace: the one check for all commands.
 
@@ -1770,10 +1745,19 @@ def check_owners(cache: Cache) -> None:
   """
   for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):
     check_above(end)
-  for name in FOLDERS:
-    path = cache.path(name) if name else cache.root
-    if os.path.isdir(path) and (not name or os.stat(cache.root).st_mode & 0o011):
-      check_owner(path, cache)  # in a root without these bits only its owner gets in
+  if not os.path.isdir(cache.root):
+    return
+  root = os.stat(cache.root)
+  if root.st_uid not in (0, os.getuid()):  # root can change everything anyway
+    raise foreign(cache.root, root.st_uid)
+  # Folders in it may be another's: they come from a copy made by root.
+  inside = map(cache.path, FOLDERS) if root.st_mode & 0o011 else ()  # else only its owner gets in
+  for path in (cache.root, *inside):
+    if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
+      raise QvmError(
+        f"{path} is writable by other users, and qvm executes what is in it",
+        f"chmod go-w {path}; or {OTHER_CACHE}",
+      )
 
 
 def check_above(path: str) -> None:
@@ -1826,22 +1810,6 @@ def foreign(path: str, uid: int) -> QvmError:
   )
 
 
-def check_owner(path: str, cache: Cache) -> None:
-  """Refuse a folder of the cache that others can change.
-
-  Root may own it, because root can change everything anyway. Inside the user's own cache, folders
-  of another owner are accepted: they come from a copy made by root.
-  """
-  stat = os.stat(path)
-  if path == cache.root and stat.st_uid not in (0, os.getuid()):
-    raise foreign(path, stat.st_uid)
-  if stat.st_mode & 0o022:
-    raise QvmError(
-      f"{path} is writable by other users, and qvm executes what is in it",
-      f"chmod go-w {path}; or {OTHER_CACHE}",
-    )
-
-
 packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: a path for its compiled code, the code
 
 
@@ -1856,12 +1824,13 @@ def keep_code() -> None:
       os.replace(file.name, path)
 
 
+@functools.lru_cache(None)
 def boot_id() -> str:
-  """What tells this boot of the host from others; another one each time if that is not known."""
+  """What tells this boot of the host from others; empty if the system does not say."""
   with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
     return file.read().strip()
   code, output = ask_program(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"])
-  return os.urandom(8).hex() if code else output
+  return "" if code else output
 
 
 class Lock:
@@ -1876,11 +1845,11 @@ class Lock:
 
   def try_(self, shared: bool = False) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take(shared, None)
+    return self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, None)
 
-  def hold(self, shared: bool = False, waits: Optional[Callable[[], None]] = None) -> "Lock":
+  def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
-    self._take(shared, waits or (lambda: None))
+    self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, waits)
     return self
 
   def is_held(self) -> bool:
@@ -1890,7 +1859,7 @@ class Lock:
     except FileNotFoundError:
       return False
     try:
-      return not self._flock(fd, fcntl.LOCK_EX)
+      return not self._flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
       os.close(fd)
 
@@ -1919,9 +1888,9 @@ class Lock:
         return os.open(self.path, os.O_RDONLY)
     return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
-  def _flock(self, fd: int, how: int, wait: bool = False) -> bool:
+  def _flock(self, fd: int, how: int) -> bool:
     try:
-      fcntl.flock(fd, how if wait else how | fcntl.LOCK_NB)
+      fcntl.flock(fd, how)
     except BlockingIOError:
       return False
     except OSError as error:
@@ -1931,24 +1900,20 @@ class Lock:
       )
     return True
 
-  def _take(self, shared: bool, waits: Optional[Callable[[], None]]) -> bool:
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+  def _take(self, how: int, waits: Optional[Callable[[], object]]) -> bool:
     while True:
-      fd = self._open()
-      try:
-        if not self._flock(fd, how):
+      self.fd = self._open()
+      with contextlib.ExitStack() as unless_taken:
+        unless_taken.callback(self.release)
+        if not self._flock(self.fd, how | fcntl.LOCK_NB):
           if not waits:
             return False
           waits()
-          self._flock(fd, how, wait=True)
-        if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-          self.fd, fd = fd, -1
-          return True
-      except FileNotFoundError:
-        pass  # the holder has deleted it
-      finally:
-        if fd >= 0:
-          os.close(fd)
+          self._flock(self.fd, how)
+        with contextlib.suppress(FileNotFoundError):  # the holder has deleted it
+          if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+            unless_taken.pop_all()
+            return True
 
 
 def instances_lock(cache: Cache) -> Lock:
@@ -2651,7 +2616,7 @@ class PartFile:
     self.lock = threading.Condition()  # for everything here but the hash
     self.hashing = threading.Lock()  # for the hash
     self.part_fd = self.map_fd = -1
-    self.boot = boot_id()
+    self.boot = boot_id() or os.urandom(8).hex()  # unknown: what was not flushed is lost
     self.spans: List[Span] = []
     self.forget()
     self.load(url)
@@ -4779,12 +4744,10 @@ def start_time(pid: int) -> str:
 
 def this_place() -> str:
   """What tells this container and host from others: process ids and loopback are theirs alone."""
-  words = []
   with contextlib.suppress(OSError):  # there is no /proc on macOS
-    with open("/proc/sys/kernel/random/boot_id") as file:
-      words = [file.read().strip()]
-    words += [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
-  return " ".join(words)
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
+    return " ".join([boot_id(), *spaces])
+  return ""
 
 
 def check_here(paths: InstancePaths) -> None:
@@ -8650,7 +8613,7 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
-  digest = new_sha256()
+  digest = hashlib.sha256()
   for text in (
     *qemu_command(named, options, facts),
     *(base_record(plan).sha256, tree, own, os.fsdecode(public)),
@@ -9070,11 +9033,13 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
       download.file.remove()
-  with download_lock(folder, repo + ".download"):
+  with download_lock(folder, repo + ".download") as place:
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
     for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
-      write_text(os.path.join(folder, repo, path), text)
+      with open(os.path.join(place, "page"), "w", encoding="utf-8") as file:
+        file.write(text)
+      move_into_place(file.name, os.path.join(folder, repo, path), 0o644)
   emit(target)
 
 

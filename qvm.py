@@ -3298,16 +3298,6 @@ def download_lock(downloads: str, name: str) -> Iterator[str]:
           os.rmdir(folder)
 
 
-@contextlib.contextmanager
-def discard_if_refused(download: Download) -> Iterator[None]:
-  """Give up a download that turns out to be damaged or hostile."""
-  try:
-    yield
-  except RefusedError:
-    download.file.discard()
-    raise
-
-
 # ---- Releases -----------------------------------------------------------------------------------
 
 MAX_PAGES = 10  # of 100 releases each: limits what a server whose list never ends can cost
@@ -4088,7 +4078,7 @@ def socket_of(disk: str) -> str:
 
 
 def drop_socket(path: str) -> None:
-  """Remove the socket of a server, and its folder, if that was killed and left them."""
+  """Remove the socket and the folder of a server that was killed and left them."""
   if re.search(r"/qvm-[a-z0-9_]{8}/nbd\Z", path):
     with contextlib.suppress(OSError):
       os.unlink(path)
@@ -4108,12 +4098,17 @@ def drop_dead_sockets(folder: str) -> None:
             drop_socket(path)
 
 
+def known_instance(paths: InstancePaths) -> Instance:
+  """The record of an instance; empty but for the name if it cannot be read, for any reason."""
+  record = Instance()
+  with contextlib.suppress(RecordError, OSError):
+    record = read_record(record, paths.record) or record
+  return record._replace(name=paths.name)
+
+
 def recorded_base(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance's record tells; None: unknown."""
-  try:
-    mine = read_record(Instance(), paths.record) or Instance()
-  except (RecordError, OSError):
-    return None
+  mine = known_instance(paths)
   return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
@@ -4133,14 +4128,14 @@ def overlays(cache: Cache) -> List[InstancePaths]:
   return [cache.instance(name) for name in instance_names(cache, ".qcow2")]
 
 
-def dependants(cache: Cache, base: str) -> List[str]:
-  """The names of the instances that need a base image, or may: unknown counts as needed.
+def dependants(cache: Cache, base: str) -> List[Instance]:
+  """The instances that need a base image, or may: unknown counts as needed.
 
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
   needed = (os.path.basename(base), None)
   mine = [paths for paths in overlays(cache) if base_needed(paths) in needed]
-  return [paths.name for paths in mine if os.path.lexists(paths.disk)]  # else it has just ended
+  return [known_instance(paths) for paths in mine if os.path.lexists(paths.disk)]  # has not ended
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -4151,26 +4146,18 @@ def fits(instance: Instance, record: AssetRecord) -> bool:
   return same_asset or instance.base_sha256 == record.sha256
 
 
-def check_dependants(plan: Plan, record: AssetRecord) -> None:
-  """Refuse to put an image in the place of the base image if instances need another one."""
-  names = []
-  for name in dependants(plan.cache, plan.base):
-    try:
-      instance = read_record(Instance(), plan.cache.instance(name).record) or Instance()
-    except (RecordError, OSError):
-      instance = Instance()
-    if not instance.problem and not fits(instance, record):
-      names.append(name)
+def check_unneeded(plan: Plan, verb: str, image: Optional[AssetRecord] = None) -> None:
+  """Refuse to replace the base image, by another one or by this, if instances need it."""
+  names = [
+    each.name
+    for each in dependants(plan.cache, plan.base)
+    if not image or not (each.problem or fits(each, image))
+  ]
   if names:
-    raise needed_by(plan, names, "replaced by another image")
-
-
-def needed_by(plan: Plan, names: Sequence[str], verb: str) -> QvmError:
-  """The error for a base image that cannot be replaced."""
-  return QvmError(
-    f"{plan.base} cannot be {verb}: these instances depend on it: {', '.join(names)}",
-    "qvm rm deletes them, with all that their guests wrote",
-  )
+    raise QvmError(
+      f"{plan.base} cannot be {verb}: these instances depend on it: {', '.join(names)}",
+      "qvm rm deletes them, with all that their guests wrote",
+    )
 
 
 def pinned_release(plan: Plan, releases: Releases) -> str:
@@ -4178,21 +4165,13 @@ def pinned_release(plan: Plan, releases: Releases) -> str:
 
   Their records name it, or the digest of the image. QvmError if it cannot be found out.
   """
-  names = dependants(plan.cache, plan.base)
-  records = []
-  for name in list(names):
-    with contextlib.suppress(RecordError, OSError):
-      record = read_record(Instance(), plan.cache.instance(name).record) or Instance()
-      if record.problem:
-        names.remove(name)  # it does not run any more
-      else:
-        records.append(record)
-  tags = [record.release for record in records if re.match(TAG_RE, record.release)]
-  digests = {record.base_sha256 for record in records if record.base_sha256}
-  if names and not tags and digests:
+  mine = [each for each in dependants(plan.cache, plan.base) if not each.problem]
+  tags = [each.release for each in mine if re.match(TAG_RE, each.release)]
+  digests = {each.base_sha256 for each in mine if each.base_sha256}
+  if digests and not tags:
     every = releases.all(image_repo(plan.guest.os))
     tags = [each.tag for each in every if each.assets.get(plan.image_asset) in digests]
-  if names and not tags:
+  if mine and not tags:
     raise gone_image(plan, "a release that is not known")
   return tags[0] if tags else ""
 
@@ -4201,24 +4180,16 @@ def condemn(plan: Plan, problem: str, validator: str, but: str = "") -> None:
   """Let the instances not be started any more that have run on an object which is no good."""
   names = []
   with instances_lock(plan.cache):
-    for name in dependants(plan.cache, plan.base):
-      paths = plan.cache.instance(name)
-      record = sound_record(Instance(), paths.record)
+    for record in dependants(plan.cache, plan.base):
+      paths = plan.cache.instance(record.name)
       mine = record.validator == validator and is_streamed(paths.disk)
-      if mine and name != but and not os.path.exists(paths.mark):
+      if mine and record.name != but and not os.path.exists(paths.mark):
         record = record._replace(problem=problem[:1000])
         write_record(plan.cache, paths.record, record, keep=True)
-        names.append(name)
+        names.append(record.name)
   if names:
     say(f"what was downloaded of {plan.image_asset} is no good, and these instances have run on "
         f"it; they are kept, but not started any more: {', '.join(names)}")  # fmt: skip
-
-
-def check_unused(plan: Plan) -> None:
-  """Refuse to replace a base image on which instances depend."""
-  names = dependants(plan.cache, plan.base)
-  if names:
-    raise needed_by(plan, names, "refreshed")
 
 
 def layer_files(layer: LayerPaths) -> List[str]:
@@ -4304,7 +4275,21 @@ def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
   )
 
 
-UNPACKED = "unpacked"  # the folder in that of a download where an archive is unpacked
+@contextlib.contextmanager
+def installing(download: Download) -> Iterator[str]:
+  """Give a folder's path, to unpack a download there; both are gone once it is installed.
+
+  A download that turns out to be damaged or hostile is given up.
+  """
+  aside = os.path.join(download.file.folder, "unpacked")
+  try:
+    yield aside
+    download.file.remove()
+  except RefusedError:
+    download.file.discard()
+    raise
+  finally:
+    remove_tree(aside)
 
 
 def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
@@ -4339,40 +4324,35 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-def fetch_resource(releases: Releases, name: str, folder: str) -> Download:
-  """Download an asset of the newest release of QEMU."""
-  return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
+def fetch_resource(
+  plan: Plan, releases: Releases, path: str, name: str, install: Callable[[str, Download], None]
+) -> None:
+  """Download an asset of the newest release of QEMU, unless `path` is of that, and install it."""
+  with download_lock(plan.cache.downloads, name) as folder:
+    if not is_there(plan, releases, path, name):
+      tag = releases.tag("resources")
+      install(tag, fetch_asset(releases, "resources", tag, name, folder))
 
 
-def fetch_qemu(plan: Plan, releases: Releases) -> None:
-  """Download QEMU for the guest's CPU and put its tree in place."""
-  with download_lock(plan.cache.downloads, plan.qemu_asset) as folder:
-    if is_there(plan, releases, plan.tree_program, plan.qemu_asset):
-      return
-    download = fetch_resource(releases, plan.qemu_asset, folder)
-    aside = os.path.join(folder, UNPACKED)
-    with discard_if_refused(download):
-      program = unpack_aside(download.file.part, aside, ("bin/qemu",))
-      root = os.path.dirname(os.path.dirname(program))
-      named = os.path.join(root, "bin", os.path.basename(plan.tree_program))
-      taken = [os.path.join(root, "release.json")]
-      fit = os.path.isdir(os.path.join(root, "share", "qemu"))
-      if not os.path.isfile(named):  # some archives may have it under both names
-        taken.append(named)
-      if not fit or any(os.path.lexists(path) for path in taken):
-        remove_tree(aside)
-        raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
+def install_qemu(plan: Plan, tag: str, download: Download) -> None:
+  """Put the tree of a downloaded QEMU in place."""
+  with installing(download) as aside:
+    program = unpack_aside(download.file.part, aside, ("bin/qemu",))
+    root = os.path.dirname(os.path.dirname(program))
+    named = os.path.join(root, "bin", os.path.basename(plan.tree_program))
+    note = os.path.join(root, "release.json")
+    # Some archives may have the program under both names.
+    taken = os.path.lexists(note) or (os.path.lexists(named) and not os.path.isfile(named))
+    if taken or not os.path.isdir(os.path.join(root, "share", "qemu")):
+      raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
     if not os.path.isfile(named):
       os.rename(program, named)
     os.chmod(named, 0o755)
-    record = asset_record(download, releases.tag("resources"), tree_sha256(root))
-    record = record._replace(bytes=tree_bytes(root))
-    write_record(plan.cache, os.path.join(root, "release.json"), record)
+    record = asset_record(download, tag, tree_sha256(root))
+    write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
     flush_tree(root)
     with instances_lock(plan.cache):
       swap_tree(root, plan.tree)
-    remove_tree(aside)
-    download.file.remove()
 
 
 def swap_tree(root: str, link: str) -> None:
@@ -4399,22 +4379,15 @@ def swap_tree(root: str, link: str) -> None:
       remove_tree(os.path.join(folder, entry))
 
 
-def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
-  """Download qemu-img."""
-  with download_lock(plan.cache.downloads, plan.tools_asset) as folder:
-    if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
-      return
-    download = fetch_resource(releases, plan.tools_asset, folder)
-    aside = os.path.join(folder, UNPACKED)
-    with discard_if_refused(download):
-      unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
-      program = os.path.realpath(unpacked)
-    record = asset_record(download, releases.tag("resources"), file_sha256(program))
+def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
+  """Put a downloaded qemu-img in place."""
+  with installing(download) as aside:
+    program = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
+    program = os.path.realpath(program)
+    record = asset_record(download, tag, file_sha256(program))
     record = record._replace(bytes=os.path.getsize(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
-    remove_tree(aside)
-    download.file.remove()
 
 
 def convert_bundle(plan: Plan, part: str, aside: str) -> str:
@@ -4482,13 +4455,13 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       if is_newer(record_of(plan.base), tag, name):
         return None
       check_exists(releases.net, url)
-      check_unused(plan)  # before the download; install_image looks again
+      check_unneeded(plan, "refreshed")  # before the download; install_image looks again
     download = fetch_asset(releases, repo, tag, name, folder, lambda *why: condemn(plan, *why))
     if tag not in (pinned, releases.tag(repo)):
       say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
     if name == plan.bundle_asset:
       tools()
-    install_image(plan, download, tag)
+    install_image(plan, tag, download)
 
   with download_lock(plan.cache.downloads, plan.image_asset) as folder:
     there = not is_missing(plan, plan.base)
@@ -4499,7 +4472,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
 
 def gone_image(plan: Plan, tag: str) -> QvmError:
   """The error for overlays on an image that the server no longer has."""
-  names = ", ".join(dependants(plan.cache, plan.base))
+  names = ", ".join(each.name for each in dependants(plan.cache, plan.base))
   return QvmError(
     f"{plan.image_asset} of {tag}, on which these instances were created, can no longer be "
     f"downloaded: {names}",
@@ -4507,23 +4480,19 @@ def gone_image(plan: Plan, tag: str) -> QvmError:
   )
 
 
-def install_image(plan: Plan, download: Download, tag: str) -> None:
+def install_image(plan: Plan, tag: str, download: Download) -> None:
   """Check a complete image, converted if it is a bundle, and make it the base image."""
-  source, digest, aside = download.file.part, "", os.path.join(download.file.folder, UNPACKED)
-  try:
-    with discard_if_refused(download):
-      if download.name == plan.bundle_asset:
-        source = convert_bundle(plan, source, aside)
-        digest = file_sha256(source)
-      check_image(source)
+  with installing(download) as aside:
+    source, digest = download.file.part, ""
+    if download.name == plan.bundle_asset:
+      source = convert_bundle(plan, source, aside)
+      digest = file_sha256(source)
+    check_image(source)
     record = asset_record(download, tag, digest)._replace(bytes=os.path.getsize(source))
     with instances_lock(plan.cache):
-      check_dependants(plan, record)
+      check_unneeded(plan, "replaced by another image", record)
       drop_layers(plan, record.sha256)
       publish_with_record(plan.cache, source, plan.base, record, 0o444)
-  finally:
-    remove_tree(aside)
-  download.file.remove()
 
 
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
@@ -4579,15 +4548,22 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   releases = Releases(net)
   jobs: List[Callable[[], None]] = []
 
+  def needs(path: str) -> bool:
+    return plan.refresh or is_missing(plan, path)
+
+  def fetch(path: str, name: str, install: Callable[[Plan, str, Download], None]) -> None:
+    fetch_resource(plan, releases, path, name, functools.partial(install, plan))
+
   def tools() -> None:
     if not plan.own_qemu:
-      releases.once(("", "qemu-img"), lambda: fetch_qemu_img(plan, releases))
+      job = functools.partial(fetch, plan.qemu_img, plan.tools_asset, install_qemu_img)
+      releases.once(("", "qemu-img"), job)
 
-  if plan.refresh or is_missing(plan, plan.tree_program):
-    jobs.append(lambda: fetch_qemu(plan, releases))
-  if not plan.own_qemu and (plan.refresh or is_missing(plan, plan.qemu_img)):
+  if needs(plan.tree_program):
+    jobs.append(functools.partial(fetch, plan.tree_program, plan.qemu_asset, install_qemu))
+  if not plan.own_qemu and needs(plan.qemu_img):
     jobs.append(tools)
-  if image and (plan.refresh or is_missing(plan, plan.base)):
+  if image and needs(plan.base):
     jobs.append(lambda: fetch_image(plan, releases, tools))
   if jobs and is_open(net.releases):
     say(f"{redacted(net.releases)} is not https: whoever is on the way can change what comes")
@@ -4638,16 +4614,14 @@ def pull_line(plan: Plan) -> str:
 
 def damaged_files(plan: Plan) -> Tuple[str, ...]:
   """The cached files that their sizes, and an image's header, show to be damaged; says which."""
+  sizes = {plan.tree_program: lambda: tree_bytes(plan.tree)}
+  if not plan.own_qemu:
+    sizes[plan.qemu_img] = lambda: os.path.getsize(plan.qemu_img)
   found = []
-  tree, mine = record_of(plan.tree_program), record_of(plan.qemu_img)
-  if os.path.isfile(plan.tree_program):
-    sound = os.path.getsize(plan.tree_program) and tree.bytes in (0, tree_bytes(plan.tree))
-    found += [] if sound else [plan.tree_program]
-  if not plan.own_qemu and os.path.isfile(plan.qemu_img):
-    size = os.path.getsize(plan.qemu_img)
-    found += [] if size and mine.bytes in (0, size) else [plan.qemu_img]
-  for path in found:
-    say(f"{path} is damaged: it is not as long as it was; it is downloaded again")
+  for path in filter(os.path.isfile, sizes):
+    if not os.path.getsize(path) or record_of(path).bytes not in (0, sizes[path]()):
+      say(f"{path} is damaged: it is not as long as it was; it is downloaded again")
+      found.append(path)
   try:
     if os.path.isfile(plan.base):
       check_base(plan)
@@ -7633,8 +7607,11 @@ class Server:
     part = self.download.file.part
     self.download.check_kind(os.pread(self.fd, HEAD_BYTES, 0))
     os.truncate(part, self.size)  # its length is looked at, too
-    with discard_if_refused(self.download):
+    try:
       check_image(part)
+    except RefusedError:
+      self.download.file.discard()
+      raise
 
   def known_digest(self) -> str:
     """The digest that the release names, if it has told it by now."""
@@ -7679,7 +7656,7 @@ class Server:
     digest = self.digest.result()
     try:
       check_digest(self.download, digest)
-      install_image(self.plan, self.download, self.tag)
+      install_image(self.plan, self.tag, self.download)
     except RefusedError as error:
       hint = "what its guest wrote in this run is gone" if self.fresh else error.hint
       raise BadImageError(f"{error}: the machine is ended", hint)
@@ -9303,7 +9280,7 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   if None in backings:
     say(f"the disk of {backings[None]} cannot be read: what it may need is kept")
   for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
-    if not set(dependants(cache, base)) - orphans:
+    if not {each.name for each in dependants(cache, base)} - orphans:
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):

@@ -2683,7 +2683,7 @@ class PartFile:
       if remove:
         for path in (self.part, self.map, os.path.join(self.folder, "note.json")):
           remove_file(path)
-      elif self.note.boot and self.done and not self.complete():
+      elif self.note.boot and self.done and self.hashed != self.total:
         with contextlib.suppress(OSError):  # then a resume after a reboot starts anew
           for path in (self.part, self.map):
             flush(path)
@@ -2716,16 +2716,11 @@ class PartFile:
   # Who fetches what.
 
   def claim(self) -> Optional[Span]:
-    """For the lead: all of an object that is not known yet, else the first gap."""
+    """All of an object whose length is not known yet, else the first gap that nobody fills."""
     with self.lock:
-      if self.total is not None:
-        return self.claim_gap()
-      self.spans.append(Span(0, UNKNOWN))
-      return self.spans[-1]
-
-  def claim_gap(self) -> Optional[Span]:
-    """The first gap that nobody fills."""
-    with self.lock:
+      if self.total is None:
+        self.spans.append(Span(0, UNKNOWN))
+        return self.spans[-1]
       first = self.blocks.find(MISSING)
       return self.claim_blocks(first, len(self.blocks)) if first >= 0 else None
 
@@ -2887,6 +2882,12 @@ class Progress:
       texts.append(f"{file.name}{share} {megabytes(done)}")
     report.draw(" | ".join(texts))
 
+  def close(self) -> None:
+    """Let no download of this process write any more, and put on the disk what there is."""
+    for file in list(self.files):
+      if isinstance(file, PartFile):
+        file.close()
+
 
 progress = Progress()
 
@@ -3010,7 +3011,7 @@ class Download:
     """What is left to fetch, if need be once the others are done; None when there is nothing."""
     while True:
       busy = any(span.left for span in self.file.spans)  # asked first: they may leave a gap
-      span = self.file.claim_gap() or self.file.steal(split=not self.streamed)
+      span = self.file.claim() or self.file.steal(split=not self.streamed)
       if span or not busy:
         return span
       with self.file.lock:
@@ -3175,7 +3176,7 @@ class Download:
   def helper_loop(self) -> None:
     """Fetch gaps beside the lead until there are none, or the server wants no more."""
     with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
-      span = self.file.claim_gap() or self.file.steal(split=True)
+      span = self.file.claim() or self.file.steal(split=True)
       while span:
         start = span.position
         try:
@@ -3183,7 +3184,7 @@ class Download:
         except Transient:
           if span.position == start:
             return
-        span = self.file.claim_gap() or self.file.steal(split=True)
+        span = self.file.claim() or self.file.steal(split=True)
 
   # Readers.
 
@@ -4517,6 +4518,11 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   )
 
 
+# For a slow disk to get what a download that ends has brought. Without that it is resumed as well,
+# unless the host goes down.
+FLUSH_SECONDS = 3.0
+
+
 def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   """Run the jobs at the same time; the first failure is raised and ends the others.
 
@@ -4536,6 +4542,7 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
       progress.show()
   except BaseException as error:
     net.cancelled.set()
+    Future(progress.close).thread.join(FLUSH_SECONDS)
     if isinstance(error, Exception):  # no signal: let the others put away what they have in hand
       until = time.monotonic() + 1
       for future in futures:

@@ -118,6 +118,9 @@ if TYPE_CHECKING:
   import zlib
 
   Process = subprocess.Popen[bytes]
+  Headers = http.client.HTTPMessage
+  Request = urllib.request.Request
+  Response = http.client.HTTPResponse
 else:
 
   class Lazy:
@@ -1664,8 +1667,6 @@ def make_folders(cache: Cache) -> None:
   try:
     if make_folder(path) and sys.platform == "darwin":
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
-    with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
-      os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
     for path in (cache.root, *map(cache.path, FOLDERS)):
       make_folder(path)
       if not os.path.isdir(path):
@@ -1676,7 +1677,7 @@ def make_folders(cache: Cache) -> None:
     raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", owner_fix(path))
   if not locks_work(cache.root):
     say(f"{cache.root}: locks do not work on its file system: run one qvm at a time, {NFS_FIX}")
-  drop_older_downloads(cache)
+  adopt_older(cache)
   keep_code()
 
 
@@ -1728,8 +1729,10 @@ def older_downloads(cache: Cache) -> List[str]:
   return found
 
 
-def drop_older_downloads(cache: Cache) -> None:
-  """Remove what qvm 0.1 left in downloads/: it cannot be resumed."""
+def adopt_older(cache: Cache) -> None:
+  """Rename what qvm 0.1 called warm/, and remove its unfinished downloads: none can be resumed."""
+  with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
+    os.rename(cache.path("warm"), cache.path("layers"))
   if older_downloads(cache):
     with Lock(cache.downloads, folder=True) as idle:
       if idle.try_():  # a qvm 0.1 at work has it too
@@ -1925,6 +1928,12 @@ def instances_lock(cache: Cache) -> Lock:
   return Lock(cache.instances, folder=True).hold()
 
 
+def downloads_lock(downloads: str) -> Lock:
+  """Held by whoever fetches or starts something, shared with others: it keeps `clean` out."""
+  waits = functools.partial(say, "waiting for another qvm that cleans up")
+  return Lock(downloads, folder=True).hold(shared=True, waits=waits)
+
+
 def own_qemu_img(own_qemu: str) -> str:
   """The qemu-img next to the user's own QEMU, else the one on PATH."""
   found = find_program("qemu-img", os.path.dirname(own_qemu)) or find_program("qemu-img")
@@ -2010,25 +2019,19 @@ def silent() -> Spawn:
 def cannot_run(program: str, error: OSError) -> QvmError:
   """The error for a program that the system cannot execute."""
   EBADARCH = 86  # macOS: "Bad CPU type in executable"
-  message = f"cannot execute {program}: {describe(error)}"
+  hint = ""
   if error.errno == EBADARCH or (sys.platform == "darwin" and error.errno == errno.ENOEXEC):
-    return QvmError(
-      message,
+    hint = (
       "the downloaded QEMU is built for Intel: install Rosetta (softwareupdate --install-rosetta) "
-      "or use your own QEMU, such as Homebrew's, with --qemu",
+      "or use your own QEMU, such as Homebrew's, with --qemu"
     )
-  if error.errno == errno.ENOEXEC:
-    return QvmError(
-      message, "it is built for another CPU; use a QEMU built for this machine with --qemu"
-    )
-  if error.errno == errno.EACCES:
-    return QvmError(
-      message,
-      "is its file system mounted noexec? set QVM_CACHE_DIR to a folder on another one",
-    )
-  if error.errno == errno.ENOENT and os.path.exists(program):
-    return QvmError(message, "its loader or interpreter is missing on this system")
-  return QvmError(message)
+  elif error.errno == errno.ENOEXEC:
+    hint = "it is built for another CPU; use a QEMU built for this machine with --qemu"
+  elif error.errno == errno.EACCES:
+    hint = "is its file system mounted noexec? set QVM_CACHE_DIR to a folder on another one"
+  elif error.errno == errno.ENOENT and os.path.exists(program):
+    hint = "its loader or interpreter is missing on this system"
+  return QvmError(f"cannot execute {program}: {describe(error)}", hint)
 
 
 def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
@@ -2204,10 +2207,11 @@ def impatient(net: Net) -> Net:
   return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
 
 
-def redirect_handler(stop: str) -> "urllib.request.HTTPRedirectHandler":
-  """A redirect handler for urllib that never leaves https and strips proxy credentials.
+def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
+  """What urllib does in its own way otherwise: redirects, proxies, and connections by connect().
 
-  It does not follow a redirect to an address that contains stop: open_url returns that one.
+  A redirect never leaves https, and strips proxy credentials. One to an address that contains stop
+  is not followed: open_url returns it. A proxy is not used for networks in no_proxy.
   """
 
   class Redirects(urllib.request.HTTPRedirectHandler):
@@ -2216,14 +2220,8 @@ def redirect_handler(stop: str) -> "urllib.request.HTTPRedirectHandler":
     inf_msg = "redirect loop: "
 
     def redirect_request(
-      self,
-      req: urllib.request.Request,
-      fp: IO[bytes],
-      code: int,
-      msg: str,
-      headers: http.client.HTTPMessage,
-      newurl: str,
-    ) -> Optional[urllib.request.Request]:
+      self, req: "Request", fp: IO[bytes], code: int, msg: str, headers: "Headers", newurl: str
+    ) -> "Optional[Request]":
       old, new = (urllib.parse.urlsplit(url).scheme.lower() for url in (req.full_url, newurl))
       if new != old and new != "https":
         raise QvmError(
@@ -2232,17 +2230,29 @@ def redirect_handler(stop: str) -> "urllib.request.HTTPRedirectHandler":
       if stop and stop in newurl:
         return None
       fp.close()  # or else urllib reads the whole body, however long
-      return urllib.request.Request(
-        newurl,
-        headers={k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"},
-        method=req.get_method(),
-        origin_req_host=req.origin_req_host,
-        unverifiable=True,
-      )
+      kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
+      origin = req.origin_req_host
+      return urllib.request.Request(newurl, None, kept, origin, True, req.get_method())
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
-  return Redirects()
+  class Proxies(urllib.request.ProxyHandler):
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+      if not proxy_for(req.full_url):
+        return None
+      if proxy.lower().startswith("socks"):
+        raise QvmError(
+          f"the proxy {proxy_name(proxy)} is a SOCKS proxy, which qvm cannot use",
+          f"set {type}_proxy to an HTTP proxy, or unset it",
+        )
+      return super().proxy_open(req, proxy, type)
+
+  def do_open(handler: Any, kind: Any, request: Any, **more: Any) -> Any:
+    return urllib.request.AbstractHTTPHandler.do_open(handler, with_connect(kind), request, **more)
+
+  kinds = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+  connecting = [type(kind.__name__, (kind,), {"do_open": do_open})() for kind in kinds]
+  return [Redirects(), Proxies(), *connecting]
 
 
 silent_addresses: Set[Any] = set()  # those that let FAMILY_SECONDS pass: they are tried last
@@ -2257,29 +2267,27 @@ def connect(
   time, so that an IPv6 that leads nowhere uses it up before IPv4 gets its turn.
   """
   found = socket.getaddrinfo(*host_port, 0, socket.SOCK_STREAM)
-  turns = sorted(
-    found,
-    key=lambda info: (
-      info[4] in silent_addresses,
-      [each for each in found if each[0] == info[0]].index(info),
-    ),
-  )
+  families = [info[0] for info in found]
+
+  def turn(place: int) -> Tuple[bool, int]:  # as many others of its family have theirs before
+    return found[place][4] in silent_addresses, families[:place].count(families[place])
+
+  turns = [found[place] for place in sorted(range(len(found)), key=turn)]
   error: OSError = socket.timeout("timed out")
   while turns:
     family, kind, protocol, _, address = turns.pop(0)
-    with contextlib.ExitStack() as stack:
-      try:
-        link = stack.enter_context(socket.socket(family, kind, protocol))
+    try:
+      with contextlib.ExitStack() as unless_connected:
+        link = unless_connected.enter_context(socket.socket(family, kind, protocol))
         link.settimeout(min(timeout, FAMILY_SECONDS) if turns else timeout)
         link.connect(address)
-      except OSError as failure:  # such as no route to any IPv6
-        error = failure
-        if isinstance(failure, socket.timeout):
-          silent_addresses.add(address)
-        continue
-      link.settimeout(timeout)
-      stack.pop_all()
-      return link
+        link.settimeout(timeout)
+        unless_connected.pop_all()
+        return link
+    except OSError as failure:  # such as no route to any IPv6
+      error = failure
+      if isinstance(failure, socket.timeout):
+        silent_addresses.add(address)
   raise error
 
 
@@ -2292,16 +2300,6 @@ def with_connect(kind: "Type[http.client.HTTPConnection]") -> Callable[..., Any]
     return link  # type: ignore[no-any-return]
 
   return make
-
-
-def connection_handlers() -> "List[urllib.request.BaseHandler]":
-  """Handlers for urllib whose connections use connect()."""
-
-  def do_open(handler: Any, kind: Any, request: Any, **more: Any) -> Any:
-    return urllib.request.AbstractHTTPHandler.do_open(handler, with_connect(kind), request, **more)
-
-  kinds = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
-  return [type(kind.__name__, (kind,), {"do_open": do_open})() for kind in kinds]
 
 
 def proxy_for(url: str) -> str:
@@ -2318,23 +2316,6 @@ def proxy_for(url: str) -> str:
   return str(proxy)
 
 
-def proxy_handler() -> Any:
-  """urllib's handler of proxies, which also knows networks in no_proxy, and that SOCKS is none."""
-
-  class Proxies(urllib.request.ProxyHandler):
-    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
-      if not proxy_for(req.full_url):
-        return None
-      if proxy.lower().startswith("socks"):
-        raise QvmError(
-          f"the proxy {proxy_name(proxy)} is a SOCKS proxy, which qvm cannot use",
-          f"set {type}_proxy to an HTTP proxy, or unset it",
-        )
-      return super().proxy_open(req, proxy, type)
-
-  return Proxies()
-
-
 def trust_system() -> None:
   """On macOS, trust the system's certificates if Python comes with none, as python.org's does."""
   system = "/etc/ssl/cert.pem"
@@ -2347,7 +2328,7 @@ def trust_system() -> None:
 
 def open_url(
   net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = ""
-) -> "http.client.HTTPResponse":
+) -> "Response":
   """Request a URL and return the open response; only Connections.open_address goes another way.
 
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
@@ -2359,16 +2340,12 @@ def open_url(
   request.add_header("Accept-Encoding", "identity")
   if net.token and net.api and url.startswith(net.api + "/"):
     request.add_unredirected_header("Authorization", "Bearer " + net.token)
-  response: Any  # of a file:/// URL it is another class with the same methods
+  response: Response  # of a file:/// URL it is another class with the same methods
   try:
-    opener = urllib.request.build_opener(
-      redirect_handler(stop), proxy_handler(), *connection_handlers()
-    )
-    response = opener.open(request, timeout=net.timeout)
+    response = urllib.request.build_opener(*handlers(stop)).open(request, timeout=net.timeout)
   except urllib.error.HTTPError as error:
     if 300 <= error.code < 400 and stop and stop in error.headers.get("Location", ""):
-      response = error
-      return response  # type: ignore[no-any-return]
+      return error  # type: ignore[return-value] # it has the methods of a response
     error.close()
     raise http_failure(url, error)
   except QvmError:
@@ -2379,7 +2356,7 @@ def open_url(
   if encoding.lower() != "identity":
     response.close()
     raise QvmError(f"{redacted(url)}: the answer comes as {encoding}, which was not asked for")
-  return response  # type: ignore[no-any-return]
+  return response
 
 
 def http_failure(url: str, error: "urllib.error.HTTPError") -> Exception:
@@ -2427,10 +2404,8 @@ def connection_failure(url: str, error: Exception) -> Exception:
   reason = getattr(error, "reason", None)
   cause = reason if isinstance(reason, Exception) else error
   if isinstance(cause, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
-    return QvmError(
-      f"{redacted(url)}: its certificate cannot be verified: {cause}",
-      certificate_fix(str(cause)),
-    )
+    problem = f"{redacted(url)}: its certificate cannot be verified: {cause}"
+    return QvmError(problem, certificate_fix(str(cause)))
   if url.startswith("file:") and isinstance(cause, OSError):
     return NotFound(f"{redacted(url)}: {describe(cause)}")
   if isinstance(cause, socket.timeout):
@@ -2893,7 +2868,7 @@ progress = Progress()
 
 
 # An open answer, and its connection if that may be used again, which urllib's may not.
-OpenBody = Tuple["http.client.HTTPResponse", "Optional[http.client.HTTPConnection]"]
+OpenBody = Tuple["Response", "Optional[http.client.HTTPConnection]"]
 
 
 class Connections:
@@ -3056,7 +3031,7 @@ class Download:
     last = "" if end == self.file.total else end - 1
     return {"Range": f"bytes={start}-{last}", "If-Range": self.file.note.validator}
 
-  def accept(self, body: "http.client.HTTPResponse", span: Span, restart: bool) -> Span:
+  def accept(self, body: "Response", span: Span, restart: bool) -> Span:
     """Look at an answer's headers; returns the span that its body is."""
     if body.getcode() != 206 and restart:
       span = self.start_over(body.headers)
@@ -3075,7 +3050,7 @@ class Download:
         self.file.lock.notify_all()
     return span
 
-  def start_over(self, headers: "http.client.HTTPMessage") -> Span:
+  def start_over(self, headers: "Headers") -> Span:
     """A 200 brings the whole object: forget what there was; returns what to fetch."""
     if self.file.done:
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
@@ -3093,7 +3068,7 @@ class Download:
     self.file.create(DownloadNote(self.url, validator, total))
     return self.file.claim() or Span(0, 0)
 
-  def check_range(self, body: "http.client.HTTPResponse", span: Span) -> None:
+  def check_range(self, body: "Response", span: Span) -> None:
     """Transient unless an answer is just the bytes asked for, of the same object."""
     etag, validator = body.headers.get("ETag") or "", self.file.note.validator
     place = re.match(r"bytes ([0-9]+)-[0-9]+/([0-9]+)\Z", body.headers.get("Content-Range") or "")
@@ -3105,7 +3080,7 @@ class Download:
         code=CHANGED if etag and etag != validator else NO_SUCH_RANGE,
       )
 
-  def gives_ranges(self, headers: "http.client.HTTPMessage") -> bool:
+  def gives_ranges(self, headers: "Headers") -> bool:
     """Whether the server lets parts of just this object be fetched."""
     ranges = (headers.get("Accept-Ranges") or "").lower() == "bytes" or headers.get("Content-Range")
     return bool(ranges and re.match(STRONG_ETAG_RE, self.file.note.validator) and self.file.total)
@@ -3118,7 +3093,7 @@ class Download:
     if missing > free:
       raise disk_full(self.file.part, missing - free)
 
-  def copy_body(self, body: "http.client.HTTPResponse", span: Span, lead: bool) -> None:
+  def copy_body(self, body: "Response", span: Span, lead: bool) -> None:
     """Write a body to the part, looking at the file's first bytes on the way."""
     looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
@@ -3139,7 +3114,7 @@ class Download:
         self.add_helpers(body.headers)
     raise Cancelled()
 
-  def read_chunk(self, body: "http.client.HTTPResponse", most: int) -> bytes:
+  def read_chunk(self, body: "Response", most: int) -> bytes:
     """The next bytes of a body, as many as there are: a time-out loses none of them."""
     try:
       return body.read1(most) if most else b""
@@ -3164,7 +3139,7 @@ class Download:
 
   # Helpers.
 
-  def add_helpers(self, headers: "http.client.HTTPMessage") -> None:
+  def add_helpers(self, headers: "Headers") -> None:
     """Let more connections fetch the rest, if it is worth it; readers need the line for theirs."""
     missing = (self.file.total or 0) - self.file.done
     if self.helpers or self.streamed or missing < PARALLEL_MIN_BYTES:
@@ -3283,8 +3258,7 @@ def download_lock(downloads: str, name: str) -> Iterator[str]:
   The lock on the folder tells whether somebody works there. An empty one is removed in the end.
   """
   folder = os.path.join(downloads, name)
-  with contextlib.ExitStack() as waiting, Lock(downloads, folder=True) as shared:
-    shared.hold(shared=True, waits=lambda: say("waiting for another qvm that cleans up"))
+  with contextlib.ExitStack() as waiting, downloads_lock(downloads):
 
     def waits() -> None:
       say(f"waiting for another qvm that downloads {name}")
@@ -3968,7 +3942,7 @@ def publish_with_record(
   which of the two files it is meant for; record_of takes the one that fits.
   """
   waiting, stat = record_path(target) + ".new", os.stat(source)
-  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns)
+  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
   write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
   move(waiting, record_path(target), True)
@@ -4297,18 +4271,18 @@ def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
   if not plan.refresh or is_missing(plan, path):
     return not is_missing(plan, path)
-  url = asset_url(releases.net, "resources", releases.tag("resources"), name)
-  if record_of(path).url == url:
-    say(f"{name} is the newest")
-    return True
-  return is_newer(record_of(path), releases.tag("resources"), name)
+  return is_newest(path, releases, "resources", releases.tag("resources"), name)
 
 
-def is_newer(record: AssetRecord, tag: str, name: str) -> bool:
-  """Whether a cached file is of a newer release than the server has; says that it is kept.
+def is_newest(path: str, releases: Releases, repo: str, tag: str, name: str) -> bool:
+  """Whether a cached file is of this release, the server's newest, or a newer one; says so.
 
-  Whoever can offer an older release could bring back its faults.
+  A newer one is kept: whoever can offer an older release could bring back its faults.
   """
+  record = record_of(path)
+  if record.url == asset_url(releases.net, repo, tag, name):
+    say(f"{name} of {tag} is the newest")
+    return True
   newer = re.match(TAG_RE, record.release) and version_key(record.release) > version_key(tag)
   if newer:
     say(f"the server's newest {name} is {tag}, older than {record.release} here, which is kept")
@@ -4383,10 +4357,9 @@ def swap_tree(root: str, link: str) -> None:
 def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
   """Put a downloaded qemu-img in place."""
   with installing(download) as aside:
-    program = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
-    program = os.path.realpath(program)
+    unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
+    program = os.path.realpath(unpacked)
     record = asset_record(download, tag, file_sha256(program))
-    record = record._replace(bytes=os.path.getsize(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
 
@@ -4449,13 +4422,10 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
   repo = image_repo(plan.guest.os)
 
   def use(tag: str, name: str) -> None:
-    url = asset_url(releases.net, repo, tag, name)
     if there:
-      if record_of(plan.base).url == url:
-        return say(f"{name} of {tag} is the newest")
-      if is_newer(record_of(plan.base), tag, name):
-        return None
-      check_exists(releases.net, url)
+      if is_newest(plan.base, releases, repo, tag, name):
+        return
+      check_exists(releases.net, asset_url(releases.net, repo, tag, name))
       check_unneeded(plan, "refreshed")  # before the download; install_image looks again
     download = fetch_asset(releases, repo, tag, name, folder, lambda *why: condemn(plan, *why))
     if tag not in (pinned, releases.tag(repo)):
@@ -4489,7 +4459,7 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
       source = convert_bundle(plan, source, aside)
       digest = file_sha256(source)
     check_image(source)
-    record = asset_record(download, tag, digest)._replace(bytes=os.path.getsize(source))
+    record = asset_record(download, tag, digest)
     with instances_lock(plan.cache):
       check_unneeded(plan, "replaced by another image", record)
       drop_layers(plan, record.sha256)
@@ -7416,17 +7386,17 @@ class Stream:
 
   def next_answer(self) -> ServerAnswer:
     """The next answer; QvmError if it is an error, or if the server has ended."""
-    while True:
-      ended = not self.reader.is_alive()
+    answer = None
+    while not answer:
+      ended = not self.reader.is_alive()  # asked first: its last words may be an answer
       with contextlib.suppress(queue.Empty):
         answer = self.answers.get(timeout=0 if ended else POLL_SECONDS)
-        if answer.error:
-          self.error_raised = True
-          raise QvmError(answer.error, answer.hint)
-        return answer
-      if ended:
-        self.error_raised = True
-        raise QvmError("the server of the image has ended")
+      if ended and not answer:
+        answer = ServerAnswer(error="the server of the image has ended")
+    if answer.error:
+      self.error_raised = True
+      raise QvmError(answer.error, answer.hint)
+    return answer
 
   def release(self) -> None:
     """From now on the server lives as long as QEMU."""
@@ -7495,19 +7465,14 @@ def serve(words: Sequence[str]) -> int:
   lock, life, log = map(int, words[0].split(","))
   options = parse_command_line(words[1:])
   report.progress, report.log = options.progress, log
-  server = None
   try:
     net = net_from(os.environ)
-    server = Server(plan_from(resolve(options), net), net, (lock, life))
-    server.run()
+    Server(plan_from(resolve(options), net), net, (lock, life)).run()
   except NoStream as reason:
     send_answer(ServerAnswer(reason=str(reason)))
   except (QvmError, OSError, Cancelled) as error:
-    report_failure(error, getattr(error, "hint", ""))
+    report_failure(error)
     return EXIT_FAILED
-  finally:
-    if server:
-      server.close()
   return 0
 
 
@@ -7516,10 +7481,10 @@ def send_answer(answer: ServerAnswer) -> None:
   write_all(1, json.dumps(answer._asdict()).encode() + b"\n")
 
 
-def report_failure(error: BaseException, hint: str) -> None:
+def report_failure(error: BaseException) -> None:
   """Tell qvm of a failure; once qvm has left, the console log."""
   try:
-    send_answer(ServerAnswer(error=describe(error), hint=hint))
+    send_answer(ServerAnswer(error=describe(error), hint=getattr(error, "hint", "")))
   except OSError:
     say(describe(error))
 
@@ -7535,7 +7500,7 @@ class Server:
     self.fresh = not os.path.lexists(self.paths.disk)
     self.ready = False  # whether QEMU may have been started
     self.gone = threading.Event()  # set when QEMU and qvm have ended
-    self.folder = self.socket_folder = self.tag = self.validator = ""
+    self.folder = self.tag = self.validator = ""
     self.fd, self.size = -1, 0  # of the image
     threading.Thread(target=self.watch_pipe, daemon=True).start()
 
@@ -7555,10 +7520,12 @@ class Server:
         return send_answer(ServerAnswer())
       pinned = pinned_release(self.plan, self.releases)
       find_image(self.plan, self.releases, pinned, self.begin)
-      stack.callback(self.stop_fetching)
+      stack.callback(self.download.file.close)  # before another qvm may write
+      stack.callback(self.net.cancelled.set)
       self.check_header()
       self.validator = self.download.file.note.validator
-      served = (self.listen(), self.tag, self.validator, self.known_digest())
+      self.digest.thread.join(DIGEST_SECONDS)
+      served = (self.listen(stack), self.tag, self.validator, self.digest.value or "")
       say("the guest runs while its image comes; the digest is checked when all of it is there")
       with self.download.file.lock:
         if self.download.error:
@@ -7620,11 +7587,6 @@ class Server:
       self.download.file.discard()
       raise
 
-  def known_digest(self) -> str:
-    """The digest that the release names, if it has told it by now."""
-    self.digest.thread.join(DIGEST_SECONDS)
-    return str(self.digest.value or "")
-
   def wait_until_complete(self) -> bool:
     """Make the image the base image once all of it is there; False when it is no good.
 
@@ -7670,15 +7632,10 @@ class Server:
     name = self.plan.image_asset
     say(f"{name} is there, and has the digest {digest[:16]}…" if digest else f"{name} is there")
 
-  def stop_fetching(self) -> None:
-    """Let no thread write any more, before another qvm may."""
-    self.net.cancelled.set()
-    self.download.file.close()
-
   def end_machine(self, error: BadImageError) -> None:
     """End the machine, discard what was made in this run, and condemn what earlier ones made."""
     condemn(self.plan, str(error), self.validator, self.plan.name if self.fresh else "")
-    report_failure(error, error.hint)
+    report_failure(error)
     number: int = signal.SIGTERM
     while not self.gone.wait(POLL_SECONDS):
       if holder(self.paths).program == "QEMU":
@@ -7702,18 +7659,14 @@ class Server:
       make_overlay(self.plan, backing_name(self.plan, self.plan.base), self.lock)
       record_instance(self.plan, ssh, cached_base(self.plan))
 
-  def close(self) -> None:
-    """Leave no socket."""
-    if self.socket_folder:
-      remove_tree(self.socket_folder)
-
-  def listen(self) -> str:
+  def listen(self, stack: contextlib.ExitStack) -> str:
     """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
     folder = tempfile.gettempdir()
     folder = folder if re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder) else "/tmp"
     drop_dead_sockets(folder)
-    self.socket_folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
-    path = os.path.join(self.socket_folder, "nbd")
+    folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
+    stack.callback(remove_tree, folder)
+    path = os.path.join(folder, "nbd")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen(16)
@@ -8863,8 +8816,7 @@ def cmd_run(options: Options) -> int:
   sweep(plan.cache)
   for line in other_instances(plan, options):
     say(line)
-  with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
-    keep.hold(shared=True, waits=lambda: say("waiting for another qvm to clean up"))
+  with Machine(plan, options) as machine, downloads_lock(plan.cache.downloads) as keep:
     base = fetch_base(machine, net)
     while True:
       with contextlib.suppress(StartAgain):

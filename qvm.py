@@ -3313,11 +3313,16 @@ def newest_tag(net: Net, repo: str) -> str:
   return tag
 
 
-def asset_url(net: Net, repo: str, tag: str, name: str) -> str:
-  """The URL of a release's asset."""
-  return (
-    f"{net.releases}/{repo}/releases/download/{urllib.parse.quote(tag)}/{urllib.parse.quote(name)}"
-  )
+class Asset(NamedTuple):
+  """A file of a release."""
+
+  repo: str
+  tag: str
+  name: str
+
+  def url(self, net: Net) -> str:
+    tag, name = map(urllib.parse.quote, (self.tag, self.name))
+    return f"{net.releases}/{self.repo}/releases/download/{tag}/{name}"
 
 
 def api_release(data: Any) -> Optional[Release]:
@@ -3413,14 +3418,15 @@ class Releases:
     """The tag of the newest release."""
     return self.once((repo,), lambda: newest_tag(self.net, repo))
 
-  def digest(self, repo: str, tag: str, name: str) -> str:
+  def digest(self, asset: Asset) -> str:
     """The SHA-256 of an asset; empty if the release data does not include it."""
-    return self.once((repo, tag), lambda: self.one(repo, tag)).assets.get(name, "")
+    release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
+    return release.assets.get(asset.name, "")
 
-  def forget(self, repo: str, tag: str) -> None:
-    """Request a release's data again when it is next needed."""
+  def forget(self, asset: Asset) -> None:
+    """Request the data of an asset's release again when it is next needed."""
     with self.lock:
-      self.asked.pop((repo, tag), None)
+      self.asked.pop(asset[:2], None)
 
   def one(self, repo: str, tag: str) -> Release:
     """A release's data from the API, else from its page, else empty: downloads do not wait long."""
@@ -3921,16 +3927,17 @@ def unpack_disk(stream: IO[bytes], folder: str) -> None:
 # ---- Store --------------------------------------------------------------------------------------
 
 
+def tree_of(path: str) -> str:
+  """The tree of a QEMU that a cached file, its program, stands for; empty for any other file."""
+  program = os.path.basename(path).startswith("qemu-system-")
+  return os.path.dirname(os.path.dirname(path)) if program else ""
+
+
 def record_path(path: str) -> str:
   """Where the record of a cached file is; that of a QEMU's program stands for its whole tree."""
-  if is_qemu_program(path):
-    return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
+  if tree_of(path):
+    return os.path.join(tree_of(path), "release.json")
   return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
-
-
-def is_qemu_program(path: str) -> bool:
-  """Whether a cached file stands for the whole tree of a QEMU."""
-  return os.path.basename(path).startswith("qemu-system-")
 
 
 def publish_with_record(
@@ -4188,24 +4195,22 @@ def drop_layers(plan: Plan, digest: str) -> None:
 
 def fetch_asset(
   releases: Releases,
-  repo: str,
-  tag: str,
-  name: str,
+  asset: Asset,
   folder: str,
-  condemned: Callable[[str, str], None] = lambda problem, validator: None,
+  refused: Optional[Callable[[str, str], None]] = None,
 ) -> Download:
   """Download an asset into a folder and check its digest; one that differs is fetched once more.
 
-  If some of what differs was there before, condemned(problem, validator) is called.
+  If some of what differs was there before, refused(problem, validator) is called.
   """
-  url = asset_url(releases.net, repo, tag, name)
+  url = asset.url(releases.net)
   for last in (False, True):
-    expected = Future(lambda: releases.digest(repo, tag, name))
-    result = download(releases.net, url, name, folder)
+    expected = Future(lambda: releases.digest(asset))
+    result = download(releases.net, url, asset.name, folder)
     validator = result.file.note.validator
     try:
       wanted = expected.result()
-      if not wanted and repo == "resources" and is_open(releases.net.releases):
+      if not wanted and asset.repo == "resources" and is_open(releases.net.releases):
         raise QvmError(
           f"{redacted(url)} comes over http and without a digest, and qvm would execute it",
           "qvm pull --mirror makes a mirror with digests; or use an https address",
@@ -4213,12 +4218,12 @@ def fetch_asset(
       check_digest(result, wanted)
       break
     except RefusedError as problem:
-      if result.resumed:
-        condemned(str(problem), validator)
+      if result.resumed and refused:
+        refused(str(problem), validator)
       if last:
         raise
       say(f"{problem}; fetching it once more")
-      releases.forget(repo, tag)
+      releases.forget(asset)
   return result
 
 
@@ -4271,16 +4276,16 @@ def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
   if not plan.refresh or is_missing(plan, path):
     return not is_missing(plan, path)
-  return is_newest(path, releases, "resources", releases.tag("resources"), name)
+  return is_newest(path, releases.net, Asset("resources", releases.tag("resources"), name))
 
 
-def is_newest(path: str, releases: Releases, repo: str, tag: str, name: str) -> bool:
-  """Whether a cached file is of this release, the server's newest, or a newer one; says so.
+def is_newest(path: str, net: Net, asset: Asset) -> bool:
+  """Whether a cached file is this asset, the server's newest, or a newer one; says so.
 
   A newer one is kept: whoever can offer an older release could bring back its faults.
   """
-  record = record_of(path)
-  if record.url == asset_url(releases.net, repo, tag, name):
+  record, (_, tag, name) = record_of(path), asset
+  if record.url == asset.url(net):
     say(f"{name} of {tag} is the newest")
     return True
   newer = re.match(TAG_RE, record.release) and version_key(record.release) > version_key(tag)
@@ -4305,8 +4310,8 @@ def fetch_resource(
   """Download an asset of the newest release of QEMU, unless `path` is of that, and install it."""
   with download_lock(plan.cache.downloads, name) as folder:
     if not is_there(plan, releases, path, name):
-      tag = releases.tag("resources")
-      install(tag, fetch_asset(releases, "resources", tag, name, folder))
+      asset = Asset("resources", releases.tag("resources"), name)
+      install(asset.tag, fetch_asset(releases, asset, folder))
 
 
 def install_qemu(plan: Plan, tag: str, download: Download) -> None:
@@ -4382,57 +4387,50 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   return result
 
 
-def candidates(plan: Plan, releases: Releases, pinned: str = "") -> Iterator[Tuple[str, str]]:
-  """Releases and assets that may be the image, the best first, found out only as needed.
+def candidates(plan: Plan, releases: Releases, pinned: str) -> Iterator[Asset]:
+  """The assets that may be the image, the best first, found out only as needed.
 
-  With pinned, only those of this release.
+  pinned is the only release that will do, empty where any will.
   """
   repo, qcow2 = image_repo(plan.guest.os), plan.image_asset
   bundle, unpackable = plan.bundle_asset, can_unzstd()
   newest = pinned or releases.tag(repo)
-  yield newest, qcow2
+  yield Asset(repo, newest, qcow2)
   if unpackable:
-    yield newest, bundle
-  if pinned:
-    return
-  for release in releases.all(repo):
+    yield Asset(repo, newest, bundle)
+  for release in [] if pinned else releases.all(repo):
     if qcow2 in release.assets:  # the newest too: its first 404 may have been a passing one
-      yield release.tag, qcow2
+      yield Asset(repo, release.tag, qcow2)
     elif bundle in release.assets and not unpackable:
       say(f"{release.tag} has {bundle}, which takes zstd to unpack; looking for an older qcow2")
     elif bundle in release.assets and release.tag != newest:
-      yield release.tag, bundle
+      yield Asset(repo, release.tag, bundle)
 
 
-def find_image(
-  plan: Plan, releases: Releases, pinned: str, use: Callable[[str, str], None]
-) -> None:
-  """Call use(tag, asset) for what may be the image until it raises no NotFound.
-
-  pinned is the only release that will do, empty where any will.
-  """
-  for tag, name in candidates(plan, releases, pinned):
+def find_image(plan: Plan, releases: Releases, pinned: str, use: Callable[[Asset], None]) -> None:
+  """Call use() for each of the candidates until it raises no NotFound."""
+  for asset in candidates(plan, releases, pinned):
     with contextlib.suppress(NotFound):
-      return use(tag, name)
+      return use(asset)
   raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
 
 
 def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
   """Make the base image from the newest release that has it; tools waits for qemu-img."""
-  repo = image_repo(plan.guest.os)
 
-  def use(tag: str, name: str) -> None:
+  def use(asset: Asset) -> None:
     if there:
-      if is_newest(plan.base, releases, repo, tag, name):
+      if is_newest(plan.base, releases.net, asset):
         return
-      check_exists(releases.net, asset_url(releases.net, repo, tag, name))
+      check_exists(releases.net, asset.url(releases.net))
       check_unneeded(plan, "refreshed")  # before the download; install_image looks again
-    download = fetch_asset(releases, repo, tag, name, folder, lambda *why: condemn(plan, *why))
-    if tag not in (pinned, releases.tag(repo)):
-      say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
-    if name == plan.bundle_asset:
+    download = fetch_asset(releases, asset, folder, functools.partial(condemn, plan))
+    if asset.tag not in (pinned, releases.tag(asset.repo)):
+      newest = releases.tag(asset.repo)
+      say(f"{asset.name} comes from {asset.tag}; the newest release, {newest}, has none")
+    if asset.name == plan.bundle_asset:
       tools()
-    install_image(plan, tag, download)
+    install_image(plan, asset.tag, download)
 
   with download_lock(plan.cache.downloads, plan.image_asset) as folder:
     there = not is_missing(plan, plan.base)
@@ -4548,18 +4546,22 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
     in_parallel(net, jobs)
 
 
+def wrong_size(path: str) -> str:
+  """How a cached file's length, or that of a QEMU's tree, differs from when it came; or empty."""
+  noted, size = record_of(path).bytes, os.path.getsize(path)
+  found = tree_bytes(tree_of(path)) if tree_of(path) else size
+  return "" if size and noted in (0, found) else f"it has {found} bytes instead of {noted}"
+
+
 def check_base(plan: Plan) -> None:
   """Refuse a base image that is unsafe, or not as long as it was when it came."""
-  repair = f"{pull_line(plan)} downloads it again"
   try:
     check_image(plan.base)
+    problem = wrong_size(plan.base)
+    if problem:
+      raise RefusedError(f"the base image {plan.base} is damaged: {problem}")
   except RefusedError as error:
-    raise RefusedError(str(error), repair)
-  noted, size = record_of(plan.base).bytes, os.path.getsize(plan.base)
-  if noted and noted != size:
-    raise RefusedError(
-      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}", repair
-    )
+    raise RefusedError(str(error), f"{pull_line(plan)} downloads it again")
 
 
 def base_record(plan: Plan) -> AssetRecord:
@@ -4591,14 +4593,10 @@ def pull_line(plan: Plan) -> str:
 
 def damaged_files(plan: Plan) -> Tuple[str, ...]:
   """The cached files that their sizes, and an image's header, show to be damaged; says which."""
-  sizes = {plan.tree_program: lambda: tree_bytes(plan.tree)}
-  if not plan.own_qemu:
-    sizes[plan.qemu_img] = lambda: os.path.getsize(plan.qemu_img)
-  found = []
-  for path in filter(os.path.isfile, sizes):
-    if not os.path.getsize(path) or record_of(path).bytes not in (0, sizes[path]()):
-      say(f"{path} is damaged: it is not as long as it was; it is downloaded again")
-      found.append(path)
+  programs = [plan.tree_program] + [plan.qemu_img] * (not plan.own_qemu)
+  found = [path for path in programs if os.path.isfile(path) and wrong_size(path)]
+  for path in found:
+    say(f"{path} is damaged: it is not as long as it was; it is downloaded again")
   try:
     if os.path.isfile(plan.base):
       check_base(plan)
@@ -7513,11 +7511,19 @@ class Server:
 
   def run(self) -> None:
     """Serve until QEMU has ended, then see to its overlay."""
+    with contextlib.ExitStack() as serving:
+      if self.bring_image(serving):
+        self.gone.wait()
+        self.rebase_overlay()
+
+  def bring_image(self, serving: contextlib.ExitStack) -> bool:
+    """Download the image while the guest runs, if it is not there; False when that is all."""
     with contextlib.ExitStack() as stack:
       downloads, name = self.plan.cache.downloads, self.plan.image_asset
       self.folder = stack.enter_context(download_lock(downloads, name))
       if os.path.isfile(self.plan.base):
-        return send_answer(ServerAnswer())
+        send_answer(ServerAnswer())
+        return False
       pinned = pinned_release(self.plan, self.releases)
       find_image(self.plan, self.releases, pinned, self.begin)
       stack.callback(self.download.file.close)  # before another qvm may write
@@ -7525,30 +7531,26 @@ class Server:
       self.check_header()
       self.validator = self.download.file.note.validator
       self.digest.thread.join(DIGEST_SECONDS)
-      served = (self.listen(stack), self.tag, self.validator, self.digest.value or "")
+      served = (self.listen(serving), self.tag, self.validator, self.digest.value or "")
       say("the guest runs while its image comes; the digest is checked when all of it is there")
       with self.download.file.lock:
         if self.download.error:
           raise self.download.error
         self.ready = True
       send_answer(ServerAnswer("", "", "", *served))
-      if not self.wait_until_complete():
-        return
-    self.gone.wait()
-    self.rebase_overlay()
+      return self.wait_until_complete()
 
-  def begin(self, tag: str, name: str) -> None:
+  def begin(self, asset: Asset) -> None:
     """Start to fetch the image, and wait for its beginning; NotFound if it is not there."""
-    repo = image_repo(self.plan.guest.os)
-    url = asset_url(self.net, repo, tag, name)
-    if name != self.plan.image_asset:
+    url = asset.url(self.net)
+    if asset.name != self.plan.image_asset:
       check_exists(self.net, url)
-      raise NoStream(f"{name} of {tag} is a bundle")
-    self.tag = tag
-    self.download = Download(self.net, url, name, self.folder, streamed=True)
+      raise NoStream(f"{asset.name} of {asset.tag} is a bundle")
+    self.tag = asset.tag
+    self.download = Download(self.net, url, asset.name, self.folder, streamed=True)
     self.filler = threading.Thread(target=self.fill, daemon=True)
     self.filler.start()
-    self.digest = Future(lambda: self.releases.digest(repo, tag, name))
+    self.digest = Future(lambda: self.releases.digest(asset))
     file = self.download.file
     with file.lock:
       while not self.download.error:
@@ -8931,14 +8933,13 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   record = record_of(path)
   if not record.sha256:
     return "unknown: no digest was recorded at download"
-  tree = os.path.dirname(os.path.dirname(path))
-  digest = tree_sha256(tree) if is_qemu_program(path) else file_sha256(path)
+  digest = tree_sha256(tree_of(path)) if tree_of(path) else file_sha256(path)
   if digest != record.sha256:
     return "DAMAGED: its digest is not the one recorded at download"
   tag, name = record.release, unquoted(record.url.rpartition("/")[2])
   if name.endswith(".qcow2") and record.asset_sha256 != digest:
     return "DAMAGED: its record contradicts itself"
-  named = releases.digest(repo, tag, name) if re.match(TAG_RE, tag) else ""
+  named = releases.digest(Asset(repo, tag, name)) if re.match(TAG_RE, tag) else ""
   if named and named != record.asset_sha256:
     return f"DAMAGED: {tag} names another digest"
   return (
@@ -8949,13 +8950,13 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
-    mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
-  repo = image_repo(plan.guest.os)
-  find_image(plan, releases, "", lambda tag, name: mirror_asset(releases, folder, repo, tag, name))
+    mirror_asset(releases, folder, Asset("resources", releases.tag("resources"), name))
+  find_image(plan, releases, "", functools.partial(mirror_asset, releases, folder))
 
 
-def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str) -> None:
+def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
   """Put one asset into a mirror, and into the files that stand for its release's pages."""
+  repo, tag, name = asset
   top = os.path.join(folder, repo, "releases")
   target = os.path.join(top, "download", tag, name)
   page = os.path.join(top, "expanded_assets", tag)
@@ -8963,7 +8964,7 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
     os.makedirs(os.path.dirname(path), exist_ok=True)
   with download_lock(os.path.dirname(target), name + ".download") as place:
     if not os.path.isfile(target):
-      download = fetch_asset(releases, repo, tag, name, place)
+      download = fetch_asset(releases, asset, place)
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
       with open(page, "a") as file:
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")

@@ -375,7 +375,7 @@ def test_digest_is_recorded(no_image, image, server):
     "sha256": sha256(image),
     "bytes": len(image),
     "inode": base.st_ino,
-    "mtime": int(base.st_mtime),
+    "mtime_ns": base.st_mtime_ns,
   }
 
 

@@ -940,7 +940,7 @@ def test_only_one_type_of_error_throws_an_overlay_away(capfd):
   assert not server.wait_until_complete() and len(server.ended) == 1
   text = Path(qvm_source.__file__).read_text()
   assert len(re.findall(r"raise BadImageError", text)) == 1
-  assert len(re.findall(r"(?<!def )\bcondemn\(", text)) == 2
+  assert len(re.findall(r"(?<!def )\bcondemn\(|partial\(condemn,", text)) == 2
 
 
 HOSTILE = {

@@ -1494,9 +1494,12 @@ def file_sha256(path: str) -> str:
 
 
 def files_of_tree(root: str) -> List[str]:
-  """The paths of all files of a QEMU's tree, but for its record's."""
-  found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-  return [path for path in sorted(found) if os.path.basename(path) != "release.json"]
+  """The paths of all files of a QEMU's tree but its record, in the order of its digest."""
+  found = []
+  for folder, folders, names in os.walk(root):
+    folders.sort()
+    found += [os.path.join(folder, name) for name in sorted(names) if name != "release.json"]
+  return found
 
 
 def tree_sha256(root: str) -> str:
@@ -1846,9 +1849,9 @@ class Lock:
     self.path, self.folder = path, folder
     self.fd = -1  # while it is not held
 
-  def try_(self, shared: bool = False) -> bool:
+  def try_(self) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, None)
+    return self._take(fcntl.LOCK_EX, None)
 
   def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
@@ -2591,7 +2594,7 @@ class PartFile:
     self.lock = threading.Condition()  # for everything here but the hash
     self.hashing = threading.Lock()  # for the hash
     self.part_fd = self.map_fd = -1
-    self.boot = boot_id() or os.urandom(8).hex()  # unknown: what was not flushed is lost
+    self.boot = boot_id() or os.urandom(8).hex()  # unknown: only what was flushed counts
     self.spans: List[Span] = []
     self.forget()
     self.load(url)
@@ -4117,7 +4120,7 @@ def dependants(cache: Cache, base: str) -> List[Instance]:
   """
   needed = (os.path.basename(base), None)
   mine = [paths for paths in overlays(cache) if base_needed(paths) in needed]
-  return [known_instance(paths) for paths in mine if os.path.lexists(paths.disk)]  # has not ended
+  return [known_instance(paths) for paths in mine if os.path.lexists(paths.disk)]  # not ended
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -7364,7 +7367,7 @@ class ServerAnswer(NamedTuple):
 class Stream:
   """A running server of an image, as qvm sees it."""
 
-  def __init__(self, process: "subprocess.Popen[bytes]", life: int) -> None:
+  def __init__(self, process: "Process", life: int) -> None:
     self.process, self.life = process, life
     self.socket = ""  # its path
     self.answers: queue.Queue[ServerAnswer] = queue.Queue()

@@ -121,6 +121,9 @@ if TYPE_CHECKING:
   import zlib
 
   Process = subprocess.Popen[bytes]
+  Headers = http.client.HTTPMessage
+  Request = urllib.request.Request
+  Response = http.client.HTTPResponse
 else:
 
   class Lazy:
@@ -1591,51 +1594,41 @@ def remove_unlocked(path: str) -> bool:
     return lock.fd >= 0
 
 
-def new_sha256() -> "hashlib._Hash":
-  """A new SHA-256 object."""
-  return hashlib.sha256()
-
-
 def file_sha256(path: str) -> str:
   """The SHA-256 of a file, in hexadecimal."""
-  digest = new_sha256()
+  digest = hashlib.sha256()
   with open(path, "rb") as file:
     for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
       digest.update(chunk)
-  return str(digest.hexdigest())
+  return digest.hexdigest()
+
+
+def files_of_tree(root: str) -> List[str]:
+  """The paths of all files of a QEMU's tree but its record, in the order of its digest."""
+  found = []
+  for folder, folders, names in os.walk(root):
+    folders.sort()
+    found += [os.path.join(folder, name) for name in sorted(names) if name != "release.json"]
+  return found
 
 
 def tree_sha256(root: str) -> str:
-  """One SHA-256 for the names and contents of all files below a folder, without release.json."""
-  digest = new_sha256()
-  for folder, folders, names in os.walk(root):
-    folders.sort()
-    for path in sorted(os.path.join(folder, name) for name in names if name != "release.json"):
-      digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
-      digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
-  return str(digest.hexdigest())
+  """One SHA-256 for the names and contents of all files of a tree."""
+  digest = hashlib.sha256()
+  for path in files_of_tree(root):
+    digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+    digest.update(file_sha256(path).encode() if os.path.isfile(path) else b"")
+  return digest.hexdigest()
 
 
 def tree_bytes(root: str) -> int:
-  """The bytes in all files below a folder, without release.json."""
-  paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-  return sum(os.lstat(p).st_size for p in paths if os.path.basename(p) != "release.json")
+  """The bytes in all files of a tree."""
+  return sum(os.lstat(path).st_size for path in files_of_tree(root))
 
 
 def hashed(name: str) -> str:
   """A short name derived from one of any length."""
-  digest = new_sha256()
-  digest.update(os.fsencode(name))
-  return str(digest.hexdigest()[:16])
-
-
-def write_text(path: str, text: str, mode: int = 0o644) -> None:
-  """Write a file that appears complete or not at all."""
-  remove_file(path + ".tmp")
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.chmod(path + ".tmp", mode)
-  os.replace(path + ".tmp", path)
+  return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def temporary_folder(cache: Cache) -> str:
@@ -1777,22 +1770,18 @@ def move_into_place(source: str, target: str, mode: int) -> None:
 
 
 FOLDERS = (
-  "", "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code", "accelerators",
+  "base", "bin", "qemu", "instances", "layers", "downloads", "ssh", "code", "accelerators",
 )  # fmt: skip
 
 
 def make_folders(cache: Cache) -> None:
-  """Create the cache and its folders, accessible to this user only."""
+  """Create the cache and its folders, accessible to this user only; check_owners() comes first."""
   path = cache.root
   try:
-    for path in reversed(list(missing_above(cache.root))):
+    if make_folder(path) and sys.platform == "darwin":
+      ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
+    for path in (cache.root, *map(cache.path, FOLDERS)):
       make_folder(path)
-    with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
-      os.rename(cache.path("warm"), cache.path("layers"))  # its name in qvm 0.1
-    for name in FOLDERS:
-      path = cache.path(name) if name else cache.root
-      if make_folder(path) and not name and sys.platform == "darwin":
-        ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
@@ -1801,9 +1790,18 @@ def make_folders(cache: Cache) -> None:
     raise QvmError(f"cannot create {error.filename or path}: {describe(error)}", owner_fix(path))
   if not locks_work(cache.root):
     say(f"{cache.root}: locks do not work on its file system: run one qvm at a time, {NFS_FIX}")
-  check_owners(cache)
-  drop_older_downloads(cache)
+  adopt_older(cache)
   keep_code()
+
+
+def make_folder(path: str) -> bool:
+  """Create a folder, with those above it, for this user only; False if something is there."""
+  if not os.path.isdir(os.path.dirname(path)):
+    make_folder(os.path.dirname(path))
+  with contextlib.suppress(FileExistsError):
+    os.mkdir(path, 0o700)  # which no umask widens
+    return True
+  return False
 
 
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
@@ -1833,44 +1831,27 @@ def locks_work(folder: str) -> bool:
       os.close(fd)
 
 
-OLDER_DOWNLOAD_RE = r"(.+\.(?:qcow2|tar|tar\.zst))\.(?:part|json|map|lock|tmp|json\.tmp)\Z"
-
-
 def older_downloads(cache: Cache) -> List[str]:
   """The flat files that qvm 0.1 left in downloads/, but for those that one works on."""
+  pattern = re.compile(r"(.+\.(?:qcow2|tar|tar\.zst))\.(?:part|json|map|lock|tmp|json\.tmp)")
   found = []
-  for path in paths_in(cache.downloads):
-    match = re.match(OLDER_DOWNLOAD_RE, path)
-    name = re.sub(r"\.tar\.zst\Z", ".qcow2", match.group(1)) if match else ""
-    if match and not Lock(name + ".lock").is_held():
-      found.append(path)
+  for match in filter(None, map(pattern.fullmatch, paths_in(cache.downloads))):
+    name = re.sub(r"\.tar\.zst\Z", ".qcow2", match.group(1))
+    if not Lock(name + ".lock").is_held():
+      found.append(match.group())
   return found
 
 
-def drop_older_downloads(cache: Cache) -> None:
-  """Remove what qvm 0.1 left in downloads/: it cannot be resumed."""
+def adopt_older(cache: Cache) -> None:
+  """Rename what qvm 0.1 called warm/, and remove its unfinished downloads: none can be resumed."""
+  with contextlib.suppress(OSError):  # there is no warm/, or layers/ has contents
+    os.rename(cache.path("warm"), cache.path("layers"))
   if older_downloads(cache):
     with Lock(cache.downloads, folder=True) as idle:
       if idle.try_():  # a qvm 0.1 at work has it too
         for path in older_downloads(cache):
           remove_tree(path)
         say(f"removed the unfinished downloads of an older qvm in {cache.downloads}")
-
-
-def make_folder(path: str) -> bool:
-  """Create a folder for this user only, whatever the umask; False if something is there."""
-  with contextlib.suppress(FileExistsError):
-    os.mkdir(path, 0o700)
-    return True
-  return False
-
-
-def missing_above(path: str) -> Iterator[str]:
-  """The folders above a path that do not exist, from the bottom up."""
-  above = os.path.dirname(path)
-  while not os.path.isdir(above):
-    yield above
-    above = os.path.dirname(above)
 
 
 def check_owners(cache: Cache) -> None:
@@ -1880,10 +1861,19 @@ def check_owners(cache: Cache) -> None:
   """
   for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):
     check_above(end)
-  for name in FOLDERS:
-    path = cache.path(name) if name else cache.root
-    if os.path.isdir(path) and (not name or os.stat(cache.root).st_mode & 0o011):
-      check_owner(path, cache)  # in a root without these bits only its owner gets in
+  if not os.path.isdir(cache.root):
+    return
+  root = os.stat(cache.root)
+  if root.st_uid not in (0, os.getuid()):  # root can change everything anyway
+    raise foreign(cache.root, root.st_uid)
+  # Folders in it may be another's: they come from a copy made by root.
+  inside = map(cache.path, FOLDERS) if root.st_mode & 0o011 else ()  # else only its owner gets in
+  for path in (cache.root, *inside):
+    if os.path.isdir(path) and os.stat(path).st_mode & 0o022:
+      raise QvmError(
+        f"{path} is writable by other users, and qvm executes what is in it",
+        f"chmod go-w {path}; or {OTHER_CACHE}",
+      )
 
 
 def check_above(path: str) -> None:
@@ -1936,22 +1926,6 @@ def foreign(path: str, uid: int) -> QvmError:
   )
 
 
-def check_owner(path: str, cache: Cache) -> None:
-  """Refuse a folder of the cache that others can change.
-
-  Root may own it, because root can change everything anyway. Inside the user's own cache, folders
-  of another owner are accepted: they come from a copy made by root.
-  """
-  stat = os.stat(path)
-  if path == cache.root and stat.st_uid not in (0, os.getuid()):
-    raise foreign(path, stat.st_uid)
-  if stat.st_mode & 0o022:
-    raise QvmError(
-      f"{path} is writable by other users, and qvm executes what is in it",
-      f"chmod go-w {path}; or {OTHER_CACHE}",
-    )
-
-
 packed_code: Tuple[str, Any] = ("", None)  # set by qvm.pyz: a path for its compiled code, the code
 
 
@@ -1966,12 +1940,13 @@ def keep_code() -> None:
       os.replace(file.name, path)
 
 
+@functools.lru_cache(None)
 def boot_id() -> str:
-  """What tells this boot of the host from others; another one each time if that is not known."""
+  """What tells this boot of the host from others; empty if the system does not say."""
   with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
     return file.read().strip()
   code, output = ask_program(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"])
-  return os.urandom(8).hex() if code else output
+  return "" if code else output
 
 
 class Lock:
@@ -1984,13 +1959,13 @@ class Lock:
     self.path, self.folder = path, folder
     self.fd = -1  # while it is not held
 
-  def try_(self, shared: bool = False) -> bool:
+  def try_(self) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take(shared, None)
+    return self._take(fcntl.LOCK_EX, None)
 
-  def hold(self, shared: bool = False, waits: Optional[Callable[[], None]] = None) -> "Lock":
+  def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
-    self._take(shared, waits or (lambda: None))
+    self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, waits)
     return self
 
   def is_held(self) -> bool:
@@ -2000,7 +1975,7 @@ class Lock:
     except FileNotFoundError:
       return False
     try:
-      return not self._flock(fd, fcntl.LOCK_EX)
+      return not self._flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
       os.close(fd)
 
@@ -2029,9 +2004,9 @@ class Lock:
         return os.open(self.path, os.O_RDONLY)
     return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
-  def _flock(self, fd: int, how: int, wait: bool = False) -> bool:
+  def _flock(self, fd: int, how: int) -> bool:
     try:
-      fcntl.flock(fd, how if wait else how | fcntl.LOCK_NB)
+      fcntl.flock(fd, how)
     except BlockingIOError:
       return False
     except OSError as error:
@@ -2041,24 +2016,20 @@ class Lock:
       )
     return True
 
-  def _take(self, shared: bool, waits: Optional[Callable[[], None]]) -> bool:
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+  def _take(self, how: int, waits: Optional[Callable[[], object]]) -> bool:
     while True:
-      fd = self._open()
-      try:
-        if not self._flock(fd, how):
+      self.fd = self._open()
+      with contextlib.ExitStack() as unless_taken:
+        unless_taken.callback(self.release)
+        if not self._flock(self.fd, how | fcntl.LOCK_NB):
           if not waits:
             return False
           waits()
-          self._flock(fd, how, wait=True)
-        if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-          self.fd, fd = fd, -1
-          return True
-      except FileNotFoundError:
-        pass  # the holder has deleted it
-      finally:
-        if fd >= 0:
-          os.close(fd)
+          self._flock(self.fd, how)
+        with contextlib.suppress(FileNotFoundError):  # the holder has deleted it
+          if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+            unless_taken.pop_all()
+            return True
 
 
 def instances_lock(cache: Cache) -> Lock:
@@ -2068,6 +2039,12 @@ def instances_lock(cache: Cache) -> Lock:
   would each take the other for a running QEMU.
   """
   return Lock(cache.instances, folder=True).hold()
+
+
+def downloads_lock(downloads: str) -> Lock:
+  """Held by whoever fetches or starts something, shared with others: it keeps `clean` out."""
+  waits = functools.partial(say, "waiting for another qvm that cleans up")
+  return Lock(downloads, folder=True).hold(shared=True, waits=waits)
 
 
 def own_qemu_img(own_qemu: str) -> str:
@@ -2155,27 +2132,22 @@ def silent() -> Spawn:
 def cannot_run(program: str, error: OSError) -> QvmError:
   """The error for a program that the system cannot execute."""
   EBADARCH = 86  # macOS: "Bad CPU type in executable"
-  message = f"cannot execute {program}: {describe(error)}"
+  hint = ""
   if error.errno == EBADARCH or (sys.platform == "darwin" and error.errno == errno.ENOEXEC):
-    return QvmError(
-      message,
+    hint = (
       "the downloaded QEMU is built for Intel: install Rosetta (softwareupdate --install-rosetta) "
-      "or use your own QEMU, such as Homebrew's, with --qemu",
+      "or use your own QEMU, such as Homebrew's, with --qemu"
     )
-  if error.errno == errno.ENOEXEC:
-    return QvmError(
-      message,
+  elif error.errno == errno.ENOEXEC:
+    hint = (
       "if it is damaged, qvm pull downloads it again; if it is built for another CPU, use a QEMU "
-      "built for this machine with --qemu",
+      "built for this machine with --qemu"
     )
-  if error.errno == errno.EACCES:
-    return QvmError(
-      message,
-      "is its file system mounted noexec? set QVM_CACHE_DIR to a folder on another one",
-    )
-  if error.errno == errno.ENOENT and os.path.exists(program):
-    return QvmError(message, "its loader or interpreter is missing on this system")
-  return QvmError(message)
+  elif error.errno == errno.EACCES:
+    hint = "is its file system mounted noexec? set QVM_CACHE_DIR to a folder on another one"
+  elif error.errno == errno.ENOENT and os.path.exists(program):
+    hint = "its loader or interpreter is missing on this system"
+  return QvmError(f"cannot execute {program}: {describe(error)}", hint)
 
 
 def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
@@ -2351,10 +2323,11 @@ def impatient(net: Net) -> Net:
   return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
 
 
-def redirect_handler(stop: str) -> "urllib.request.HTTPRedirectHandler":
-  """A redirect handler for urllib that never leaves https and strips proxy credentials.
+def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
+  """What urllib does in its own way otherwise: redirects, proxies, and connections by connect().
 
-  It does not follow a redirect to an address that contains stop: open_url returns that one.
+  A redirect never leaves https, and strips proxy credentials. One to an address that contains stop
+  is not followed: open_url returns it. A proxy is not used for networks in no_proxy.
   """
 
   class Redirects(urllib.request.HTTPRedirectHandler):
@@ -2363,14 +2336,8 @@ def redirect_handler(stop: str) -> "urllib.request.HTTPRedirectHandler":
     inf_msg = "redirect loop: "
 
     def redirect_request(
-      self,
-      req: urllib.request.Request,
-      fp: IO[bytes],
-      code: int,
-      msg: str,
-      headers: http.client.HTTPMessage,
-      newurl: str,
-    ) -> Optional[urllib.request.Request]:
+      self, req: "Request", fp: IO[bytes], code: int, msg: str, headers: "Headers", newurl: str
+    ) -> "Optional[Request]":
       old, new = (urllib.parse.urlsplit(url).scheme.lower() for url in (req.full_url, newurl))
       if new != old and new != "https":
         raise QvmError(
@@ -2379,17 +2346,29 @@ def redirect_handler(stop: str) -> "urllib.request.HTTPRedirectHandler":
       if stop and stop in newurl:
         return None
       fp.close()  # or else urllib reads the whole body, however long
-      return urllib.request.Request(
-        newurl,
-        headers={k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"},
-        method=req.get_method(),
-        origin_req_host=req.origin_req_host,
-        unverifiable=True,
-      )
+      kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
+      origin = req.origin_req_host
+      return urllib.request.Request(newurl, None, kept, origin, True, req.get_method())
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
-  return Redirects()
+  class Proxies(urllib.request.ProxyHandler):
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+      if not proxy_for(req.full_url):
+        return None
+      if proxy.lower().startswith("socks"):
+        raise QvmError(
+          f"the proxy {proxy_name(proxy)} is a SOCKS proxy, which qvm cannot use",
+          f"set {type}_proxy to an HTTP proxy, or unset it",
+        )
+      return super().proxy_open(req, proxy, type)
+
+  def do_open(handler: Any, kind: Any, request: Any, **more: Any) -> Any:
+    return urllib.request.AbstractHTTPHandler.do_open(handler, with_connect(kind), request, **more)
+
+  kinds = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+  connecting = [type(kind.__name__, (kind,), {"do_open": do_open})() for kind in kinds]
+  return [Redirects(), Proxies(), *connecting]
 
 
 silent_addresses: Set[Any] = set()  # those that let FAMILY_SECONDS pass: they are tried last
@@ -2404,29 +2383,27 @@ def connect(
   time, so that an IPv6 that leads nowhere uses it up before IPv4 gets its turn.
   """
   found = socket.getaddrinfo(*host_port, 0, socket.SOCK_STREAM)
-  turns = sorted(
-    found,
-    key=lambda info: (
-      info[4] in silent_addresses,
-      [each for each in found if each[0] == info[0]].index(info),
-    ),
-  )
+  families = [info[0] for info in found]
+
+  def turn(place: int) -> Tuple[bool, int]:  # as many others of its family have theirs before
+    return found[place][4] in silent_addresses, families[:place].count(families[place])
+
+  turns = [found[place] for place in sorted(range(len(found)), key=turn)]
   error: OSError = socket.timeout("timed out")
   while turns:
     family, kind, protocol, _, address = turns.pop(0)
-    with contextlib.ExitStack() as stack:
-      try:
-        link = stack.enter_context(socket.socket(family, kind, protocol))
+    try:
+      with contextlib.ExitStack() as unless_connected:
+        link = unless_connected.enter_context(socket.socket(family, kind, protocol))
         link.settimeout(min(timeout, FAMILY_SECONDS) if turns else timeout)
         link.connect(address)
-      except OSError as failure:  # such as no route to any IPv6
-        error = failure
-        if isinstance(failure, socket.timeout):
-          silent_addresses.add(address)
-        continue
-      link.settimeout(timeout)
-      stack.pop_all()
-      return link
+        link.settimeout(timeout)
+        unless_connected.pop_all()
+        return link
+    except OSError as failure:  # such as no route to any IPv6
+      error = failure
+      if isinstance(failure, socket.timeout):
+        silent_addresses.add(address)
   raise error
 
 
@@ -2439,16 +2416,6 @@ def with_connect(kind: "Type[http.client.HTTPConnection]") -> Callable[..., Any]
     return link  # type: ignore[no-any-return]
 
   return make
-
-
-def connection_handlers() -> "List[urllib.request.BaseHandler]":
-  """Handlers for urllib whose connections use connect()."""
-
-  def do_open(handler: Any, kind: Any, request: Any, **more: Any) -> Any:
-    return urllib.request.AbstractHTTPHandler.do_open(handler, with_connect(kind), request, **more)
-
-  kinds = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
-  return [type(kind.__name__, (kind,), {"do_open": do_open})() for kind in kinds]
 
 
 def proxy_for(url: str) -> str:
@@ -2465,23 +2432,6 @@ def proxy_for(url: str) -> str:
   return str(proxy)
 
 
-def proxy_handler() -> Any:
-  """urllib's handler of proxies, which also knows networks in no_proxy, and that SOCKS is none."""
-
-  class Proxies(urllib.request.ProxyHandler):
-    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
-      if not proxy_for(req.full_url):
-        return None
-      if proxy.lower().startswith("socks"):
-        raise QvmError(
-          f"the proxy {proxy_name(proxy)} is a SOCKS proxy, which qvm cannot use",
-          f"set {type}_proxy to an HTTP proxy, or unset it",
-        )
-      return super().proxy_open(req, proxy, type)
-
-  return Proxies()
-
-
 def trust_system() -> None:
   """On macOS, trust the system's certificates if Python comes with none, as python.org's does."""
   system = "/etc/ssl/cert.pem"
@@ -2494,7 +2444,7 @@ def trust_system() -> None:
 
 def open_url(
   net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = ""
-) -> "http.client.HTTPResponse":
+) -> "Response":
   """Request a URL and return the open response; only Connections.open_address goes another way.
 
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
@@ -2506,16 +2456,12 @@ def open_url(
   request.add_header("Accept-Encoding", "identity")
   if net.token and net.api and url.startswith(net.api + "/"):
     request.add_unredirected_header("Authorization", "Bearer " + net.token)
-  response: Any  # of a file:/// URL it is another class with the same methods
+  response: Response  # of a file:/// URL it is another class with the same methods
   try:
-    opener = urllib.request.build_opener(
-      redirect_handler(stop), proxy_handler(), *connection_handlers()
-    )
-    response = opener.open(request, timeout=net.timeout)
+    response = urllib.request.build_opener(*handlers(stop)).open(request, timeout=net.timeout)
   except urllib.error.HTTPError as error:
     if 300 <= error.code < 400 and stop and stop in error.headers.get("Location", ""):
-      response = error
-      return response  # type: ignore[no-any-return]
+      return error  # type: ignore[return-value] # it has the methods of a response
     error.close()
     raise http_failure(url, error)
   except QvmError:
@@ -2526,7 +2472,7 @@ def open_url(
   if encoding.lower() != "identity":
     response.close()
     raise QvmError(f"{redacted(url)}: the answer comes as {encoding}, which was not asked for")
-  return response  # type: ignore[no-any-return]
+  return response
 
 
 def http_failure(url: str, error: "urllib.error.HTTPError") -> Exception:
@@ -2574,10 +2520,8 @@ def connection_failure(url: str, error: Exception) -> Exception:
   reason = getattr(error, "reason", None)
   cause = reason if isinstance(reason, Exception) else error
   if isinstance(cause, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
-    return QvmError(
-      f"{redacted(url)}: its certificate cannot be verified: {cause}",
-      certificate_fix(str(cause)),
-    )
+    problem = f"{redacted(url)}: its certificate cannot be verified: {cause}"
+    return QvmError(problem, certificate_fix(str(cause)))
   if url.startswith("file:") and isinstance(cause, OSError):
     return NotFound(f"{redacted(url)}: {describe(cause)}")
   if isinstance(cause, socket.timeout):
@@ -2763,7 +2707,7 @@ class PartFile:
     self.lock = threading.Condition()  # for everything here but the hash
     self.hashing = threading.Lock()  # for the hash
     self.part_fd = self.map_fd = -1
-    self.boot = boot_id()
+    self.boot = boot_id() or os.urandom(8).hex()  # unknown: only what was flushed counts
     self.spans: List[Span] = []
     self.forget()
     self.load(url)
@@ -2830,7 +2774,7 @@ class PartFile:
       if remove:
         for path in (self.part, self.map, os.path.join(self.folder, "note.json")):
           remove_file(path)
-      elif self.note.boot and self.done and not self.complete():
+      elif self.note.boot and self.done and self.hashed != self.total:
         with contextlib.suppress(OSError):  # then a resume after a reboot starts anew
           for path in (self.part, self.map):
             flush(path)
@@ -2863,16 +2807,11 @@ class PartFile:
   # Who fetches what.
 
   def claim(self) -> Optional[Span]:
-    """For the lead: all of an object that is not known yet, else the first gap."""
+    """All of an object whose length is not known yet, else the first gap that nobody fills."""
     with self.lock:
-      if self.total is not None:
-        return self.claim_gap()
-      self.spans.append(Span(0, UNKNOWN))
-      return self.spans[-1]
-
-  def claim_gap(self) -> Optional[Span]:
-    """The first gap that nobody fills."""
-    with self.lock:
+      if self.total is None:
+        self.spans.append(Span(0, UNKNOWN))
+        return self.spans[-1]
       first = self.blocks.find(MISSING)
       return self.claim_blocks(first, len(self.blocks)) if first >= 0 else None
 
@@ -3038,12 +2977,18 @@ class Progress:
       texts.append(f"{file.name}{share} {megabytes(done)}")
     report.draw(" | ".join(texts))
 
+  def close(self) -> None:
+    """Let no download of this process write any more, and put on the disk what there is."""
+    for file in list(self.files):
+      if isinstance(file, PartFile):
+        file.close()
+
 
 progress = Progress()
 
 
 # An open answer, and its connection if that may be used again, which urllib's may not.
-OpenBody = Tuple["http.client.HTTPResponse", "Optional[http.client.HTTPConnection]"]
+OpenBody = Tuple["Response", "Optional[http.client.HTTPConnection]"]
 
 
 class Connections:
@@ -3161,7 +3106,7 @@ class Download:
     """What is left to fetch, if need be once the others are done; None when there is nothing."""
     while True:
       busy = any(span.left for span in self.file.spans)  # asked first: they may leave a gap
-      span = self.file.claim_gap() or self.file.steal(split=not self.streamed)
+      span = self.file.claim() or self.file.steal(split=not self.streamed)
       if span or not busy:
         return span
       with self.file.lock:
@@ -3206,7 +3151,7 @@ class Download:
     last = "" if end == self.file.total else end - 1
     return {"Range": f"bytes={start}-{last}", "If-Range": self.file.note.validator}
 
-  def accept(self, body: "http.client.HTTPResponse", span: Span, restart: bool) -> Span:
+  def accept(self, body: "Response", span: Span, restart: bool) -> Span:
     """Look at an answer's headers; returns the span that its body is."""
     if body.getcode() != 206 and restart:
       span = self.start_over(body.headers)
@@ -3225,7 +3170,7 @@ class Download:
         self.file.lock.notify_all()
     return span
 
-  def start_over(self, headers: "http.client.HTTPMessage") -> Span:
+  def start_over(self, headers: "Headers") -> Span:
     """A 200 brings the whole object: forget what there was; returns what to fetch."""
     if self.file.done:
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
@@ -3243,7 +3188,7 @@ class Download:
     self.file.create(DownloadNote(self.url, validator, total))
     return self.file.claim() or Span(0, 0)
 
-  def check_range(self, body: "http.client.HTTPResponse", span: Span) -> None:
+  def check_range(self, body: "Response", span: Span) -> None:
     """Transient unless an answer is just the bytes asked for, of the same object."""
     etag, validator = body.headers.get("ETag") or "", self.file.note.validator
     place = re.match(r"bytes ([0-9]+)-[0-9]+/([0-9]+)\Z", body.headers.get("Content-Range") or "")
@@ -3255,7 +3200,7 @@ class Download:
         code=CHANGED if etag and etag != validator else NO_SUCH_RANGE,
       )
 
-  def gives_ranges(self, headers: "http.client.HTTPMessage") -> bool:
+  def gives_ranges(self, headers: "Headers") -> bool:
     """Whether the server lets parts of just this object be fetched."""
     ranges = (headers.get("Accept-Ranges") or "").lower() == "bytes" or headers.get("Content-Range")
     return bool(ranges and re.match(STRONG_ETAG_RE, self.file.note.validator) and self.file.total)
@@ -3268,7 +3213,7 @@ class Download:
     if missing > free:
       raise disk_full(self.file.part, missing - free)
 
-  def copy_body(self, body: "http.client.HTTPResponse", span: Span, lead: bool) -> None:
+  def copy_body(self, body: "Response", span: Span, lead: bool) -> None:
     """Write a body to the part, looking at the file's first bytes on the way."""
     looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
@@ -3289,7 +3234,7 @@ class Download:
         self.add_helpers(body.headers)
     raise Cancelled()
 
-  def read_chunk(self, body: "http.client.HTTPResponse", most: int) -> bytes:
+  def read_chunk(self, body: "Response", most: int) -> bytes:
     """The next bytes of a body, as many as there are: a time-out loses none of them."""
     try:
       return body.read1(most) if most else b""
@@ -3314,7 +3259,7 @@ class Download:
 
   # Helpers.
 
-  def add_helpers(self, headers: "http.client.HTTPMessage") -> None:
+  def add_helpers(self, headers: "Headers") -> None:
     """Let more connections fetch the rest, if it is worth it; readers need the line for theirs."""
     missing = (self.file.total or 0) - self.file.done
     if self.helpers or self.streamed or missing < PARALLEL_MIN_BYTES:
@@ -3326,7 +3271,7 @@ class Download:
   def helper_loop(self) -> None:
     """Fetch gaps beside the lead until there are none, or the server wants no more."""
     with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
-      span = self.file.claim_gap() or self.file.steal(split=True)
+      span = self.file.claim() or self.file.steal(split=True)
       while span:
         start = span.position
         try:
@@ -3334,7 +3279,7 @@ class Download:
         except Transient:
           if span.position == start:
             return
-        span = self.file.claim_gap() or self.file.steal(split=True)
+        span = self.file.claim() or self.file.steal(split=True)
 
   # Readers.
 
@@ -3433,8 +3378,7 @@ def download_lock(downloads: str, name: str) -> Iterator[str]:
   The lock on the folder tells whether somebody works there. An empty one is removed in the end.
   """
   folder = os.path.join(downloads, name)
-  with contextlib.ExitStack() as waiting, Lock(downloads, folder=True) as shared:
-    shared.hold(shared=True, waits=lambda: say("waiting for another qvm that cleans up"))
+  with contextlib.ExitStack() as waiting, downloads_lock(downloads):
 
     def waits() -> None:
       say(f"waiting for another qvm that downloads {name}")
@@ -3447,16 +3391,6 @@ def download_lock(downloads: str, name: str) -> Iterator[str]:
       finally:
         with contextlib.suppress(OSError):
           os.rmdir(folder)
-
-
-@contextlib.contextmanager
-def discard_if_refused(download: Download) -> Iterator[None]:
-  """Give up a download that turns out to be damaged or hostile."""
-  try:
-    yield
-  except RefusedError:
-    download.file.discard()
-    raise
 
 
 # ---- Releases -----------------------------------------------------------------------------------
@@ -3499,11 +3433,16 @@ def newest_tag(net: Net, repo: str) -> str:
   return tag
 
 
-def asset_url(net: Net, repo: str, tag: str, name: str) -> str:
-  """The URL of a release's asset."""
-  return (
-    f"{net.releases}/{repo}/releases/download/{urllib.parse.quote(tag)}/{urllib.parse.quote(name)}"
-  )
+class Asset(NamedTuple):
+  """A file of a release."""
+
+  repo: str
+  tag: str
+  name: str
+
+  def url(self, net: Net) -> str:
+    tag, name = map(urllib.parse.quote, (self.tag, self.name))
+    return f"{net.releases}/{self.repo}/releases/download/{tag}/{name}"
 
 
 def api_release(data: Any) -> Optional[Release]:
@@ -3599,14 +3538,15 @@ class Releases:
     """The tag of the newest release."""
     return self.once((repo,), lambda: newest_tag(self.net, repo))
 
-  def digest(self, repo: str, tag: str, name: str) -> str:
+  def digest(self, asset: Asset) -> str:
     """The SHA-256 of an asset; empty if the release data does not include it."""
-    return self.once((repo, tag), lambda: self.one(repo, tag)).assets.get(name, "")
+    release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
+    return release.assets.get(asset.name, "")
 
-  def forget(self, repo: str, tag: str) -> None:
-    """Request a release's data again when it is next needed."""
+  def forget(self, asset: Asset) -> None:
+    """Request the data of an asset's release again when it is next needed."""
     with self.lock:
-      self.asked.pop((repo, tag), None)
+      self.asked.pop(asset[:2], None)
 
   def one(self, repo: str, tag: str) -> Release:
     """A release's data from the API, else from its page, else empty: downloads do not wait long."""
@@ -4137,16 +4077,17 @@ def unpack_disk(stream: IO[bytes], folder: str) -> None:
 # ---- Store --------------------------------------------------------------------------------------
 
 
+def tree_of(path: str) -> str:
+  """The tree of a QEMU that a cached file, its program, stands for; empty for any other file."""
+  program = os.path.basename(path).startswith("qemu-system-")
+  return os.path.dirname(os.path.dirname(path)) if program else ""
+
+
 def record_path(path: str) -> str:
   """Where the record of a cached file is; that of a QEMU's program stands for its whole tree."""
-  if is_qemu_program(path):
-    return os.path.join(os.path.dirname(os.path.dirname(path)), "release.json")
+  if tree_of(path):
+    return os.path.join(tree_of(path), "release.json")
   return (path[: -len(".qcow2")] if path.endswith(".qcow2") else path) + ".json"
-
-
-def is_qemu_program(path: str) -> bool:
-  """Whether a cached file stands for the whole tree of a QEMU."""
-  return os.path.basename(path).startswith("qemu-system-")
 
 
 def publish_with_record(
@@ -4158,7 +4099,7 @@ def publish_with_record(
   which of the two files it is meant for; record_of takes the one that fits.
   """
   waiting, stat = record_path(target) + ".new", os.stat(source)
-  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns)
+  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
   write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
   move(waiting, record_path(target), True)
@@ -4269,7 +4210,7 @@ def socket_of(disk: str) -> str:
 
 
 def drop_socket(path: str) -> None:
-  """Remove the socket of a server, and its folder, if that was killed and left them."""
+  """Remove the socket and the folder of a server that was killed and left them."""
   if re.search(r"/qvm-[a-z0-9_]{8}/nbd\Z", path):
     with contextlib.suppress(OSError):
       os.unlink(path)
@@ -4289,12 +4230,17 @@ def drop_dead_sockets(folder: str) -> None:
             drop_socket(path)
 
 
+def known_instance(paths: InstancePaths) -> Instance:
+  """The record of an instance; empty but for the name if it cannot be read, for any reason."""
+  record = Instance()
+  with contextlib.suppress(RecordError, OSError):
+    record = read_record(record, paths.record) or record
+  return record._replace(name=paths.name)
+
+
 def recorded_base(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance's record tells; None: unknown."""
-  try:
-    mine = read_record(Instance(), paths.record) or Instance()
-  except (RecordError, OSError):
-    return None
+  mine = known_instance(paths)
   return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
@@ -4314,14 +4260,14 @@ def overlays(cache: Cache) -> List[InstancePaths]:
   return [cache.instance(name) for name in instance_names(cache, ".qcow2")]
 
 
-def dependants(cache: Cache, base: str) -> List[str]:
-  """The names of the instances that need a base image, or may: unknown counts as needed.
+def dependants(cache: Cache, base: str) -> List[Instance]:
+  """The instances that need a base image, or may: unknown counts as needed.
 
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
   needed = (os.path.basename(base), None)
   mine = [paths for paths in overlays(cache) if base_needed(paths) in needed]
-  return [paths.name for paths in mine if os.path.lexists(paths.disk)]  # else it has just ended
+  return [known_instance(paths) for paths in mine if os.path.lexists(paths.disk)]  # not ended
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -4332,26 +4278,18 @@ def fits(instance: Instance, record: AssetRecord) -> bool:
   return same_asset or instance.base_sha256 == record.sha256
 
 
-def check_dependants(plan: Plan, record: AssetRecord) -> None:
-  """Refuse to put an image in the place of the base image if instances need another one."""
-  names = []
-  for name in dependants(plan.cache, plan.base):
-    try:
-      instance = read_record(Instance(), plan.cache.instance(name).record) or Instance()
-    except (RecordError, OSError):
-      instance = Instance()
-    if not instance.problem and not fits(instance, record):
-      names.append(name)
+def check_unneeded(plan: Plan, verb: str, image: Optional[AssetRecord] = None) -> None:
+  """Refuse to replace the base image, by another one or by this, if instances need it."""
+  names = [
+    each.name
+    for each in dependants(plan.cache, plan.base)
+    if not image or not (each.problem or fits(each, image))
+  ]
   if names:
-    raise needed_by(plan, names, "replaced by another image")
-
-
-def needed_by(plan: Plan, names: Sequence[str], verb: str) -> QvmError:
-  """The error for a base image that cannot be replaced."""
-  return QvmError(
-    f"{plan.base} cannot be {verb}: these instances depend on it: {', '.join(names)}",
-    "qvm rm deletes them, with all that their guests wrote",
-  )
+    raise QvmError(
+      f"{plan.base} cannot be {verb}: these instances depend on it: {', '.join(names)}",
+      "qvm rm deletes them, with all that their guests wrote",
+    )
 
 
 def pinned_release(plan: Plan, releases: Releases) -> str:
@@ -4359,21 +4297,13 @@ def pinned_release(plan: Plan, releases: Releases) -> str:
 
   Their records name it, or the digest of the image. QvmError if it cannot be found out.
   """
-  names = dependants(plan.cache, plan.base)
-  records = []
-  for name in list(names):
-    with contextlib.suppress(RecordError, OSError):
-      record = read_record(Instance(), plan.cache.instance(name).record) or Instance()
-      if record.problem:
-        names.remove(name)  # it does not run any more
-      else:
-        records.append(record)
-  tags = [record.release for record in records if re.match(TAG_RE, record.release)]
-  digests = {record.base_sha256 for record in records if record.base_sha256}
-  if names and not tags and digests:
+  mine = [each for each in dependants(plan.cache, plan.base) if not each.problem]
+  tags = [each.release for each in mine if re.match(TAG_RE, each.release)]
+  digests = {each.base_sha256 for each in mine if each.base_sha256}
+  if digests and not tags:
     every = releases.all(image_repo(plan.guest.os))
     tags = [each.tag for each in every if each.assets.get(plan.image_asset) in digests]
-  if names and not tags:
+  if mine and not tags:
     raise gone_image(plan, "a release that is not known")
   return tags[0] if tags else ""
 
@@ -4382,24 +4312,16 @@ def condemn(plan: Plan, problem: str, validator: str, but: str = "") -> None:
   """Let the instances not be started any more that have run on an object which is no good."""
   names = []
   with instances_lock(plan.cache):
-    for name in dependants(plan.cache, plan.base):
-      paths = plan.cache.instance(name)
-      record = sound_record(Instance(), paths.record)
+    for record in dependants(plan.cache, plan.base):
+      paths = plan.cache.instance(record.name)
       mine = record.validator == validator and is_streamed(paths.disk)
-      if mine and name != but and not os.path.exists(paths.mark):
+      if mine and record.name != but and not os.path.exists(paths.mark):
         record = record._replace(problem=problem[:1000])
         write_record(plan.cache, paths.record, record, keep=True)
-        names.append(name)
+        names.append(record.name)
   if names:
     say(f"what was downloaded of {plan.image_asset} is no good, and these instances have run on "
         f"it; they are kept, but not started any more: {', '.join(names)}")  # fmt: skip
-
-
-def check_unused(plan: Plan) -> None:
-  """Refuse to replace a base image on which instances depend."""
-  names = dependants(plan.cache, plan.base)
-  if names:
-    raise needed_by(plan, names, "refreshed")
 
 
 def layer_files(layer: LayerPaths) -> List[str]:
@@ -4423,24 +4345,22 @@ def drop_layers(plan: Plan, digest: str) -> None:
 
 def fetch_asset(
   releases: Releases,
-  repo: str,
-  tag: str,
-  name: str,
+  asset: Asset,
   folder: str,
-  condemned: Callable[[str, str], None] = lambda problem, validator: None,
+  refused: Optional[Callable[[str, str], None]] = None,
 ) -> Download:
   """Download an asset into a folder and check its digest; one that differs is fetched once more.
 
-  If some of what differs was there before, condemned(problem, validator) is called.
+  If some of what differs was there before, refused(problem, validator) is called.
   """
-  url = asset_url(releases.net, repo, tag, name)
+  url = asset.url(releases.net)
   for last in (False, True):
-    expected = Future(lambda: releases.digest(repo, tag, name))
-    result = download(releases.net, url, name, folder)
+    expected = Future(lambda: releases.digest(asset))
+    result = download(releases.net, url, asset.name, folder)
     validator = result.file.note.validator
     try:
       wanted = expected.result()
-      if not wanted and repo == "resources" and is_open(releases.net.releases):
+      if not wanted and asset.repo == "resources" and is_open(releases.net.releases):
         raise QvmError(
           f"{redacted(url)} comes over http and without a digest, and qvm would execute it",
           "qvm pull --mirror makes a mirror with digests; or use an https address",
@@ -4448,12 +4368,12 @@ def fetch_asset(
       check_digest(result, wanted)
       break
     except RefusedError as problem:
-      if result.resumed:
-        condemned(str(problem), validator)
+      if result.resumed and refused:
+        refused(str(problem), validator)
       if last:
         raise
       say(f"{problem}; fetching it once more")
-      releases.forget(repo, tag)
+      releases.forget(asset)
   return result
 
 
@@ -4485,25 +4405,39 @@ def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
   )
 
 
-UNPACKED = "unpacked"  # the folder in that of a download where an archive is unpacked
+@contextlib.contextmanager
+def installing(download: Download) -> Iterator[str]:
+  """Give a folder's path, to unpack a download there; both are gone once it is installed.
+
+  A download that turns out to be damaged or hostile is given up.
+  """
+  aside = os.path.join(download.file.folder, "unpacked")
+  try:
+    yield aside
+    download.file.remove()
+  except RefusedError:
+    download.file.discard()
+    raise
+  finally:
+    remove_tree(aside)
 
 
 def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
   if not plan.refresh or is_missing(plan, path):
     return not is_missing(plan, path)
-  url = asset_url(releases.net, "resources", releases.tag("resources"), name)
-  if record_of(path).url == url:
-    say(f"{name} is the newest")
-    return True
-  return is_newer(record_of(path), releases.tag("resources"), name)
+  return is_newest(path, releases.net, Asset("resources", releases.tag("resources"), name))
 
 
-def is_newer(record: AssetRecord, tag: str, name: str) -> bool:
-  """Whether a cached file is of a newer release than the server has; says that it is kept.
+def is_newest(path: str, net: Net, asset: Asset) -> bool:
+  """Whether a cached file is this asset, the server's newest, or a newer one; says so.
 
-  Whoever can offer an older release could bring back its faults.
+  A newer one is kept: whoever can offer an older release could bring back its faults.
   """
+  record, (_, tag, name) = record_of(path), asset
+  if record.url == asset.url(net):
+    say(f"{name} of {tag} is the newest")
+    return True
   newer = re.match(TAG_RE, record.release) and version_key(record.release) > version_key(tag)
   if newer:
     say(f"the server's newest {name} is {tag}, older than {record.release} here, which is kept")
@@ -4520,40 +4454,35 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-def fetch_resource(releases: Releases, name: str, folder: str) -> Download:
-  """Download an asset of the newest release of QEMU."""
-  return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
+def fetch_resource(
+  plan: Plan, releases: Releases, path: str, name: str, install: Callable[[str, Download], None]
+) -> None:
+  """Download an asset of the newest release of QEMU, unless `path` is of that, and install it."""
+  with download_lock(plan.cache.downloads, name) as folder:
+    if not is_there(plan, releases, path, name):
+      asset = Asset("resources", releases.tag("resources"), name)
+      install(asset.tag, fetch_asset(releases, asset, folder))
 
 
-def fetch_qemu(plan: Plan, releases: Releases) -> None:
-  """Download QEMU for the guest's CPU and put its tree in place."""
-  with download_lock(plan.cache.downloads, plan.qemu_asset) as folder:
-    if is_there(plan, releases, plan.tree_program, plan.qemu_asset):
-      return
-    download = fetch_resource(releases, plan.qemu_asset, folder)
-    aside = os.path.join(folder, UNPACKED)
-    with discard_if_refused(download):
-      program = unpack_aside(download.file.part, aside, ("bin/qemu",))
-      root = os.path.dirname(os.path.dirname(program))
-      named = os.path.join(root, "bin", os.path.basename(plan.tree_program))
-      taken = [os.path.join(root, "release.json")]
-      fit = os.path.isdir(os.path.join(root, "share", "qemu"))
-      if not os.path.isfile(named):  # some archives may have it under both names
-        taken.append(named)
-      if not fit or any(os.path.lexists(path) for path in taken):
-        remove_tree(aside)
-        raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
+def install_qemu(plan: Plan, tag: str, download: Download) -> None:
+  """Put the tree of a downloaded QEMU in place."""
+  with installing(download) as aside:
+    program = unpack_aside(download.file.part, aside, ("bin/qemu",))
+    root = os.path.dirname(os.path.dirname(program))
+    named = os.path.join(root, "bin", os.path.basename(plan.tree_program))
+    note = os.path.join(root, "release.json")
+    # Some archives may have the program under both names.
+    taken = os.path.lexists(note) or (os.path.lexists(named) and not os.path.isfile(named))
+    if taken or not os.path.isdir(os.path.join(root, "share", "qemu")):
+      raise RefusedError(f"{plan.qemu_asset} is refused: it is not laid out as a QEMU")
     if not os.path.isfile(named):
       os.rename(program, named)
     os.chmod(named, 0o755)
-    record = asset_record(download, releases.tag("resources"), tree_sha256(root))
-    record = record._replace(bytes=tree_bytes(root))
-    write_record(plan.cache, os.path.join(root, "release.json"), record)
+    record = asset_record(download, tag, tree_sha256(root))
+    write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
     flush_tree(root)
     with instances_lock(plan.cache):
       swap_tree(root, plan.tree)
-    remove_tree(aside)
-    download.file.remove()
 
 
 def swap_tree(root: str, link: str) -> None:
@@ -4580,22 +4509,14 @@ def swap_tree(root: str, link: str) -> None:
       remove_tree(os.path.join(folder, entry))
 
 
-def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
-  """Download qemu-img."""
-  with download_lock(plan.cache.downloads, plan.tools_asset) as folder:
-    if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
-      return
-    download = fetch_resource(releases, plan.tools_asset, folder)
-    aside = os.path.join(folder, UNPACKED)
-    with discard_if_refused(download):
-      unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
-      program = os.path.realpath(unpacked)
-    record = asset_record(download, releases.tag("resources"), file_sha256(program))
-    record = record._replace(bytes=os.path.getsize(program))
+def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
+  """Put a downloaded qemu-img in place."""
+  with installing(download) as aside:
+    unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
+    program = os.path.realpath(unpacked)
+    record = asset_record(download, tag, file_sha256(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
-    remove_tree(aside)
-    download.file.remove()
 
 
 def convert_bundle(plan: Plan, part: str, aside: str) -> str:
@@ -4618,60 +4539,50 @@ def convert_bundle(plan: Plan, part: str, aside: str) -> str:
   return result
 
 
-def candidates(plan: Plan, releases: Releases, pinned: str = "") -> Iterator[Tuple[str, str]]:
-  """Releases and assets that may be the image, the best first, found out only as needed.
+def candidates(plan: Plan, releases: Releases, pinned: str) -> Iterator[Asset]:
+  """The assets that may be the image, the best first, found out only as needed.
 
-  With pinned, only those of this release.
+  pinned is the only release that will do, empty where any will.
   """
   repo, qcow2 = image_repo(plan.guest.os), plan.image_asset
   bundle, unpackable = plan.bundle_asset, can_unzstd()
   newest = pinned or releases.tag(repo)
-  yield newest, qcow2
+  yield Asset(repo, newest, qcow2)
   if unpackable:
-    yield newest, bundle
-  if pinned:
-    return
-  for release in releases.all(repo):
+    yield Asset(repo, newest, bundle)
+  for release in [] if pinned else releases.all(repo):
     if qcow2 in release.assets:  # the newest too: its first 404 may have been a passing one
-      yield release.tag, qcow2
+      yield Asset(repo, release.tag, qcow2)
     elif bundle in release.assets and not unpackable:
       say(f"{release.tag} has {bundle}, which takes zstd to unpack; looking for an older qcow2")
     elif bundle in release.assets and release.tag != newest:
-      yield release.tag, bundle
+      yield Asset(repo, release.tag, bundle)
 
 
-def find_image(
-  plan: Plan, releases: Releases, pinned: str, use: Callable[[str, str], None]
-) -> None:
-  """Call use(tag, asset) for what may be the image until it raises no NotFound.
-
-  pinned is the only release that will do, empty where any will.
-  """
-  for tag, name in candidates(plan, releases, pinned):
+def find_image(plan: Plan, releases: Releases, pinned: str, use: Callable[[Asset], None]) -> None:
+  """Call use() for each of the candidates until it raises no NotFound."""
+  for asset in candidates(plan, releases, pinned):
     with contextlib.suppress(NotFound):
-      return use(tag, name)
+      return use(asset)
   raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
 
 
 def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> None:
   """Make the base image from the newest release that has it; tools waits for qemu-img."""
-  repo = image_repo(plan.guest.os)
 
-  def use(tag: str, name: str) -> None:
-    url = asset_url(releases.net, repo, tag, name)
+  def use(asset: Asset) -> None:
     if there:
-      if record_of(plan.base).url == url:
-        return say(f"{name} of {tag} is the newest")
-      if is_newer(record_of(plan.base), tag, name):
-        return None
-      check_exists(releases.net, url)
-      check_unused(plan)  # before the download; install_image looks again
-    download = fetch_asset(releases, repo, tag, name, folder, lambda *why: condemn(plan, *why))
-    if tag not in (pinned, releases.tag(repo)):
-      say(f"{name} comes from {tag}; the newest release, {releases.tag(repo)}, has none")
-    if name == plan.bundle_asset:
+      if is_newest(plan.base, releases.net, asset):
+        return
+      check_exists(releases.net, asset.url(releases.net))
+      check_unneeded(plan, "refreshed")  # before the download; install_image looks again
+    download = fetch_asset(releases, asset, folder, functools.partial(condemn, plan))
+    if asset.tag not in (pinned, releases.tag(asset.repo)):
+      newest = releases.tag(asset.repo)
+      say(f"{asset.name} comes from {asset.tag}; the newest release, {newest}, has none")
+    if asset.name == plan.bundle_asset:
       tools()
-    install_image(plan, download, tag)
+    install_image(plan, asset.tag, download)
 
   with download_lock(plan.cache.downloads, plan.image_asset) as folder:
     there = not is_missing(plan, plan.base)
@@ -4682,7 +4593,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
 
 def gone_image(plan: Plan, tag: str) -> QvmError:
   """The error for overlays on an image that the server no longer has."""
-  names = ", ".join(dependants(plan.cache, plan.base))
+  names = ", ".join(each.name for each in dependants(plan.cache, plan.base))
   return QvmError(
     f"{plan.image_asset} of {tag}, on which these instances were created, can no longer be "
     f"downloaded: {names}",
@@ -4690,23 +4601,19 @@ def gone_image(plan: Plan, tag: str) -> QvmError:
   )
 
 
-def install_image(plan: Plan, download: Download, tag: str) -> None:
+def install_image(plan: Plan, tag: str, download: Download) -> None:
   """Check a complete image, converted if it is a bundle, and make it the base image."""
-  source, digest, aside = download.file.part, "", os.path.join(download.file.folder, UNPACKED)
-  try:
-    with discard_if_refused(download):
-      if download.name == plan.bundle_asset:
-        source = convert_bundle(plan, source, aside)
-        digest = file_sha256(source)
-      check_image(source)
-    record = asset_record(download, tag, digest)._replace(bytes=os.path.getsize(source))
+  with installing(download) as aside:
+    source, digest = download.file.part, ""
+    if download.name == plan.bundle_asset:
+      source = convert_bundle(plan, source, aside)
+      digest = file_sha256(source)
+    check_image(source)
+    record = asset_record(download, tag, digest)
     with instances_lock(plan.cache):
-      check_dependants(plan, record)
+      check_unneeded(plan, "replaced by another image", record)
       drop_layers(plan, record.sha256)
       publish_with_record(plan.cache, source, plan.base, record, 0o444)
-  finally:
-    remove_tree(aside)
-  download.file.remove()
 
 
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
@@ -4731,6 +4638,11 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   )
 
 
+# For a slow disk to get what a download that ends has brought. Without that it is resumed as well,
+# unless the host goes down.
+FLUSH_SECONDS = 3.0
+
+
 def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   """Run the jobs at the same time; the first failure is raised and ends the others.
 
@@ -4750,6 +4662,7 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
       progress.show()
   except BaseException as error:
     net.cancelled.set()
+    Future(progress.close).thread.join(FLUSH_SECONDS)
     if isinstance(error, Exception):  # no signal: let the others put away what they have in hand
       until = time.monotonic() + 1
       for future in futures:
@@ -4762,15 +4675,22 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   releases = Releases(net)
   jobs: List[Callable[[], None]] = []
 
+  def needs(path: str) -> bool:
+    return plan.refresh or is_missing(plan, path)
+
+  def fetch(path: str, name: str, install: Callable[[Plan, str, Download], None]) -> None:
+    fetch_resource(plan, releases, path, name, functools.partial(install, plan))
+
   def tools() -> None:
     if not plan.own_qemu:
-      releases.once(("", "qemu-img"), lambda: fetch_qemu_img(plan, releases))
+      job = functools.partial(fetch, plan.qemu_img, plan.tools_asset, install_qemu_img)
+      releases.once(("", "qemu-img"), job)
 
-  if plan.refresh or is_missing(plan, plan.tree_program):
-    jobs.append(lambda: fetch_qemu(plan, releases))
-  if not plan.own_qemu and (plan.refresh or is_missing(plan, plan.qemu_img)):
+  if needs(plan.tree_program):
+    jobs.append(functools.partial(fetch, plan.tree_program, plan.qemu_asset, install_qemu))
+  if not plan.own_qemu and needs(plan.qemu_img):
     jobs.append(tools)
-  if image and (plan.refresh or is_missing(plan, plan.base)):
+  if image and needs(plan.base):
     jobs.append(lambda: fetch_image(plan, releases, tools))
   if jobs and is_open(net.releases):
     say(f"{redacted(net.releases)} is not https: whoever is on the way can change what comes")
@@ -4778,18 +4698,22 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
     in_parallel(net, jobs)
 
 
+def wrong_size(path: str) -> str:
+  """How a cached file's length, or that of a QEMU's tree, differs from when it came; or empty."""
+  noted, size = record_of(path).bytes, os.path.getsize(path)
+  found = tree_bytes(tree_of(path)) if tree_of(path) else size
+  return "" if size and noted in (0, found) else f"it has {found} bytes instead of {noted}"
+
+
 def check_base(plan: Plan) -> None:
   """Refuse a base image that is unsafe, or not as long as it was when it came."""
-  repair = f"{pull_line(plan)} downloads it again"
   try:
     check_image(plan.base)
+    problem = wrong_size(plan.base)
+    if problem:
+      raise RefusedError(f"the base image {plan.base} is damaged: {problem}")
   except RefusedError as error:
-    raise RefusedError(str(error), repair)
-  noted, size = record_of(plan.base).bytes, os.path.getsize(plan.base)
-  if noted and noted != size:
-    raise RefusedError(
-      f"the base image {plan.base} is damaged: it has {size} bytes instead of {noted}", repair
-    )
+    raise RefusedError(str(error), f"{pull_line(plan)} downloads it again")
 
 
 def base_record(plan: Plan) -> AssetRecord:
@@ -4821,14 +4745,8 @@ def pull_line(plan: Plan) -> str:
 
 def damaged_files(plan: Plan) -> Tuple[str, ...]:
   """The cached files that their sizes, and an image's header, show to be damaged; says which."""
-  found = []
-  tree, mine = record_of(plan.tree_program), record_of(plan.qemu_img)
-  if os.path.isfile(plan.tree_program):
-    sound = os.path.getsize(plan.tree_program) and tree.bytes in (0, tree_bytes(plan.tree))
-    found += [] if sound else [plan.tree_program]
-  if not plan.own_qemu and os.path.isfile(plan.qemu_img):
-    size = os.path.getsize(plan.qemu_img)
-    found += [] if size and mine.bytes in (0, size) else [plan.qemu_img]
+  programs = [plan.tree_program] + [plan.qemu_img] * (not plan.own_qemu)
+  found = [path for path in programs if os.path.isfile(path) and wrong_size(path)]
   for path in found:
     say(f"{path} is damaged: it is not as long as it was; it is downloaded again")
   try:
@@ -4943,12 +4861,10 @@ def start_time(pid: int) -> str:
 
 def this_place() -> str:
   """What tells this container and host from others: process ids and loopback are theirs alone."""
-  words = []
   with contextlib.suppress(OSError):  # there is no /proc on macOS
-    with open("/proc/sys/kernel/random/boot_id") as file:
-      words = [file.read().strip()]
-    words += [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
-  return " ".join(words)
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
+    return " ".join([boot_id(), *spaces])
+  return ""
 
 
 def check_here(paths: InstancePaths) -> None:
@@ -7515,7 +7431,7 @@ class ServerAnswer(NamedTuple):
 class Stream:
   """A running server of an image, as qvm sees it."""
 
-  def __init__(self, process: "subprocess.Popen[bytes]", life: int) -> None:
+  def __init__(self, process: "Process", life: int) -> None:
     self.process, self.life = process, life
     self.socket = ""  # its path
     self.answers: queue.Queue[ServerAnswer] = queue.Queue()
@@ -7535,17 +7451,17 @@ class Stream:
 
   def next_answer(self) -> ServerAnswer:
     """The next answer; QvmError if it is an error, or if the server has ended."""
-    while True:
-      ended = not self.reader.is_alive()
+    answer = None
+    while not answer:
+      ended = not self.reader.is_alive()  # asked first: its last words may be an answer
       with contextlib.suppress(queue.Empty):
         answer = self.answers.get(timeout=0 if ended else POLL_SECONDS)
-        if answer.error:
-          self.error_raised = True
-          raise QvmError(answer.error, answer.hint)
-        return answer
-      if ended:
-        self.error_raised = True
-        raise QvmError("the server of the image has ended")
+      if ended and not answer:
+        answer = ServerAnswer(error="the server of the image has ended")
+    if answer.error:
+      self.error_raised = True
+      raise QvmError(answer.error, answer.hint)
+    return answer
 
   def release(self) -> None:
     """From now on the server lives as long as QEMU."""
@@ -7618,19 +7534,14 @@ def serve(words: Sequence[str]) -> int:
   lock, life, log = map(int, words[0].split(","))
   options = parse_command_line(words[1:])
   report.progress, report.log = options.progress, log
-  server = None
   try:
     net = net_from(os.environ)
-    server = Server(plan_from(resolve(options), net), net, (lock, life))
-    server.run()
+    Server(plan_from(resolve(options), net), net, (lock, life)).run()
   except NoStream as reason:
     send_answer(ServerAnswer(reason=str(reason)))
   except (QvmError, OSError, Cancelled) as error:
-    report_failure(error, getattr(error, "hint", ""))
+    report_failure(error)
     return EXIT_FAILED
-  finally:
-    if server:
-      server.close()
   return 0
 
 
@@ -7639,10 +7550,10 @@ def send_answer(answer: ServerAnswer) -> None:
   write_all(1, json.dumps(answer._asdict()).encode() + b"\n")
 
 
-def report_failure(error: BaseException, hint: str) -> None:
+def report_failure(error: BaseException) -> None:
   """Tell qvm of a failure; once qvm has left, the console log."""
   try:
-    send_answer(ServerAnswer(error=describe(error), hint=hint))
+    send_answer(ServerAnswer(error=describe(error), hint=getattr(error, "hint", "")))
   except OSError:
     say(describe(error))
 
@@ -7658,7 +7569,7 @@ class Server:
     self.fresh = not os.path.lexists(self.paths.disk)
     self.ready = False  # whether QEMU may have been started
     self.gone = threading.Event()  # set when QEMU and qvm have ended
-    self.folder = self.socket_folder = self.tag = self.validator = ""
+    self.folder = self.tag = self.validator = ""
     self.fd, self.size = -1, 0  # of the image
     threading.Thread(target=self.watch_pipe, daemon=True).start()
 
@@ -7671,40 +7582,46 @@ class Server:
 
   def run(self) -> None:
     """Serve until QEMU has ended, then see to its overlay."""
+    with contextlib.ExitStack() as serving:
+      if self.bring_image(serving):
+        self.gone.wait()
+        self.rebase_overlay()
+
+  def bring_image(self, serving: contextlib.ExitStack) -> bool:
+    """Download the image while the guest runs, if it is not there; False when that is all."""
     with contextlib.ExitStack() as stack:
       downloads, name = self.plan.cache.downloads, self.plan.image_asset
       self.folder = stack.enter_context(download_lock(downloads, name))
       if os.path.isfile(self.plan.base):
-        return send_answer(ServerAnswer())
+        send_answer(ServerAnswer())
+        return False
       pinned = pinned_release(self.plan, self.releases)
       find_image(self.plan, self.releases, pinned, self.begin)
-      stack.callback(self.stop_fetching)
+      stack.callback(self.download.file.close)  # before another qvm may write
+      stack.callback(self.net.cancelled.set)
       self.check_header()
       self.validator = self.download.file.note.validator
-      served = (self.listen(), self.tag, self.validator, self.known_digest())
+      self.digest.thread.join(DIGEST_SECONDS)
+      served = (self.listen(serving), self.tag, self.validator, self.digest.value or "")
       say("the guest runs while its image comes; the digest is checked when all of it is there")
       with self.download.file.lock:
         if self.download.error:
           raise self.download.error
         self.ready = True
       send_answer(ServerAnswer("", "", "", *served))
-      if not self.wait_until_complete():
-        return
-    self.gone.wait()
-    self.rebase_overlay()
+      return self.wait_until_complete()
 
-  def begin(self, tag: str, name: str) -> None:
+  def begin(self, asset: Asset) -> None:
     """Start to fetch the image, and wait for its beginning; NotFound if it is not there."""
-    repo = image_repo(self.plan.guest.os)
-    url = asset_url(self.net, repo, tag, name)
-    if name != self.plan.image_asset:
+    url = asset.url(self.net)
+    if asset.name != self.plan.image_asset:
       check_exists(self.net, url)
-      raise NoStream(f"{name} of {tag} is a bundle")
-    self.tag = tag
-    self.download = Download(self.net, url, name, self.folder, streamed=True)
+      raise NoStream(f"{asset.name} of {asset.tag} is a bundle")
+    self.tag = asset.tag
+    self.download = Download(self.net, url, asset.name, self.folder, streamed=True)
     self.filler = threading.Thread(target=self.fill, daemon=True)
     self.filler.start()
-    self.digest = Future(lambda: self.releases.digest(repo, tag, name))
+    self.digest = Future(lambda: self.releases.digest(asset))
     file = self.download.file
     with file.lock:
       while not self.download.error:
@@ -7737,13 +7654,11 @@ class Server:
     part = self.download.file.part
     self.download.check_kind(os.pread(self.fd, HEAD_BYTES, 0))
     os.truncate(part, self.size)  # its length is looked at, too
-    with discard_if_refused(self.download):
+    try:
       check_image(part)
-
-  def known_digest(self) -> str:
-    """The digest that the release names, if it has told it by now."""
-    self.digest.thread.join(DIGEST_SECONDS)
-    return str(self.digest.value or "")
+    except RefusedError:
+      self.download.file.discard()
+      raise
 
   def wait_until_complete(self) -> bool:
     """Make the image the base image once all of it is there; False when it is no good.
@@ -7783,22 +7698,17 @@ class Server:
     digest = self.digest.result()
     try:
       check_digest(self.download, digest)
-      install_image(self.plan, self.download, self.tag)
+      install_image(self.plan, self.tag, self.download)
     except RefusedError as error:
       hint = "what its guest wrote in this run is gone" if self.fresh else error.hint
       raise BadImageError(f"{error}: the machine is ended", hint)
     name = self.plan.image_asset
     say(f"{name} is there, and has the digest {digest[:16]}…" if digest else f"{name} is there")
 
-  def stop_fetching(self) -> None:
-    """Let no thread write any more, before another qvm may."""
-    self.net.cancelled.set()
-    self.download.file.close()
-
   def end_machine(self, error: BadImageError) -> None:
     """End the machine, discard what was made in this run, and condemn what earlier ones made."""
     condemn(self.plan, str(error), self.validator, self.plan.name if self.fresh else "")
-    report_failure(error, error.hint)
+    report_failure(error)
     number: int = signal.SIGTERM
     while not self.gone.wait(POLL_SECONDS):
       if holder(self.paths).program == "QEMU":
@@ -7822,18 +7732,14 @@ class Server:
       make_overlay(self.plan, backing_name(self.plan, self.plan.base), self.lock)
       record_instance(self.plan, ssh, cached_base(self.plan))
 
-  def close(self) -> None:
-    """Leave no socket."""
-    if self.socket_folder:
-      remove_tree(self.socket_folder)
-
-  def listen(self) -> str:
+  def listen(self, stack: contextlib.ExitStack) -> str:
     """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
     folder = tempfile.gettempdir()
     folder = folder if re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder) else "/tmp"
     drop_dead_sockets(folder)
-    self.socket_folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
-    path = os.path.join(self.socket_folder, "nbd")
+    folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
+    stack.callback(remove_tree, folder)
+    path = os.path.join(folder, "nbd")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen(16)
@@ -8726,7 +8632,7 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
-  digest = new_sha256()
+  digest = hashlib.sha256()
   for text in (
     *qemu_command(named, options, facts),
     *(base_record(plan).sha256, tree, own, os.fsdecode(public)),
@@ -8992,8 +8898,7 @@ def cmd_run(options: Options) -> int:
   sweep(plan.cache)
   for line in other_instances(plan, options):
     say(line)
-  with Machine(plan, options) as machine, Lock(plan.cache.downloads, folder=True) as keep:
-    keep.hold(shared=True, waits=lambda: say("waiting for another qvm to clean up"))
+  with Machine(plan, options) as machine, downloads_lock(plan.cache.downloads) as keep:
     base = fetch_base(machine, net)
     while True:
       with contextlib.suppress(StartAgain):
@@ -9108,14 +9013,13 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   record = record_of(path)
   if not record.sha256:
     return "unknown: no digest was recorded at download"
-  tree = os.path.dirname(os.path.dirname(path))
-  digest = tree_sha256(tree) if is_qemu_program(path) else file_sha256(path)
+  digest = tree_sha256(tree_of(path)) if tree_of(path) else file_sha256(path)
   if digest != record.sha256:
     return "DAMAGED: its digest is not the one recorded at download"
   tag, name = record.release, unquoted(record.url.rpartition("/")[2])
   if name.endswith(".qcow2") and record.asset_sha256 != digest:
     return "DAMAGED: its record contradicts itself"
-  named = releases.digest(repo, tag, name) if re.match(TAG_RE, tag) else ""
+  named = releases.digest(Asset(repo, tag, name)) if re.match(TAG_RE, tag) else ""
   if named and named != record.asset_sha256:
     return f"DAMAGED: {tag} names another digest"
   return (
@@ -9126,13 +9030,13 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
-    mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
-  repo = image_repo(plan.guest.os)
-  find_image(plan, releases, "", lambda tag, name: mirror_asset(releases, folder, repo, tag, name))
+    mirror_asset(releases, folder, Asset("resources", releases.tag("resources"), name))
+  find_image(plan, releases, "", functools.partial(mirror_asset, releases, folder))
 
 
-def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str) -> None:
+def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
   """Put one asset into a mirror, and into the files that stand for its release's pages."""
+  repo, tag, name = asset
   top = os.path.join(folder, repo, "releases")
   target = os.path.join(top, "download", tag, name)
   page = os.path.join(top, "expanded_assets", tag)
@@ -9140,17 +9044,19 @@ def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str
     os.makedirs(os.path.dirname(path), exist_ok=True)
   with download_lock(os.path.dirname(target), name + ".download") as place:
     if not os.path.isfile(target):
-      download = fetch_asset(releases, repo, tag, name, place)
+      download = fetch_asset(releases, asset, place)
       line = f'<a href="/{repo}/releases/download/{tag}/{name}">{name}</a>'
       with open(page, "a") as file:
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
       download.file.remove()
-  with download_lock(folder, repo + ".download"):
+  with download_lock(folder, repo + ".download") as place:
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
     for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
-      write_text(os.path.join(folder, repo, path), text)
+      with open(os.path.join(place, "page"), "w", encoding="utf-8") as file:
+        file.write(text)
+      move_into_place(file.name, os.path.join(folder, repo, path), 0o644)
   emit(target)
 
 
@@ -9415,7 +9321,7 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   if None in backings:
     say(f"the disk of {backings[None]} cannot be read: what it may need is kept")
   for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
-    if not set(dependants(cache, base)) - orphans:
+    if not {each.name for each in dependants(cache, base)} - orphans:
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):

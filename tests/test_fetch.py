@@ -26,6 +26,7 @@ from support import (
   IMAGE,
   PULL,
   QEMU,
+  ROOT,
   TOOLS,
   check_failed,
   fails,
@@ -208,6 +209,27 @@ def test_a_waiting_one_can_be_ended(qvm, server, image, number):
   assert all(line.startswith("qvm: ") for line in result.stderr.splitlines())
   go.set()
   check_works(qvm, finished(first), image)
+
+
+AFTER_A_REBOOT = "import qvm, sys; qvm.boot_id = lambda: 'another'; sys.exit(qvm.main())"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_that_was_ended_is_resumed_after_a_reboot(qvm, server, image, number):
+  """Its connection hangs, so nothing but the end itself puts away what there is."""
+  fault = server.fault(IMAGE, times=1, pause=threading.Event(), pause_at=200_000)
+  process = qvm.start(*PULL)
+  hangs(process, fault)
+  maps = qvm.cache / "downloads"
+  wait_for(lambda: any(1 in path.read_bytes() for path in maps.glob(f"{IMAGE}/map")))
+  process.send_signal(number)
+  assert finished(process).returncode == 128 + number
+  again = subprocess.run(
+    [sys.executable, "-c", AFTER_A_REBOOT, *PULL], cwd=str(ROOT), env=qvm.env, text=True,
+    stdin=subprocess.DEVNULL, capture_output=True,
+  )  # fmt: skip
+  check_works(qvm, again, image)
+  assert f"downloading {IMAGE} (going on at" in again.stderr
 
 
 def test_two_cpus_at_once(qvm, server, image):

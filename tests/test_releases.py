@@ -381,6 +381,17 @@ def test_digest_is_recorded(no_image, image, server):
 
 # --- pull --verify ---------------------------------------------------------------------------
 
+
+def test_the_digest_of_a_tree_stays_what_caches_have_noted(tmp_path):
+  """A folder's files in order, then its folders; without the record."""
+  files = {"z": b"1", "a/y": b"2", "a/b/x": b"3", "release.json": b"4", "a-": b"5"}
+  for name, content in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+  noted = "".join(f"{name}\0{sha256(files[name])}" for name in ("a-", "z", "a/y", "a/b/x"))
+  assert qvm_source.tree_sha256(str(tmp_path)) == sha256(noted.encode())
+
+
 NOTE = f"base/{FREEBSD}.json"
 PROGRAM = "qemu/x86_64/bin/qemu-system-x86_64"
 

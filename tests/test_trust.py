@@ -42,12 +42,13 @@ def test_programs_over_http_want_a_digest(monkeypatch, url, repo, digest, refuse
   result = types.SimpleNamespace(name="x.tar", url=url, file=file, resumed=0)
   monkeypatch.setattr(qvm_source, "download", lambda *words: result)
   net = qvm_source.net_from({"QVM_RELEASES_URL": url})
-  releases = types.SimpleNamespace(net=net, digest=lambda *words: digest)
+  releases = types.SimpleNamespace(net=net, digest=lambda asset: digest)
+  asset = qvm_source.Asset(repo, "v1", "x.tar")
   if refused:
     with pytest.raises(qvm_source.QvmError, match="http and without a digest"):
-      qvm_source.fetch_asset(releases, repo, "v1", "x.tar", "/nowhere")
+      qvm_source.fetch_asset(releases, asset, "/nowhere")
   else:
-    assert qvm_source.fetch_asset(releases, repo, "v1", "x.tar", "/nowhere") is result
+    assert qvm_source.fetch_asset(releases, asset, "/nowhere") is result
 
 
 def test_an_open_mirror_is_told(offline):

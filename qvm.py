@@ -3079,6 +3079,7 @@ class Download:
     self.file = PartFile(folder, name, url)
     self.connections = Connections(net, url)
     self.resumed, self.started = self.file.done, time.monotonic()
+    self.vouched = False  # whether it has the digest that its release names
     self.accepted = False  # whether an answer has been: readers depend on its object from then on
     self.helpers: List[threading.Thread] = []
     self.error: Optional[BaseException] = None  # after which no reader gets anything
@@ -4036,8 +4037,12 @@ def unpack_bundle(path: str, folder: str, name: str) -> None:
     raise ValueError(str(error))
 
 
+class UnpackerError(QvmError):
+  """A program that unpacks has failed."""
+
+
 def unpack_by_program(path: str, folder: str, name: str) -> None:
-  """As unpack_bundle(), by a program; QvmError with its words when that fails.
+  """As unpack_bundle(), by a program; UnpackerError with its words when that fails.
 
   Such a failure does not say whether the bundle is damaged or the program at fault.
   """
@@ -4054,7 +4059,7 @@ def unpack_by_program(path: str, folder: str, name: str) -> None:
         if ended and process.wait():
           words.seek(0)
           text = " ".join(words.read(TAIL_BYTES).decode("utf-8", "replace").split())
-          raise QvmError(
+          raise UnpackerError(
             f"{command[0]} cannot unpack {name} ({ending(process.returncode)}): {text}",
             "the download is kept, should the program be at fault; qvm clean deletes it",
           )
@@ -4389,6 +4394,7 @@ def check_digest(download: Download, expected: str) -> None:
       f"(sha256 {expected}, not {digest})",
       "it has been deleted",
     )
+  download.vouched = bool(expected)
 
 
 def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
@@ -4519,15 +4525,19 @@ def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
 
 
-def convert_bundle(plan: Plan, part: str, aside: str) -> str:
+def convert_bundle(plan: Plan, download: Download, aside: str) -> str:
   """Unpack a downloaded bundle and make a qcow2 of its disk; returns the qcow2's path."""
-  name = plan.bundle_asset
+  name, part = plan.bundle_asset, download.file.part
   remove_tree(aside)
   say(f"unpacking {name}")
   try:
     unpack_bundle(part, aside, name)
   except (tarfile.TarError, ValueError, EOFError) as error:
     raise RefusedError(f"{name} is refused: {error}")
+  except UnpackerError as error:
+    if download.vouched:
+      raise
+    raise RefusedError(str(error), "no digest says that the download is sound: it is thrown away")
   except OSError as error:
     raise write_failure(aside, os.path.getsize(part), error)
   disk, result = os.path.join(aside, "disk.img"), os.path.join(aside, "disk.qcow2")
@@ -4606,7 +4616,7 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
   with installing(download) as aside:
     source, digest = download.file.part, ""
     if download.name == plan.bundle_asset:
-      source = convert_bundle(plan, source, aside)
+      source = convert_bundle(plan, download, aside)
       digest = file_sha256(source)
     check_image(source)
     record = asset_record(download, tag, digest)

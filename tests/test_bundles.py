@@ -407,6 +407,20 @@ def test_damaged(no_image, server, sound, small, tmp_path, zstd_package, image, 
   assert same_disk(small / "disk.img", no_image.cache / "base" / f"{STEM}.qcow2")
 
 
+@pytest.mark.parametrize("case", ["half", "garbage", "10 bytes"])
+def test_without_a_digest_a_bundle_that_cannot_be_unpacked_is_thrown_away(
+  no_image, server, sound, small, case
+):
+  """Nothing says that the program is at fault, and the next pull would fail for ever."""
+  server.repos[REPO] = {}
+  assets = {f"{STEM}.tar.zst": DAMAGED[case](sound, small)}
+  server.add_release(REPO, "v1.0.0", assets, digests=False)
+  fails(no_image(*PULL), f"{STEM}.tar.zst", "no digest says", "thrown away")
+  assert image_files(no_image) == []
+  server.replace_asset(REPO, "v1.0.0", f"{STEM}.tar.zst", sound)
+  works(no_image(*PULL))
+
+
 @pytest.mark.parametrize("case", ["half", "without its last byte", "bit at 30%", "bit at 60%"])
 @pytest.mark.parametrize("unpacker", ["zstd", "bsdtar", "python"])
 def test_damaged_behind_the_end(

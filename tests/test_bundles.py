@@ -415,7 +415,8 @@ def test_without_a_digest_a_bundle_that_cannot_be_unpacked_is_thrown_away(
   server.repos[REPO] = {}
   assets = {f"{STEM}.tar.zst": DAMAGED[case](sound, small)}
   server.add_release(REPO, "v1.0.0", assets, digests=False)
-  fails(no_image(*PULL), f"{STEM}.tar.zst", "no digest says", "thrown away")
+  run = no_image(*PULL)
+  assert run.returncode == 1 and "no digest says that the download is sound" in run.stderr
   assert image_files(no_image) == []
   server.replace_asset(REPO, "v1.0.0", f"{STEM}.tar.zst", sound)
   works(no_image(*PULL))

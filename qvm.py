@@ -638,6 +638,18 @@ class Address(NamedTuple):
   chosen: bool = False
 
 
+class Forward(NamedTuple):
+  """A port of the guest on the host: --publish; port 0 is a free one, chosen at the start."""
+
+  host: str
+  port: int
+  guest: int
+  kind: str  # tcp or udp
+
+  def __str__(self) -> str:
+    return f"{self.host}:{self.port}:{self.guest}" + "/udp" * (self.kind == "udp")
+
+
 class Options(NamedTuple):
   """The parsed and checked command line."""
 
@@ -651,6 +663,7 @@ class Options(NamedTuple):
   memory: str = "6G"
   cpus: str = "2"
   ssh: Address = Address()
+  publish: Tuple[Forward, ...] = ()
   accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
@@ -736,6 +749,21 @@ def parse_address(text: str) -> Address:
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
 
 
+def parse_forward(text: str) -> Forward:
+  """[ADDRESS:]HOST:GUEST[/udp]: a port of this host, 0 for a free one, and one of the guest."""
+  match = re.match(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?\Z", text)
+  host, port, guest, kind = match.groups() if match else ("", "", "", "")
+  try:
+    address = parse_address(f"{host or Address().host}:{int(port or 0) or 1}")
+    parse_address(guest)
+  except UsageError:
+    raise UsageError(
+      f"invalid port to publish '{text}': use [ADDRESS:]HOST:GUEST[/udp] with an IPv4 address of "
+      "this host and ports up to 65535, as in 8080:80; HOST 0 is a free one"
+    )
+  return Forward(address.host, int(port), int(guest), kind or "tcp")
+
+
 def parse_accel(text: str) -> str:
   """Accelerators in the order in which QEMU tries them."""
   names = text.lower().split(":")
@@ -808,6 +836,9 @@ OPTIONS = (
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
+  Option(("-p", "--publish"), "publish", "HOST:GUEST", parse_forward,
+         "a port of the guest on this host; [ADDRESS:]HOST:GUEST[/udp],\n"
+         "HOST 0 is a free one; may be repeated; kept with the instance", True),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
@@ -873,10 +904,9 @@ class Command(NamedTuple):
 COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
-    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
-     "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts", "console_log", "no_network",
-     *IN_GUEST,
-     "progress"),
+    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "accel",
+     "qemu", "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts", "console_log",
+     "no_network", *IN_GUEST, "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -885,7 +915,7 @@ COMMANDS = {
       "qvm run --rm --warm freebsd 15.1 -- make test",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
-      "qvm run --detach --name web freebsd 15.1",
+      "qvm run --detach --name web --publish 8080:80 freebsd 15.1",
       "qvm run --dry-run netbsd 10.1",
     ),
   ),
@@ -997,6 +1027,11 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError(
       "--detach cannot be combined with a command; use qvm ssh NAME -- COMMAND once it runs"
     )
+  taken = [(options.ssh.port, "tcp")] if options.ssh.chosen else []
+  for forward in options.publish:
+    if (forward.port, forward.kind) in taken:
+      raise UsageError(f"--publish {forward}: port {forward.port} is used twice")
+    taken += [(forward.port, forward.kind)] if forward.port else []
   if options.warm and not options.rm:
     raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
   for option in OPTIONS:
@@ -1202,6 +1237,8 @@ class Instance(NamedTuple):
   validator: str = ""
   asset_sha256: str = ""  # of the asset that the base image was made of
   problem: str = ""
+  publish: str = ""  # the ports that its runs publish, as given
+  ports: str = ""  # those that this run publishes
 
 
 class LayerRecord(NamedTuple):
@@ -5014,15 +5051,17 @@ def cached_base(plan: Plan) -> Base:
   return Base(backing_name(plan, plan.base), image, (plan.base,))
 
 
-def record_instance(plan: Plan, ssh: str, base: Base) -> None:
-  """Write the record of an instance: what it is, and where it listens in this run."""
+def record_instance(plan: Plan, run: Instance, base: Base) -> None:
+  """Write the record of an instance: what it is, and what `run` says of this run."""
   guest, image = plan.guest, base.image
   record = image._replace(
     name=plan.name,
     os=guest.os,
     version=plan.version,
     arch=guest.arch,
-    ssh=ssh,
+    ssh=run.ssh,
+    publish=run.publish,
+    ports=run.ports,
     validator=image.validator if is_served(base.backing) else "",
   )
   if sound_record(Instance(), plan.paths.record) != record:
@@ -5090,6 +5129,7 @@ class Row(NamedTuple):
   arch: str
   state: str
   ssh: str
+  ports: List[str]  # ADDRESS:HOST:GUEST[/udp]
   size: int  # bytes on disk
   ephemeral: bool
   base: int  # per cent of the base image that have been downloaded
@@ -5110,7 +5150,7 @@ def list_instances(cache: Cache) -> List[Row]:
       record = sound_record(LayerRecord(), layer.record)
       size = sum(map(tree_size, layer_files(layer)))
       kind = (record.os or "?", record.version or "?", record.arch or "?")
-      rows.append(Row(layer.name, *kind, "checkpoint", "", size, False, 100))
+      rows.append(Row(layer.name, *kind, "checkpoint", "", [], size, False, 100))
   return rows
 
 
@@ -5121,13 +5161,15 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     record = read_instance(paths)
   except QvmError:
     record = Instance(paths.name, "?", "?", "?")
+  listens = running and noted.program != "qvm" and noted.is_here()
   return Row(
     name=paths.name,
     os=record.os,
     version=record.version,
     arch=record.arch,
     state="running" if running else "stopped",
-    ssh=record.ssh if running and noted.program != "qvm" and noted.is_here() else "",
+    ssh=record.ssh if listens else "",
+    ports=record.ports.split() if listens else [],
     size=tree_size(paths.disk),
     ephemeral=os.path.exists(paths.mark),
     base=base_share(cache, paths),
@@ -5155,6 +5197,7 @@ class HostFacts(NamedTuple):
   address: Address
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
+  forwards: Tuple[Forward, ...] = ()
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
   accel: str = TABLE_ACCEL
   emulated: bool = False  # neither KVM nor HVF can run this guest here
@@ -5172,8 +5215,10 @@ class Adjustment(NamedTuple):
 def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjustment]:
   """All differences between the table and the command that runs; README.md says why."""
   address = facts.address
+  published = [f"hostfwd={it.kind}:{it.host}:{it.port}-:{it.guest}," for it in facts.forwards]
+  hostfwd = "".join(published) + f"hostfwd=tcp:{address.host}:{address.port}-"
   changes = [
-    Adjustment("-netdev", "hostfwd=tcp::2847-", f"hostfwd=tcp:{address.host}:{address.port}-"),
+    Adjustment("-netdev", "hostfwd=tcp::2847-", hostfwd),
     Adjustment("-machine", "accel=" + TABLE_ACCEL, "accel=" + facts.accel),
     Adjustment("-m", "6G", options.memory),
     Adjustment("-smp", "2", options.cpus),
@@ -5433,8 +5478,8 @@ CAUSES = (
   (r"dyld.*Symbol not found|Symbol not found: _", "this macOS is too old for the downloaded QEMU",
    "update macOS: QEMU needs 13, its newer releases 15.4; or use your own QEMU with --qemu"),
   (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
-  (r"set up host forwarding rule", "the ssh port is taken by another program",
-   "choose another with --ssh-port"),
+  (r"set up host forwarding rule '?(\w+:[0-9.]*:\d+)", r"the port \1 is taken by another program",
+   "choose another with --ssh-port or --publish"),
   (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
    "stop that one first, or use another --name"),
   (r"cannot set up guest memory|Cannot allocate memory", "there is not enough memory",
@@ -5453,8 +5498,9 @@ def explain(output: str) -> List[str]:
   """The cause of QEMU's failure and the fix, from its output; empty if unknown."""
   output = re.split(r"falling back to \w+", output)[-1]  # QEMU went on after what precedes it
   for pattern, cause, fix in CAUSES:
-    if re.search(pattern, output, re.IGNORECASE):
-      return [f"QEMU failed: {cause}", fix]
+    match = re.search(pattern, output, re.IGNORECASE)
+    if match:
+      return [f"QEMU failed: {match.expand(cause)}", fix]
   return []
 
 
@@ -7780,11 +7826,11 @@ class Server:
       share = base_share(self.plan.cache, self.paths)
       say(f"{share}% of the image of {self.paths.name} are there; the next run fetches the rest")
       return
-    ssh = read_instance(self.paths).ssh
+    before = read_instance(self.paths)
     with instances_lock(self.plan.cache):
       check_instance(self.plan)
       make_overlay(self.plan, backing_name(self.plan, self.plan.base), self.lock)
-      record_instance(self.plan, ssh, cached_base(self.plan))
+      record_instance(self.plan, before, cached_base(self.plan))
 
   def close(self) -> None:
     """Leave no socket."""
@@ -7952,8 +7998,8 @@ def memory_warning(memory: str, available: Optional[int]) -> str:
   )
 
 
-def bind(kind: int, address: Address) -> Optional["socket.socket"]:
-  """A socket of this kind bound to an address; None if the port is taken."""
+def bind(kind: int, address: Address, flag: str = "--ssh-port") -> Optional["socket.socket"]:
+  """A socket of this kind bound to an address of option `flag`; None if the port is taken."""
   taken = socket.socket(socket.AF_INET, kind)
   try:
     if kind == socket.SOCK_STREAM:
@@ -7962,9 +8008,9 @@ def bind(kind: int, address: Address) -> Optional["socket.socket"]:
   except OSError as error:
     taken.close()
     if error.errno == errno.EADDRNOTAVAIL:
-      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
+      raise QvmError(f"{address.host} is not an address of this machine ({flag})")
     if error.errno == errno.EACCES:
-      raise QvmError(f"port {address.port} needs root; choose one above 1023")
+      raise QvmError(f"port {address.port} needs root ({flag}); choose one above 1023")
     return None
   return taken
 
@@ -7978,16 +8024,40 @@ def somebody_answers(address: Address) -> bool:
     return False
 
 
-def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
+def free_forward(forward: Forward) -> Forward:
+  """The same, with a port in place of 0; QvmError if it is taken. QEMU binds it soon after."""
+  kind = socket.SOCK_STREAM if forward.kind == "tcp" else socket.SOCK_DGRAM
+  probe = bind(kind, Address(forward.host, forward.port), "--publish")
+  port = probe.getsockname()[1] if probe else forward.port
+  answered = (
+    probe
+    and forward.port
+    and forward.kind == "tcp"
+    and somebody_answers(Address(forward.host, port))
+  )
+  if probe:
+    probe.close()
+  if not probe or answered:
+    raise QvmError(
+      f"port {port}/{forward.kind} on {forward.host} is taken (--publish {forward})",
+      "choose another, or 0 for a free one",
+    )
+  return forward._replace(port=port)
+
+
+def reserve_port(
+  wanted: Address, stack: contextlib.ExitStack, others: Sequence[int] = ()
+) -> Tuple[Address, int]:
   """Find a free port; returns it with the descriptor of a lock that keeps every other qvm off it.
 
+  It is none of `others`, which this machine publishes.
   The lock is the UDP port of the same number, to which nothing is ever sent. The kernel gives it to
   one process, whatever its cache or user, and frees it when QEMU has ended.
   """
   kind = ""
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
     address = wanted._replace(port=port)
-    lock, kind = bind(socket.SOCK_DGRAM, address), "UDP"
+    lock, kind = None if port in others else bind(socket.SOCK_DGRAM, address), "UDP"
     if lock:
       probe, kind = bind(socket.SOCK_STREAM, address), "TCP"
       answered = probe and somebody_answers(address)
@@ -8100,6 +8170,15 @@ def is_emulated(guest: Guest, accel: str) -> bool:
   return not fast or guest.arch != this_host().arch
 
 
+def kept_options(paths: InstancePaths, options: Options) -> Options:
+  """The options, with what an instance keeps of earlier runs where nothing else is given."""
+  with contextlib.suppress(UsageError):
+    if not options.publish:
+      texts = sound_record(Instance(), paths.record).publish.split()
+      return options._replace(publish=tuple(map(parse_forward, texts)))
+  return options
+
+
 def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
   accel = accelerators_for(plan, options)
@@ -8107,6 +8186,7 @@ def host_facts(plan: Plan, options: Options, address: Address, release: str) -> 
   emulated = is_emulated(plan.guest, accel)
   return HostFacts(
     address=address,
+    forwards=options.publish,
     linaro=has_linaro(plan.share),
     mask_cpu="kvm" in accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm"),
     key_disk=plan.paths.key_disk if log_in and wants_key(plan.guest, release) else "",
@@ -8164,6 +8244,7 @@ class Machine:
   process: "Process"  # from start() on, as are these
   facts: HostFacts
   untouched: Tuple[int, int]  # the disk's stamp before QEMU started
+  published: str  # the ports to publish, as given
   began: float
 
   def __init__(self, plan: Plan, options: Options) -> None:
@@ -8188,10 +8269,12 @@ class Machine:
       check_instance(self.plan)
       if os.path.lexists(self.paths.disk):
         mend_record(self.paths)
+      self.options = kept_options(self.paths, self.options)
+      self.published = " ".join(map(str, self.options.publish))
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
         open(self.paths.mark, "w").close()
-      if self.options.ssh.chosen:
+      if self.options.ssh.chosen or self.options.publish:
         self.reserve_port(stack)
       self.open_log(stack)
       warning = memory_warning(self.options.memory, available_memory("/proc/meminfo"))
@@ -8226,9 +8309,12 @@ class Machine:
     return self.options.console_log or self.paths.console
 
   def reserve_port(self, stack: contextlib.ExitStack) -> None:
-    """Reserve the ssh port, unless that has already been done."""
+    """Reserve the ssh port and look at those to publish, unless that has already been done."""
     if self.port_lock < 0:
-      self.address, self.port_lock = reserve_port(self.options.ssh, stack)
+      others = [forward.port for forward in self.options.publish]
+      self.address, self.port_lock = reserve_port(self.options.ssh, stack, others)
+      forwards = tuple(map(free_forward, self.options.publish))
+      self.options = self.options._replace(publish=forwards)
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
@@ -8256,15 +8342,17 @@ class Machine:
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
     """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
-    plan, options = self.plan, self.options
     self.reserve_port(self.stack)
+    plan, options = self.plan, self.options
     with instances_lock(plan.cache):
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
       check_instance(plan)
       check_backing(plan, base)
-      record_instance(plan, f"{self.address.host}:{self.address.port}", base)
+      ports = " ".join(map(str, options.publish))
+      ssh = f"{self.address.host}:{self.address.port}"
+      record_instance(plan, Instance(ssh=ssh, publish=self.published, ports=ports), base)
       make_overlay(plan, base.backing, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
@@ -8429,13 +8517,21 @@ class Machine:
     if port != SSH_PORT and not self.address.chosen:
       say(f"port {SSH_PORT} is taken; this machine uses {port}")
     say(ssh_line(guest, self.address))
+    self.tell_ports()
     if not guest.console:
       say(f"{guest.title} writes nothing to this terminal; log in with ssh once it is up")
+
+  def tell_ports(self) -> None:
+    """Say where the guest's ports are that were to be on a free one."""
+    asked = self.published.split()
+    for text in [each for each in map(str, self.options.publish) if each not in asked]:
+      say(f"{self.plan.name} publishes {text}")
 
   def leave_running(self) -> int:
     """Wait until ssh answers, then let the machine go; QvmError if it ends before that."""
     verb = "is running" if self.resumed else "is booting"
     say(f"{self.plan.name} {verb} in the background; its console goes to {self.console}")
+    self.tell_ports()
     answers = self.wait_for_ssh()
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
     self.process.returncode = 0  # so that nothing complains that nobody waits for it
@@ -8550,6 +8646,7 @@ def bounded(spawn: Spawn) -> Tuple[Spawn, "Process"]:
 
 def print_command(plan: Plan, options: Options) -> int:
   """Print the QEMU command that `run` would execute."""
+  options = kept_options(plan.paths, options)
   facts = host_facts(plan, options, options.ssh, record_of(plan.base).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
@@ -8674,10 +8771,10 @@ class Control:
 def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   """A digest of what a checkpoint depends on: base image, command line, QEMU and host.
 
-  Paths, address and port may differ. The accelerator in use is known only once QEMU runs.
+  Paths, address and ports may differ. The accelerator in use is known only once QEMU runs.
   """
   named = plan._replace(qemu="QEMU", share="SHARE", paths=Cache("").instance("DISK"))
-  facts = facts._replace(address=Address(), key_disk="KEYS" if facts.key_disk else "")
+  facts = facts._replace(address=Address(), forwards=(), key_disk="KEYS" if facts.key_disk else "")
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
@@ -9182,12 +9279,12 @@ def cmd_list(options: Options) -> int:
   if options.json:
     emit_json([row._asdict() for row in rows])
     return 0
-  table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "SIZE")]
+  table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "PORTS", "SIZE")]
   for row in rows:
     state = row.state + (" (--rm)" if row.ephemeral else "")
     state += f" (base {row.base}%)" if row.base < 100 else ""
-    cells = (row.name, row.os, row.version, row.arch, state, row.ssh or "-", megabytes(row.size))
-    table.append(cells)
+    where = (state, row.ssh or "-", " ".join(row.ports) or "-")
+    table.append((row.name, row.os, row.version, row.arch, *where, megabytes(row.size)))
   show_table(table)
   return 0
 

@@ -1,7 +1,10 @@
 """What people ask for: issue 20, point by point, with the stand-ins."""
 
+import re
+import socket
+
 import pytest
-from support import works
+from support import FREEBSD, fails, free_port, rows, works
 
 import qvm as qvm_source
 
@@ -65,3 +68,112 @@ def test_no_such_beginning(no_image):
   run = no_image("pull", "freebsd", "99", "--platform", "x86-64")
   assert run.returncode == 1
   assert "no FreeBSD 99 for x86-64" in run.stderr and "15.1" in run.stderr.splitlines()[-1]
+
+
+# --- A port of the guest on the host ---------------------------------------------------------
+
+
+def parse(*words):
+  return qvm_source.parse_command_line(words)
+
+
+@pytest.mark.parametrize(
+  "text, shown",
+  [
+    ("8080:80", "127.0.0.1:8080:80"),
+    ("0:80", "127.0.0.1:0:80"),
+    ("0.0.0.0:53:053/udp", "0.0.0.0:53:53/udp"),
+    ("127.0.0.3:080:1/tcp", "127.0.0.3:80:1"),
+  ],
+)
+def test_what_is_published(text, shown):
+  for words in (("-p", text), ("-p" + text,), ("--publish=" + text,)):
+    (forward,) = parse(*RUN, *words).publish
+    assert str(forward) == shown and parse(*RUN, "-p", shown).publish == (forward,)
+
+
+BAD_PORTS = ("", "80", ":80", "80:", "65536:1", "1:0", "1:65536", "1:2/sctp", "a:80", "1.2.3:1:2",
+             "256.0.0.1:1:2", "::1:1:2", "localhost:1:2", "1:2:3:4", "-1:2", "1:2/")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_PORTS)
+def test_what_cannot_be_published(offline, text):
+  with pytest.raises(qvm_source.UsageError, match="invalid port to publish"):
+    parse(*RUN, "--publish=" + text)
+
+
+def test_bad_ports_end_before_anything_happens(offline):
+  fails(offline(*RUN, "-p", "80"), "invalid port to publish '80'", code=2)
+  fails(offline(*RUN, "-p", "8080:80", "-p", "0.0.0.0:8080:81"), "used twice", code=2)
+  fails(offline(*RUN, "--ssh-port", "8080", "-p", "8080:81"), "used twice", code=2)
+  assert not offline.cache.exists()
+  parse(*RUN, "-p", "0:80", "-p", "0:81", "-p", "53:53", "-p", "53:53/udp")
+
+
+def hostfwds(argv):
+  """The ports that a QEMU is told to forward."""
+  return re.findall(r"hostfwd=([^,]+)", argv[argv.index("-netdev") + 1])
+
+
+def test_ports_are_published_listed_and_kept(used, background):
+  first, second, ssh = free_port(), free_port(), free_port()
+  port = ("--ssh-port", str(ssh))
+  process, record = background(used, *RUN, *port, "-p", f"{first}:80", "-p", f"{second}:53/udp")
+  wanted = [f"tcp:127.0.0.1:{first}-:80", f"udp:127.0.0.1:{second}-:53"]
+  assert hostfwds(record["argv"]) == [*wanted, f"tcp:127.0.0.1:{ssh}-:22"]
+  ports = [f"127.0.0.1:{first}:80", f"127.0.0.1:{second}:53/udp"]
+  assert rows(used)[FREEBSD]["ports"] == ports
+  assert " ".join(ports) in used("list").stdout
+  process.terminate()
+  process.wait()
+  assert rows(used)[FREEBSD]["ports"] == []
+  argv = used("run", "--dry-run", *RUN[1:]).stdout
+  assert [f"hostfwd={each}" in argv for each in wanted] == [True, True], "they are kept"
+  process, record = background(used, *RUN, *port)
+  assert hostfwds(record["argv"])[:2] == wanted
+  process.terminate()
+  process.wait()
+  process, record = background(used, *RUN, *port, "-p", "0:22")
+  (free, _) = hostfwds(record["argv"])
+  assert re.fullmatch(r"tcp:127\.0\.0\.1:[1-9][0-9]+-:22", free), "others are given in their place"
+  process.terminate()
+  assert re.search(r"publishes 127\.0\.0\.1:[1-9][0-9]+:22\n", process.communicate()[1])
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_a_taken_port_is_an_error_before_the_start(used, kind):
+  with socket.socket(type=socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as taken:
+    taken.bind(("127.0.0.1", 0))
+    if kind == "tcp":
+      taken.listen()
+    port = taken.getsockname()[1]
+    run = used(*RUN, "-p", f"{port}:80/{kind}", "--rm")
+    fails(run, f"port {port}/{kind} on 127.0.0.1 is taken", "--publish")
+  fails(used(*RUN, "-p", "192.0.2.1:1:80", "--rm"), "192.0.2.1 is not", "--publish")
+
+
+def test_the_ssh_port_is_none_of_those_published(used, background):
+  """2847 may be taken on this machine: then there is nothing to see."""
+  with socket.socket() as probe:
+    if probe.connect_ex(("127.0.0.1", 2847)) == 0:
+      pytest.skip("port 2847 is taken")
+  process, record = background(used, *RUN, "--rm", "-p", "2847:80")
+  published, ssh = hostfwds(record["argv"])
+  assert published == "tcp:127.0.0.1:2847-:80" and ":2847-" not in ssh
+
+
+def test_a_port_that_qemu_cannot_bind_is_named(used):
+  message = "Could not set up host forwarding rule 'tcp:127.0.0.1:8080-:80'"
+  used.play(stderr=f"qemu: {message}\n", exit=1)
+  run = used(*RUN)
+  assert "qvm: QEMU failed: the port tcp:127.0.0.1:8080 is taken by another program" in run.stderr
+
+
+def test_published_ports_go_with_checkpoints(guests, tmp_path):
+  """The port is the host's matter: machines from one checkpoint publish different ones."""
+  for number in range(2):
+    port = free_port()
+    guests.play(record=str(tmp_path / "record"))
+    run = works(guests.run("true", options=("--warm", "-p", f"{port}:80")))
+    assert f"tcp:127.0.0.1:{port}-:80" in hostfwds(guests.qvm.record(tmp_path / "record")["argv"])
+    assert ("to create the checkpoint" in run.stderr) == (number == 0)

@@ -324,7 +324,7 @@ def test_a_base_is_never_written(used, image):
 
 
 def test_list_of_nothing(offline):
-  header = "NAME  OS  VERSION  ARCH  STATE  SSH  SIZE\n"
+  header = "NAME  OS  VERSION  ARCH  STATE  SSH  PORTS  SIZE\n"
   run = offline("list")
   assert (run.returncode, run.stdout, run.stderr) == (0, header, "")
   run = offline("list", "--json")
@@ -341,7 +341,7 @@ def test_list_shows_stopped_and_running_ones(qvm, background):
   run = qvm("list")
   assert (run.returncode, run.stderr) == (0, "")
   header, *lines = run.stdout.splitlines()
-  assert header.split() == ["NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "SIZE"]
+  assert header.split() == ["NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "PORTS", "SIZE"]
   table = [re.split(r"  +", line) for line in lines]
   assert [row[1:6] for row in table] == [
     ["openbsd", "7.9", "arm64", "running", f"127.0.0.1:{port}"],
@@ -349,7 +349,7 @@ def test_list_shows_stopped_and_running_ones(qvm, background):
     ["haiku", "r1beta5", "x86-64", "running (--rm)", f"0.0.0.0:{other}"],
   ]
   assert [row[0] for row in table[:2]] == ["bsd", FREEBSD]
-  assert all(re.fullmatch(r"[0-9.]+ [kM]?B", row[6]) for row in table)
+  assert all(re.fullmatch(r"[0-9.]+ [kM]?B", row[7]) for row in table)
   columns = [header.index(word) for word in header.split()]
   for line in lines:
     assert all(line[at - 1 : at] in (" ", "") and line[at] != " " for at in columns)
@@ -363,7 +363,7 @@ def test_list_as_json(used, background):
   size = (used.cache / DISK).stat().st_blocks * 512
   assert table[FREEBSD] == {
     "name": FREEBSD, "os": "freebsd", "version": "15.1", "arch": "x86-64", "state": "stopped",
-    "ssh": "", "size": size, "ephemeral": False, "base": 100,
+    "ssh": "", "ports": [], "size": size, "ephemeral": False, "base": 100,
   }  # fmt: skip
   assert table["x"] == {
     **table[FREEBSD], "name": "x", "state": "running", "ssh": f"127.0.0.1:{port}",

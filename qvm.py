@@ -679,6 +679,7 @@ class Options(NamedTuple):
   sync_direction: str = "both"
   sync_exclude: Tuple[str, ...] = ()
   sync_delete: bool = False
+  follow: bool = False
   force: bool = False
   offline: bool = False
   progress: bool = False
@@ -871,6 +872,7 @@ OPTIONS = (
          ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
+  Option(("-f", "--follow"), "follow", "", bool, "go on until the machine ends"),
   Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
   Option(("--offline",), "offline", "", bool, "skip the network checks"),
   Option(("--progress",), "progress", "", bool, "show download progress"),
@@ -953,6 +955,23 @@ COMMANDS = {
     ("qvm stop freebsd-15.1-x86-64", "qvm stop --force build test"),
     {"boot_timeout": "how long to try to log in before SIGTERM (default: 600)"},
   ),
+  "restart": Command(
+    "NAME...", 1, 1000, ("force", "boot_timeout"),
+    "Reboot the guests of running instances and wait until ssh answers again.",
+    ("qvm restart web", "qvm restart --force web"),
+    {"force": "end QEMU of a guest that does not reboot, and start it again",
+     "boot_timeout": "how long to wait for ssh (default: 600)"},
+  ),
+  "logs": Command(
+    "NAME", 1, 1, ("follow",),
+    "Print the console of an instance that runs, or ran, in the background.",
+    ("qvm logs web", "qvm logs -f web"),
+  ),
+  "clone": Command(
+    "NAME NEW", 2, 2, (),
+    "Copy a stopped instance, with all that its guest wrote, to a new one.",
+    ("qvm clone build build2",),
+  ),
   "rm": Command(
     "NAME...", 1, 1000, ("force",),
     "Delete instances, with everything their guests wrote.",
@@ -1019,6 +1038,20 @@ def parse_command_line(words: Sequence[str]) -> Options:
   options = Options(command, tuple(operands[1:]), **values)
   check_together(options, fields)
   return options
+
+
+# The options for which a machine has to be started again to change them.
+STARTED_WITH = ("memory", "cpus", "accel", "qemu", "qemu_args", "console_log", "no_network")
+
+
+def started_with(options: Options) -> List[str]:
+  """The words of the command line that give these options, of those in STARTED_WITH."""
+  words = []
+  for option in [each for each in OPTIONS if each.field in STARTED_WITH]:
+    value = getattr(options, option.field)
+    values = value if option.many else (value,) if value else ()
+    words += [option.flags[-1] + f"={each}" * bool(option.metavar) for each in values]
+  return words
 
 
 def check_together(options: Options, fields: Set[str]) -> None:
@@ -1100,7 +1133,7 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
     find_os(operands[0])
     for version in operands[1:]:
       parse_version(version)
-  if command in ("rm", "stop", "ssh"):
+  if form.operands.startswith("NAME"):
     for name in operands:
       parse_name(name)
   if command == "config" and operands[0] != "print-path":
@@ -1239,6 +1272,7 @@ class Instance(NamedTuple):
   problem: str = ""
   publish: str = ""  # the ports that its runs publish, as given
   ports: str = ""  # those that this run publishes
+  words: str = ""  # the options that this run was started with, one a line
 
 
 class LayerRecord(NamedTuple):
@@ -5062,6 +5096,7 @@ def record_instance(plan: Plan, run: Instance, base: Base) -> None:
     ssh=run.ssh,
     publish=run.publish,
     ports=run.ports,
+    words=run.words,
     validator=image.validator if is_served(base.backing) else "",
   )
   if sound_record(Instance(), plan.paths.record) != record:
@@ -6204,6 +6239,54 @@ def power_off(login: Login) -> bool:
   if code not in (0, 255):
     say(f"{name} does not power off: {command} failed (exit code {code})")
   return code in (0, 255)
+
+
+REBOOTS = {HALT: "sudo shutdown -r now", HALT_OMNIOS: "sudo shutdown -i6 -g0 -y"}
+HAIKU_REBOOT = "shutdown -r -q"
+# What tells this boot of a guest from others: a random id or the time of the boot. Haiku has
+# neither; its /dev is made at each boot. Linux is the tests' guest.
+BOOT_SCRIPT = """PATH=$PATH:/sbin:/usr/sbin
+sysctl -n kern.boot_id 2>/dev/null || sysctl -n kern.boottime 2>/dev/null ||
+kstat -p unix:0:system_misc:boot_time 2>/dev/null ||
+cat /proc/sys/kernel/random/boot_id 2>/dev/null || stat -c %Z /dev
+"""
+
+
+def boot_of(login: Login) -> str:
+  """What tells a guest's boot from others; QvmError if it cannot be asked."""
+  output: List[bytes] = []
+
+  def read(process: "Process") -> None:
+    output.append(process.stdout.read(TAIL_BYTES) if process.stdout else b"")
+
+  spawn = silent()._replace(stdout=subprocess.PIPE)
+  patience = KEY_LOGIN_SECONDS if os.path.exists(login.paths.key_disk) else 0.0
+  code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
+  text = output[-1].decode("utf-8", "replace").strip()
+  if code or not text:
+    raise QvmError(f"the guest of {login.paths.name} does not tell its boot")
+  return text
+
+
+def reboot(login: Login) -> None:
+  """Reboot a guest over ssh and wait for a login to its new boot; QvmError if none comes."""
+  before, deadline = boot_of(login), time.monotonic() + login.patience
+  line = REBOOTS.get(login.guest.power_off, HAIKU_REBOOT)
+  say(f"asking {login.paths.name} to reboot")
+  with contextlib.suppress(subprocess.TimeoutExpired, QvmError):  # it may cut the connection
+    if in_guest(login, line, wait_up_to(60)) not in (0, 255):
+      say(f"{login.paths.name}: {line} failed")
+  while time.monotonic() < deadline:
+    try:
+      if boot_of(login._replace(patience=max(1.0, deadline - time.monotonic()))) != before:
+        return
+    except LoginError:
+      raise
+    except QvmError:  # the guest goes down while it is asked
+      pass
+    if login.ended(LOGIN_PAUSES[0]):
+      raise QvmError(f"the machine {login.paths.name} has ended instead of rebooting")
+  raise QvmError(f"{login.paths.name} has not rebooted within {login.patience:g} s; it still runs")
 
 
 def is_powering_off(paths: InstancePaths, patience: float) -> bool:
@@ -8352,7 +8435,8 @@ class Machine:
       check_backing(plan, base)
       ports = " ".join(map(str, options.publish))
       ssh = f"{self.address.host}:{self.address.port}"
-      record_instance(plan, Instance(ssh=ssh, publish=self.published, ports=ports), base)
+      run = Instance(ssh=ssh, publish=self.published, ports=ports)
+      record_instance(plan, run._replace(words="\0".join(started_with(options))), base)
       make_overlay(plan, base.backing, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
@@ -9318,6 +9402,103 @@ def cmd_stop(options: Options) -> int:
   return 0
 
 
+def run_words(paths: InstancePaths) -> List[str]:
+  """The command line that starts an instance in the background as it was started last."""
+  it = read_instance(paths)
+  words = [
+    "run",
+    "--detach",
+    "--name",
+    it.name,
+    "--platform",
+    it.arch,
+    *filter(None, it.words.split("\0")),
+  ]
+  return [*words, *["--ssh-port", it.ssh] * bool(it.ssh), it.os, it.version]
+
+
+def cmd_restart(options: Options) -> int:
+  """Reboot guests, one after the other; with --force those that do not reboot are started anew."""
+  cache = cache_from(os.environ)
+  for paths in existing(cache, options.operands, "restarted"):
+    if not is_running(paths):
+      raise QvmError(f"the instance {paths.name} is not running", "see qvm list")
+    try:
+      reboot(login_of(paths, login_seconds(options)))
+    except QvmError as error:
+      if not options.force or os.path.exists(paths.mark):
+        raise QvmError(
+          str(error), error.hint or "--force ends QEMU, but not that of a --rm machine"
+        )
+      say(str(error))
+      again = resolve(parse_command_line(run_words(paths)))
+      if is_running(paths):
+        stop_instance(paths, True)
+      cmd_run(again)
+    else:
+      emit(paths.name)
+  return 0
+
+
+def cmd_logs(options: Options) -> int:
+  """Print an instance's console log; with --follow until its machine ends."""
+  [paths] = existing(cache_from(os.environ), options.operands, "shown")
+  show, place = Screen().show if os.isatty(1) else bytes, 0
+  own = re.search(r"--console-log=([^\0]+)", sound_record(Instance(), paths.record).words)
+  path = own.group(1) if own else paths.console
+  if not os.path.exists(path):
+    raise QvmError(f"there is no {path}", "only runs with --detach or a command write it")
+  with open(path, "rb") as file:
+    running = True
+    while running:
+      running = options.follow and is_running(paths)  # before the last look
+      if os.fstat(file.fileno()).st_size < place:
+        place = file.seek(0, os.SEEK_END)  # the log was cut to keep it within bounds
+      for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+        write_all(1, show(chunk))
+      place = file.tell()
+      time.sleep(0.2 if running else 0)
+  return 0
+
+
+def cmd_clone(options: Options) -> int:
+  """Copy a stopped instance: its disks and its record, which gets the new name."""
+  cache = cache_from(os.environ)
+  [paths] = existing(cache, options.operands[:1], "cloned")
+  new = cache.instance(options.operands[1])
+  sweep(cache)
+  with contextlib.ExitStack() as stack:
+    for each in (paths, new):
+      if os.path.lexists(new.disk) or os.path.lexists(cache.layer(new.name).record):
+        raise QvmError(f"there is already an instance {new.name}", "choose another name")
+      try:
+        stack.callback(take_instance(each).remove)
+      except RunningError as error:
+        raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
+    check_spelling(new)
+    record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
+    folder = stack.enter_context(unfinished(cache))
+    ends = [
+      path[len(paths.stem) :] for path in paths_in(cache.instances) if path.startswith(paths.stem)
+    ]
+    ends = [end for end in ends if end == ".qcow2" or re.match(SYNC_SUFFIX_RE + r"\Z", end)]
+    made = [
+      (os.path.join(folder, new.name + end), paths.stem + end, new.stem + end) for end in ends
+    ]
+    for aside, source, _ in made:
+      try:
+        shutil.copyfile(source, aside)
+      except OSError as error:
+        raise write_failure(aside, tree_size(source), error)
+    with instances_lock(cache), signals.hold():
+      remove_instance(new)  # what there is of it without a disk
+      write_record(cache, new.record, record, keep=True)
+      for aside, _, target in sorted(made, key=lambda it: it[2] == new.disk):  # which makes it
+        move_into_place(aside, target, 0o644)
+  emit(new.name)
+  return 0
+
+
 def cmd_rm(options: Options) -> int:
   """Delete instances and layers; all names are checked before anything is deleted."""
   cache = cache_from(os.environ)
@@ -9871,6 +10052,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   elif form.operands.startswith("NAME"):
     names = instance_names(cache, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
+    names = [] if command == "clone" and operands else names  # NEW is for the user to invent
     words += [name for name in names if name not in operands and re.match(NAME_RE, name)]
   elif command == "config" and not operands:
     words += ["print-path"]
@@ -9886,6 +10068,9 @@ CALLS: Dict[str, Callable[[Options], int]] = {
   "list": cmd_list,
   "ssh": cmd_ssh,
   "stop": cmd_stop,
+  "restart": cmd_restart,
+  "logs": cmd_logs,
+  "clone": cmd_clone,
   "rm": cmd_rm,
   "clean": cmd_clean,
   "doctor": cmd_doctor,

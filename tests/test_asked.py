@@ -1,10 +1,14 @@
 """What people ask for: issue 20, point by point, with the stand-ins."""
 
+import json
 import re
 import socket
+from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, free_port, rows, works
+from support import FREEBSD, digest, fails, free_port, instance_names, rows, state, works
+from support_terminal import Terminal
+from test_instances import write_into
 
 import qvm as qvm_source
 
@@ -177,3 +181,93 @@ def test_published_ports_go_with_checkpoints(guests, tmp_path):
     run = works(guests.run("true", options=("--warm", "-p", f"{port}:80")))
     assert f"tcp:127.0.0.1:{port}-:80" in hostfwds(guests.qvm.record(tmp_path / "record")["argv"])
     assert ("to create the checkpoint" in run.stderr) == (number == 0)
+
+
+# --- restart, logs, clone --------------------------------------------------------------------
+
+
+def test_restart_waits_for_another_boot(guests):
+  guests.up("vm")
+  before = guests.machine()
+  run = works(guests.qvm("restart", "vm"))
+  assert run.stdout == "vm\n" and "asking vm to reboot" in run.stderr
+  assert (guests.folder / "reboots").read_text() == "-r now\n"
+  assert (guests.folder / "boot").read_text() == "2\n", "the old boot is not taken for the new one"
+  assert guests.machine() == before
+  works(guests.qvm("stop", "vm"))
+  fails(guests.qvm("restart", "vm"), "vm is not running")
+  fails(guests.qvm("restart", "none"), "no instance none")
+
+
+def test_only_force_pulls_the_plug(guests):
+  guests.play(ignore_shutdown=True)
+  guests.up("vm", "-m", "512M", "--cpus", "3")
+  before, port = guests.machine(), rows(guests.qvm)["vm"]["ssh"]
+  run = guests.qvm("restart", "--boot-timeout", "2", "vm")
+  fails_with = "vm has not rebooted within 2 s; it still runs"
+  assert run.returncode == 1 and fails_with in run.stderr and "--force" in run.stderr
+  assert guests.machine() == before
+  guests.play()
+  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm"))
+  assert guests.machine() != before and rows(guests.qvm)["vm"]["ssh"] == port
+  words = Path("/proc", str(guests.machine()), "cmdline").read_text()
+  assert "\0-m\x00512M\0" in words and "\0-smp\x003\0" in words, "as it was started"
+  works(guests.qvm("stop", "vm"))
+
+
+def test_logs(guests):
+  guests.play(console="first line\n\x1b]0;title\x07")
+  guests.up("vm")
+  assert works(guests.qvm("logs", "vm")).stdout == "first line\n\x1b]0;title\x07", "as it is"
+  follower = guests.qvm.start("logs", "-f", "vm")
+  assert follower.stdout.readline() == "first line\n"
+  works(guests.qvm("stop", "vm"))
+  output, errors = follower.communicate(timeout=30)
+  assert (follower.returncode, errors) == (0, "") and output.endswith("guest powers off\n")
+  works(guests.qvm("rm", "vm"))
+  fails(guests.qvm("logs", "vm"), "no instance vm")
+
+
+def test_a_terminal_gets_a_log_without_what_harms_it(guests, tmp_path):
+  guests.play(console="safe\x1b]0;title\x07\n")
+  guests.up("vm", "--console-log", str(tmp_path / "log"))
+  works(guests.qvm("stop", "vm"))
+  terminal = Terminal(guests.qvm.command("logs", "vm"), guests.qvm.env)
+  try:
+    terminal.until(b"powers off")
+    assert terminal.process.wait(30) == 0
+  finally:
+    terminal.close()
+  assert "safe" in terminal.text and "title" not in terminal.text
+
+
+def test_a_clone_has_all_that_the_guest_wrote(used):
+  works(used(*RUN, "--name", "old"))
+  write_into(used.cache / "instances/old.qcow2")
+  (used.cache / "instances/old.sync-0123456789abcdef").write_text("x")
+  (used.cache / "instances/old.known_hosts").write_text("qvm key\n")
+  (used.cache / "instances/new.known_hosts").write_text("qvm other\n")
+  assert works(used("clone", "old", "new")).stdout == "new\n"
+  assert digest(used.cache / "instances/new.qcow2") == digest(used.cache / "instances/old.qcow2")
+  names = [name for name in instance_names(used) if name.startswith("new")]
+  assert names == ["new.json", "new.qcow2", "new.sync-0123456789abcdef"], (
+    "no host key is taken over"
+  )
+  record = json.loads((used.cache / "instances/new.json").read_text())
+  old = json.loads((used.cache / "instances/old.json").read_text())
+  assert record == {**old, "name": "new", "ssh": ""} and old["ssh"]
+  works(used(*RUN, "--name", "new"))
+  assert list((used.cache / "downloads").iterdir()) == []
+  before = state(used.cache)
+  for words in (("old", "new"), ("old", "old")):
+    fails(used("clone", *words), "already an instance", words[1])
+  fails(used("clone", "none", "x"), "no instance none")
+  fails(used("clone", "old"), "missing argument", code=2)
+  fails(used("clone", "old", "a/b"), "invalid instance name", code=2)
+  assert state(used.cache) == before
+
+
+def test_a_machine_that_runs_is_not_cloned(used, background):
+  background(used, *RUN)
+  fails(used("clone", FREEBSD, "new"), "already running", "qvm stop")
+  assert not (used.cache / "instances/new.json").exists()

@@ -348,8 +348,8 @@ def test_any_words_are_options_or_a_usage_error(words):
 # --- Help and version ------------------------------------------------------------------------
 
 COMMANDS = (
-  *("run", "pull", "search", "list", "ssh", "stop", "rm", "clean", "doctor", "config"),
-  "completion",
+  *("run", "pull", "search", "list", "ssh", "stop", "restart", "logs", "clone"),
+  *("rm", "clean", "doctor", "config", "completion"),
 )
 SHARED = ("--help", "-h", "--version")
 IN_GUEST = ("-e", "--env", "--sync", "--sync-direction", "--sync-exclude", "--sync-delete")
@@ -365,6 +365,9 @@ KNOWN = {
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),
   "stop": SHARED + ("--force", "--boot-timeout"),
+  "restart": SHARED + ("--force", "--boot-timeout"),
+  "logs": SHARED + ("-f", "--follow"),
+  "clone": SHARED,
   "rm": SHARED + ("--force",),
   "clean": SHARED + ("--all", "--dry-run"),
   "doctor": SHARED + ("--offline", "--json"),

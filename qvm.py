@@ -509,6 +509,15 @@ KEYS_SCSI = """
 -device scsi-hd,drive=drive1,bootindex=1
 -drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
 """
+# The disk of --disk, in the same way. DATA is its file.
+DATA_VIRTIO = """
+-device virtio-blk-pci,drive=drive2
+-drive if=none,file=DATA,id=drive2,cache=unsafe,discard=ignore,format=qcow2
+"""
+DATA_SCSI = """
+-device scsi-hd,drive=drive2
+-drive if=none,file=DATA,id=drive2,cache=unsafe,discard=ignore,format=qcow2
+"""
 
 
 class KeyDisk(NamedTuple):
@@ -664,6 +673,7 @@ class Options(NamedTuple):
   cpus: str = "2"
   ssh: Address = Address()
   publish: Tuple[Forward, ...] = ()
+  disk: str = ""  # the size of a second disk
   accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
@@ -719,13 +729,18 @@ def parse_version(text: str) -> str:
   return text
 
 
-def parse_memory(text: str) -> str:
+def parse_memory(text: str, what: str = "memory") -> str:
   """A size for QEMU's -m: an integer, in MiB or with the suffix M, G or T."""
   match = re.match(r"([0-9]{1,9})([MGT]?)\Z", text.upper())
   factor = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
   if not match or not 64 <= int(match.group(1)) * factor[match.group(2)] <= 4 * 1024 * 1024:
-    raise UsageError(f"invalid memory size '{text}': use 64M to 4T, as in 512M or 6G")
+    raise UsageError(f"invalid {what} size '{text}': use 64M to 4T, as in 512M or 6G")
   return match.group(1) + match.group(2)
+
+
+def parse_disk(text: str) -> str:
+  """The size of a disk, as that of a memory."""
+  return parse_memory(text, "disk")
 
 
 def parse_cpus(text: str) -> str:
@@ -840,6 +855,8 @@ OPTIONS = (
   Option(("-p", "--publish"), "publish", "HOST:GUEST", parse_forward,
          "a port of the guest on this host; [ADDRESS:]HOST:GUEST[/udp],\n"
          "HOST 0 is a free one; may be repeated; kept with the instance", True),
+  Option(("--disk",), "disk", "SIZE", parse_disk,
+         "give the instance a second, blank disk of this size,\nkept and deleted with it"),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
@@ -906,9 +923,9 @@ class Command(NamedTuple):
 COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
-    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "accel",
-     "qemu", "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts", "console_log",
-     "no_network", *IN_GUEST, "progress"),
+    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "disk",
+     "accel", "qemu", "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts",
+     "console_log", "no_network", *IN_GUEST, "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -1067,6 +1084,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
     taken += [(forward.port, forward.kind)] if forward.port else []
   if options.warm and not options.rm:
     raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
+  if options.warm and options.disk:
+    raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
     flag = option.flags[-1]
     if option.field in fields and option.field in IN_GUEST:
@@ -1207,13 +1226,15 @@ class InstancePaths:
 
   # All of them. The mark is removed last, so that a killed removal is repeated.
   SUFFIXES = (
-    ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys", ".ephemeral",
+    ".qcow2", ".data", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys",
+    ".ephemeral",
   )  # fmt: skip
 
   def __init__(self, cache: "Cache", name: str) -> None:
     self.cache, self.name = cache, name
     self.stem = os.path.join(cache.instances, name)
     self.disk = self.stem + ".qcow2"
+    self.data = self.stem + ".data"  # the second disk, qcow2, of an instance that has one
     self.record = self.stem + ".json"
     self.lock = self.stem + ".lock"
     self.console = self.stem + ".console.log"
@@ -5043,7 +5064,7 @@ def check_instance(plan: Plan) -> None:
 
 def check_new(plan: Plan) -> None:
   """Refuse to run an existing instance with --rm, which deletes it at the end."""
-  if plan.ephemeral and os.path.lexists(plan.paths.disk):
+  if plan.ephemeral and any(map(os.path.lexists, (plan.paths.disk, plan.paths.data))):
     raise QvmError(
       f"the instance {plan.name} already exists, and --rm would delete it",
       "choose another --name, or omit --name",
@@ -5149,6 +5170,33 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
     move(aside, disk, not plan.ephemeral)
 
 
+def memory_bytes(memory: str) -> int:
+  """A value of -m in bytes; a number without a suffix is in MiB."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
+def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
+  """Create the instance's second disk, if that is asked for and does not exist; never change it."""
+  path = plan.paths.data
+  if not size or os.path.lexists(path):
+    return
+  with unfinished(plan.cache) as folder:
+    aside = os.path.join(folder, "data.qcow2")
+    command = [plan.qemu_img, "create", "-q", "-f", "qcow2", aside, str(memory_bytes(size))]
+    run_program(command, (lock.fd,))
+    move(aside, path, not plan.ephemeral)
+
+
+def check_data_disk(plan: Plan, size: str) -> None:
+  """Refuse to change the size of a second disk."""
+  path = plan.paths.data
+  if size and os.path.exists(path) and virtual_size(path) != memory_bytes(size):
+    raise QvmError(
+      f"the instance {plan.name} has a second disk already, of {virtual_size(path) >> 20}M",
+      "omit --disk: it stays as it is; or choose another --name",
+    )
+
+
 def virtual_size(path: str) -> int:
   """The size in bytes of the disk in a qcow2 file, from its header."""
   with open(path, "rb") as file:
@@ -5205,7 +5253,7 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     state="running" if running else "stopped",
     ssh=record.ssh if listens else "",
     ports=record.ports.split() if listens else [],
-    size=tree_size(paths.disk),
+    size=tree_size(paths.disk) + (tree_size(paths.data) if os.path.lexists(paths.data) else 0),
     ephemeral=os.path.exists(paths.mark),
     base=base_share(cache, paths),
   )
@@ -5233,6 +5281,7 @@ class HostFacts(NamedTuple):
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
   forwards: Tuple[Forward, ...] = ()
+  data: str = ""  # the second disk; empty: there is none
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
   accel: str = TABLE_ACCEL
   emulated: bool = False  # neither KVM nor HVF can run this guest here
@@ -5293,8 +5342,11 @@ def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
   rows = adjusted(table_rows(plan.guest.table), adjustments(options, plan.guest, facts))
   if facts.key_disk and plan.guest.key_disk:
     rows += table_rows(plan.guest.key_disk.table)
+  if facts.data:
+    rows += table_rows(DATA_SCSI if "scsi-hd" in plan.guest.table else DATA_VIRTIO)
   argv = [plan.qemu]
   plain = {"SHARE": plan.share, "DISK": plan.paths.disk, "KEYS": facts.key_disk}
+  plain["DATA"] = facts.data
   doubled = {key: path.replace(",", ",,") for key, path in plain.items()}
   for row in rows[1:]:
     argv += [fill(word, plain if row[0] == "-bios" else doubled) for word in row]
@@ -5302,8 +5354,8 @@ def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
 
 
 def fill(word: str, paths: Dict[str, str]) -> str:
-  """A word of a table with paths in place of SHARE, DISK and KEYS."""
-  return re.sub(r"\b(SHARE|DISK|KEYS)\b", lambda match: paths[match.group()], word)
+  """A word of a table with paths in place of SHARE, DISK, KEYS and DATA."""
+  return re.sub(r"\b(SHARE|DISK|KEYS|DATA)\b", lambda match: paths[match.group()], word)
 
 
 def wants_key(guest: Guest, release: str) -> bool:
@@ -8065,11 +8117,6 @@ class Export:
 # ---- Machine ------------------------------------------------------------------------------------
 
 
-def memory_bytes(memory: str) -> int:
-  """A value of -m in bytes; a number without a suffix is in MiB."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-
-
 def memory_warning(memory: str, available: Optional[int]) -> str:
   """A warning if a guest's memory exceeds the bytes available on the host, else empty."""
   wanted = memory_bytes(memory)
@@ -8270,6 +8317,7 @@ def host_facts(plan: Plan, options: Options, address: Address, release: str) -> 
   return HostFacts(
     address=address,
     forwards=options.publish,
+    data=plan.paths.data if options.disk or os.path.lexists(plan.paths.data) else "",
     linaro=has_linaro(plan.share),
     mask_cpu="kvm" in accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm"),
     key_disk=plan.paths.key_disk if log_in and wants_key(plan.guest, release) else "",
@@ -8353,6 +8401,7 @@ class Machine:
       if os.path.lexists(self.paths.disk):
         mend_record(self.paths)
       self.options = kept_options(self.paths, self.options)
+      check_data_disk(self.plan, self.options.disk)
       self.published = " ".join(map(str, self.options.publish))
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
@@ -8438,6 +8487,7 @@ class Machine:
       run = Instance(ssh=ssh, publish=self.published, ports=ports)
       record_instance(plan, run._replace(words="\0".join(started_with(options))), base)
       make_overlay(plan, base.backing, self.lock)
+      make_data_disk(plan, options.disk, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
         write_key_disk(self.paths, plan.guest.key_disk)
@@ -8668,8 +8718,9 @@ def flush_disk(paths: InstancePaths) -> None:
   QEMU itself leaves it to the system (cache=unsafe).
   """
   if not os.path.exists(paths.mark):
-    with contextlib.suppress(FileNotFoundError):
-      flush(paths.disk)
+    for path in (paths.disk, paths.data):
+      with contextlib.suppress(FileNotFoundError):
+        flush(path)
 
 
 def check_backing(plan: Plan, base: Base) -> None:
@@ -9469,7 +9520,7 @@ def cmd_clone(options: Options) -> int:
   sweep(cache)
   with contextlib.ExitStack() as stack:
     for each in (paths, new):
-      if os.path.lexists(new.disk) or os.path.lexists(cache.layer(new.name).record):
+      if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
       try:
         stack.callback(take_instance(each).remove)
@@ -9481,7 +9532,9 @@ def cmd_clone(options: Options) -> int:
     ends = [
       path[len(paths.stem) :] for path in paths_in(cache.instances) if path.startswith(paths.stem)
     ]
-    ends = [end for end in ends if end == ".qcow2" or re.match(SYNC_SUFFIX_RE + r"\Z", end)]
+    ends = [
+      end for end in ends if end in (".qcow2", ".data") or re.match(SYNC_SUFFIX_RE + r"\Z", end)
+    ]
     made = [
       (os.path.join(folder, new.name + end), paths.stem + end, new.stem + end) for end in ends
     ]
@@ -9613,7 +9666,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
     if suffix == ".json":
       mine = sound_record(Instance(), path).name == instance.name
       useless = useless or (mine and not os.path.lexists(instance.disk))
-    if useless or not (suffix == ".json" or os.path.lexists(instance.disk)):
+    if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
       found.append(path)
   return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import FREEBSD, digest, fails, free_port, instance_names, rows, state, works
 from support_terminal import Terminal
-from test_instances import write_into
+from test_instances import image_info, write_into
 
 import qvm as qvm_source
 
@@ -271,3 +271,66 @@ def test_a_machine_that_runs_is_not_cloned(used, background):
   background(used, *RUN)
   fails(used("clone", FREEBSD, "new"), "already running", "qvm stop")
   assert not (used.cache / "instances/new.json").exists()
+
+
+# --- A second disk ---------------------------------------------------------------------------
+
+
+def second_disk(argv):
+  """The device and the file of the second disk."""
+  line = " ".join(argv)
+  found = re.search(
+    r"-device ([a-z-]+),drive=drive2 -drive if=none,file=(.+?),id=drive2,(.*)", line
+  )
+  return found and found.group(1, 2)
+
+
+def test_a_second_disk_is_kept_and_deleted_with_its_instance(used, tmp_path):
+  used.play(record=str(tmp_path / "record"))
+  data = used.cache / f"instances/{FREEBSD}.data"
+  works(used(*RUN))
+  assert second_disk(used.record(tmp_path / "record")["argv"]) is None and not data.exists()
+  works(used(*RUN, "--disk", "20g"))
+  assert second_disk(used.record(tmp_path / "record")["argv"]) == ("virtio-blk-pci", str(data))
+  assert image_info(data)["virtual-size"] == 20 << 30 and image_info(data)["format"] == "qcow2"
+  write_into(data)
+  before = digest(data)
+  for words in ((), ("--disk", "20G"), ("--disk", "20480")):
+    works(used(*RUN, *words))
+    assert second_disk(used.record(tmp_path / "record")["argv"])[1] == str(data)
+  fails(used(*RUN, "--disk", "30G"), "has a second disk already, of 20480M", "--name")
+  works(used("clone", FREEBSD, "copy"))
+  works(used("clean", "--all"))
+  assert digest(data) == digest(used.cache / "instances/copy.data") == before
+  works(used("rm", FREEBSD))
+  assert not data.exists() and (used.cache / "instances/copy.data").exists()
+  (used.cache / "instances/copy.qcow2").unlink()
+  works(used("clean"))
+  fails(used(*RUN, "--rm", "--name", "copy"), "copy already exists")
+  assert digest(used.cache / "instances/copy.data") == before, "nobody said to delete it"
+
+
+def test_the_second_disk_of_a_temporary_instance_goes_with_it(used):
+  before = state(used.cache)
+  works(used(*RUN, "--rm", "--disk", "64M"))
+  assert state(used.cache) == before
+
+
+def test_the_second_disk_is_on_the_bus_of_the_first(offline):
+  for os_name, version, device in (
+    ("openbsd", "7.9", "scsi-hd"),
+    ("omnios", "1.0", "virtio-blk-pci"),
+  ):
+    words = ("run", "--dry-run", "--disk", "1G", "--platform", "x86-64", os_name, version)
+    assert second_disk(works(offline(*words)).stdout.split())[0] == device
+
+
+@pytest.mark.parametrize("size", ["", "0", "1K", "x", "5T", "-1", "1.5G"])
+def test_bad_sizes_of_disks(size):
+  with pytest.raises(qvm_source.UsageError, match="invalid disk size"):
+    parse(*RUN, "--disk=" + size)
+
+
+def test_a_checkpoint_has_no_second_disk():
+  with pytest.raises(qvm_source.UsageError, match="--disk cannot be combined with --warm"):
+    parse(*RUN, "--rm", "--warm", "--disk", "1G")

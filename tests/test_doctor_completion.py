@@ -547,6 +547,10 @@ WORDS = [
   (["run", "freebsd", "15.1"], []),
   (["search", "freebsd"], []),
   (["stop"], NAMES),
+  (["restart"], NAMES),
+  (["logs"], NAMES),
+  (["clone"], NAMES),
+  (["clone", "build"], []),
   (["rm"], NAMES),
   (["rm", "--force"], NAMES),
   (["rm", "build"], [NAMES[0], NAMES[2]]),
@@ -599,7 +603,7 @@ def test_completion_changes_nothing(offline):
 # The line up to the cursor, and what is offered for its last word.
 LINES = [
   ("qvm ", COMMANDS),
-  ("qvm r", ["run", "rm"]),
+  ("qvm r", ["run", "restart", "rm"]),
   ("qvm run ", OS_NAMES),
   ("qvm run o", ["openbsd", "omnios"]),
   ("qvm run --rm --platform arm64 fr", ["freebsd"]),

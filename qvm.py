@@ -674,6 +674,7 @@ class Options(NamedTuple):
   ssh: Address = Address()
   publish: Tuple[Forward, ...] = ()
   disk: str = ""  # the size of a second disk
+  image: str = ""  # the path of an image of the user's own
   accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
@@ -857,6 +858,8 @@ OPTIONS = (
          "HOST 0 is a free one; may be repeated; kept with the instance", True),
   Option(("--disk",), "disk", "SIZE", parse_disk,
          "give the instance a second, blank disk of this size,\nkept and deleted with it"),
+  Option(("--image",), "image", "FILE", parse_text,
+         "boot an image of your own, qcow2 or raw, as that OS;\nFILE is never written"),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
@@ -924,7 +927,7 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "disk",
-     "accel", "qemu", "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts",
+     "image", "accel", "qemu", "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts",
      "console_log", "no_network", *IN_GUEST, "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
@@ -935,6 +938,7 @@ COMMANDS = {
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
       "qvm run --detach --name web --publish 8080:80 freebsd 15.1",
+      "qvm run --image ./out.qcow2 freebsd",
       "qvm run --dry-run netbsd 10.1",
     ),
   ),
@@ -1058,7 +1062,16 @@ def parse_command_line(words: Sequence[str]) -> Options:
 
 
 # The options for which a machine has to be started again to change them.
-STARTED_WITH = ("memory", "cpus", "accel", "qemu", "qemu_args", "console_log", "no_network")
+STARTED_WITH = (
+  "memory",
+  "cpus",
+  "accel",
+  "qemu",
+  "qemu_args",
+  "console_log",
+  "no_network",
+  "image",
+)
 
 
 def started_with(options: Options) -> List[str]:
@@ -1084,6 +1097,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
     taken += [(forward.port, forward.kind)] if forward.port else []
   if options.warm and not options.rm:
     raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
+  if options.image and len(options.operands) > 1:
+    raise UsageError("--image takes the place of a VERSION: qvm run --image FILE OS")
   if options.warm and options.disk:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
@@ -1293,7 +1308,8 @@ class Instance(NamedTuple):
   problem: str = ""
   publish: str = ""  # the ports that its runs publish, as given
   ports: str = ""  # those that this run publishes
-  words: str = ""  # the options that this run was started with, one a line
+  words: str = ""  # the options that this run was started with, each ended by a zero byte
+  image: str = ""  # the path of the user's own base image, identified by the validator
 
 
 class LayerRecord(NamedTuple):
@@ -1358,6 +1374,7 @@ class Plan(NamedTuple):
   qemu_asset: str
   tools_asset: str
   own_qemu: bool  # --qemu: qemu-img is the user's own too
+  own_image: bool  # --image: the base is a file of the user's own
   refresh: bool  # replace cached files with the newest release
   damaged: Tuple[str, ...] = ()  # cached files to download again
 
@@ -1430,12 +1447,13 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
     qemu=options.qemu or cache.qemu_program(cpu),
     share=os.path.join(cache.qemu_tree(cpu), "share", "qemu"),
     qemu_img=cache.qemu_img,
-    base=cache.base(stem),
+    base=options.image or cache.base(stem),
     image_asset=stem + ".qcow2",
     bundle_asset=stem + ".tar.zst",
     qemu_asset=f"qemu-system-{cpu}-{host.system}.tar",
     tools_asset=f"resources-{host.system}.tar",
     own_qemu=bool(options.qemu),
+    own_image=bool(options.image),
     refresh=options.refresh,
   )
 
@@ -2075,9 +2093,11 @@ def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
   paths: Dict[str, Any] = {
     name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
-    for name in ("sync", "console_log", "mirror")
+    for name in ("sync", "console_log", "mirror", "image")
     if getattr(options, name)
   }
+  if options.image and not os.path.isfile(paths["image"]):
+    raise UsageError(f"--image: no such file: '{options.image}'")
   if options.sync and not os.path.isdir(paths["sync"]):
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
@@ -4194,6 +4214,20 @@ def check_image(path: str) -> None:
     raise RefusedError(f"the image {path} is refused: {problem}")
 
 
+def image_format(path: str) -> str:
+  """The format of a user's own image: whatever is no qcow2 is a raw disk."""
+  with open(path, "rb") as file:
+    return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+
+
+def check_own_image(path: str) -> None:
+  """check_image() for a user's own, which may be raw."""
+  if image_format(path) == "qcow2":
+    check_image(path)
+  elif os.path.getsize(path) % 512 or not os.path.getsize(path):
+    raise RefusedError(f"the image {path} is refused: it is neither qcow2 nor a raw disk")
+
+
 def backing_file(path: str) -> Optional[str]:
   """The name of the backing file in an overlay's header; empty: it has none, None: unknown.
 
@@ -4256,6 +4290,8 @@ def recorded_base(paths: InstancePaths) -> Optional[str]:
     mine = read_record(Instance(), paths.record) or Instance()
   except (RecordError, OSError):
     return None
+  if mine.image:
+    return ""
   return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
@@ -4267,6 +4303,8 @@ def base_needed(paths: InstancePaths) -> Optional[str]:
   if is_served(backing):
     named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
     return named.group(1) + ".qcow2" if named else recorded_base(paths)
+  if backing and os.path.isabs(backing):
+    return ""  # an image of the user's own
   return recorded_base(paths) if backing is None else os.path.basename(backing)
 
 
@@ -4740,6 +4778,8 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
 def check_base(plan: Plan) -> None:
   """Refuse a base image that is unsafe, or not as long as it was when it came."""
   repair = f"{pull_line(plan)} downloads it again"
+  if plan.own_image:
+    return check_own_image(plan.base)
   try:
     check_image(plan.base)
   except RefusedError as error:
@@ -4751,13 +4791,23 @@ def check_base(plan: Plan) -> None:
     )
 
 
+def image_record(plan: Plan) -> AssetRecord:
+  """The record of the base image; that of a user's own tells by size and time what it is."""
+  if not plan.own_image:
+    return record_of(plan.base)
+  stat = os.stat(plan.base)
+  return AssetRecord(validator=f"{stat.st_size} bytes, {stat.st_mtime_ns} ns")
+
+
 def base_record(plan: Plan) -> AssetRecord:
   """The record of the base image, whose digest is that of the file.
 
   A file without one, or that has been changed since, is hashed, and that is noted. RefusedError if
   its digest is another one than the record's.
   """
-  record, mtime_ns = record_of(plan.base), os.stat(plan.base).st_mtime_ns
+  record, mtime_ns = image_record(plan), os.stat(plan.base).st_mtime_ns
+  if plan.own_image:
+    return record
   whole_seconds = record.mtime_ns // 10**9 * 10**9  # what many an archive keeps of a cache
   if record.sha256 and mtime_ns in (record.mtime_ns, whole_seconds):
     return record
@@ -4803,9 +4853,11 @@ def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
   cache, host = cache_from(os.environ), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  version = chosen_version(options, net, guest, cache)
+  version = "image" if options.image else chosen_version(options, net, guest, cache)
   options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
+  if plan.own_image:
+    check_base(plan)
   return plan._replace(qemu_img=own_qemu_img(options.qemu)) if options.qemu else plan
 
 
@@ -5055,8 +5107,16 @@ def check_instance(plan: Plan) -> None:
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
-  if is_missing(plan, plan.base):
-    return  # it is downloaded, and then compared
+  here = plan.own_image and (plan.base, image_record(plan).validator)
+  if here and here != (instance.image, instance.validator):
+    changed = f"{instance.image} has changed since {paths.name} was created on it"
+    raise QvmError(
+      changed if instance.image == plan.base
+      else f"the instance {paths.name} was created on {instance.image}, not on {plan.base}",
+      f"restore it, or choose another --name; qvm rm {paths.name} deletes what its guest wrote",
+    )  # fmt: skip
+  if plan.own_image or is_missing(plan, plan.base):
+    return  # in the second case it is downloaded, and then compared
   known = instance.base_sha256 or is_served(backing)  # else the record had to be rebuilt
   if known and not fits(instance, base_record(plan)):
     raise other_base(paths, plan.base, instance)
@@ -5096,14 +5156,15 @@ class Base(NamedTuple):
 
 def cached_base(plan: Plan) -> Base:
   """The base image in the cache, of which the digest is known if the instance is to stay."""
-  record = record_of(plan.base) if plan.ephemeral else base_record(plan)
+  record = image_record(plan) if plan.ephemeral else base_record(plan)
   image = Instance(
     base_sha256=record.sha256,
     release=record.release,
     validator=record.validator,
     asset_sha256=record.asset_sha256,
   )
-  return Base(backing_name(plan, plan.base), image, (plan.base,))
+  backing = plan.base if plan.own_image else backing_name(plan, plan.base)
+  return Base(backing, image, (plan.base,))
 
 
 def record_instance(plan: Plan, run: Instance, base: Base) -> None:
@@ -5118,7 +5179,8 @@ def record_instance(plan: Plan, run: Instance, base: Base) -> None:
     publish=run.publish,
     ports=run.ports,
     words=run.words,
-    validator=image.validator if is_served(base.backing) else "",
+    image=plan.base if plan.own_image else "",
+    validator=image.validator if plan.own_image or is_served(base.backing) else "",
   )
   if sound_record(Instance(), plan.paths.record) != record:
     write_record(plan.cache, plan.paths.record, record, keep=not plan.ephemeral)
@@ -5144,7 +5206,8 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   An overlay that was created while its base image was downloading, or whose folder has been moved,
   is rebased onto `backing`.
   """
-  disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
+  kind = image_format(backing) if os.path.isabs(backing) else "qcow2"
+  disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", kind]
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
     moved = os.path.basename(before) == os.path.basename(backing) and before != backing
@@ -5198,7 +5261,9 @@ def check_data_disk(plan: Plan, size: str) -> None:
 
 
 def virtual_size(path: str) -> int:
-  """The size in bytes of the disk in a qcow2 file, from its header."""
+  """The size in bytes of the disk in an image, from the header if it is a qcow2."""
+  if image_format(path) == "raw":
+    return os.path.getsize(path)
   with open(path, "rb") as file:
     return int.from_bytes(file.read(32)[24:], "big")
 
@@ -8782,7 +8847,7 @@ def bounded(spawn: Spawn) -> Tuple[Spawn, "Process"]:
 def print_command(plan: Plan, options: Options) -> int:
   """Print the QEMU command that `run` would execute."""
   options = kept_options(plan.paths, options)
-  facts = host_facts(plan, options, options.ssh, record_of(plan.base).release)
+  facts = host_facts(plan, options, options.ssh, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
 
@@ -8916,7 +8981,7 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   digest = new_sha256()
   for text in (
     *qemu_command(named, options, facts),
-    *(base_record(plan).sha256, tree, own, os.fsdecode(public)),
+    *(base_record(plan).sha256 or base_record(plan).validator, tree, own, os.fsdecode(public)),
     *host_cpu("/proc/cpuinfo"),
   ):
     digest.update(os.fsencode(text) + b"\0")
@@ -8980,9 +9045,7 @@ class Checkpoint:
     """Write the record, which completes the checkpoint."""
     plan = self.plan
     kind = (self.name, plan.guest.os, plan.version, plan.guest.arch)
-    record = LayerRecord(
-      *kind, record_of(plan.base).sha256, self.key, failures=self.failures, **more
-    )
+    record = LayerRecord(*kind, image_record(plan).sha256, self.key, failures=self.failures, **more)
     write_record(plan.cache, self.layer.record, record, 0o600)
 
   def make(self) -> bool:
@@ -9202,7 +9265,7 @@ def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
   """What to say when a newer version, which the user did not name, makes another instance."""
-  named = options.name or plan.version in options.operands
+  named = options.name or plan.own_image or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
   stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]
@@ -9220,8 +9283,9 @@ def fetch_base(machine: Machine, net: Net) -> Base:
   """Download what is missing; with --stream the image follows while the guest runs, if it can."""
   plan, options = machine.plan, machine.options
   whole = os.path.lexists(plan.paths.disk) and not is_streamed(plan.paths.disk)
+  whole = whole or plan.own_image
   stream = options.stream and not whole and is_missing(plan, plan.base)
-  fetch_missing(plan, net, image=not stream)
+  fetch_missing(plan, net, image=not stream and not plan.own_image)
   base = None
   if stream:
     log = machine.log.fileno() if machine.log and options.detach else -1
@@ -9465,7 +9529,7 @@ def run_words(paths: InstancePaths) -> List[str]:
     it.arch,
     *filter(None, it.words.split("\0")),
   ]
-  return [*words, *["--ssh-port", it.ssh] * bool(it.ssh), it.os, it.version]
+  return [*words, *["--ssh-port", it.ssh] * bool(it.ssh), it.os, *[it.version] * (not it.image)]
 
 
 def cmd_restart(options: Options) -> int:

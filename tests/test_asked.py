@@ -1,12 +1,28 @@
 """What people ask for: issue 20, point by point, with the stand-ins."""
 
 import json
+import os
 import re
 import socket
 from pathlib import Path
 
+import guests as guests_module
 import pytest
-from support import FREEBSD, digest, fails, free_port, instance_names, rows, state, works
+from support import (
+  BASE,
+  FREEBSD,
+  IMAGE,
+  PULL,
+  digest,
+  disk_of,
+  fails,
+  free_port,
+  instance_names,
+  rows,
+  snapshot,
+  state,
+  works,
+)
 from support_terminal import Terminal
 from test_instances import image_info, write_into
 
@@ -334,3 +350,98 @@ def test_bad_sizes_of_disks(size):
 def test_a_checkpoint_has_no_second_disk():
   with pytest.raises(qvm_source.UsageError, match="--disk cannot be combined with --warm"):
     parse(*RUN, "--rm", "--warm", "--disk", "1G")
+
+
+# --- An image of one's own -------------------------------------------------------------------
+
+OWN = "instances/freebsd-image-x86-64"
+
+
+@pytest.fixture(params=["qcow2", "raw"])
+def own(request, tmp_path, image):
+  """An image of one's own, beside a file that looks like a record of it."""
+  path = tmp_path / "a, folder" / f"freebsd-15.1-x86-64.{request.param}"
+  path.parent.mkdir()
+  path.write_bytes(image if request.param == "qcow2" else bytes(1 << 20))
+  (path.parent / "freebsd-15.1-x86-64.json").write_text("mine")
+  return path
+
+
+def test_an_own_image_is_booted_and_never_written(used, own, tmp_path):
+  used.play(record=str(tmp_path / "record"))
+  before, cached = snapshot(own.parent), digest(used.cache / BASE)
+  words = ("run", "--platform", "x86-64", "freebsd", "--image", str(own))
+  works(used(*words, "--rm"))
+  for _ in range(2):
+    works(used(*words))
+    disk = disk_of(used.record(tmp_path / "record")["argv"])
+    assert disk == str(used.cache / f"{OWN}.qcow2")
+    info = image_info(disk)
+    kind = own.suffix[1:]
+    assert (info["backing-filename"], info["backing-filename-format"]) == (str(own), kind)
+    size = guests_module.DISK_SIZE if kind == "qcow2" else 1 << 20
+    assert info["virtual-size"] == size
+  assert disk in works(used(*words, "--dry-run")).stdout
+  assert rows(used)["freebsd-image-x86-64"]["version"] == "image"
+  works(used("clone", "freebsd-image-x86-64", "copy"))
+  works(used(*words, "--name", "copy"))
+  assert (snapshot(own.parent), digest(used.cache / BASE)) == (before, cached)
+  os.utime(own, ns=(1, 1))
+  fails(used(*words), f"{own} has changed since freebsd-image-x86-64 was created on it", "--name")
+  other = own.with_name("other")
+  other.write_bytes(own.read_bytes())
+  fails(used(*words[:-1], str(other)), f"was created on {own}, not on {other}")
+  fails(used(*RUN, "--name", "copy"), "copy is freebsd image")
+  works(used("clean", "--all"))
+  assert digest(used.cache / f"{OWN}.qcow2") == digest(used.cache / "instances/copy.qcow2")
+  works(used("rm", "freebsd-image-x86-64", "copy"))
+
+
+def test_a_cached_image_of_that_name_can_be_replaced(full, server, image, own):
+  works(full("run", "--platform", "x86-64", "freebsd", "--image", str(own)))
+  server.add_release("freebsd-builder", "v0.17.0", {IMAGE: image + bytes(1 << 16)})
+  works(full(*PULL, "--refresh"))
+  assert (full.cache / BASE).stat().st_size > len(image)
+
+
+def test_unsafe_and_bad_own_images(offline, tmp_path, image):
+  bad = tmp_path / "bad"
+  words = ("run", "--platform", "x86-64", "freebsd", "--image", str(bad))
+  fails(offline(*words), "--image: no such file", code=2)
+  fails(offline(*words[:-1], str(tmp_path)), "--image: no such file", code=2)
+  fails(offline(*words[:-1], ""), "--image needs a value", code=2)
+  bad.write_bytes(image)
+  fails(offline(*words, "15.1"), "--image takes the place of a VERSION", code=2)
+  for content, problem in (
+    (b"", "neither qcow2 nor a raw disk"),
+    (b"<html>", "neither qcow2 nor a raw disk"),
+    (
+      image[:8] + (104).to_bytes(8, "big") + (4).to_bytes(4, "big") + image[20:],
+      "names a backing file",
+    ),
+    (image[:50], "cut short"),
+  ):
+    bad.write_bytes(content)
+    fails(offline(*words), f"the image {bad} is refused", problem)
+  assert not offline.cache.exists()
+
+
+def test_a_checkpoint_of_an_own_image(guests, tmp_path, image):
+  path = tmp_path / "own.qcow2"
+  path.write_bytes(image)
+  words = (
+    "run",
+    "--rm",
+    "--warm",
+    "--platform",
+    "x86-64",
+    "freebsd",
+    "--image",
+    str(path),
+    "--",
+    "true",
+  )
+  assert "to create the checkpoint" in works(guests.qvm(*words)).stderr
+  assert "to create the checkpoint" not in works(guests.qvm(*words)).stderr
+  os.utime(path, ns=(1, 1))
+  assert "to create the checkpoint" in works(guests.qvm(*words)).stderr

@@ -675,6 +675,8 @@ class Options(NamedTuple):
   publish: Tuple[Forward, ...] = ()
   disk: str = ""  # the size of a second disk
   image: str = ""  # the path of an image of the user's own
+  release: str = ""  # the tag of the only release that the image may come from
+  qemu_release: str = ""  # and that of QEMU's
   accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
@@ -727,6 +729,16 @@ def parse_version(text: str) -> str:
     raise UsageError(
       f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
     )
+  return text
+
+
+PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
+
+
+def parse_tag(text: str) -> str:
+  """The tag of a release."""
+  if not re.match(PINNED_RE, text):
+    raise UsageError(f"invalid release '{text}': use its tag, as in v0.14.0")
   return text
 
 
@@ -860,6 +872,10 @@ OPTIONS = (
          "give the instance a second, blank disk of this size,\nkept and deleted with it"),
   Option(("--image",), "image", "FILE", parse_text,
          "boot an image of your own, qcow2 or raw, as that OS;\nFILE is never written"),
+  Option(("--release",), "release", "TAG", parse_tag,
+         "use the image of just this release, kept beside others"),
+  Option(("--qemu-release",), "qemu_release", "TAG", parse_tag,
+         "use the QEMU of just this release, kept beside others"),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
@@ -927,8 +943,8 @@ COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "disk",
-     "image", "accel", "qemu", "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts",
-     "console_log", "no_network", *IN_GUEST, "progress"),
+     "image", "release", "qemu_release", "accel", "qemu", "qemu_args", "detach", "stream",
+     "boot_timeout", "boot_attempts", "console_log", "no_network", *IN_GUEST, "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -944,7 +960,7 @@ COMMANDS = {
   ),
   "pull": Command(
     "OS [VERSION]", 1, 2,
-    ("platform", "refresh", "verify", "mirror", "qemu", "progress"),
+    ("platform", "release", "qemu_release", "refresh", "verify", "mirror", "qemu", "progress"),
     "Download everything that `run` needs, so that `run` works offline.",
     (
       "qvm pull freebsd 15.1",
@@ -952,6 +968,7 @@ COMMANDS = {
       "qvm pull --refresh netbsd 10.1",
       "qvm pull --verify freebsd 15.1",
       "qvm pull --mirror /srv/qvm freebsd 15.1",
+      "qvm pull --release v0.14.0 --qemu-release v2.0.0 freebsd 15.1",
     ),
   ),
   "search": Command(
@@ -1063,15 +1080,9 @@ def parse_command_line(words: Sequence[str]) -> Options:
 
 # The options for which a machine has to be started again to change them.
 STARTED_WITH = (
-  "memory",
-  "cpus",
-  "accel",
-  "qemu",
-  "qemu_args",
-  "console_log",
-  "no_network",
+  "memory", "cpus", "accel", "qemu", "qemu_args", "qemu_release", "console_log", "no_network",
   "image",
-)
+)  # fmt: skip
 
 
 def started_with(options: Options) -> List[str]:
@@ -1099,6 +1110,10 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
   if options.image and len(options.operands) > 1:
     raise UsageError("--image takes the place of a VERSION: qvm run --image FILE OS")
+  if options.image and options.release:
+    raise UsageError("--image and --release exclude each other")
+  if options.refresh and (options.release or options.qemu_release):
+    raise UsageError("--refresh gets the newest release: it excludes --release and --qemu-release")
   if options.warm and options.disk:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
@@ -1327,6 +1342,11 @@ class LayerRecord(NamedTuple):
   failures: int = 0  # in a row, to go on from a checkpoint just made
 
 
+def pinned_name(name: str, tag: str) -> str:
+  """The name of something of just this release, beside the newest; so are versions named, too."""
+  return f"{name}+{tag}" if tag else name
+
+
 class Cache:
   """The cache folder, where qvm keeps everything, and the paths in it."""
 
@@ -1343,12 +1363,15 @@ class Cache:
   def base(self, stem: str) -> str:
     return self.path("base", stem + ".qcow2")
 
-  def qemu_tree(self, cpu: str) -> str:
-    """The downloaded QEMU for a guest CPU, which is spelled as in QEMU_CPUS' values."""
-    return self.path("qemu", cpu)
+  def qemu_tree(self, cpu: str, tag: str = "") -> str:
+    """The downloaded QEMU for a guest CPU, which is spelled as in QEMU_CPUS' values.
 
-  def qemu_program(self, cpu: str) -> str:
-    return self.path("qemu", cpu, "bin", "qemu-system-" + cpu)
+    With a tag, that of --qemu-release.
+    """
+    return self.path("qemu", pinned_name(cpu, tag))
+
+  def qemu_program(self, cpu: str, tag: str = "") -> str:
+    return os.path.join(self.qemu_tree(cpu, tag), "bin", "qemu-system-" + cpu)
 
   def instance(self, name: str) -> InstancePaths:
     return InstancePaths(self, name)
@@ -1375,6 +1398,8 @@ class Plan(NamedTuple):
   tools_asset: str
   own_qemu: bool  # --qemu: qemu-img is the user's own too
   own_image: bool  # --image: the base is a file of the user's own
+  release: str  # the only one that the image may come from; empty: any
+  qemu_release: str  # the same for QEMU and qemu-img
   refresh: bool  # replace cached files with the newest release
   damaged: Tuple[str, ...] = ()  # cached files to download again
 
@@ -1385,12 +1410,17 @@ class Plan(NamedTuple):
   @property
   def tree(self) -> str:
     """The downloaded QEMU of this guest CPU."""
-    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch])
+    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch], self.qemu_release)
 
   @property
   def tree_program(self) -> str:
     """The downloaded QEMU's program, even if --qemu names another one to run."""
-    return self.cache.qemu_program(QEMU_CPUS[self.guest.arch])
+    return self.cache.qemu_program(QEMU_CPUS[self.guest.arch], self.qemu_release)
+
+  @property
+  def download(self) -> str:
+    """The name of the image's download, whatever the asset is called."""
+    return self.image_asset if self.own_image else os.path.basename(self.base)
 
 
 def host_of(system: str, machine: str) -> Host:
@@ -1432,10 +1462,13 @@ def image_repo(os_name: str) -> str:
 def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm instance unique."""
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  version = parse_version(options.operands[1])
+  named, _, tag = parse_version(options.operands[1]).partition("+")  # as `search` shows them
+  tag, pin = options.release or tag, options.qemu_release
+  version = pinned_name(named, tag)
   check_host(host, guest, options.qemu)
   check_own_qemu(guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
+  asset = f"{guest.os}-{named}-{guest.arch}"
   name = options.name or (stem + "-rm-" + suffix if options.rm else stem)
   cpu = QEMU_CPUS[guest.arch]
   return Plan(
@@ -1444,16 +1477,18 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
     paths=cache.instance(name),
     ephemeral=options.rm,
     cache=cache,
-    qemu=options.qemu or cache.qemu_program(cpu),
-    share=os.path.join(cache.qemu_tree(cpu), "share", "qemu"),
-    qemu_img=cache.qemu_img,
+    qemu=options.qemu or cache.qemu_program(cpu, pin),
+    share=os.path.join(cache.qemu_tree(cpu, pin), "share", "qemu"),
+    qemu_img=pinned_name(cache.qemu_img, pin),
     base=options.image or cache.base(stem),
-    image_asset=stem + ".qcow2",
-    bundle_asset=stem + ".tar.zst",
+    image_asset=asset + ".qcow2",
+    bundle_asset=asset + ".tar.zst",
     qemu_asset=f"qemu-system-{cpu}-{host.system}.tar",
     tools_asset=f"resources-{host.system}.tar",
     own_qemu=bool(options.qemu),
     own_image=bool(options.image),
+    release=tag,
+    qemu_release=pin,
     refresh=options.refresh,
   )
 
@@ -4491,11 +4526,16 @@ def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
   if not plan.refresh or is_missing(plan, path):
     return not is_missing(plan, path)
-  url = asset_url(releases.net, "resources", releases.tag("resources"), name)
+  url = asset_url(releases.net, "resources", resources_tag(plan, releases), name)
   if record_of(path).url == url:
     say(f"{name} is the newest")
     return True
-  return is_newer(record_of(path), releases.tag("resources"), name)
+  return is_newer(record_of(path), resources_tag(plan, releases), name)
+
+
+def resources_tag(plan: Plan, releases: Releases) -> str:
+  """The release that QEMU and qemu-img come from."""
+  return plan.qemu_release or releases.tag("resources")
 
 
 def is_newer(record: AssetRecord, tag: str, name: str) -> bool:
@@ -4519,17 +4559,19 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-def fetch_resource(releases: Releases, name: str, folder: str) -> Download:
-  """Download an asset of the newest release of QEMU."""
-  return fetch_asset(releases, "resources", releases.tag("resources"), name, folder)
+def fetch_resource(plan: Plan, releases: Releases, name: str, folder: str) -> Download:
+  """Download an asset of a release of QEMU."""
+  return fetch_asset(releases, "resources", resources_tag(plan, releases), name, folder)
 
 
 def fetch_qemu(plan: Plan, releases: Releases) -> None:
   """Download QEMU for the guest's CPU and put its tree in place."""
-  with download_lock(plan.cache.downloads, plan.qemu_asset) as folder:
+  with download_lock(
+    plan.cache.downloads, pinned_name(plan.qemu_asset, plan.qemu_release)
+  ) as folder:
     if is_there(plan, releases, plan.tree_program, plan.qemu_asset):
       return
-    download = fetch_resource(releases, plan.qemu_asset, folder)
+    download = fetch_resource(plan, releases, plan.qemu_asset, folder)
     aside = os.path.join(folder, UNPACKED)
     with discard_if_refused(download):
       program = unpack_aside(download.file.part, aside, ("bin/qemu",))
@@ -4545,7 +4587,7 @@ def fetch_qemu(plan: Plan, releases: Releases) -> None:
     if not os.path.isfile(named):
       os.rename(program, named)
     os.chmod(named, 0o755)
-    record = asset_record(download, releases.tag("resources"), tree_sha256(root))
+    record = asset_record(download, resources_tag(plan, releases), tree_sha256(root))
     record = record._replace(bytes=tree_bytes(root))
     write_record(plan.cache, os.path.join(root, "release.json"), record)
     flush_tree(root)
@@ -4581,15 +4623,17 @@ def swap_tree(root: str, link: str) -> None:
 
 def fetch_qemu_img(plan: Plan, releases: Releases) -> None:
   """Download qemu-img."""
-  with download_lock(plan.cache.downloads, plan.tools_asset) as folder:
+  with download_lock(
+    plan.cache.downloads, pinned_name(plan.tools_asset, plan.qemu_release)
+  ) as folder:
     if is_there(plan, releases, plan.qemu_img, plan.tools_asset):
       return
-    download = fetch_resource(releases, plan.tools_asset, folder)
+    download = fetch_resource(plan, releases, plan.tools_asset, folder)
     aside = os.path.join(folder, UNPACKED)
     with discard_if_refused(download):
       unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
       program = os.path.realpath(unpacked)
-    record = asset_record(download, releases.tag("resources"), file_sha256(program))
+    record = asset_record(download, resources_tag(plan, releases), file_sha256(program))
     record = record._replace(bytes=os.path.getsize(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
@@ -4647,6 +4691,9 @@ def find_image(
   for tag, name in candidates(plan, releases, pinned):
     with contextlib.suppress(NotFound):
       return use(tag, name)
+  if plan.release:
+    page = f"{releases.net.releases}/{image_repo(plan.guest.os)}/releases"
+    raise QvmError(f"the release {plan.release} has no {plan.image_asset}", f"see {page}")
   raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
 
 
@@ -4670,10 +4717,10 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       tools()
     install_image(plan, download, tag)
 
-  with download_lock(plan.cache.downloads, plan.image_asset) as folder:
+  with download_lock(plan.cache.downloads, plan.download) as folder:
     there = not is_missing(plan, plan.base)
     if plan.refresh or not there:
-      pinned = "" if there else pinned_release(plan, releases)
+      pinned = plan.release or ("" if there else pinned_release(plan, releases))
       find_image(plan, releases, pinned, use)
 
 
@@ -4878,6 +4925,12 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   wanted = "".join(options.operands[1:])
   wanted = "" if wanted.lower() == "latest" else wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
+  if options.release:
+    cached = [
+      each[: -len(tag)] for tag in ("+" + options.release,) for each in cached if each.endswith(tag)
+    ]
+  elif "+" not in wanted:
+    cached = [each for each in cached if "+" not in each]
   if wanted and (wanted in cached or not is_beginning(guest, wanted)):
     return wanted
   newest = newest_of(cached, wanted)
@@ -4888,7 +4941,9 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   fallback = newest if options.command == "run" else ""
   check_host(this_host(), guest, options.qemu)  # before any request
   try:
-    releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
+    known = Releases(impatient(net) if fallback else net)
+    repo = image_repo(guest.os)
+    releases = [known.one(repo, options.release)] if options.release else known.all(repo)
   except QvmError as error:
     if not fallback:
       raise
@@ -7801,6 +7856,7 @@ def streamed_base(
   command = [sys.executable, program, SERVE, f"{lock},{ours},{log}", "run", "--stream"]
   command += ["--platform", plan.guest.arch, "--name", plan.name]
   command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
+  command += [f"--qemu-release={plan.qemu_release}"] * bool(plan.qemu_release)
   command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
@@ -7819,7 +7875,7 @@ def streamed_base(
     return None
   stream.socket = answer.socket
   image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
-  backing = f"{STREAMED}///{plan.image_asset[: -len('.qcow2')]}?socket={answer.socket}"
+  backing = f"{STREAMED}///{plan.download[: -len('.qcow2')]}?socket={answer.socket}"
   return Base(backing, image, fds=(life,))
 
 
@@ -7882,11 +7938,11 @@ class Server:
   def run(self) -> None:
     """Serve until QEMU has ended, then see to its overlay."""
     with contextlib.ExitStack() as stack:
-      downloads, name = self.plan.cache.downloads, self.plan.image_asset
+      downloads, name = self.plan.cache.downloads, self.plan.download
       self.folder = stack.enter_context(download_lock(downloads, name))
       if os.path.isfile(self.plan.base):
         return send_answer(ServerAnswer())
-      pinned = pinned_release(self.plan, self.releases)
+      pinned = self.plan.release or pinned_release(self.plan, self.releases)
       find_image(self.plan, self.releases, pinned, self.begin)
       stack.callback(self.stop_fetching)
       self.check_header()
@@ -9377,9 +9433,11 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
-    mirror_asset(releases, folder, "resources", releases.tag("resources"), name)
+    mirror_asset(releases, folder, "resources", resources_tag(plan, releases), name)
   repo = image_repo(plan.guest.os)
-  find_image(plan, releases, "", lambda tag, name: mirror_asset(releases, folder, repo, tag, name))
+  find_image(
+    plan, releases, plan.release, lambda tag, name: mirror_asset(releases, folder, repo, tag, name)
+  )
 
 
 def mirror_asset(releases: Releases, folder: str, repo: str, tag: str, name: str) -> None:
@@ -9690,10 +9748,10 @@ def is_taken(cache: Cache, name: str) -> bool:
 # What qvm may have left, by folder. The cache may be a folder that holds other things, too.
 LEFTOVER_RES = {
   "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
-  "bin": r"resources\.tmp|qemu-img\.json\..+",
-  "qemu": r"(x86_64|aarch64)\.(tmp|new)|\.(x86_64|aarch64)-[0-9a-f]{8}",
+  "bin": r"resources\.tmp|qemu-img(\+.+)?\.json\..+",
+  "qemu": r"(x86_64|aarch64)(\+.+)?\.(tmp|new)|\.(x86_64|aarch64)(\+.+)?-[0-9a-f]{8}",
   "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
-  "downloads": SCRATCH + r".+|.+\.(qcow2|tar)",
+  "downloads": SCRATCH + r".+|.+\.(qcow2|tar(\+.+)?)",
 }
 
 
@@ -9738,7 +9796,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
 def strays(cache: Cache) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
-  links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
+  links = qemu_links(cache)
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
   used.update(os.path.realpath(link) for link in links)
@@ -9770,11 +9828,21 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
     say("an instance is running: QEMU is kept")
     return found
-  links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
+  links = qemu_links(cache)
   trees = [tree for tree in map(own_tree, links) if tree]
   programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
+  programs += [
+    path for path in paths_in(cache.path("bin")) if path.startswith(cache.qemu_img + "+")
+  ]
   programs += paths_in(cache.path("accelerators"))
   return found + [path for path in programs if os.path.lexists(path)]
+
+
+def qemu_links(cache: Cache) -> List[str]:
+  """The links to QEMU's trees: the newest for each CPU, then those of --qemu-release."""
+  cpus = QEMU_CPUS.values()
+  pinned = [p for p in paths_in(cache.path("qemu")) if os.path.basename(p).split("+")[0] in cpus]
+  return list(dict.fromkeys([*map(cache.qemu_tree, cpus), *pinned]))
 
 
 def own_tree(link: str) -> str:

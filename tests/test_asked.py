@@ -13,13 +13,17 @@ from support import (
   FREEBSD,
   IMAGE,
   PULL,
+  QEMU,
+  TOOLS,
   digest,
   disk_of,
   fails,
   free_port,
   instance_names,
   rows,
+  sha256,
   snapshot,
+  stand_in_tar,
   state,
   works,
 )
@@ -445,3 +449,71 @@ def test_a_checkpoint_of_an_own_image(guests, tmp_path, image):
   assert "to create the checkpoint" not in works(guests.qvm(*words)).stderr
   os.utime(path, ns=(1, 1))
   assert "to create the checkpoint" in works(guests.qvm(*words)).stderr
+
+
+# --- Just this release -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(qvm, server, image, tools_tar):
+  """Two releases of the image and of QEMU; the newer ones differ."""
+  newer = image + bytes(1 << 16)
+  server.add_release("freebsd-builder", "v0.17.0", {IMAGE: newer, f"x{IMAGE}": newer})
+  assets = {QEMU: stand_in_tar(new=b"new"), TOOLS: tools_tar}
+  server.add_release("resources", "v2.1.0", assets)
+  return qvm
+
+
+OLD = ("--release", "v0.16.0", "--qemu-release", "v2.0.0")
+
+
+def test_releases_lie_beside_each_other(two, server, image, tmp_path):
+  works(two(*PULL, *OLD))
+  assert bases(two) == ["base/freebsd-15.1+v0.16.0-x86-64.qcow2"]
+  assert digest(two.cache / bases(two)[0]) == sha256(image)
+  works(two(*PULL))
+  asked = server.started
+  two.play(record=str(tmp_path / "record"))
+  works(two(*RUN))
+  newer = two.record(tmp_path / "record")["argv"]
+  works(two(*RUN, *OLD))
+  older = two.record(tmp_path / "record")["argv"]
+  assert newer[0].endswith("/qemu/x86_64/bin/qemu-system-x86_64")
+  assert older[0].endswith("/qemu/x86_64+v2.0.0/bin/qemu-system-x86_64")
+  assert "/qemu/x86_64+v2.0.0/share/qemu/bios" in older[older.index("-bios") + 1]
+  assert (
+    image_info(disk_of(older))["backing-filename"] == "../base/freebsd-15.1+v0.16.0-x86-64.qcow2"
+  )
+  assert image_info(disk_of(newer))["backing-filename"] == f"../{BASE}"
+  works(two("run", "freebsd", "15.1+v0.16.0"))
+  assert server.started == asked, "once everything is there nothing is asked for"
+  assert rows(two)["freebsd-15.1+v0.16.0-x86-64"]["version"] == "15.1+v0.16.0"
+  shown = json.loads(works(two("search", "freebsd", "--json")).stdout)
+  assert {"15.1", "15.1+v0.16.0"} <= {row["version"] for row in shown if row["cached"]}
+  works(two(*PULL, *OLD, "--verify"))
+  for name in list(rows(two)):
+    works(two("rm", name))
+  works(two("clean", "--all"))
+  assert [name for name in two.files() if name.startswith(("base", "qemu", "bin"))] == []
+
+
+def test_a_beginning_within_a_release(two, server, image):
+  server.add_release("freebsd-builder", "v0.15.0", {"freebsd-15.0-x86-64.qcow2": image})
+  run = works(two("pull", "--platform", "x86-64", "--release", "v0.15.0", "freebsd", "15"))
+  assert bases(two) == ["base/freebsd-15.0+v0.15.0-x86-64.qcow2"]
+  assert "the newest FreeBSD 15 for x86-64 is 15.0" in run.stderr
+
+
+def test_what_a_release_does_not_have(two):
+  run = two(*PULL, "--release", "v0.1.0")
+  assert run.returncode == 1 and f"the release v0.1.0 has no {IMAGE}" in run.stderr
+  run = two(*PULL, "--qemu-release", "v0.1.0")
+  assert run.returncode == 1 and "v0.1.0" in run.stderr
+  for words in (("--release", "../x"), ("--qemu-release=",)):
+    fails(two(*PULL, *words), "invalid release", code=2)
+  fails(two(*PULL, *OLD, "--refresh"), "--refresh gets the newest", code=2)
+
+
+def test_streaming_just_this_release(two):
+  run = works(two(*RUN, "--rm", "--stream", *OLD))
+  assert "the guest runs while its image comes" in run.stderr

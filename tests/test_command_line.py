@@ -358,10 +358,11 @@ KNOWN = {
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
   + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
-  + ("-p", "--publish", "--disk", "--image")
+  + ("-p", "--publish", "--disk", "--image", "--release", "--qemu-release")
   + IN_GUEST,
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
-  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
+  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror")
+  + ("--release", "--qemu-release"),
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),
   "stop": SHARED + ("--force", "--boot-timeout"),

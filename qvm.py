@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""qvm runs FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
+"""qvm runs the BSDs, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
 
 It downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2 overlay on
 top of the image, which it never changes, and boots the overlay in the terminal.
@@ -500,6 +500,39 @@ qemu-system-x86_64
 -device virtio-blk,drive=drive0,bootindex=0,addr=0x02
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
+DRAGONFLYBSD_X86_64 = """
+qemu-system-x86_64
+-nographic
+-machine type=q35,accel=hvf:kvm:tcg
+-cpu max
+-smp 2
+-m 6G
+-device virtio-net,netdev=user.0,addr=0x03
+-netdev user,id=user.0,hostfwd=tcp::2847-:22,ipv6=off
+-display none
+-monitor none
+-boot strict=off
+-bios SHARE/bios-256k.bin
+-device virtio-scsi-pci
+-device scsi-hd,drive=drive0,bootindex=0
+-drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
+"""
+MIDNIGHTBSD_X86_64 = """
+qemu-system-x86_64
+-nographic
+-machine type=q35,accel=hvf:kvm:tcg
+-cpu max
+-smp 2
+-m 6G
+-device virtio-net,netdev=user.0,addr=0x03
+-netdev user,id=user.0,hostfwd=tcp::2847-:22,ipv6=off
+-display none
+-monitor none
+-boot strict=off
+-bios SHARE/bios-256k.bin
+-device virtio-blk-pci,drive=drive0,bootindex=0
+-drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
+"""
 # The second drive of the user's original command lines, on the bus of drive0. KEYS is its file.
 KEYS_VIRTIO = """
 -device virtio-blk-pci,drive=drive1,bootindex=1
@@ -603,6 +636,30 @@ GUESTS = (
     None,
     OMNIOS_X86_64,
     ILLUMOS_TAR,
+  ),
+  Guest(
+    "dragonflybsd",
+    "x86-64",
+    "DragonFly BSD",
+    "runner",
+    True,
+    HALT,
+    DATE,
+    None,
+    DRAGONFLYBSD_X86_64,
+    BSDTAR,
+  ),
+  Guest(
+    "midnightbsd",
+    "x86-64",
+    "MidnightBSD",
+    "runner",
+    True,
+    HALT,
+    DATE,
+    None,
+    MIDNIGHTBSD_X86_64,
+    BSDTAR,
   ),
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
@@ -1224,7 +1281,9 @@ def help_text(command: str) -> str:
       lines += COMMAND_HELP
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
-    lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
+    titles = list(dict.fromkeys(guest.title for guest in GUESTS))
+    lines += ["Run {} and {} in QEMU.".format(", ".join(titles[:-1]), titles[-1])]
+    lines += ["", "commands:"]
     lines += [f"  {name:<10} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
   own_help = COMMANDS[command].option_help if command else {}
@@ -4909,7 +4968,8 @@ def plan_from(options: Options, net: Net) -> Plan:
 
 
 # A VERSION with fewer numbers and words is a beginning; about others no server is asked.
-VERSION_PARTS = {"haiku": 4}  # r1beta5; of all others 2, as in 15.1 and r151058
+# As in r1beta5, 6.4.2 and 4.0.4; all others have 2, as in 15.1 and r151058.
+VERSION_PARTS = {"haiku": 4, "dragonflybsd": 3, "midnightbsd": 3}
 
 
 def is_beginning(guest: Guest, version: str) -> bool:
@@ -5434,6 +5494,8 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
     changes.append(Adjustment("-machine", "type=virt,", "type=virt,acpi=off,"))
   if guest.arch == "x86-64" and facts.mask_cpu:
     changes.append(Adjustment("-cpu", "max", "max," + CPU_MASK))
+  if guest.os == "dragonflybsd" and not facts.emulated and facts.accel != "tcg":
+    changes.append(Adjustment("-cpu", "max", "max,stibp-always-on=off"))  # it gets a #GP on AMD
   if guest.arch == "arm64" and facts.host_cpu:
     changes.append(Adjustment("-cpu", "cortex-a57", "host"))
   return changes

@@ -29,6 +29,7 @@ from support import (
 )
 from support_terminal import Terminal
 from test_instances import image_info, write_into
+from test_tables import argv_of
 
 import qvm as qvm_source
 
@@ -517,3 +518,25 @@ def test_what_a_release_does_not_have(two):
 def test_streaming_just_this_release(two):
   run = works(two(*RUN, "--rm", "--stream", *OLD))
   assert "the guest runs while its image comes" in run.stderr
+
+
+# --- DragonFly BSD and MidnightBSD -----------------------------------------------------------
+
+
+def test_dragonfly_is_not_shown_what_crashes_it_on_amd():
+  """Wherever KVM or HVF may run it: the host's CPU does not show it by a name that was checked."""
+  words = ("dragonflybsd", "6.4.2", "--platform", "x86-64")
+  usual = argv_of(*words, emulated=True)
+  changed = ["max,stibp-always-on=off" if word == "max" else word for word in usual]
+  assert argv_of(*words, emulated=False) == changed
+  assert argv_of(*words, "--accel", "tcg", emulated=False)[5] == "max"
+  masked = argv_of(*words, mask=True, emulated=False)[5]
+  assert masked.startswith("max,stibp-always-on=off,amx-tile=off")
+
+
+@pytest.mark.parametrize("os_name, version", [("dragonflybsd", "6"), ("midnightbsd", "4.0")])
+def test_the_younger_bsds(no_image, os_name, version):
+  works(no_image("pull", os_name, version, "--platform", "x86-64"))
+  whole = {"6": "6.4.2", "4.0": "4.0.4"}[version]
+  assert bases(no_image) == [f"base/{os_name}-{whole}-x86-64.qcow2"]
+  fails(no_image("run", os_name, "--platform", "arm64"), "no arm64 image", code=2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import qvm as qvm_source
 
-OS_NAMES = ("freebsd", "openbsd", "netbsd", "haiku", "omnios")
+OS_NAMES = (*("freebsd", "openbsd", "netbsd", "haiku", "omnios", "dragonflybsd", "midnightbsd"),)
 CPU_NAMES = ("x86-64", "x86_64", "amd64", "x64", "arm64", "aarch64")
 FREEBSD = ("freebsd", "15.1")
 

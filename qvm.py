@@ -648,7 +648,7 @@ GUESTS = (
     None,
     DRAGONFLYBSD_X86_64,
     BSDTAR,
-  ),
+  ),  # fmt: skip
   Guest(
     "midnightbsd",
     "x86-64",
@@ -660,7 +660,7 @@ GUESTS = (
     None,
     MIDNIGHTBSD_X86_64,
     BSDTAR,
-  ),
+  ),  # fmt: skip
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
 ARCHES = {
@@ -734,6 +734,7 @@ class Options(NamedTuple):
   image: str = ""  # the path of an image of the user's own
   release: str = ""  # the tag of the only release that the image may come from
   qemu_release: str = ""  # and that of QEMU's
+  display: bool = False
   accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
@@ -933,6 +934,7 @@ OPTIONS = (
          "use the image of just this release, kept beside others"),
   Option(("--qemu-release",), "qemu_release", "TAG", parse_tag,
          "use the QEMU of just this release, kept beside others"),
+  Option(("--display",), "display", "", bool, "show the guest's screen in a window"),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
@@ -1001,7 +1003,8 @@ COMMANDS = {
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "disk",
      "image", "release", "qemu_release", "accel", "qemu", "qemu_args", "detach", "stream",
-     "boot_timeout", "boot_attempts", "console_log", "no_network", *IN_GUEST, "progress"),
+     "boot_timeout", "boot_attempts", "console_log", "no_network", "display", *IN_GUEST,
+     "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
       "qvm run freebsd 15.1",
@@ -1035,7 +1038,7 @@ COMMANDS = {
   ),
   "list": Command(
     "", 0, 0, ("json",),
-    "List the instances with their state, address and size on disk.",
+    "List the instances with their state, address and size on disk, and what is cached.",
     ("qvm list", "qvm list --json"),
   ),
   "ssh": Command(
@@ -1138,7 +1141,7 @@ def parse_command_line(words: Sequence[str]) -> Options:
 # The options for which a machine has to be started again to change them.
 STARTED_WITH = (
   "memory", "cpus", "accel", "qemu", "qemu_args", "qemu_release", "console_log", "no_network",
-  "image",
+  "image", "display",
 )  # fmt: skip
 
 
@@ -5451,6 +5454,15 @@ def base_share(cache: Cache, paths: InstancePaths) -> int:
 
 # ---- QEMU command -------------------------------------------------------------------------------
 
+DISPLAYS = ("cocoa", "gtk", "sdl")  # the first of them that QEMU has
+# In the place of -nographic and of what else keeps the guest from having a screen; "virt" has no
+# keyboard and no graphics of its own.
+DISPLAY = """
+-display DISPLAY
+-device qemu-xhci
+-device usb-kbd
+-device usb-tablet
+"""
 CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"  # see needs_cpu_mask
 
 
@@ -5462,6 +5474,7 @@ class HostFacts(NamedTuple):
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
   forwards: Tuple[Forward, ...] = ()
   data: str = ""  # the second disk; empty: there is none
+  display: str = ""  # the kind of window, as in DISPLAYS; empty: none
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
   accel: str = TABLE_ACCEL
   emulated: bool = False  # neither KVM nor HVF can run this guest here
@@ -5526,6 +5539,10 @@ def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
     rows += table_rows(plan.guest.key_disk.table)
   if facts.data:
     rows += table_rows(DATA_SCSI if "scsi-hd" in plan.guest.table else DATA_VIRTIO)
+  if facts.display:
+    rows = [row for row in rows if row[0] not in ("-nographic", "-display", "-monitor")]
+    rows += table_rows(DISPLAY.replace("DISPLAY", facts.display))
+    rows += [["-device", "virtio-gpu-pci"]] * (plan.guest.arch == "arm64")
   argv = [plan.qemu]
   plain = {"SHARE": plan.share, "DISK": plan.paths.disk, "KEYS": facts.key_disk}
   plain["DATA"] = facts.data
@@ -8492,6 +8509,21 @@ def kept_options(paths: InstancePaths, options: Options) -> Options:
   return options
 
 
+def display_of(plan: Plan) -> str:
+  """The kind of window that the QEMU to run can show; QvmError if it can show none."""
+  if not os.path.isfile(plan.qemu):
+    return DISPLAYS[0 if sys.platform == "darwin" else 1]  # a guess, for --dry-run
+  shown = ask_program([plan.qemu, "-display", "help"])[1].partition("types:")[2].split()
+  found = [name for name in DISPLAYS if name in shown]
+  if not found:
+    raise QvmError(
+      f"{plan.qemu} has no display built in",
+      "install a QEMU that has one (Debian: qemu-system-gui) and name it: --qemu qemu-system-"
+      + QEMU_CPUS[plan.guest.arch],
+    )
+  return found[0]
+
+
 def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
   accel = accelerators_for(plan, options)
@@ -8500,6 +8532,7 @@ def host_facts(plan: Plan, options: Options, address: Address, release: str) -> 
   return HostFacts(
     address=address,
     forwards=options.publish,
+    display=display_of(plan) if options.display else "",
     data=plan.paths.data if options.disk or os.path.lexists(plan.paths.data) else "",
     linaro=has_linaro(plan.share),
     mask_cpu="kvm" in accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm"),
@@ -8801,13 +8834,14 @@ class Machine:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
     self.greet()
     process, folder = self.process, self.plan.cache.instances
-    relay = Relay(process, is_interactive(), self.log, lambda: disk_is_full(folder))
+    raw = is_interactive() and not self.facts.display  # a window has the keys
+    relay = Relay(process, raw, self.log, lambda: disk_is_full(folder))
     try:
       if relay.interactive:
         go_raw()
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
         relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
-      elif process.stdin and os.isatty(0):
+      elif process.stdin and os.isatty(0) and not self.facts.display:
         go_raw(signals=True)
       relay.run()
       process.wait()
@@ -8835,7 +8869,9 @@ class Machine:
       say(f"port {SSH_PORT} is taken; this machine uses {port}")
     say(ssh_line(guest, self.address))
     self.tell_ports()
-    if not guest.console:
+    if self.facts.display:
+      say("the guest has a window; Ctrl-C here, or closing it, ends the machine at once")
+    elif not guest.console:
       say(f"{guest.title} writes nothing to this terminal; log in with ssh once it is up")
 
   def tell_ports(self) -> None:
@@ -9538,7 +9574,7 @@ def cmd_search(options: Options) -> int:
       images = asked[name].result()
     except QvmError as error:
       errors[name], images = error, []
-    rows += search_rows(name, images, cached_images(cache, name))
+    rows += search_rows(cache, name, images)
   for name, problem in errors.items():
     say(f"showing only cached images of {name}: {problem}")
   if options.json:
@@ -9562,19 +9598,22 @@ class SearchRow(NamedTuple):
   release: Optional[str]
   asset: str
   cached: bool
+  size: int  # bytes on disk, if it is cached
 
 
-def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[SearchRow]:
+def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]:
   """The images of an OS, the newest version first."""
-  here = {(image.version, image.arch) for image in cached}
+  cached = cached_images(cache, name)
+  here = {(it.version, it.arch): tree_size(cache.path("base", it.asset)) for it in cached}
   known = {(image.version, image.arch) for image in images}
   every = images + [image for image in cached if (image.version, image.arch) not in known]
   every.sort(key=lambda image: version_key(image.version), reverse=True)
   return [
     SearchRow(
-      name, it.version, it.arch, it.release or None, it.asset, (it.version, it.arch) in here
+      name, it.version, it.arch, it.release or None, it.asset, key in here, here.get(key, 0)
     )
     for it in every
+    for key in [(it.version, it.arch)]
   ]
 
 
@@ -9582,7 +9621,8 @@ def show_search(rows: List[SearchRow]) -> None:
   """Print the versions as a table with a column for each CPU."""
   cells: Dict[Tuple[str, str], Dict[str, str]] = {}
   for row in rows:
-    text = " ".join(filter(None, [row.release, "(cached)" if row.cached else ""]))
+    here = f"(cached, {megabytes(row.size)})" if row.cached else ""
+    text = " ".join(filter(None, [row.release, here]))
     cells.setdefault((row.os, row.version), {})[row.arch] = text
   table = [("OS", "VERSION", "X86-64", "ARM64")]
   for (name, version), arches in cells.items():
@@ -9605,7 +9645,25 @@ def cmd_list(options: Options) -> int:
     where = (state, row.ssh or "-", " ".join(row.ports) or "-")
     table.append((row.name, row.os, row.version, row.arch, *where, megabytes(row.size)))
   show_table(table)
+  cached = cached_things(cache)
+  if cached:
+    emit("")
+    show_table([("CACHED", "RELEASE", "SIZE"), *cached])
   return 0
+
+
+def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
+  """The base images and QEMUs that are cached: name, release and size on disk."""
+  images = [(it.asset, cache.path("base", it.asset)) for os_name in OS_NAMES
+            for it in cached_images(cache, os_name)]  # fmt: skip
+  found = [(name, path, record_path(path)) for name, path in images]
+  for link in filter(os.path.isdir, qemu_links(cache)):
+    name = "qemu-system-" + os.path.basename(link)
+    found.append((name, os.path.realpath(link), os.path.join(link, "release.json")))
+  return [
+    (name, sound_record(AssetRecord(), record).release or "-", megabytes(tree_size(path)))
+    for name, path, record in found
+  ]
 
 
 def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:
@@ -9737,11 +9795,16 @@ def cmd_clone(options: Options) -> int:
 
 
 def cmd_rm(options: Options) -> int:
-  """Delete instances and layers; all names are checked before anything is deleted."""
+  """Delete instances and layers, but nothing if one of them runs; pass over unknown names."""
   cache = cache_from(os.environ)
   sweep(cache)
   frozen = {layer.name: layer for layer in layers(cache)}
   names = [name for name in options.operands if name not in frozen]
+  unknown = [name for name in names if not os.path.lexists(cache.instance(name).disk)]
+  if len(options.operands) > 1:
+    for name in dict.fromkeys(unknown):
+      say(f"there is no instance {name}")
+    names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
   for paths in chosen if options.force else []:
@@ -9760,7 +9823,7 @@ def cmd_rm(options: Options) -> int:
     with instances_lock(cache):
       remove_layer(layer)  # machines that run from it have its files open
     emit(layer.name)
-  return 0
+  return EXIT_FAILED if unknown else 0
 
 
 def cmd_clean(options: Options) -> int:

@@ -18,6 +18,7 @@ from support import (
   digest,
   disk_of,
   fails,
+  forget_sizes,
   free_port,
   instance_names,
   rows,
@@ -540,3 +541,74 @@ def test_the_younger_bsds(no_image, os_name, version):
   whole = {"6": "6.4.2", "4.0": "4.0.4"}[version]
   assert bases(no_image) == [f"base/{os_name}-{whole}-x86-64.qcow2"]
   fails(no_image("run", os_name, "--platform", "arm64"), "no arm64 image", code=2)
+
+
+# --- A window --------------------------------------------------------------------------------
+
+
+def with_displays(qvm, *names):
+  """Let the cached QEMU tell that it has these displays."""
+  program = qvm.cache / "qemu/x86_64/bin/qemu-system-x86_64"
+  text = program.read_text().replace(
+    "import json, os",
+    f"""import sys
+if sys.argv[1:] == ["-display", "help"]:
+  print("Available display backend types:", *{["none", *names]!r}, sep="\\n")
+  sys.exit()
+import json, os""",
+    1,
+  )
+  program.write_text(text)
+  forget_sizes(qvm.cache)
+
+
+def test_a_display_takes_the_place_of_the_terminal(used, tmp_path):
+  with_displays(used, "egl-headless", "sdl", "gtk")
+  usual = works(used("run", "--dry-run", *RUN[1:])).stdout.split()
+  used.play(record=str(tmp_path / "record"))
+  run = works(used(*RUN, "--display"))
+  argv = used.record(tmp_path / "record")["argv"]
+  assert "-nographic" not in argv and "-monitor" not in argv
+  assert argv[argv.index("-display") + 1] == "gtk" and argv.count("-display") == 1
+  assert {"qemu-xhci", "usb-tablet", "usb-kbd"} <= set(argv)
+  added = ["gtk", "-device", "qemu-xhci", "-device", "usb-kbd", "-device", "usb-tablet"]
+  left = [word for word in usual if word not in ("-nographic", "-display", "-monitor", "none")]
+  assert sorted(word.split(",")[0] for word in argv if word != "-display") == sorted(
+    word.split(",")[0] for word in left + added
+  )
+  assert "the guest has a window" in run.stderr
+  arm = works(
+    used("run", "--dry-run", "--display", "--platform", "arm64", "freebsd", "15.1")
+  ).stdout
+  assert "-device virtio-gpu-pci" in arm
+
+
+def test_a_qemu_without_a_display(used):
+  with_displays(used, "curses")
+  fails(used(*RUN, "--rm", "--display"), "has no display built in", "--qemu qemu-system-x86_64")
+  assert FREEBSD in rows(used)
+
+
+# --- What is cached, and rm ------------------------------------------------------------------
+
+
+def test_what_is_cached_and_how_large(full):
+  size = (full.cache / BASE).stat().st_blocks * 512
+  cell = qvm_source.megabytes(size)
+  assert f"v0.16.0 (cached, {cell})" in works(full("search", "freebsd")).stdout
+  shown = json.loads(works(full("search", "freebsd", "--json")).stdout)
+  assert {row["size"] for row in shown if row["cached"]} == {size}
+  assert {row["size"] for row in shown if not row["cached"]} == {0}
+  table = works(full("list")).stdout.partition("\n\n")[2].splitlines()
+  assert table[0].split() == ["CACHED", "RELEASE", "SIZE"]
+  assert re.split("  +", table[1]) == [IMAGE, "v0.16.0", cell]
+  assert table[2].startswith("qemu-system-x86_64  ") and " v2.0.0 " in table[2]
+
+
+def test_rm_goes_on_after_an_unknown_name(used):
+  works(used(*RUN, "--name", "other"))
+  run = used("rm", "none", FREEBSD, "none", "nil", "other")
+  assert (run.returncode, run.stdout) == (1, f"{FREEBSD}\nother\n")
+  assert run.stderr == "qvm: there is no instance none\nqvm: there is no instance nil\n"
+  assert rows(used) == {}
+  fails(used("rm", "none"), "there is no instance none", "nothing was deleted")

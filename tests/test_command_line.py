@@ -359,7 +359,7 @@ KNOWN = {
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
   + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
   + ("-p", "--publish", "--disk", "--image", "--release", "--qemu-release")
-  + IN_GUEST,
+  + ("--display",) + IN_GUEST,
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror")
   + ("--release", "--qemu-release"),

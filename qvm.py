@@ -6503,16 +6503,23 @@ cat /proc/sys/kernel/random/boot_id 2>/dev/null || stat -c %Z /dev
 """
 
 
+# A connection to a guest that goes down is not closed: ssh would wait for three minutes.
+BOOT_ANSWER_SECONDS = 30.0
+
+
 def boot_of(login: Login) -> str:
   """What tells a guest's boot from others; QvmError if it cannot be asked."""
   output: List[bytes] = []
 
   def read(process: "Process") -> None:
-    output.append(process.stdout.read(TAIL_BYTES) if process.stdout else b"")
+    output.append(process.communicate(timeout=BOOT_ANSWER_SECONDS)[0])
 
   spawn = silent()._replace(stdout=subprocess.PIPE)
   patience = KEY_LOGIN_SECONDS if os.path.exists(login.paths.key_disk) else 0.0
-  code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
+  try:
+    code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
+  except subprocess.TimeoutExpired:
+    raise QvmError(f"the guest of {login.paths.name} does not answer")
   text = output[-1].decode("utf-8", "replace").strip()
   if code or not text:
     raise QvmError(f"the guest of {login.paths.name} does not tell its boot")

@@ -7,16 +7,21 @@ import socket
 from pathlib import Path
 
 import guests as guests_module
+import linux_guest
 import pytest
+from release_server import ReleaseServer
 from support import (
   BASE,
   FREEBSD,
   IMAGE,
   PULL,
   QEMU,
+  ROOT,
   TOOLS,
+  Qvm,
   digest,
   disk_of,
+  end_processes,
   fails,
   forget_sizes,
   free_port,
@@ -612,3 +617,44 @@ def test_rm_goes_on_after_an_unknown_name(used):
   assert run.stderr == "qvm: there is no instance none\nqvm: there is no instance nil\n"
   assert rows(used) == {}
   fails(used("rm", "none"), "there is no instance none", "nothing was deleted")
+
+
+# --- A real guest ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linux(archives, tmp_path):
+  """qvm with real QEMU and a Linux with an ssh server, in the place of FreeBSD."""
+  image = tmp_path / "linux.qcow2"
+  linux_guest.disk(str(ROOT / ".venv" / "linux"), "x86-64", "bios", "open", str(image))
+  with ReleaseServer() as server:
+    server.add_release("resources", "v2.0.0", archives)
+    server.add_release("midnightbsd-builder", "v0.0.1", {"midnightbsd-1-x86-64.qcow2": image})
+    (tmp_path / "home").mkdir()
+    yield Qvm(tmp_path / "home", ROOT / "qvm.py", server)
+  end_processes(tmp_path)
+
+
+@pytest.mark.xdist_group("real_qemu")
+def test_what_a_real_guest_sees(linux, tmp_path):
+  """Its second disk, its published port and a reboot; a clone on its image has what it wrote."""
+  own, port = tmp_path / "linux.qcow2", free_port()
+  light = ("-m", "512M", "--cpus", "1", "--accel", "tcg", "--boot-timeout", "180")
+  words = ("run", *light, "--platform", "x86-64", "--image", str(own), "midnightbsd")
+  before = digest(own)
+  up = linux("--name", "vm", "-d", "-p", f"{port}:22", "--disk", "100M", *words, timeout=240)
+  works(up)
+  with socket.create_connection(("127.0.0.1", port), 30) as link:
+    assert link.recv(4) == b"SSH-"
+  sizes = works(linux("ssh", "vm", "--", "cat /sys/block/vd*/size; echo kept >/mnt/kept")).stdout
+  assert str((100 << 20) // 512) in sizes.split()
+  boot = works(linux("ssh", "vm", "--", "cat /proc/sys/kernel/random/boot_id")).stdout
+  works(linux("restart", "--boot-timeout", "180", "vm", timeout=240))
+  assert works(linux("ssh", "vm", "--", "cat /proc/sys/kernel/random/boot_id")).stdout != boot
+  assert "linux guest powers off" in works(linux("logs", "vm")).stdout
+  works(linux("stop", "vm"))
+  works(linux("clone", "vm", "copy"))
+  works(linux("rm", "vm"))
+  run = linux("--name", "copy", *words, "--", "cat /mnt/kept; ls /sys/block", timeout=240)
+  assert "kept" in works(run).stdout and "vdb" in run.stdout
+  assert digest(own) == before

@@ -163,9 +163,18 @@ HOSTILE = (
 )  # fmt: skip
 RUN = ("run", *FREEBSD)
 BAD = [
-  ((), ["run, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
-  (("",), ["run, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
-  (("frobnicate",), ["'frobnicate'", "run, pull, search, list, ssh, stop, rm, clean, doctor"]),
+  (
+    (),
+    ["run, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor"],
+  ),
+  (
+    ("",),
+    ["run, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor"],
+  ),
+  (
+    ("frobnicate",),
+    ["'frobnicate'", "run, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor"],
+  ),
   (("--rm",), ["--help"]),
   (("--dry-run", "15.1"), ["run, pull"]),
   (("run",), ["qvm run OS [VERSION]", *OS_NAMES]),
@@ -415,9 +424,11 @@ def test_examples_in_the_help_parse(offline, command):
     assert options.command == (command or "run")
 
 
-def test_examples_of_run_plan_something(offline):
+def test_examples_of_run_plan_something(offline, image, tmp_path):
+  (tmp_path / "out.qcow2").write_bytes(image)
   for words in examples_of(offline("run", "--help").stdout):
-    run = offline("--dry-run", *words, *([] if "--platform" in words else ["--platform", "x64"]))
+    more = [] if "--platform" in words else ["--platform", "x64"]
+    run = offline("--dry-run", *words, *more, cwd=tmp_path)
     assert (run.returncode, run.stderr, run.stdout.count("\n")) == (0, "", 1)
 
 

@@ -499,7 +499,7 @@ def test_a_proxy_is_named_without_its_password(host, name):
 
 # --- The words of completion -----------------------------------------------------------------
 
-OS_NAMES = ["freebsd", "openbsd", "netbsd", "haiku", "omnios"]
+OS_NAMES = list(qvm_source.OS_NAMES)
 COMMANDS = list(qvm_source.COMMANDS)
 NAMES = ["a.b_c+d~e-1", "build", "freebsd-15.1-x86-64"]
 

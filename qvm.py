@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""qvm runs FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
+"""qvm runs the BSDs, Haiku and OmniOS in QEMU, on any macOS or Linux with Python.
 
 It downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2 overlay on
 top of the image, which it never changes, and boots the overlay in the terminal.
@@ -537,6 +537,39 @@ qemu-system-x86_64
 -device virtio-blk,drive=drive0,bootindex=0,addr=0x02
 -drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
 """
+DRAGONFLYBSD_X86_64 = """
+qemu-system-x86_64
+-nographic
+-machine type=q35,accel=hvf:kvm:tcg
+-cpu max
+-smp 2
+-m 6G
+-device virtio-net,netdev=user.0,addr=0x03
+-netdev user,id=user.0,hostfwd=tcp::2847-:22,ipv6=off
+-display none
+-monitor none
+-boot strict=off
+-bios SHARE/bios-256k.bin
+-device virtio-scsi-pci
+-device scsi-hd,drive=drive0,bootindex=0
+-drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
+"""
+MIDNIGHTBSD_X86_64 = """
+qemu-system-x86_64
+-nographic
+-machine type=q35,accel=hvf:kvm:tcg
+-cpu max
+-smp 2
+-m 6G
+-device virtio-net,netdev=user.0,addr=0x03
+-netdev user,id=user.0,hostfwd=tcp::2847-:22,ipv6=off
+-display none
+-monitor none
+-boot strict=off
+-bios SHARE/bios-256k.bin
+-device virtio-blk-pci,drive=drive0,bootindex=0
+-drive if=none,file=DISK,id=drive0,cache=unsafe,discard=ignore,format=qcow2
+"""
 # The second drive of the user's original command lines, on the bus of drive0. KEYS is its file.
 KEYS_VIRTIO = """
 -device virtio-blk-pci,drive=drive1,bootindex=1
@@ -545,6 +578,15 @@ KEYS_VIRTIO = """
 KEYS_SCSI = """
 -device scsi-hd,drive=drive1,bootindex=1
 -drive if=none,file=KEYS,id=drive1,cache=unsafe,discard=ignore,format=raw
+"""
+# The disk of --disk, in the same way. DATA is its file.
+DATA_VIRTIO = """
+-device virtio-blk-pci,drive=drive2
+-drive if=none,file=DATA,id=drive2,cache=unsafe,discard=ignore,format=qcow2
+"""
+DATA_SCSI = """
+-device scsi-hd,drive=drive2
+-drive if=none,file=DATA,id=drive2,cache=unsafe,discard=ignore,format=qcow2
 """
 
 
@@ -632,6 +674,30 @@ GUESTS = (
     OMNIOS_X86_64,
     ILLUMOS_TAR,
   ),
+  Guest(
+    "dragonflybsd",
+    "x86-64",
+    "DragonFly BSD",
+    "runner",
+    True,
+    HALT,
+    DATE,
+    None,
+    DRAGONFLYBSD_X86_64,
+    BSDTAR,
+  ),  # fmt: skip
+  Guest(
+    "midnightbsd",
+    "x86-64",
+    "MidnightBSD",
+    "runner",
+    True,
+    HALT,
+    DATE,
+    None,
+    MIDNIGHTBSD_X86_64,
+    BSDTAR,
+  ),  # fmt: skip
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
 ARCHES = {
@@ -675,6 +741,18 @@ class Address(NamedTuple):
   chosen: bool = False
 
 
+class Forward(NamedTuple):
+  """A port of the guest on the host: --publish; port 0 is a free one, chosen at the start."""
+
+  host: str
+  port: int
+  guest: int
+  kind: str  # tcp or udp
+
+  def __str__(self) -> str:
+    return f"{self.host}:{self.port}:{self.guest}" + "/udp" * (self.kind == "udp")
+
+
 class Options(NamedTuple):
   """The parsed and checked command line."""
 
@@ -688,6 +766,12 @@ class Options(NamedTuple):
   memory: str = "6G"
   cpus: str = "2"
   ssh: Address = Address()
+  publish: Tuple[Forward, ...] = ()
+  disk: str = ""  # the size of a second disk
+  image: str = ""  # the path of an image of the user's own
+  release: str = ""  # the tag of the only release that the image may come from
+  qemu_release: str = ""  # and that of QEMU's
+  display: bool = False
   accel: str = ""  # empty: what works on this host, see accelerators_for
   qemu: str = ""
   qemu_args: Tuple[str, ...] = ()
@@ -708,6 +792,7 @@ class Options(NamedTuple):
   logs: str = ""
   junit: str = ""
   fail_fast: bool = False
+  follow: bool = False
   force: bool = False
   offline: bool = False
   progress: bool = False
@@ -747,13 +832,28 @@ def parse_version(text: str) -> str:
   return text
 
 
-def parse_memory(text: str) -> str:
+PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
+
+
+def parse_tag(text: str) -> str:
+  """The tag of a release."""
+  if not re.match(PINNED_RE, text):
+    raise UsageError(f"invalid release '{text}': use its tag, as in v0.14.0")
+  return text
+
+
+def parse_memory(text: str, what: str = "memory") -> str:
   """A size for QEMU's -m: an integer, in MiB or with the suffix M, G or T."""
   match = re.match(r"([0-9]{1,9})([MGT]?)\Z", text.upper())
   factor = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
   if not match or not 64 <= int(match.group(1)) * factor[match.group(2)] <= 4 * 1024 * 1024:
-    raise UsageError(f"invalid memory size '{text}': use 64M to 4T, as in 512M or 6G")
+    raise UsageError(f"invalid {what} size '{text}': use 64M to 4T, as in 512M or 6G")
   return match.group(1) + match.group(2)
+
+
+def parse_disk(text: str) -> str:
+  """The size of a disk, as that of a memory."""
+  return parse_memory(text, "disk")
 
 
 def parse_cpus(text: str) -> str:
@@ -776,6 +876,21 @@ def parse_address(text: str) -> Address:
       "address of this host, as in 2847 or 0.0.0.0:2847"
     )
   return Address(".".join(str(int(n)) for n in numbers), int(port), True)
+
+
+def parse_forward(text: str) -> Forward:
+  """[ADDRESS:]HOST:GUEST[/udp]: a port of this host, 0 for a free one, and one of the guest."""
+  match = re.match(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?\Z", text)
+  host, port, guest, kind = match.groups() if match else ("", "", "", "")
+  try:
+    address = parse_address(f"{host or Address().host}:{int(port or 0) or 1}")
+    parse_address(guest)
+  except UsageError:
+    raise UsageError(
+      f"invalid port to publish '{text}': use [ADDRESS:]HOST:GUEST[/udp] with an IPv4 address of "
+      "this host and ports up to 65535, as in 8080:80; HOST 0 is a free one"
+    )
+  return Forward(address.host, int(port), int(guest), kind or "tcp")
 
 
 def parse_accel(text: str) -> str:
@@ -850,6 +965,18 @@ OPTIONS = (
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
+  Option(("-p", "--publish"), "publish", "HOST:GUEST", parse_forward,
+         "a port of the guest on this host; [ADDRESS:]HOST:GUEST[/udp],\n"
+         "HOST 0 is a free one; may be repeated; kept with the instance", True),
+  Option(("--disk",), "disk", "SIZE", parse_disk,
+         "give the instance a second, blank disk of this size,\nkept and deleted with it"),
+  Option(("--image",), "image", "FILE", parse_text,
+         "boot an image of your own, qcow2 or raw, as that OS;\nFILE is never written"),
+  Option(("--release",), "release", "TAG", parse_tag,
+         "use the image of just this release, kept beside others"),
+  Option(("--qemu-release",), "qemu_release", "TAG", parse_tag,
+         "use the QEMU of just this release, kept beside others"),
+  Option(("--display",), "display", "", bool, "show the guest's screen in a window"),
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
@@ -890,6 +1017,7 @@ OPTIONS = (
   Option(("--logs",), "logs", "DIR", parse_text,
          "write the logs to DIR/GUEST.log (default: below the cache,\nfor the last ten runs)"),
   Option(("--junit",), "junit", "FILE", parse_text, "write the results to FILE as JUnit's XML"),
+  Option(("-f", "--follow"), "follow", "", bool, "go on until the machine ends"),
   Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
   Option(("--offline",), "offline", "", bool, "skip the network checks"),
   Option(("--progress",), "progress", "", bool, "show download progress"),
@@ -928,9 +1056,9 @@ class Command(NamedTuple):
 COMMANDS = {
   "run": Command(
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
-    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "accel", "qemu",
-     "qemu_args", "detach", "stream", "boot_timeout", "boot_attempts", "console_log", "no_network",
-     *IN_GUEST,
+    ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "disk",
+     "image", "release", "qemu_release", "accel", "qemu", "qemu_args", "detach", "stream",
+     "boot_timeout", "boot_attempts", "console_log", "no_network", "display", *IN_GUEST,
      "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
@@ -940,7 +1068,8 @@ COMMANDS = {
       "qvm run --rm --warm freebsd 15.1 -- make test",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
-      "qvm run --detach --name web freebsd 15.1",
+      "qvm run --detach --name web --publish 8080:80 freebsd 15.1",
+      "qvm run --image ./out.qcow2 freebsd",
       "qvm run --dry-run netbsd 10.1",
     ),
   ),
@@ -956,7 +1085,7 @@ COMMANDS = {
   ),
   "pull": Command(
     "OS [VERSION]", 1, 2,
-    ("platform", "refresh", "verify", "mirror", "qemu", "progress"),
+    ("platform", "release", "qemu_release", "refresh", "verify", "mirror", "qemu", "progress"),
     "Download everything that `run` needs, so that `run` works offline.",
     (
       "qvm pull freebsd 15.1",
@@ -964,6 +1093,7 @@ COMMANDS = {
       "qvm pull --refresh netbsd 10.1",
       "qvm pull --verify freebsd 15.1",
       "qvm pull --mirror /srv/qvm freebsd 15.1",
+      "qvm pull --release v0.14.0 --qemu-release v2.0.0 freebsd 15.1",
     ),
   ),
   "search": Command(
@@ -973,7 +1103,7 @@ COMMANDS = {
   ),
   "list": Command(
     "", 0, 0, ("json",),
-    "List the instances with their state, address and size on disk.",
+    "List the instances with their state, address and size on disk, and what is cached.",
     ("qvm list", "qvm list --json"),
   ),
   "ssh": Command(
@@ -987,6 +1117,23 @@ COMMANDS = {
     "Power off instances: over ssh, else with SIGTERM, else with SIGKILL.",
     ("qvm stop freebsd-15.1-x86-64", "qvm stop --force build test"),
     {"boot_timeout": "how long to try to log in before SIGTERM (default: 600)"},
+  ),
+  "restart": Command(
+    "NAME...", 1, 1000, ("force", "boot_timeout"),
+    "Reboot the guests of running instances and wait until ssh answers again.",
+    ("qvm restart web", "qvm restart --force web"),
+    {"force": "end QEMU of a guest that does not reboot, and start it again",
+     "boot_timeout": "how long to wait for ssh (default: 600)"},
+  ),
+  "logs": Command(
+    "NAME", 1, 1, ("follow",),
+    "Print the console of an instance that runs, or ran, in the background.",
+    ("qvm logs web", "qvm logs -f web"),
+  ),
+  "clone": Command(
+    "NAME NEW", 2, 2, (),
+    "Copy a stopped instance, with all that its guest wrote, to a new one.",
+    ("qvm clone build build2",),
   ),
   "rm": Command(
     "NAME...", 1, 1000, ("force",),
@@ -1056,14 +1203,44 @@ def parse_command_line(words: Sequence[str]) -> Options:
   return options
 
 
+# The options for which a machine has to be started again to change them.
+STARTED_WITH = (
+  "memory", "cpus", "accel", "qemu", "qemu_args", "qemu_release", "console_log", "no_network",
+  "image", "display",
+)  # fmt: skip
+
+
+def started_with(options: Options) -> List[str]:
+  """The words of the command line that give these options, of those in STARTED_WITH."""
+  words = []
+  for option in [each for each in OPTIONS if each.field in STARTED_WITH]:
+    value = getattr(options, option.field)
+    values = value if option.many else (value,) if value else ()
+    words += [option.flags[-1] + f"={each}" * bool(option.metavar) for each in values]
+  return words
+
+
 def check_together(options: Options, fields: Set[str]) -> None:
   """Refuse options that need, or exclude, another option or a command."""
   if options.detach and options.guest_command:
     raise UsageError(
       "--detach cannot be combined with a command; use qvm ssh NAME -- COMMAND once it runs"
     )
+  taken = [(options.ssh.port, "tcp")] if options.ssh.chosen else []
+  for forward in options.publish:
+    if (forward.port, forward.kind) in taken:
+      raise UsageError(f"--publish {forward}: port {forward.port} is used twice")
+    taken += [(forward.port, forward.kind)] if forward.port else []
   if options.warm and not options.rm and options.command == "run":
     raise UsageError("--warm needs --rm: an instance started from a checkpoint is temporary")
+  if options.image and len(options.operands) > 1:
+    raise UsageError("--image takes the place of a VERSION: qvm run --image FILE OS")
+  if options.image and options.release:
+    raise UsageError("--image and --release exclude each other")
+  if options.refresh and (options.release or options.qemu_release):
+    raise UsageError("--refresh gets the newest release: it excludes --release and --qemu-release")
+  if options.warm and options.disk:
+    raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
     flag = option.flags[-1]
     wants_command = option.field in fields and option.field in IN_GUEST
@@ -1132,7 +1309,7 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
     find_os(operands[0])
     for version in operands[1:]:
       parse_version(version)
-  if command in ("rm", "stop", "ssh"):
+  if form.operands.startswith("NAME"):
     for name in operands:
       parse_name(name)
   for name in operands if command == "each" else ():
@@ -1169,7 +1346,8 @@ def parse_guest(text: str) -> Tuple[str, str, str]:
 
 EACH_HELP = [
   "GUEST is OS[-VERSION][-ARCH], as in freebsd, freebsd-15 or openbsd-7.9-arm64, or `all`: the",
-  "newest of every OS for this host's CPU. OS is one of {}.".format(", ".join(OS_NAMES)),
+  "newest of every OS for this host's CPU.",
+  "OS is one of {}.".format(", ".join(OS_NAMES)),
   "",
   "Each guest runs COMMAND as `qvm run --rm` does, without input. A terminal shows what each does;",
   "elsewhere each line of output has the guest's name before it. The exit code is 0 if all went",
@@ -1214,7 +1392,9 @@ def help_text(command: str) -> str:
       lines += EACH_HELP if "GUEST" in form.operands else COMMAND_HELP
   else:
     lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
-    lines += ["Run FreeBSD, OpenBSD, NetBSD, Haiku and OmniOS in QEMU.", "", "commands:"]
+    titles = list(dict.fromkeys(guest.title for guest in GUESTS))
+    lines += ["Run {} and {} in QEMU.".format(", ".join(titles[:-1]), titles[-1])]
+    lines += ["", "commands:"]
     lines += [f"  {name:<10} {form.summary}" for name, form in COMMANDS.items()]
   lines += ["", "options:"]
   own_help = COMMANDS[command].option_help if command else {}
@@ -1250,13 +1430,15 @@ class InstancePaths:
 
   # All of them. The mark is removed last, so that a killed removal is repeated.
   SUFFIXES = (
-    ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys", ".ephemeral",
+    ".qcow2", ".data", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys",
+    ".ephemeral",
   )  # fmt: skip
 
   def __init__(self, cache: "Cache", name: str) -> None:
     self.cache, self.name = cache, name
     self.stem = os.path.join(cache.instances, name)
     self.disk = self.stem + ".qcow2"
+    self.data = self.stem + ".data"  # the second disk, qcow2, of an instance that has one
     self.record = self.stem + ".json"
     self.lock = self.stem + ".lock"
     self.console = self.stem + ".console.log"
@@ -1313,6 +1495,10 @@ class Instance(NamedTuple):
   validator: str = ""
   asset_sha256: str = ""  # of the asset that the base image was made of
   problem: str = ""
+  publish: str = ""  # the ports that its runs publish, as given
+  ports: str = ""  # those that this run publishes
+  words: str = ""  # the options that this run was started with, each ended by a zero byte
+  image: str = ""  # the path of the user's own base image, identified by the validator
 
 
 class LayerRecord(NamedTuple):
@@ -1328,6 +1514,11 @@ class LayerRecord(NamedTuple):
   parts: str = ""  # size and modification time of each file
   problem: str = ""
   failures: int = 0  # in a row, to go on from a checkpoint just made
+
+
+def pinned_name(name: str, tag: str) -> str:
+  """The name of something of just this release, beside the newest; so are versions named, too."""
+  return f"{name}+{tag}" if tag else name
 
 
 class Cache:
@@ -1346,12 +1537,15 @@ class Cache:
   def base(self, stem: str) -> str:
     return self.path("base", stem + ".qcow2")
 
-  def qemu_tree(self, cpu: str) -> str:
-    """The downloaded QEMU for a guest CPU, which is spelled as in QEMU_CPUS' values."""
-    return self.path("qemu", cpu)
+  def qemu_tree(self, cpu: str, tag: str = "") -> str:
+    """The downloaded QEMU for a guest CPU, which is spelled as in QEMU_CPUS' values.
 
-  def qemu_program(self, cpu: str) -> str:
-    return self.path("qemu", cpu, "bin", "qemu-system-" + cpu)
+    With a tag, that of --qemu-release.
+    """
+    return self.path("qemu", pinned_name(cpu, tag))
+
+  def qemu_program(self, cpu: str, tag: str = "") -> str:
+    return os.path.join(self.qemu_tree(cpu, tag), "bin", "qemu-system-" + cpu)
 
   def instance(self, name: str) -> InstancePaths:
     return InstancePaths(self, name)
@@ -1377,6 +1571,9 @@ class Plan(NamedTuple):
   qemu_asset: str
   tools_asset: str
   own_qemu: bool  # --qemu: qemu-img is the user's own too
+  own_image: bool  # --image: the base is a file of the user's own
+  release: str  # the only one that the image may come from; empty: any
+  qemu_release: str  # the same for QEMU and qemu-img
   refresh: bool  # replace cached files with the newest release
   damaged: Tuple[str, ...] = ()  # cached files to download again
 
@@ -1387,12 +1584,17 @@ class Plan(NamedTuple):
   @property
   def tree(self) -> str:
     """The downloaded QEMU of this guest CPU."""
-    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch])
+    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch], self.qemu_release)
 
   @property
   def tree_program(self) -> str:
     """The downloaded QEMU's program, even if --qemu names another one to run."""
-    return self.cache.qemu_program(QEMU_CPUS[self.guest.arch])
+    return self.cache.qemu_program(QEMU_CPUS[self.guest.arch], self.qemu_release)
+
+  @property
+  def download(self) -> str:
+    """The name of the image's download, whatever the asset is called."""
+    return self.image_asset if self.own_image else os.path.basename(self.base)
 
 
 def host_of(system: str, machine: str) -> Host:
@@ -1434,10 +1636,13 @@ def image_repo(os_name: str) -> str:
 def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm instance unique."""
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  version = parse_version(options.operands[1])
+  named, _, tag = parse_version(options.operands[1]).partition("+")  # as `search` shows them
+  tag, pin = options.release or tag, options.qemu_release
+  version = pinned_name(named, tag)
   check_host(host, guest, options.qemu)
   check_own_qemu(guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
+  asset = f"{guest.os}-{named}-{guest.arch}"
   name = options.name or (stem + "-rm-" + suffix if options.rm else stem)
   cpu = QEMU_CPUS[guest.arch]
   return Plan(
@@ -1446,15 +1651,18 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
     paths=cache.instance(name),
     ephemeral=options.rm,
     cache=cache,
-    qemu=options.qemu or cache.qemu_program(cpu),
-    share=os.path.join(cache.qemu_tree(cpu), "share", "qemu"),
-    qemu_img=cache.qemu_img,
-    base=cache.base(stem),
-    image_asset=stem + ".qcow2",
-    bundle_asset=stem + ".tar.zst",
+    qemu=options.qemu or cache.qemu_program(cpu, pin),
+    share=os.path.join(cache.qemu_tree(cpu, pin), "share", "qemu"),
+    qemu_img=pinned_name(cache.qemu_img, pin),
+    base=options.image or cache.base(stem),
+    image_asset=asset + ".qcow2",
+    bundle_asset=asset + ".tar.zst",
     qemu_asset=f"qemu-system-{cpu}-{host.system}.tar",
     tools_asset=f"resources-{host.system}.tar",
     own_qemu=bool(options.qemu),
+    own_image=bool(options.image),
+    release=tag,
+    qemu_release=pin,
     refresh=options.refresh,
   )
 
@@ -2068,9 +2276,11 @@ def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
   paths: Dict[str, Any] = {
     name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
-    for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit")
+    for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
     if getattr(options, name)
   }
+  if options.image and not os.path.isfile(paths["image"]):
+    raise UsageError(f"--image: no such file: '{options.image}'")
   if options.sync and not os.path.isdir(paths["sync"]):
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
@@ -4179,6 +4389,20 @@ def check_image(path: str) -> None:
     raise RefusedError(f"the image {path} is refused: {problem}")
 
 
+def image_format(path: str) -> str:
+  """The format of a user's own image: whatever is no qcow2 is a raw disk."""
+  with open(path, "rb") as file:
+    return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+
+
+def check_own_image(path: str) -> None:
+  """check_image() for a user's own, which may be raw."""
+  if image_format(path) == "qcow2":
+    check_image(path)
+  elif os.path.getsize(path) % 512 or not os.path.getsize(path):
+    raise RefusedError(f"the image {path} is refused: it is neither qcow2 nor a raw disk")
+
+
 def backing_file(path: str) -> Optional[str]:
   """The name of the backing file in an overlay's header; empty: it has none, None: unknown.
 
@@ -4246,6 +4470,8 @@ def known_instance(paths: InstancePaths) -> Instance:
 def recorded_base(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance's record tells; None: unknown."""
   mine = known_instance(paths)
+  if mine.image:
+    return ""
   return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
@@ -4257,6 +4483,8 @@ def base_needed(paths: InstancePaths) -> Optional[str]:
   if is_served(backing):
     named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
     return named.group(1) + ".qcow2" if named else recorded_base(paths)
+  if backing and os.path.isabs(backing):
+    return ""  # an image of the user's own
   return recorded_base(paths) if backing is None else os.path.basename(backing)
 
 
@@ -4432,7 +4660,12 @@ def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
   """Whether a part of resources is cached, with --refresh also whether it is the newest."""
   if not plan.refresh or is_missing(plan, path):
     return not is_missing(plan, path)
-  return is_newest(path, releases.net, Asset("resources", releases.tag("resources"), name))
+  return is_newest(path, releases.net, Asset("resources", resources_tag(plan, releases), name))
+
+
+def resources_tag(plan: Plan, releases: Releases) -> str:
+  """The release that QEMU and qemu-img come from."""
+  return plan.qemu_release or releases.tag("resources")
 
 
 def is_newest(path: str, net: Net, asset: Asset) -> bool:
@@ -4463,10 +4696,10 @@ def is_missing(plan: Plan, path: str) -> bool:
 def fetch_resource(
   plan: Plan, releases: Releases, path: str, name: str, install: Callable[[str, Download], None]
 ) -> None:
-  """Download an asset of the newest release of QEMU, unless `path` is of that, and install it."""
-  with download_lock(plan.cache.downloads, name) as folder:
+  """Download an asset of the release of QEMU, unless `path` is of that, and install it."""
+  with download_lock(plan.cache.downloads, pinned_name(name, plan.qemu_release)) as folder:
     if not is_there(plan, releases, path, name):
-      asset = Asset("resources", releases.tag("resources"), name)
+      asset = Asset("resources", resources_tag(plan, releases), name)
       install(asset.tag, fetch_asset(releases, asset, folder))
 
 
@@ -4574,6 +4807,9 @@ def find_image(plan: Plan, releases: Releases, pinned: str, use: Callable[[Asset
   for asset in candidates(plan, releases, pinned):
     with contextlib.suppress(NotFound):
       return use(asset)
+  if plan.release:
+    page = f"{releases.net.releases}/{image_repo(plan.guest.os)}/releases"
+    raise QvmError(f"the release {plan.release} has no {plan.image_asset}", f"see {page}")
   raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
 
 
@@ -4594,10 +4830,10 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       tools()
     install_image(plan, asset.tag, download)
 
-  with download_lock(plan.cache.downloads, plan.image_asset) as folder:
+  with download_lock(plan.cache.downloads, plan.download) as folder:
     there = not is_missing(plan, plan.base)
     if plan.refresh or not there:
-      pinned = "" if there else pinned_release(plan, releases)
+      pinned = plan.release or ("" if there else pinned_release(plan, releases))
       find_image(plan, releases, pinned, use)
 
 
@@ -4717,6 +4953,8 @@ def wrong_size(path: str) -> str:
 
 def check_base(plan: Plan) -> None:
   """Refuse a base image that is unsafe, or not as long as it was when it came."""
+  if plan.own_image:
+    return check_own_image(plan.base)
   try:
     check_image(plan.base)
     problem = wrong_size(plan.base)
@@ -4726,13 +4964,23 @@ def check_base(plan: Plan) -> None:
     raise RefusedError(str(error), f"{pull_line(plan)} downloads it again")
 
 
+def image_record(plan: Plan) -> AssetRecord:
+  """The record of the base image; that of a user's own tells by size and time what it is."""
+  if not plan.own_image:
+    return record_of(plan.base)
+  stat = os.stat(plan.base)
+  return AssetRecord(validator=f"{stat.st_size} bytes, {stat.st_mtime_ns} ns")
+
+
 def base_record(plan: Plan) -> AssetRecord:
   """The record of the base image, whose digest is that of the file.
 
   A file without one, or that has been changed since, is hashed, and that is noted. RefusedError if
   its digest is another one than the record's.
   """
-  record, mtime_ns = record_of(plan.base), os.stat(plan.base).st_mtime_ns
+  record, mtime_ns = image_record(plan), os.stat(plan.base).st_mtime_ns
+  if plan.own_image:
+    return record
   whole_seconds = record.mtime_ns // 10**9 * 10**9  # what many an archive keeps of a cache
   if record.sha256 and mtime_ns in (record.mtime_ns, whole_seconds):
     return record
@@ -4772,14 +5020,17 @@ def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
   cache, host = cache_from(os.environ), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  version = chosen_version(options, net, guest, cache)
+  version = "image" if options.image else chosen_version(options, net, guest, cache)
   options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
+  if plan.own_image:
+    check_base(plan)
   return plan._replace(qemu_img=own_qemu_img(options.qemu)) if options.qemu else plan
 
 
 # A VERSION with fewer numbers and words is a beginning; about others no server is asked.
-VERSION_PARTS = {"haiku": 4}  # r1beta5; of all others 2, as in 15.1 and r151058
+# As in r1beta5, 6.4.2 and 4.0.4; all others have 2, as in 15.1 and r151058.
+VERSION_PARTS = {"haiku": 4, "dragonflybsd": 3, "midnightbsd": 3}
 
 
 def is_beginning(guest: Guest, version: str) -> bool:
@@ -4795,6 +5046,12 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   wanted = "".join(options.operands[1:])
   wanted = "" if wanted.lower() == "latest" else wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
+  if options.release:
+    cached = [
+      each[: -len(tag)] for tag in ("+" + options.release,) for each in cached if each.endswith(tag)
+    ]
+  elif "+" not in wanted:
+    cached = [each for each in cached if "+" not in each]
   if wanted and (wanted in cached or not is_beginning(guest, wanted)):
     return wanted
   newest = newest_of(cached, wanted)
@@ -4805,7 +5062,9 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   fallback = newest if options.command == "run" else ""
   check_host(this_host(), guest, options.qemu)  # before any request
   try:
-    releases = Releases(impatient(net) if fallback else net).all(image_repo(guest.os))
+    known = Releases(impatient(net) if fallback else net)
+    repo = image_repo(guest.os)
+    releases = [known.one(repo, options.release)] if options.release else known.all(repo)
   except QvmError as error:
     if not fallback:
       raise
@@ -5022,8 +5281,16 @@ def check_instance(plan: Plan) -> None:
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
       "choose another --name",
     )
-  if is_missing(plan, plan.base):
-    return  # it is downloaded, and then compared
+  here = plan.own_image and (plan.base, image_record(plan).validator)
+  if here and here != (instance.image, instance.validator):
+    changed = f"{instance.image} has changed since {paths.name} was created on it"
+    raise QvmError(
+      changed if instance.image == plan.base
+      else f"the instance {paths.name} was created on {instance.image}, not on {plan.base}",
+      f"restore it, or choose another --name; qvm rm {paths.name} deletes what its guest wrote",
+    )  # fmt: skip
+  if plan.own_image or is_missing(plan, plan.base):
+    return  # in the second case it is downloaded, and then compared
   known = instance.base_sha256 or is_served(backing)  # else the record had to be rebuilt
   if known and not fits(instance, base_record(plan)):
     raise other_base(paths, plan.base, instance)
@@ -5031,7 +5298,7 @@ def check_instance(plan: Plan) -> None:
 
 def check_new(plan: Plan) -> None:
   """Refuse to run an existing instance with --rm, which deletes it at the end."""
-  if plan.ephemeral and os.path.lexists(plan.paths.disk):
+  if plan.ephemeral and any(map(os.path.lexists, (plan.paths.disk, plan.paths.data))):
     raise QvmError(
       f"the instance {plan.name} already exists, and --rm would delete it",
       "choose another --name, or omit --name",
@@ -5063,26 +5330,31 @@ class Base(NamedTuple):
 
 def cached_base(plan: Plan) -> Base:
   """The base image in the cache, of which the digest is known if the instance is to stay."""
-  record = record_of(plan.base) if plan.ephemeral else base_record(plan)
+  record = image_record(plan) if plan.ephemeral else base_record(plan)
   image = Instance(
     base_sha256=record.sha256,
     release=record.release,
     validator=record.validator,
     asset_sha256=record.asset_sha256,
   )
-  return Base(backing_name(plan, plan.base), image, (plan.base,))
+  backing = plan.base if plan.own_image else backing_name(plan, plan.base)
+  return Base(backing, image, (plan.base,))
 
 
-def record_instance(plan: Plan, ssh: str, base: Base) -> None:
-  """Write the record of an instance: what it is, and where it listens in this run."""
+def record_instance(plan: Plan, run: Instance, base: Base) -> None:
+  """Write the record of an instance: what it is, and what `run` says of this run."""
   guest, image = plan.guest, base.image
   record = image._replace(
     name=plan.name,
     os=guest.os,
     version=plan.version,
     arch=guest.arch,
-    ssh=ssh,
-    validator=image.validator if is_served(base.backing) else "",
+    ssh=run.ssh,
+    publish=run.publish,
+    ports=run.ports,
+    words=run.words,
+    image=plan.base if plan.own_image else "",
+    validator=image.validator if plan.own_image or is_served(base.backing) else "",
   )
   if sound_record(Instance(), plan.paths.record) != record:
     write_record(plan.cache, plan.paths.record, record, keep=not plan.ephemeral)
@@ -5108,7 +5380,8 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   An overlay that was created while its base image was downloading, or whose folder has been moved,
   is rebased onto `backing`.
   """
-  disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", "qcow2"]
+  kind = image_format(backing) if os.path.isabs(backing) else "qcow2"
+  disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", kind]
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
     moved = os.path.basename(before) == os.path.basename(backing) and before != backing
@@ -5134,8 +5407,37 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
     move(aside, disk, not plan.ephemeral)
 
 
+def memory_bytes(memory: str) -> int:
+  """A value of -m in bytes; a number without a suffix is in MiB."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
+def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
+  """Create the instance's second disk, if that is asked for and does not exist; never change it."""
+  path = plan.paths.data
+  if not size or os.path.lexists(path):
+    return
+  with unfinished(plan.cache) as folder:
+    aside = os.path.join(folder, "data.qcow2")
+    command = [plan.qemu_img, "create", "-q", "-f", "qcow2", aside, str(memory_bytes(size))]
+    run_program(command, (lock.fd,))
+    move(aside, path, not plan.ephemeral)
+
+
+def check_data_disk(plan: Plan, size: str) -> None:
+  """Refuse to change the size of a second disk."""
+  path = plan.paths.data
+  if size and os.path.exists(path) and virtual_size(path) != memory_bytes(size):
+    raise QvmError(
+      f"the instance {plan.name} has a second disk already, of {virtual_size(path) >> 20}M",
+      "omit --disk: it stays as it is; or choose another --name",
+    )
+
+
 def virtual_size(path: str) -> int:
-  """The size in bytes of the disk in a qcow2 file, from its header."""
+  """The size in bytes of the disk in an image, from the header if it is a qcow2."""
+  if image_format(path) == "raw":
+    return os.path.getsize(path)
   with open(path, "rb") as file:
     return int.from_bytes(file.read(32)[24:], "big")
 
@@ -5149,6 +5451,7 @@ class Row(NamedTuple):
   arch: str
   state: str
   ssh: str
+  ports: List[str]  # ADDRESS:HOST:GUEST[/udp]
   size: int  # bytes on disk
   ephemeral: bool
   base: int  # per cent of the base image that have been downloaded
@@ -5169,7 +5472,7 @@ def list_instances(cache: Cache) -> List[Row]:
       record = sound_record(LayerRecord(), layer.record)
       size = sum(map(tree_size, layer_files(layer)))
       kind = (record.os or "?", record.version or "?", record.arch or "?")
-      rows.append(Row(layer.name, *kind, "checkpoint", "", size, False, 100))
+      rows.append(Row(layer.name, *kind, "checkpoint", "", [], size, False, 100))
   return rows
 
 
@@ -5180,14 +5483,16 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     record = read_instance(paths)
   except QvmError:
     record = Instance(paths.name, "?", "?", "?")
+  listens = running and noted.program != "qvm" and noted.is_here()
   return Row(
     name=paths.name,
     os=record.os,
     version=record.version,
     arch=record.arch,
     state="running" if running else "stopped",
-    ssh=record.ssh if running and noted.program != "qvm" and noted.is_here() else "",
-    size=tree_size(paths.disk),
+    ssh=record.ssh if listens else "",
+    ports=record.ports.split() if listens else [],
+    size=tree_size(paths.disk) + (tree_size(paths.data) if os.path.lexists(paths.data) else 0),
     ephemeral=os.path.exists(paths.mark),
     base=base_share(cache, paths),
   )
@@ -5205,6 +5510,15 @@ def base_share(cache: Cache, paths: InstancePaths) -> int:
 
 # ---- QEMU command -------------------------------------------------------------------------------
 
+DISPLAYS = ("cocoa", "gtk", "sdl")  # the first of them that QEMU has
+# In the place of -nographic and of what else keeps the guest from having a screen; "virt" has no
+# keyboard and no graphics of its own.
+DISPLAY = """
+-display DISPLAY
+-device qemu-xhci
+-device usb-kbd
+-device usb-tablet
+"""
 CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"  # see needs_cpu_mask
 
 
@@ -5214,6 +5528,9 @@ class HostFacts(NamedTuple):
   address: Address
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
+  forwards: Tuple[Forward, ...] = ()
+  data: str = ""  # the second disk; empty: there is none
+  display: str = ""  # the kind of window, as in DISPLAYS; empty: none
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
   accel: str = TABLE_ACCEL
   emulated: bool = False  # neither KVM nor HVF can run this guest here
@@ -5231,8 +5548,10 @@ class Adjustment(NamedTuple):
 def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjustment]:
   """All differences between the table and the command that runs; README.md says why."""
   address = facts.address
+  published = [f"hostfwd={it.kind}:{it.host}:{it.port}-:{it.guest}," for it in facts.forwards]
+  hostfwd = "".join(published) + f"hostfwd=tcp:{address.host}:{address.port}-"
   changes = [
-    Adjustment("-netdev", "hostfwd=tcp::2847-", f"hostfwd=tcp:{address.host}:{address.port}-"),
+    Adjustment("-netdev", "hostfwd=tcp::2847-", hostfwd),
     Adjustment("-machine", "accel=" + TABLE_ACCEL, "accel=" + facts.accel),
     Adjustment("-m", "6G", options.memory),
     Adjustment("-smp", "2", options.cpus),
@@ -5244,6 +5563,8 @@ def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjust
     changes.append(Adjustment("-machine", "type=virt,", "type=virt,acpi=off,"))
   if guest.arch == "x86-64" and facts.mask_cpu:
     changes.append(Adjustment("-cpu", "max", "max," + CPU_MASK))
+  if guest.os == "dragonflybsd" and not facts.emulated and facts.accel != "tcg":
+    changes.append(Adjustment("-cpu", "max", "max,stibp-always-on=off"))  # it gets a #GP on AMD
   if guest.arch == "arm64" and facts.host_cpu:
     changes.append(Adjustment("-cpu", "cortex-a57", "host"))
   return changes
@@ -5272,8 +5593,15 @@ def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
   rows = adjusted(table_rows(plan.guest.table), adjustments(options, plan.guest, facts))
   if facts.key_disk and plan.guest.key_disk:
     rows += table_rows(plan.guest.key_disk.table)
+  if facts.data:
+    rows += table_rows(DATA_SCSI if "scsi-hd" in plan.guest.table else DATA_VIRTIO)
+  if facts.display:
+    rows = [row for row in rows if row[0] not in ("-nographic", "-display", "-monitor")]
+    rows += table_rows(DISPLAY.replace("DISPLAY", facts.display))
+    rows += [["-device", "virtio-gpu-pci"]] * (plan.guest.arch == "arm64")
   argv = [plan.qemu]
   plain = {"SHARE": plan.share, "DISK": plan.paths.disk, "KEYS": facts.key_disk}
+  plain["DATA"] = facts.data
   doubled = {key: path.replace(",", ",,") for key, path in plain.items()}
   for row in rows[1:]:
     argv += [fill(word, plain if row[0] == "-bios" else doubled) for word in row]
@@ -5281,8 +5609,8 @@ def qemu_command(plan: Plan, options: Options, facts: HostFacts) -> List[str]:
 
 
 def fill(word: str, paths: Dict[str, str]) -> str:
-  """A word of a table with paths in place of SHARE, DISK and KEYS."""
-  return re.sub(r"\b(SHARE|DISK|KEYS)\b", lambda match: paths[match.group()], word)
+  """A word of a table with paths in place of SHARE, DISK, KEYS and DATA."""
+  return re.sub(r"\b(SHARE|DISK|KEYS|DATA)\b", lambda match: paths[match.group()], word)
 
 
 def wants_key(guest: Guest, release: str) -> bool:
@@ -5492,8 +5820,8 @@ CAUSES = (
   (r"dyld.*Symbol not found|Symbol not found: _", "this macOS is too old for the downloaded QEMU",
    "update macOS: QEMU needs 13, its newer releases 15.4; or use your own QEMU with --qemu"),
   (r"initialize kvm: Permission denied", KVM_DENIED, KVM_FIX),
-  (r"set up host forwarding rule", "the ssh port is taken by another program",
-   "choose another with --ssh-port"),
+  (r"set up host forwarding rule '?(\w+:[0-9.]*:\d+)", r"the port \1 is taken by another program",
+   "choose another with --ssh-port or --publish"),
   (r'Failed to get (shared )?"[^"]+" lock', "another QEMU uses this disk",
    "stop that one first, or use another --name"),
   (r"cannot set up guest memory|Cannot allocate memory", "there is not enough memory",
@@ -5512,8 +5840,9 @@ def explain(output: str) -> List[str]:
   """The cause of QEMU's failure and the fix, from its output; empty if unknown."""
   output = re.split(r"falling back to \w+", output)[-1]  # QEMU went on after what precedes it
   for pattern, cause, fix in CAUSES:
-    if re.search(pattern, output, re.IGNORECASE):
-      return [f"QEMU failed: {cause}", fix]
+    match = re.search(pattern, output, re.IGNORECASE)
+    if match:
+      return [f"QEMU failed: {match.expand(cause)}", fix]
   return []
 
 
@@ -6228,6 +6557,61 @@ def power_off(login: Login) -> bool:
   if code not in (0, 255):
     say(f"{name} does not power off: {command} failed (exit code {code})")
   return code in (0, 255)
+
+
+REBOOTS = {HALT: "sudo shutdown -r now", HALT_OMNIOS: "sudo shutdown -i6 -g0 -y"}
+HAIKU_REBOOT = "shutdown -r -q"
+# What tells this boot of a guest from others: a random id or the time of the boot. Haiku has
+# neither; its /dev is made at each boot. Linux is the tests' guest.
+BOOT_SCRIPT = """PATH=$PATH:/sbin:/usr/sbin
+sysctl -n kern.boot_id 2>/dev/null || sysctl -n kern.boottime 2>/dev/null ||
+kstat -p unix:0:system_misc:boot_time 2>/dev/null ||
+cat /proc/sys/kernel/random/boot_id 2>/dev/null || stat -c %Z /dev
+"""
+
+
+# A connection to a guest that goes down is not closed: ssh would wait for three minutes.
+BOOT_ANSWER_SECONDS = 30.0
+
+
+def boot_of(login: Login) -> str:
+  """What tells a guest's boot from others; QvmError if it cannot be asked."""
+  output: List[bytes] = []
+
+  def read(process: "Process") -> None:
+    output.append(process.communicate(timeout=BOOT_ANSWER_SECONDS)[0])
+
+  spawn = silent()._replace(stdout=subprocess.PIPE)
+  patience = KEY_LOGIN_SECONDS if os.path.exists(login.paths.key_disk) else 0.0
+  try:
+    code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
+  except subprocess.TimeoutExpired:
+    raise QvmError(f"the guest of {login.paths.name} does not answer")
+  text = output[-1].decode("utf-8", "replace").strip()
+  if code or not text:
+    raise QvmError(f"the guest of {login.paths.name} does not tell its boot")
+  return text
+
+
+def reboot(login: Login) -> None:
+  """Reboot a guest over ssh and wait for a login to its new boot; QvmError if none comes."""
+  before, deadline = boot_of(login), time.monotonic() + login.patience
+  line = REBOOTS.get(login.guest.power_off, HAIKU_REBOOT)
+  say(f"asking {login.paths.name} to reboot")
+  with contextlib.suppress(subprocess.TimeoutExpired, QvmError):  # it may cut the connection
+    if in_guest(login, line, wait_up_to(60)) not in (0, 255):
+      say(f"{login.paths.name}: {line} failed")
+  while time.monotonic() < deadline:
+    try:
+      if boot_of(login._replace(patience=max(1.0, deadline - time.monotonic()))) != before:
+        return
+    except LoginError:
+      raise
+    except QvmError:  # the guest goes down while it is asked
+      pass
+    if login.ended(LOGIN_PAUSES[0]):
+      raise QvmError(f"the machine {login.paths.name} has ended instead of rebooting")
+  raise QvmError(f"{login.paths.name} has not rebooted within {login.patience:g} s; it still runs")
 
 
 def is_powering_off(paths: InstancePaths, patience: float) -> bool:
@@ -7517,6 +7901,7 @@ def streamed_base(
   command = [*own_program(), SERVE, f"{lock},{ours},{log}", "run", "--stream"]
   command += ["--platform", plan.guest.arch, "--name", plan.name]
   command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
+  command += [f"--qemu-release={plan.qemu_release}"] * bool(plan.qemu_release)
   command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
@@ -7535,7 +7920,7 @@ def streamed_base(
     return None
   stream.socket = answer.socket
   image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
-  backing = f"{STREAMED}///{plan.image_asset[: -len('.qcow2')]}?socket={answer.socket}"
+  backing = f"{STREAMED}///{plan.download[: -len('.qcow2')]}?socket={answer.socket}"
   return Base(backing, image, fds=(life,))
 
 
@@ -7600,12 +7985,12 @@ class Server:
   def bring_image(self, serving: contextlib.ExitStack) -> bool:
     """Download the image while the guest runs, if it is not there; False when that is all."""
     with contextlib.ExitStack() as stack:
-      downloads, name = self.plan.cache.downloads, self.plan.image_asset
+      downloads, name = self.plan.cache.downloads, self.plan.download
       self.folder = stack.enter_context(download_lock(downloads, name))
       if os.path.isfile(self.plan.base):
         send_answer(ServerAnswer())
         return False
-      pinned = pinned_release(self.plan, self.releases)
+      pinned = self.plan.release or pinned_release(self.plan, self.releases)
       find_image(self.plan, self.releases, pinned, self.begin)
       stack.callback(self.download.file.close)  # before another qvm may write
       stack.callback(self.net.cancelled.set)
@@ -7736,11 +8121,11 @@ class Server:
       share = base_share(self.plan.cache, self.paths)
       say(f"{share}% of the image of {self.paths.name} are there; the next run fetches the rest")
       return
-    ssh = read_instance(self.paths).ssh
+    before = read_instance(self.paths)
     with instances_lock(self.plan.cache):
       check_instance(self.plan)
       make_overlay(self.plan, backing_name(self.plan, self.plan.base), self.lock)
-      record_instance(self.plan, ssh, cached_base(self.plan))
+      record_instance(self.plan, before, cached_base(self.plan))
 
   def listen(self, stack: contextlib.ExitStack) -> str:
     """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
@@ -7888,11 +8273,6 @@ class Export:
 # ---- Machine ------------------------------------------------------------------------------------
 
 
-def memory_bytes(memory: str) -> int:
-  """A value of -m in bytes; a number without a suffix is in MiB."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-
-
 def memory_warning(memory: str, available: Optional[int]) -> str:
   """A warning if a guest's memory exceeds the bytes available on the host, else empty."""
   wanted = memory_bytes(memory)
@@ -7904,8 +8284,8 @@ def memory_warning(memory: str, available: Optional[int]) -> str:
   )
 
 
-def bind(kind: int, address: Address) -> Optional["socket.socket"]:
-  """A socket of this kind bound to an address; None if the port is taken."""
+def bind(kind: int, address: Address, flag: str = "--ssh-port") -> Optional["socket.socket"]:
+  """A socket of this kind bound to an address of option `flag`; None if the port is taken."""
   taken = socket.socket(socket.AF_INET, kind)
   try:
     if kind == socket.SOCK_STREAM:
@@ -7914,9 +8294,9 @@ def bind(kind: int, address: Address) -> Optional["socket.socket"]:
   except OSError as error:
     taken.close()
     if error.errno == errno.EADDRNOTAVAIL:
-      raise QvmError(f"{address.host} is not an address of this machine (--ssh-port)")
+      raise QvmError(f"{address.host} is not an address of this machine ({flag})")
     if error.errno == errno.EACCES:
-      raise QvmError(f"port {address.port} needs root; choose one above 1023")
+      raise QvmError(f"port {address.port} needs root ({flag}); choose one above 1023")
     return None
   return taken
 
@@ -7930,16 +8310,40 @@ def somebody_answers(address: Address) -> bool:
     return False
 
 
-def reserve_port(wanted: Address, stack: contextlib.ExitStack) -> Tuple[Address, int]:
+def free_forward(forward: Forward) -> Forward:
+  """The same, with a port in place of 0; QvmError if it is taken. QEMU binds it soon after."""
+  kind = socket.SOCK_STREAM if forward.kind == "tcp" else socket.SOCK_DGRAM
+  probe = bind(kind, Address(forward.host, forward.port), "--publish")
+  port = probe.getsockname()[1] if probe else forward.port
+  answered = (
+    probe
+    and forward.port
+    and forward.kind == "tcp"
+    and somebody_answers(Address(forward.host, port))
+  )
+  if probe:
+    probe.close()
+  if not probe or answered:
+    raise QvmError(
+      f"port {port}/{forward.kind} on {forward.host} is taken (--publish {forward})",
+      "choose another, or 0 for a free one",
+    )
+  return forward._replace(port=port)
+
+
+def reserve_port(
+  wanted: Address, stack: contextlib.ExitStack, others: Sequence[int] = ()
+) -> Tuple[Address, int]:
   """Find a free port; returns it with the descriptor of a lock that keeps every other qvm off it.
 
+  It is none of `others`, which this machine publishes.
   The lock is the UDP port of the same number, to which nothing is ever sent. The kernel gives it to
   one process, whatever its cache or user, and frees it when QEMU has ended.
   """
   kind = ""
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
     address = wanted._replace(port=port)
-    lock, kind = bind(socket.SOCK_DGRAM, address), "UDP"
+    lock, kind = None if port in others else bind(socket.SOCK_DGRAM, address), "UDP"
     if lock:
       probe, kind = bind(socket.SOCK_STREAM, address), "TCP"
       answered = probe and somebody_answers(address)
@@ -8052,6 +8456,30 @@ def is_emulated(guest: Guest, accel: str) -> bool:
   return not fast or guest.arch != this_host().arch
 
 
+def kept_options(paths: InstancePaths, options: Options) -> Options:
+  """The options, with what an instance keeps of earlier runs where nothing else is given."""
+  with contextlib.suppress(UsageError):
+    if not options.publish:
+      texts = sound_record(Instance(), paths.record).publish.split()
+      return options._replace(publish=tuple(map(parse_forward, texts)))
+  return options
+
+
+def display_of(plan: Plan) -> str:
+  """The kind of window that the QEMU to run can show; QvmError if it can show none."""
+  if not os.path.isfile(plan.qemu):
+    return DISPLAYS[0 if sys.platform == "darwin" else 1]  # a guess, for --dry-run
+  shown = ask_program([plan.qemu, "-display", "help"])[1].partition("types:")[2].split()
+  found = [name for name in DISPLAYS if name in shown]
+  if not found:
+    raise QvmError(
+      f"{plan.qemu} has no display built in",
+      "install a QEMU that has one (Debian: qemu-system-gui) and name it: --qemu qemu-system-"
+      + QEMU_CPUS[plan.guest.arch],
+    )
+  return found[0]
+
+
 def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
   accel = accelerators_for(plan, options)
@@ -8059,6 +8487,9 @@ def host_facts(plan: Plan, options: Options, address: Address, release: str) -> 
   emulated = is_emulated(plan.guest, accel)
   return HostFacts(
     address=address,
+    forwards=options.publish,
+    display=display_of(plan) if options.display else "",
+    data=plan.paths.data if options.disk or os.path.lexists(plan.paths.data) else "",
     linaro=has_linaro(plan.share),
     mask_cpu="kvm" in accel.split(":") and needs_cpu_mask("/proc/cpuinfo", "/dev/kvm"),
     key_disk=plan.paths.key_disk if log_in and wants_key(plan.guest, release) else "",
@@ -8118,6 +8549,7 @@ class Machine:
   process: "Process"  # from start() on, as are these
   facts: HostFacts
   untouched: Tuple[int, int]  # the disk's stamp before QEMU started
+  published: str  # the ports to publish, as given
   began: float
 
   def __init__(self, plan: Plan, options: Options) -> None:
@@ -8142,10 +8574,13 @@ class Machine:
       check_instance(self.plan)
       if os.path.lexists(self.paths.disk):
         mend_record(self.paths)
+      self.options = kept_options(self.paths, self.options)
+      check_data_disk(self.plan, self.options.disk)
+      self.published = " ".join(map(str, self.options.publish))
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
         open(self.paths.mark, "w").close()
-      if self.options.ssh.chosen:
+      if self.options.ssh.chosen or self.options.publish:
         self.reserve_port(stack)
       self.open_log(stack)
       warning = memory_warning(self.options.memory, available_memory("/proc/meminfo"))
@@ -8180,9 +8615,12 @@ class Machine:
     return self.options.console_log or self.paths.console
 
   def reserve_port(self, stack: contextlib.ExitStack) -> None:
-    """Reserve the ssh port, unless that has already been done."""
+    """Reserve the ssh port and look at those to publish, unless that has already been done."""
     if self.port_lock < 0:
-      self.address, self.port_lock = reserve_port(self.options.ssh, stack)
+      others = [forward.port for forward in self.options.publish]
+      self.address, self.port_lock = reserve_port(self.options.ssh, stack, others)
+      forwards = tuple(map(free_forward, self.options.publish))
+      self.options = self.options._replace(publish=forwards)
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
@@ -8210,16 +8648,20 @@ class Machine:
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
     """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
-    plan, options = self.plan, self.options
     self.reserve_port(self.stack)
+    plan, options = self.plan, self.options
     with instances_lock(plan.cache):
       for path in (*base.needs, plan.qemu, plan.qemu_img):
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
       check_instance(plan)
       check_backing(plan, base)
-      record_instance(plan, f"{self.address.host}:{self.address.port}", base)
+      ports = " ".join(map(str, options.publish))
+      ssh = f"{self.address.host}:{self.address.port}"
+      run = Instance(ssh=ssh, publish=self.published, ports=ports)
+      record_instance(plan, run._replace(words="\0".join(started_with(options))), base)
       make_overlay(plan, base.backing, self.lock)
+      make_data_disk(plan, options.disk, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
         write_key_disk(self.paths, plan.guest.key_disk)
@@ -8354,13 +8796,14 @@ class Machine:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
     self.greet()
     process, folder = self.process, self.plan.cache.instances
-    relay = Relay(process, is_interactive(), self.log, lambda: disk_is_full(folder))
+    raw = is_interactive() and not self.facts.display  # a window has the keys
+    relay = Relay(process, raw, self.log, lambda: disk_is_full(folder))
     try:
       if relay.interactive:
         go_raw()
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
         relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
-      elif process.stdin and os.isatty(0):
+      elif process.stdin and os.isatty(0) and not self.facts.display:
         go_raw(signals=True)
       relay.run()
       process.wait()
@@ -8387,13 +8830,23 @@ class Machine:
     if port != SSH_PORT and not self.address.chosen:
       say(f"port {SSH_PORT} is taken; this machine uses {port}")
     say(ssh_line(guest, self.address))
-    if not guest.console:
+    self.tell_ports()
+    if self.facts.display:
+      say("the guest has a window; Ctrl-C here, or closing it, ends the machine at once")
+    elif not guest.console:
       say(f"{guest.title} writes nothing to this terminal; log in with ssh once it is up")
+
+  def tell_ports(self) -> None:
+    """Say where the guest's ports are that were to be on a free one."""
+    asked = self.published.split()
+    for text in [each for each in map(str, self.options.publish) if each not in asked]:
+      say(f"{self.plan.name} publishes {text}")
 
   def leave_running(self) -> int:
     """Wait until ssh answers, then let the machine go; QvmError if it ends before that."""
     verb = "is running" if self.resumed else "is booting"
     say(f"{self.plan.name} {verb} in the background; its console goes to {self.console}")
+    self.tell_ports()
     answers = self.wait_for_ssh()
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
     self.process.returncode = 0  # so that nothing complains that nobody waits for it
@@ -8447,8 +8900,9 @@ def flush_disk(paths: InstancePaths) -> None:
   QEMU itself leaves it to the system (cache=unsafe).
   """
   if not os.path.exists(paths.mark):
-    with contextlib.suppress(FileNotFoundError):
-      flush(paths.disk)
+    for path in (paths.disk, paths.data):
+      with contextlib.suppress(FileNotFoundError):
+        flush(path)
 
 
 def check_backing(plan: Plan, base: Base) -> None:
@@ -8511,7 +8965,8 @@ def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> 
 
 def print_command(plan: Plan, options: Options) -> int:
   """Print the QEMU command that `run` would execute."""
-  facts = host_facts(plan, options, options.ssh, record_of(plan.base).release)
+  options = kept_options(plan.paths, options)
+  facts = host_facts(plan, options, options.ssh, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
 
@@ -8635,17 +9090,17 @@ class Control:
 def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
   """A digest of what a checkpoint depends on: base image, command line, QEMU and host.
 
-  Paths, address and port may differ. The accelerator in use is known only once QEMU runs.
+  Paths, address and ports may differ. The accelerator in use is known only once QEMU runs.
   """
   named = plan._replace(qemu="QEMU", share="SHARE", paths=Cache("").instance("DISK"))
-  facts = facts._replace(address=Address(), key_disk="KEYS" if facts.key_disk else "")
+  facts = facts._replace(address=Address(), forwards=(), key_disk="KEYS" if facts.key_disk else "")
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
   digest = hashlib.sha256()
   for text in (
     *qemu_command(named, options, facts),
-    *(base_record(plan).sha256, tree, own, os.fsdecode(public)),
+    *(base_record(plan).sha256 or base_record(plan).validator, tree, own, os.fsdecode(public)),
     *host_cpu("/proc/cpuinfo"),
   ):
     digest.update(os.fsencode(text) + b"\0")
@@ -8709,9 +9164,7 @@ class Checkpoint:
     """Write the record, which completes the checkpoint."""
     plan = self.plan
     kind = (self.name, plan.guest.os, plan.version, plan.guest.arch)
-    record = LayerRecord(
-      *kind, record_of(plan.base).sha256, self.key, failures=self.failures, **more
-    )
+    record = LayerRecord(*kind, image_record(plan).sha256, self.key, failures=self.failures, **more)
     write_record(plan.cache, self.layer.record, record, 0o600)
 
   def make(self) -> bool:
@@ -8930,7 +9383,7 @@ def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
   """What to say when a newer version, which the user did not name, makes another instance."""
-  named = options.name or plan.version in options.operands
+  named = options.name or plan.own_image or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
   stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]
@@ -8948,8 +9401,9 @@ def fetch_base(machine: Machine, net: Net) -> Base:
   """Download what is missing; with --stream the image follows while the guest runs, if it can."""
   plan, options = machine.plan, machine.options
   whole = os.path.lexists(plan.paths.disk) and not is_streamed(plan.paths.disk)
+  whole = whole or plan.own_image
   stream = options.stream and not whole and is_missing(plan, plan.base)
-  fetch_missing(plan, net, image=not stream)
+  fetch_missing(plan, net, image=not stream and not plan.own_image)
   base = None
   if stream:
     log = machine.log.fileno() if machine.log and options.detach else -1
@@ -9040,8 +9494,8 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
-    mirror_asset(releases, folder, Asset("resources", releases.tag("resources"), name))
-  find_image(plan, releases, "", functools.partial(mirror_asset, releases, folder))
+    mirror_asset(releases, folder, Asset("resources", resources_tag(plan, releases), name))
+  find_image(plan, releases, plan.release, functools.partial(mirror_asset, releases, folder))
 
 
 def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
@@ -9083,7 +9537,7 @@ def cmd_search(options: Options) -> int:
       images = asked[name].result()
     except QvmError as error:
       errors[name], images = error, []
-    rows += search_rows(name, images, cached_images(cache, name))
+    rows += search_rows(cache, name, images)
   for name, problem in errors.items():
     say(f"showing only cached images of {name}: {problem}")
   if options.json:
@@ -9107,19 +9561,22 @@ class SearchRow(NamedTuple):
   release: Optional[str]
   asset: str
   cached: bool
+  size: int  # bytes on disk, if it is cached
 
 
-def search_rows(name: str, images: List[Image], cached: List[Image]) -> List[SearchRow]:
+def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]:
   """The images of an OS, the newest version first."""
-  here = {(image.version, image.arch) for image in cached}
+  cached = cached_images(cache, name)
+  here = {(it.version, it.arch): tree_size(cache.path("base", it.asset)) for it in cached}
   known = {(image.version, image.arch) for image in images}
   every = images + [image for image in cached if (image.version, image.arch) not in known]
   every.sort(key=lambda image: version_key(image.version), reverse=True)
   return [
     SearchRow(
-      name, it.version, it.arch, it.release or None, it.asset, (it.version, it.arch) in here
+      name, it.version, it.arch, it.release or None, it.asset, key in here, here.get(key, 0)
     )
     for it in every
+    for key in [(it.version, it.arch)]
   ]
 
 
@@ -9127,7 +9584,8 @@ def show_search(rows: List[SearchRow]) -> None:
   """Print the versions as a table with a column for each CPU."""
   cells: Dict[Tuple[str, str], Dict[str, str]] = {}
   for row in rows:
-    text = " ".join(filter(None, [row.release, "(cached)" if row.cached else ""]))
+    here = f"(cached, {megabytes(row.size)})" if row.cached else ""
+    text = " ".join(filter(None, [row.release, here]))
     cells.setdefault((row.os, row.version), {})[row.arch] = text
   table = [("OS", "VERSION", "X86-64", "ARM64")]
   for (name, version), arches in cells.items():
@@ -9143,14 +9601,32 @@ def cmd_list(options: Options) -> int:
   if options.json:
     emit_json([row._asdict() for row in rows])
     return 0
-  table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "SIZE")]
+  table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "PORTS", "SIZE")]
   for row in rows:
     state = row.state + (" (--rm)" if row.ephemeral else "")
     state += f" (base {row.base}%)" if row.base < 100 else ""
-    cells = (row.name, row.os, row.version, row.arch, state, row.ssh or "-", megabytes(row.size))
-    table.append(cells)
+    where = (state, row.ssh or "-", " ".join(row.ports) or "-")
+    table.append((row.name, row.os, row.version, row.arch, *where, megabytes(row.size)))
   show_table(table)
+  cached = cached_things(cache)
+  if cached:
+    emit("")
+    show_table([("CACHED", "RELEASE", "SIZE"), *cached])
   return 0
+
+
+def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
+  """The base images and QEMUs that are cached: name, release and size on disk."""
+  images = [(it.asset, cache.path("base", it.asset)) for os_name in OS_NAMES
+            for it in cached_images(cache, os_name)]  # fmt: skip
+  found = [(name, path, record_path(path)) for name, path in images]
+  for link in filter(os.path.isdir, qemu_links(cache)):
+    name = "qemu-system-" + os.path.basename(link)
+    found.append((name, os.path.realpath(link), os.path.join(link, "release.json")))
+  return [
+    (name, sound_record(AssetRecord(), record).release or "-", megabytes(tree_size(path)))
+    for name, path, record in found
+  ]
 
 
 def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:
@@ -9182,12 +9658,116 @@ def cmd_stop(options: Options) -> int:
   return 0
 
 
+def run_words(paths: InstancePaths) -> List[str]:
+  """The command line that starts an instance in the background as it was started last."""
+  it = read_instance(paths)
+  words = [
+    "run",
+    "--detach",
+    "--name",
+    it.name,
+    "--platform",
+    it.arch,
+    *filter(None, it.words.split("\0")),
+  ]
+  return [*words, *["--ssh-port", it.ssh] * bool(it.ssh), it.os, *[it.version] * (not it.image)]
+
+
+def cmd_restart(options: Options) -> int:
+  """Reboot guests, one after the other; with --force those that do not reboot are started anew."""
+  cache = cache_from(os.environ)
+  for paths in existing(cache, options.operands, "restarted"):
+    if not is_running(paths):
+      raise QvmError(f"the instance {paths.name} is not running", "see qvm list")
+    try:
+      reboot(login_of(paths, login_seconds(options)))
+    except QvmError as error:
+      if not options.force or os.path.exists(paths.mark):
+        raise QvmError(
+          str(error), error.hint or "--force ends QEMU, but not that of a --rm machine"
+        )
+      say(str(error))
+      again = resolve(parse_command_line(run_words(paths)))
+      if is_running(paths):
+        stop_instance(paths, True)
+      cmd_run(again)
+    else:
+      emit(paths.name)
+  return 0
+
+
+def cmd_logs(options: Options) -> int:
+  """Print an instance's console log; with --follow until its machine ends."""
+  [paths] = existing(cache_from(os.environ), options.operands, "shown")
+  show, place = Screen().show if os.isatty(1) else bytes, 0
+  own = re.search(r"--console-log=([^\0]+)", sound_record(Instance(), paths.record).words)
+  path = own.group(1) if own else paths.console
+  if not os.path.exists(path):
+    raise QvmError(f"there is no {path}", "only runs with --detach or a command write it")
+  with open(path, "rb") as file:
+    running = True
+    while running:
+      running = options.follow and is_running(paths)  # before the last look
+      if os.fstat(file.fileno()).st_size < place:
+        place = file.seek(0, os.SEEK_END)  # the log was cut to keep it within bounds
+      for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+        write_all(1, show(chunk))
+      place = file.tell()
+      time.sleep(0.2 if running else 0)
+  return 0
+
+
+def cmd_clone(options: Options) -> int:
+  """Copy a stopped instance: its disks and its record, which gets the new name."""
+  cache = cache_from(os.environ)
+  [paths] = existing(cache, options.operands[:1], "cloned")
+  new = cache.instance(options.operands[1])
+  sweep(cache)
+  with contextlib.ExitStack() as stack:
+    for each in (paths, new):
+      if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
+        raise QvmError(f"there is already an instance {new.name}", "choose another name")
+      try:
+        stack.callback(take_instance(each).remove)
+      except RunningError as error:
+        raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
+    check_spelling(new)
+    record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
+    folder = stack.enter_context(unfinished(cache))
+    ends = [
+      path[len(paths.stem) :] for path in paths_in(cache.instances) if path.startswith(paths.stem)
+    ]
+    ends = [
+      end for end in ends if end in (".qcow2", ".data") or re.match(SYNC_SUFFIX_RE + r"\Z", end)
+    ]
+    made = [
+      (os.path.join(folder, new.name + end), paths.stem + end, new.stem + end) for end in ends
+    ]
+    for aside, source, _ in made:
+      try:
+        shutil.copyfile(source, aside)
+      except OSError as error:
+        raise write_failure(aside, tree_size(source), error)
+    with instances_lock(cache), signals.hold():
+      remove_instance(new)  # what there is of it without a disk
+      write_record(cache, new.record, record, keep=True)
+      for aside, _, target in sorted(made, key=lambda it: it[2] == new.disk):  # which makes it
+        move_into_place(aside, target, 0o644)
+  emit(new.name)
+  return 0
+
+
 def cmd_rm(options: Options) -> int:
-  """Delete instances and layers; all names are checked before anything is deleted."""
+  """Delete instances and layers, but nothing if one of them runs; pass over unknown names."""
   cache = cache_from(os.environ)
   sweep(cache)
   frozen = {layer.name: layer for layer in layers(cache)}
   names = [name for name in options.operands if name not in frozen]
+  unknown = [name for name in names if not os.path.lexists(cache.instance(name).disk)]
+  if len(options.operands) > 1:
+    for name in dict.fromkeys(unknown):
+      say(f"there is no instance {name}")
+    names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
   for paths in chosen if options.force else []:
@@ -9206,7 +9786,7 @@ def cmd_rm(options: Options) -> int:
     with instances_lock(cache):
       remove_layer(layer)  # machines that run from it have its files open
     emit(layer.name)
-  return 0
+  return EXIT_FAILED if unknown else 0
 
 
 def cmd_clean(options: Options) -> int:
@@ -9256,10 +9836,10 @@ def is_taken(cache: Cache, name: str) -> bool:
 # What qvm may have left, by folder. The cache may be a folder that holds other things, too.
 LEFTOVER_RES = {
   "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
-  "bin": r"resources\.tmp|qemu-img\.json\..+",
-  "qemu": r"(x86_64|aarch64)\.(tmp|new)|\.(x86_64|aarch64)-[0-9a-f]{8}",
+  "bin": r"resources\.tmp|qemu-img(\+.+)?\.json\..+",
+  "qemu": r"(x86_64|aarch64)(\+.+)?\.(tmp|new)|\.(x86_64|aarch64)(\+.+)?-[0-9a-f]{8}",
   "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
-  "downloads": SCRATCH + r".+|.+\.(qcow2|tar)",
+  "downloads": SCRATCH + r".+|.+\.(qcow2|tar(\+.+)?)",
   "each": r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}",
 }
 
@@ -9297,7 +9877,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
     if suffix == ".json":
       mine = sound_record(Instance(), path).name == instance.name
       useless = useless or (mine and not os.path.lexists(instance.disk))
-    if useless or not (suffix == ".json" or os.path.lexists(instance.disk)):
+    if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
       found.append(path)
   return found
 
@@ -9305,7 +9885,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
 def strays(cache: Cache) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
-  links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
+  links = qemu_links(cache)
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
   used.update(os.path.realpath(link) for link in links)
@@ -9337,11 +9917,21 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
     say("an instance is running: QEMU is kept")
     return found
-  links = [cache.qemu_tree(cpu) for cpu in QEMU_CPUS.values()]
+  links = qemu_links(cache)
   trees = [tree for tree in map(own_tree, links) if tree]
   programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
+  programs += [
+    path for path in paths_in(cache.path("bin")) if path.startswith(cache.qemu_img + "+")
+  ]
   programs += paths_in(cache.path("accelerators"))
   return found + [path for path in programs if os.path.lexists(path)]
+
+
+def qemu_links(cache: Cache) -> List[str]:
+  """The links to QEMU's trees: the newest for each CPU, then those of --qemu-release."""
+  cpus = QEMU_CPUS.values()
+  pinned = [p for p in paths_in(cache.path("qemu")) if os.path.basename(p).split("+")[0] in cpus]
+  return list(dict.fromkeys([*map(cache.qemu_tree, cpus), *pinned]))
 
 
 def own_tree(link: str) -> str:
@@ -10051,6 +10641,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   elif form.operands.startswith("NAME"):
     names = instance_names(cache, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
+    names = [] if command == "clone" and operands else names  # NEW is for the user to invent
     words += [name for name in names if name not in operands and re.match(NAME_RE, name)]
   elif form.operands.startswith("GUEST"):
     words += [name for name in (ALL, *OS_NAMES) if name not in operands]
@@ -10069,6 +10660,9 @@ CALLS: Dict[str, Callable[[Options], int]] = {
   "list": cmd_list,
   "ssh": cmd_ssh,
   "stop": cmd_stop,
+  "restart": cmd_restart,
+  "logs": cmd_logs,
+  "clone": cmd_clone,
   "rm": cmd_rm,
   "clean": cmd_clean,
   "doctor": cmd_doctor,

@@ -26,6 +26,8 @@ BIOS_GUESTS = (
   ("netbsd", "x86-64"),
   ("haiku", "x86-64"),
   ("omnios", "x86-64"),
+  ("dragonflybsd", "x86-64"),
+  ("midnightbsd", "x86-64"),
 )
 
 

@@ -495,7 +495,7 @@ _SHUTDOWN = r"""#!/bin/sh
   echo 'linux guest powers off' >/dev/console
   sync
   umount /mnt || mount -o remount,ro /mnt
-  poweroff -f
+  case "$*" in *-r*) reboot -f ;; *) poweroff -f ;; esac
 ) </dev/null >/dev/null 2>&1 &
 [ $PPID != 1 ] || wait
 """

@@ -78,7 +78,18 @@ COMMANDS = {
   "sudo": 'USER=root LOGNAME=root\nexport USER LOGNAME\nexec "$@"\n',
   "whoami": 'echo "$USER"\n',
   "date": 'case $1 in -u) echo "$*" >>"%(folder)s/dates" ;; *) exec /bin/date "$@" ;; esac\n',
-  "shutdown": "kill -USR1 %(pid)d && exec sleep 600\n",
+  "shutdown": """case $* in *-r*)  # the next boot is there when somebody has asked for it
+echo "$*" >>"%(folder)s/reboots"; echo 2 >"%(folder)s/asked"; exit ;; esac
+kill -USR1 %(pid)d && exec sleep 600
+""",
+  # Only kern.boot_id; after a reboot the old boot is still there for the first who asks.
+  "sysctl": """cd "%(folder)s" || exit
+[ "$2" = kern.boot_id ] || exit 1
+[ ! -e asked ] || mv asked went
+[ ! -e going ] || { mv going boot; }
+[ ! -e went ] || mv went going
+[ -e boot ] && cat boot || echo 1
+""",
 }
 
 
@@ -393,7 +404,7 @@ def set_up(play, argv, log):
   write(folder + "/sshd_config", SETTINGS % words)
   for name, text in COMMANDS.items():
     text = "" if name == "shutdown" and play.get("ignore_shutdown") else text
-    text = text % words if name in ("shutdown", "date") else text
+    text = text % words if name in ("shutdown", "date", "sysctl") else text
     write(folder + "/bin/" + name, "#!/bin/sh\n" + text, 0o755)
   write_accounts(folder, play.get("shell", "/bin/sh"), "" if login == "open" else "*")
   for user in USERS:

@@ -122,8 +122,10 @@ def fill(server, image, tools_tar):
     ("netbsd", "v0.7.0", ("10.1", "11.0")),
     ("haiku", "v0.2.0", ("r1beta5",)),
     ("omnios", "v0.2.0", ("r151058",)),
+    ("dragonflybsd", "v0.0.1", ("6.4.2",)),
+    ("midnightbsd", "v0.0.1", ("4.0.4",)),
   ):
-    arches = ("x86-64",) if os_name in ("haiku", "omnios") else ("x86-64", "arm64")
+    arches = ("x86-64", "arm64") if os_name in ("freebsd", "openbsd", "netbsd") else ("x86-64",)
     names = [f"{os_name}-{version}-{arch}.qcow2" for version in versions for arch in arches]
     server.add_release(os_name + "-builder", tag, dict.fromkeys(names, image))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import qvm as qvm_source
 
-OS_NAMES = ("freebsd", "openbsd", "netbsd", "haiku", "omnios")
+OS_NAMES = (*("freebsd", "openbsd", "netbsd", "haiku", "omnios", "dragonflybsd", "midnightbsd"),)
 CPU_NAMES = ("x86-64", "x86_64", "amd64", "x64", "arm64", "aarch64")
 FREEBSD = ("freebsd", "15.1")
 
@@ -163,9 +163,21 @@ HOSTILE = (
 )  # fmt: skip
 RUN = ("run", *FREEBSD)
 BAD = [
-  ((), ["run, each, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
-  (("",), ["run, each, pull, search, list, ssh, stop, rm, clean, doctor, config, completion"]),
-  (("frobnicate",), ["'frobnicate'", "run, each, pull, search, list, ssh, stop, rm, clean"]),
+  (
+    (),
+    ["run, each, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor"],
+  ),
+  (
+    ("",),
+    ["run, each, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor"],
+  ),
+  (
+    ("frobnicate",),
+    [
+      "'frobnicate'",
+      "run, each, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor",
+    ],
+  ),
   (("--rm",), ["--help"]),
   (("--dry-run", "15.1"), ["run, each, pull"]),
   (("run",), ["qvm run OS [VERSION]", *OS_NAMES]),
@@ -364,8 +376,8 @@ def test_any_words_are_options_or_a_usage_error(words):
 # --- Help and version ------------------------------------------------------------------------
 
 COMMANDS = (
-  *("run", "each", "pull", "search", "list", "ssh", "stop", "rm", "clean", "doctor", "config"),
-  "completion",
+  *("run", "each", "pull", "search", "list", "ssh", "stop", "restart", "logs", "clone"),
+  *("rm", "clean", "doctor", "config", "completion"),
 )
 SHARED = ("--help", "-h", "--version")
 IN_GUEST = ("-e", "--env", "--sync", "--sync-direction", "--sync-exclude", "--sync-delete")
@@ -374,15 +386,20 @@ KNOWN = {
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
   + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
-  + IN_GUEST,
+  + ("-p", "--publish", "--disk", "--image", "--release", "--qemu-release")
+  + ("--display",) + IN_GUEST,
   "each": SHARED + ("-j", "--jobs", "--fail-fast", "--logs", "--json", "--junit", "-m", "--memory")
   + ("--cpus", "--accel", "--qemu", "--qemu-arg", "--warm", "--stream", "--boot-timeout")
   + ("--boot-attempts", "--no-network", "-e", "--env", "--sync", "--sync-exclude", "--sync-out"),
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
-  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
+  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror")
+  + ("--release", "--qemu-release"),
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),
   "stop": SHARED + ("--force", "--boot-timeout"),
+  "restart": SHARED + ("--force", "--boot-timeout"),
+  "logs": SHARED + ("-f", "--follow"),
+  "clone": SHARED,
   "rm": SHARED + ("--force",),
   "clean": SHARED + ("--all", "--dry-run"),
   "doctor": SHARED + ("--offline", "--json"),
@@ -430,9 +447,11 @@ def test_examples_in_the_help_parse(offline, command):
     assert options.command == (command or "run")
 
 
-def test_examples_of_run_plan_something(offline):
+def test_examples_of_run_plan_something(offline, image, tmp_path):
+  (tmp_path / "out.qcow2").write_bytes(image)
   for words in examples_of(offline("run", "--help").stdout):
-    run = offline("--dry-run", *words, *([] if "--platform" in words else ["--platform", "x64"]))
+    more = [] if "--platform" in words else ["--platform", "x64"]
+    run = offline("--dry-run", *words, *more, cwd=tmp_path)
     assert (run.returncode, run.stderr, run.stdout.count("\n")) == (0, "", 1)
 
 

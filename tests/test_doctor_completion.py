@@ -499,7 +499,7 @@ def test_a_proxy_is_named_without_its_password(host, name):
 
 # --- The words of completion -----------------------------------------------------------------
 
-OS_NAMES = ["freebsd", "openbsd", "netbsd", "haiku", "omnios"]
+OS_NAMES = list(qvm_source.OS_NAMES)
 COMMANDS = list(qvm_source.COMMANDS)
 NAMES = ["a.b_c+d~e-1", "build", "freebsd-15.1-x86-64"]
 
@@ -550,6 +550,10 @@ WORDS = [
   (["run", "freebsd", "15.1"], []),
   (["search", "freebsd"], []),
   (["stop"], NAMES),
+  (["restart"], NAMES),
+  (["logs"], NAMES),
+  (["clone"], NAMES),
+  (["clone", "build"], []),
   (["rm"], NAMES),
   (["rm", "--force"], NAMES),
   (["rm", "build"], [NAMES[0], NAMES[2]]),
@@ -602,7 +606,7 @@ def test_completion_changes_nothing(offline):
 # The line up to the cursor, and what is offered for its last word.
 LINES = [
   ("qvm ", COMMANDS),
-  ("qvm r", ["run", "rm"]),
+  ("qvm r", ["run", "restart", "rm"]),
   ("qvm run ", OS_NAMES),
   ("qvm run o", ["openbsd", "omnios"]),
   ("qvm run --rm --platform arm64 fr", ["freebsd"]),

@@ -877,13 +877,13 @@ OPTIONS = (
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
-  Option(("--install",), "install", "'PKG...'", parse_packages,
-         "install packages first; kept as --prepare does", True),
   Option(("--prepare",), "prepare", "SCRIPT", parse_text,
-         "run SCRIPT in the guest first, with sh -e, and keep the disk\n"
-         "as a layer, on which later runs start; may be repeated", True),
+         "set the guest up with SCRIPT first, for /bin/sh, and keep its\n"
+         "disk as a layer, on which later runs start; may be repeated", True),
+  Option(("--install",), "install", "'PKG...'", parse_packages,
+         "the same with the guest's package manager, before any SCRIPT", True),
   Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
-         "how long --prepare and --install may take (default: 3600)"),
+         "how long setting up may take (default: 3600)"),
   Option(("--rebuild",), "rebuild", "", bool, "make the layer anew, from the base image"),
   Option(("--sync",), "sync", "DIR", parse_text,
          "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
@@ -939,7 +939,7 @@ COMMANDS = {
       "qvm run --rm freebsd 15.1 -- uname -a",
       "qvm run --rm --sync . freebsd 15.1 -- 'make && make test'",
       "qvm run --rm --warm freebsd 15.1 -- make test",
-      "qvm run --rm --install 'git cmake' --prepare setup.sh freebsd 15.1 -- make test",
+      "qvm run --rm --install 'git cmake' freebsd 15.1 -- cmake --version",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
       "qvm run --detach --name web freebsd 15.1",
@@ -958,6 +958,7 @@ COMMANDS = {
       "qvm pull --install 'git cmake' freebsd 15.1",
       "qvm pull --mirror /srv/qvm freebsd 15.1",
     ),
+    {"env": "set a variable for the scripts, without VALUE to its value\nhere; may be repeated"},
   ),
   "search": Command(
     "[OS]", 0, 1, ("json",),
@@ -4391,8 +4392,8 @@ def drop_layers(plan: Plan, new: AssetRecord) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
   under = [layers_under(plan.cache, paths.disk) for paths in overlays(plan.cache)]
   kept = {name for names, _ in under for name in names}
-  for layer in layers(plan.cache) if None not in [last for _, last in under] else []:
-    below = layers_under(plan.cache, layer.disk)[1]
+  every = layers(plan.cache) if None not in [last for _, last in under] else []
+  for layer, (_, below) in [(each, layers_under(plan.cache, each.disk)) for each in every]:
     mine = os.path.basename(below or "") == os.path.basename(plan.base)
     digest = sound_record(LayerRecord(), layer.record).base_sha256
     if mine and digest not in (new.sha256, new.asset_sha256) and layer.name not in kept:
@@ -9251,6 +9252,8 @@ class SetUp:
     line = shell_line(command_script(command, self.env, "", ""))
     spawn = Spawn(subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT)
     code = in_guest(machine.login, line, use, patience, spawn)
+    if code == 255 and machine.has_ended(1.0):
+      raise lost(machine.login, "no answer any more")
     lines = said.decode("utf-8", "replace").split("\n")
     return code, " / ".join([each.strip() for each in lines if each.strip()][-SCRIPT_LINES:])
 
@@ -9263,11 +9266,13 @@ class SetUp:
         f"{plan.name} has not powered itself off within {POWER_OFF_SECONDS:g} s; no layer is made",
         "its disk may not be sound: does the guest shut down by itself?",
       )
-    backing = backing_name(plan, os.path.join(plan.cache.instances, base.backing), layer.disk)
-    if backing != base.backing:  # where a folder of the cache is a link
-      run_program(
-        [plan.qemu_img, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", disk]
-      )
+    below, beside = (
+      os.path.realpath(os.path.join(folder, base.backing))
+      for folder in (plan.cache.instances, os.path.dirname(layer.disk))
+    )
+    if below != beside:  # a folder of the cache is a link
+      backing = ["-b", backing_name(plan, below, layer.disk), "-F", "qcow2"]
+      run_program([plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", *backing, disk])
     flush(disk)  # before the lock: that takes a while
     title = self.steps[0].title if self.steps[0].again else first_line(self.steps[0].text)
     record = LayerRecord(layer.name, plan.guest.os, plan.version, plan.guest.arch, self.digest)

@@ -221,7 +221,8 @@ BAD += [
     (("ssh", "a", "-e", word), ["invalid variable", "NAME=VALUE"])
     for word in ("", "=", "1A", "A-B=c")
   ),
-  (("pull", "freebsd", "-e", "A=b"), ["unknown option --env for qvm pull", "-"]),
+  (("list", "-e", "A=b"), ["unknown option --env for qvm list", "-"]),
+  (("pull", "freebsd", "-e", "A=b"), ["--env needs --prepare SCRIPT"]),
 ]
 BAD += [(("rm", "--", "good", word), ["name", "letters"]) for word in ("../x", "", "-x", "a/b")]
 BAD += [
@@ -353,14 +354,16 @@ COMMANDS = (
 )
 SHARED = ("--help", "-h", "--version")
 IN_GUEST = ("-e", "--env", "--sync", "--sync-direction", "--sync-exclude", "--sync-delete")
+SET_UP = ("--prepare", "--install", "--prepare-timeout", "--rebuild")
 KNOWN = {
   "": SHARED,
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
   + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
-  + IN_GUEST,
+  + SET_UP + IN_GUEST,
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
-  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror"),
+  "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror")
+  + SET_UP + ("-e", "--env", "-m", "--memory", "--cpus", "--accel", "--boot-timeout"),
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),
   "stop": SHARED + ("--force", "--boot-timeout"),

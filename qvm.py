@@ -31,7 +31,8 @@ How it stays right:
 Locks between processes are flocks, which end with the last process that has the descriptor, and
 are taken in this order: instances/NAME.lock (qvm, then its QEMU, for as long as either lives);
 downloads/ (shared by whoever fetches or starts something, alone by `clean --all`); downloads/NAME
-(whoever makes that unfinished thing; an image's may wait for qemu-img's); instances/
+(whoever makes that unfinished thing; an image's may wait for qemu-img's, and who makes a layer then
+takes the lock of a new instance of its own, and a checkpoint's); instances/
 (instances_lock, for moments only: every look at an instance's lock, and every change of what
 instances lie on). The lock of an ssh port is the UDP port of the same number.
 
@@ -9258,13 +9259,18 @@ class SetUp:
     return code, " / ".join([each.strip() for each in lines if each.strip()][-SCRIPT_LINES:])
 
   def freeze(self, machine: Machine, base: Base, layer: LayerPaths) -> None:
-    """Power the guest off and make a layer of its disk."""
+    """Power the guest off and make a layer of its disk.
+
+    As all has to be done again if that fails, it may take as long as a boot.
+    """
     plan, disk = machine.plan, machine.paths.disk
-    asked = power_off(machine.login)
-    if not asked or not machine.has_ended(POWER_OFF_SECONDS) or machine.process.returncode:
+    waits, until = power_off(machine.login), time.monotonic() + machine.patience
+    while waits and not machine.has_ended(POLL_SECONDS):
+      waits = time.monotonic() < until and not disk_is_full(plan.cache.instances)
+    if not waits or machine.process.returncode:
       raise QvmError(
-        f"{plan.name} has not powered itself off within {POWER_OFF_SECONDS:g} s; no layer is made",
-        "its disk may not be sound: does the guest shut down by itself?",
+        f"{plan.name} has not powered itself off; no layer is made",
+        DISK_FULL if disk_is_full(plan.cache.instances) else "its disk may not be sound",
       )
     below, beside = (
       os.path.realpath(os.path.join(folder, base.backing))

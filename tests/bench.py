@@ -372,6 +372,62 @@ def bench_warm(bench, count):
       show(f"run --rm -- true on {arch}, -m 6G", turns(calls, count), "warm", "s")
 
 
+# --- Prepared machines -----------------------------------------------------------------------
+
+# Stands for the installation of packages: 100 MB that the guest has to make and to write.
+INSTALLING = "dd if=/dev/urandom of=/mnt/packages bs=1M count=100 && sync"
+
+
+def bench_prepare(bench, count):
+  """What is set up once against what is installed at each run; ten layers against one."""
+  folder, home = bench.folder / "prepare", bench.folder / "prepare-home"
+  folder.mkdir()
+  home.mkdir()
+  real_qemu.pack_qemu("x86_64", folder / "qemu.tar")
+  linux_guest.disk(str(ROOT / ".venv" / "linux"), "x86-64", "bios", "open", str(folder / "disk"))
+  with ReleaseServer() as server:
+    names = {
+      "qemu-system-x86_64-linux.tar": folder / "qemu.tar",
+      "resources-linux.tar": bench.tools,
+    }
+    server.add_release("resources", "v2.0.0", names)
+    server.add_release("freebsd-builder", "v1.0.0", {"freebsd-1-x86-64.qcow2": folder / "disk"})
+    works(Qvm(home, bench.pyz, server)("pull", "--platform", "x86-64", "freebsd", "1"))
+  qvm = Qvm(home, bench.pyz)
+  guest = ("--accel", "tcg", "-m", "1G", "--platform", "x86-64", "freebsd", "1")
+  scripts = [folder / f"{number}.sh" for number in range(10)]
+  for script in scripts:
+    script.write_text(f"echo {script.name} >>/mnt/log\n")
+  (folder / "install.sh").write_text(INSTALLING)
+
+  def call(*options, command="true"):
+    return lambda: run(qvm.command("run", "--rm", *options, *guest, "--", command), env=qvm.env)
+
+  install = ("--prepare", str(folder / "install.sh"))
+  calls = {
+    "installing at each run": call(command=INSTALLING),
+    "--prepare": call(*install),
+    "--prepare --warm": call("--warm", *install),
+  }
+  show("a command that wants 100 MB installed", turns(calls, count), "installing at each run", "s")
+  rows = [[word for script in scripts[:some] for word in ("--prepare", str(script))]
+          for some in range(11)]  # fmt: skip
+  for options in rows[1:]:
+    call(*options)()  # each on the one before
+  names = {0: "the image", 1: "one layer", 10: "ten layers in a row"}
+  calls = {name: call(*rows[some]) for some, name in names.items()}
+  show("run --rm -- true", turns(calls, count), "one layer", "s")
+  program = qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  program.unlink()
+  program.write_text(ENDING_QEMU)
+  program.chmod(0o755)
+  calls = {
+    name: functools.partial(run, qvm.command("run", "--rm", *rows[some], *guest), env=qvm.env)
+    for some, name in names.items()
+  }
+  show("qvm's own part of it: until QEMU has run", turns(calls, 5 * count), "one layer")
+
+
 # --- Streaming -------------------------------------------------------------------------------
 
 FILLER = 400 * MB  # so that the image is as large as those that qvm is for
@@ -508,6 +564,7 @@ PARTS = {
   "growth": (bench_growth, 15),
   "sync": (bench_sync, 5),
   "warm": (bench_warm, 5),
+  "prepare": (bench_prepare, 3),
 }
 
 

@@ -42,6 +42,7 @@ def project(guests, server, pyz, tmp_path):
   folder = tmp_path / "project"
   folder.mkdir()
   (folder / "Makefile").write_text(MAKEFILE)
+  (folder / "setup.sh").write_text(f"echo x >>{tmp_path / 'set-up'}\n")
   shutil.copy(pyz, folder / "qvm.pyz")
   # Its guests take turns, as they have one folder; the tests of several at once are elsewhere.
   return folder
@@ -79,6 +80,7 @@ def test_github_actions(guests, project, tmp_path):
   for row in job["strategy"]["matrix"]["include"]:
     values = {f"matrix.{key}": value for key, value in row.items()}
     values["github.token"] = "none"
+    values["hashFiles('setup.sh')"] = "0123"
 
     def filled(text, values=values):
       return re.sub(r"\$\{\{ (\S+) \}\}", lambda match: values[match.group(1)], str(text))
@@ -97,6 +99,7 @@ def test_github_actions(guests, project, tmp_path):
         assert os.path.expanduser(step["with"]["path"]).endswith("/.cache/qvm")
         assert re.fullmatch(r"qvm(-[\w.-]+)+", filled(step["with"]["key"]))
     assert made(project) == ["made", "tested"], row
+  assert (tmp_path / "set-up").read_text() == "x\n" * len(job["strategy"]["matrix"]["include"])
   assert processes_of(guests.qvm.cache) == {}
 
 
@@ -113,7 +116,7 @@ def test_gitlab(guests, project):
       shell(guests, project, line, GUEST=guest, **variables)
     assert made(project) == ["made", "tested"], guest
     work = guests.folder / "home" / "runner" / "work" / "project"
-    assert sorted(os.listdir(work)) == ["Makefile", "made", "qvm.pyz", "tested"]
+    assert sorted(os.listdir(work)) == ["Makefile", "made", "qvm.pyz", "setup.sh", "tested"]
 
 
 def test_all_at_the_same_time(guests, project):

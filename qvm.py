@@ -9256,7 +9256,8 @@ class SetUp:
     if code == 255 and machine.has_ended(1.0):
       raise lost(machine.login, "no answer any more")
     lines = said.decode("utf-8", "replace").split("\n")
-    return code, " / ".join([each.strip() for each in lines if each.strip()][-SCRIPT_LINES:])
+    last = [each.strip() for each in lines if each.strip()][-SCRIPT_LINES:]
+    return code, brief(" / ".join(last))
 
   def freeze(self, machine: Machine, base: Base, layer: LayerPaths) -> None:
     """Power the guest off and make a layer of its disk.

@@ -546,6 +546,20 @@ def test_a_newer_image_makes_layers_stale(prepare, server, image):
   assert ran(prepare) == ["setup.sh"] and layer_names(prepare) != [name]
 
 
+def test_another_image_leaves_the_layers_that_instances_need(prepare):
+  works(prepare.run("true", options=("--name", "vm", *with_scripts(script(prepare))), rm=False))
+  works(prepare.run("true", options=with_scripts(script(prepare, name="b"))))
+  cache = qvm_source.Cache(str(prepare.qvm.cache))
+  plan = qvm_source.make_plan(
+    qvm_source.Options(operands=("freebsd", "15.1"), platform="x86-64"),
+    qvm_source.Host("linux", "x86-64"), cache, "",
+  )  # fmt: skip
+  (needed,) = qvm_source.layers_under(cache, cache.instance("vm").disk)[0]
+  assert len(layer_names(prepare)) == 2
+  qvm_source.drop_layers(plan, qvm_source.AssetRecord(sha256="another"))
+  assert layer_names(prepare) == [needed]
+
+
 def test_an_image_is_not_replaced_while_a_guest_on_it_is_set_up(prepare, server, image):
   process = prepare.start("echo fine", options=with_scripts(waiting(prepare)))
   until_it_runs(prepare, process)

@@ -23,7 +23,7 @@ Contents; every section uses only the sections above it:
   Sync                      a folder to the guest and back
   Image server              a base image served while it is downloaded (NBD)
   Machine                   an instance while a command deals with it
-  Layers                    checkpoints: starts from the memory of a booted guest
+  Layers                    checkpoints of booted guests, and prepared disks
   Commands, Each, Doctor, Completion and main
 
 How it stays right:
@@ -31,7 +31,8 @@ How it stays right:
 Locks between processes are flocks, which end with the last process that has the descriptor, and
 are taken in this order: instances/NAME.lock (qvm, then its QEMU, for as long as either lives);
 downloads/ (shared by whoever fetches or starts something, alone by `clean --all`); downloads/NAME
-(whoever makes that unfinished thing; an image's may wait for qemu-img's); instances/
+(whoever makes that unfinished thing; an image's may wait for qemu-img's, and who makes a layer then
+takes the lock of a new instance of its own, and a checkpoint's); instances/
 (instances_lock, for moments only: every look at an instance's lock, and every change of what
 instances lie on). The lock of an ssh port is the UDP port of the same number.
 
@@ -80,11 +81,12 @@ from typing import (
   Union,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
   import array
   import bz2
+  import calendar
   import difflib
   import email.utils
   import fcntl
@@ -139,19 +141,9 @@ else:
       return getattr(module, attribute)
 
   for _name in (
-    *("array", "bz2", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
-    *(
-      "ipaddress",
-      "itertools",
-      "json",
-      "lzma",
-      "marshal",
-      "pwd",
-      "queue",
-      "random",
-      "resource",
-      "select",
-    ),
+    *("array", "bz2", "calendar", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
+    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "queue", "random"),
+    *("resource", "select"),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
     *("termios", "tty", "unicodedata", "zlib"),
   ):
@@ -232,6 +224,22 @@ def megabytes(count: float) -> str:
     if count >= size:
       return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
   return f"{count:.0f} B"
+
+
+def utc(seconds: float) -> str:
+  """A time as records have it."""
+  return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def age(stamp: str) -> str:
+  """How long ago a time from utc() was, for people; `-` if there is none."""
+  with contextlib.suppress(ValueError):
+    seconds = time.time() - calendar.timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ"))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+      if seconds >= size:
+        return f"{seconds / size:.0f} {unit}"
+    return "now"
+  return "-"
 
 
 def printable(text: str) -> str:
@@ -700,6 +708,16 @@ GUESTS = (
   ),  # fmt: skip
 )
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
+# By OS, the line that installs packages as the image's user; 4 of OmniOS is: nothing to do.
+INSTALL = {
+  "freebsd": "sudo env ASSUME_ALWAYS_YES=yes pkg install -y {}",
+  "openbsd": "sudo pkg_add -I {}",
+  "netbsd": "sudo pkgin -y install {}",
+  "haiku": "pkgman install -y {}",
+  "omnios": "sudo pkg install {} || [ $? -eq 4 ]",
+  "dragonflybsd": "sudo pkg install -y {}",
+  "midnightbsd": "sudo mport install {}",
+}
 ARCHES = {
   "x86-64": "x86-64",
   "x86_64": "x86-64",
@@ -782,6 +800,11 @@ class Options(NamedTuple):
   console_log: str = ""
   no_network: bool = False
   guest_command: Tuple[str, ...] = ()
+  prepare: Tuple[str, ...] = ()
+  scripts: Tuple[bytes, ...] = ()  # what is in them, from resolve()
+  install: Tuple[str, ...] = ()
+  prepare_timeout: float = 3600.0
+  rebuild: bool = False
   env: Tuple[str, ...] = ()
   sync: str = ""
   sync_direction: str = "both"
@@ -803,6 +826,11 @@ class Options(NamedTuple):
   all: bool = False
   help: bool = False
   version: bool = False
+
+  @property
+  def sets_up(self) -> bool:
+    """Whether the guest is to be set up before it is used."""
+    return bool(self.prepare or self.install)
 
 
 def parse_arch(text: str) -> str:
@@ -926,6 +954,17 @@ def parse_variable(text: str) -> str:
   return text
 
 
+def parse_packages(text: str) -> str:
+  """Names of packages, separated by spaces; none can be taken for an option, or for shell."""
+  for name in text.split() or [text]:
+    if not re.match(r"[A-Za-z0-9][A-Za-z0-9._+:@/,%=~-]{0,199}\Z", name):
+      raise UsageError(
+        f"invalid package name '{name}': use names as the guest's package manager has them, "
+        "separated by spaces, as in --install 'git cmake'"
+      )
+  return " ".join(text.split())
+
+
 def parse_direction(text: str) -> str:
   """The direction in which files are copied."""
   if text not in DIRECTIONS:
@@ -1000,6 +1039,14 @@ OPTIONS = (
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
+  Option(("--prepare",), "prepare", "SCRIPT", parse_text,
+         "set the guest up with SCRIPT first, for /bin/sh, and keep its\n"
+         "disk as a layer, on which later runs start; may be repeated", True),
+  Option(("--install",), "install", "'PKG...'", parse_packages,
+         "the same with the guest's package manager, before any SCRIPT", True),
+  Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
+         "how long setting up may take (default: 3600)"),
+  Option(("--rebuild",), "rebuild", "", bool, "make the layer anew, from the base image"),
   Option(("--sync",), "sync", "DIR", parse_text,
          "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
@@ -1027,17 +1074,19 @@ OPTIONS = (
          "compare cached files with the digests recorded at download\nand with the release's"),
   Option(("--mirror",), "mirror", "DIR", parse_text,
          "download the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
-  Option(("--all",), "all", "", bool, "also delete images that no instance needs, and QEMU"),
+  Option(("--all",), "all", "", bool, "also delete layers and images that nothing needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
   Option(("-h", "--help"), "help", "", bool, "show this help"),
   Option(("--version",), "version", "", bool, "show the version of qvm"),
 )  # fmt: skip
 EVERYWHERE = ("help", "version")
 IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
+SET_UP_ONLY = ("env", "memory", "cpus", "accel", "boot_timeout")  # options of `pull` for that
+SET_UP = ("install", "prepare", "prepare_timeout", "rebuild")
 # What `each` hands on to the `run` of each guest.
 HANDED_ON = (
   "memory", "cpus", "accel", "qemu", "qemu_args", "boot_timeout", "boot_attempts", "warm", "stream",
-  "no_network", "env", "sync", "sync_exclude",
+  "no_network", "install", "prepare", "prepare_timeout", "env", "sync", "sync_exclude",
 )  # fmt: skip
 
 
@@ -1058,7 +1107,7 @@ COMMANDS = {
     "OS [VERSION] [-- COMMAND [ARG...]]", 1, 2,
     ("platform", "rm", "warm", "dry_run", "name", "memory", "cpus", "ssh", "publish", "disk",
      "image", "release", "qemu_release", "accel", "qemu", "qemu_args", "detach", "stream",
-     "boot_timeout", "boot_attempts", "console_log", "no_network", "display", *IN_GUEST,
+     "boot_timeout", "boot_attempts", "console_log", "no_network", "display", *SET_UP, *IN_GUEST,
      "progress"),
     "Boot a guest in this terminal or run one command in it, downloading what is missing.",
     (
@@ -1066,6 +1115,7 @@ COMMANDS = {
       "qvm run --rm freebsd 15.1 -- uname -a",
       "qvm run --rm --sync . freebsd 15.1 -- 'make && make test'",
       "qvm run --rm --warm freebsd 15.1 -- make test",
+      "qvm run --rm --install 'git cmake' freebsd 15.1 -- cmake --version",
       "qvm run --rm --platform arm64 openbsd 7.9",
       "qvm run --name build -m 2G --cpus 4 --ssh-port 2222 omnios r151058",
       "qvm run --detach --name web --publish 8080:80 freebsd 15.1",
@@ -1085,16 +1135,19 @@ COMMANDS = {
   ),
   "pull": Command(
     "OS [VERSION]", 1, 2,
-    ("platform", "release", "qemu_release", "refresh", "verify", "mirror", "qemu", "progress"),
+    ("platform", "release", "qemu_release", "refresh", "verify", "mirror", "qemu", *SET_UP,
+     *SET_UP_ONLY, "progress"),
     "Download everything that `run` needs, so that `run` works offline.",
     (
       "qvm pull freebsd 15.1",
       "qvm pull --platform arm64 openbsd latest",
       "qvm pull --refresh netbsd 10.1",
       "qvm pull --verify freebsd 15.1",
+      "qvm pull --install 'git cmake' freebsd 15.1",
       "qvm pull --mirror /srv/qvm freebsd 15.1",
       "qvm pull --release v0.14.0 --qemu-release v2.0.0 freebsd 15.1",
     ),
+    {"env": "set a variable for the scripts, without VALUE to its value\nhere; may be repeated"},
   ),
   "search": Command(
     "[OS]", 0, 1, ("json",),
@@ -1103,7 +1156,7 @@ COMMANDS = {
   ),
   "list": Command(
     "", 0, 0, ("json",),
-    "List the instances with their state, address and size on disk, and what is cached.",
+    "List the instances with their state, address and size, the layers, and what is cached.",
     ("qvm list", "qvm list --json"),
   ),
   "ssh": Command(
@@ -1137,13 +1190,13 @@ COMMANDS = {
   ),
   "rm": Command(
     "NAME...", 1, 1000, ("force",),
-    "Delete instances, with everything their guests wrote.",
+    "Delete instances, with everything their guests wrote, and layers.",
     ("qvm rm freebsd-15.1-x86-64", "qvm rm --force build test"),
     {"force": "delete running instances too, without shutting their guests down"},
   ),
   "clean": Command(
     "", 0, 0, ("all", "dry_run"),
-    "Delete what interrupted runs left behind; never an instance.",
+    "Delete what interrupted runs left, and layers unused for 30 days; never an instance.",
     ("qvm clean", "qvm clean --all --dry-run"),
     {"dry_run": "print what would be deleted; delete nothing"},
   ),
@@ -1243,13 +1296,21 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
     flag = option.flags[-1]
+    given = option.field in fields and not options.sets_up
+    if given and option.field in SET_UP:
+      raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
+    if given and options.command == "pull" and option.field in SET_UP_ONLY:
+      raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
     wants_command = option.field in fields and option.field in IN_GUEST
-    if wants_command and options.command == "run" and not options.guest_command:
+    bare = option.field == "env" and options.sets_up  # then it is for the scripts
+    if wants_command and options.command == "run" and not options.guest_command and not bare:
       raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
     if option.field in fields and option.field.startswith("sync_") and not options.sync:
       raise UsageError(f"{flag} needs --sync DIR")
   if options.command == "each" and not options.guest_command and not fields & set(EVERYWHERE):
     raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")
+  if options.mirror and options.sets_up:
+    raise UsageError("--mirror cannot be combined with --prepare or --install: it starts no guest")
   if options.sync_delete and options.sync_direction == "in":
     raise UsageError("--sync-delete has no effect with --sync-direction in")
 
@@ -1276,7 +1337,7 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
       if not rest:
         raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
       value = rest.pop(0)
-    if option.metavar in ("PATH", "FILE", "DIR") and not value:
+    if option.metavar in ("PATH", "FILE", "DIR", "SCRIPT") and not value:
       raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
     given.append((option, value))
   return operands, given, rest
@@ -1514,6 +1575,13 @@ class LayerRecord(NamedTuple):
   parts: str = ""  # size and modification time of each file
   problem: str = ""
   failures: int = 0  # in a row, to go on from a checkpoint just made
+  layer: str = ""  # of a checkpoint: the prepared disk of which it is, if any
+  bytes: int = 0  # of a prepared disk: its length
+  script: str = ""  # the first that set it up, as the list shows it
+  time: str = ""  # when it was made, in UTC; its last use is the time of the record's file
+
+
+LAYER_RE = r"(.+-(?:prepared|warm)-[0-9a-f]{10})\.qcow2\Z"
 
 
 def pinned_name(name: str, tag: str) -> str:
@@ -2272,6 +2340,15 @@ def find_program(name: str, folder: Optional[str] = None) -> str:
   return os.path.abspath(path) if path else ""
 
 
+def read_script(path: str) -> bytes:
+  """What is in a file of --prepare; UsageError if that cannot be read."""
+  try:
+    with open(absolute(path, "--prepare"), "rb") as file:
+      return file.read()
+  except OSError as error:
+    raise UsageError(f"--prepare: '{path}' cannot be read: {describe(error)}")
+
+
 def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
   paths: Dict[str, Any] = {
@@ -2285,6 +2362,7 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
+  paths["scripts"] = tuple(map(read_script, options.prepare))
   name, program = "--qemu", options.qemu
   if not program and {"qemu", "platform"} <= set(COMMANDS[options.command].fields):
     name = "QVM_QEMU_" + QEMU_CPUS[options.platform or this_host().arch].upper()
@@ -4475,11 +4553,48 @@ def recorded_base(paths: InstancePaths) -> Optional[str]:
   return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
+def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
+  """The names of the layers under an overlay, from the top down, and what the last one lies on.
+
+  That is as backing_file() tells it.
+  """
+  names: List[str] = []
+  backing = backing_file(disk)
+  while backing:
+    match = re.match(LAYER_RE, os.path.basename(backing))
+    if not match:
+      break
+    if match.group(1) in names:
+      return names, None  # a circle
+    names.append(match.group(1))
+    backing = backing_file(cache.layer(names[-1]).disk)
+  return names, backing
+
+
+def layer_users(cache: Cache, without: Sequence[str] = ()) -> Dict[str, List[str]]:
+  """By layer: the instances and layers that lie on it, or may, as they cannot be read.
+
+  Those of these names are left out, and --rm machines: they run, and have its files open.
+  """
+  disks = {paths.name: paths.disk for paths in overlays(cache) if not os.path.exists(paths.mark)}
+  disks.update((layer.name, layer.disk) for layer in layers(cache) if layer_files(layer)[1:])
+  disks = {name: disk for name, disk in disks.items() if name not in without}
+  under = {name: layers_under(cache, disk) for name, disk in disks.items()}
+  known = {path.rpartition(".")[0] for path in names_in(cache.path("layers"))}
+  known.update(name for names, _ in under.values() for name in names)
+  return {
+    name: [
+      user
+      for user, (names, last) in under.items()
+      if user != name and (name in names or last is None) and os.path.lexists(disks[user])
+    ]
+    for name in known
+  }
+
+
 def base_needed(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance needs; empty: none, None: unknown."""
-  backing = backing_file(paths.disk)
-  if backing and os.path.basename(os.path.dirname(backing)) == "layers":
-    backing = backing_file(paths.cache.path("layers", os.path.basename(backing)))
+  backing = layers_under(paths.cache, paths.disk)[1]
   if is_served(backing):
     named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
     return named.group(1) + ".qcow2" if named else recorded_base(paths)
@@ -4568,11 +4683,15 @@ def remove_layer(layer: LayerPaths) -> None:
     remove_file(path)
 
 
-def drop_layers(plan: Plan, digest: str) -> None:
+def drop_layers(plan: Plan, new: AssetRecord) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
-  for layer in layers(plan.cache):
-    mine = os.path.basename(backing_file(layer.disk) or "") == os.path.basename(plan.base)
-    if mine and sound_record(LayerRecord(), layer.record).base_sha256 != digest:
+  under = [layers_under(plan.cache, paths.disk) for paths in overlays(plan.cache)]
+  kept = {name for names, _ in under for name in names}
+  every = layers(plan.cache) if None not in [last for _, last in under] else []
+  for layer, (_, below) in [(each, layers_under(plan.cache, each.disk)) for each in every]:
+    mine = os.path.basename(below or "") == os.path.basename(plan.base)
+    digest = sound_record(LayerRecord(), layer.record).base_sha256
+    if mine and digest not in (new.sha256, new.asset_sha256) and layer.name not in kept:
       remove_layer(layer)
 
 
@@ -4858,7 +4977,7 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
     record = asset_record(download, tag, digest)
     with instances_lock(plan.cache):
       check_unneeded(plan, "replaced by another image", record)
-      drop_layers(plan, record.sha256)
+      drop_layers(plan, record)
       publish_with_record(plan.cache, source, plan.base, record, 0o444)
 
 
@@ -5317,8 +5436,8 @@ def other_base(paths: InstancePaths, new: str, instance: Instance) -> QvmError:
 class Base(NamedTuple):
   """What a machine's overlay is based on, and what QEMU needs to use it.
 
-  cached_base and streamed_base make one, and Checkpoint adapts it, so that Machine.start needs no
-  flags.
+  cached_base and streamed_base make one, prepared_base and Checkpoint adapt it, so that
+  Machine.start needs no flags.
   """
 
   backing: str  # as the overlay names it
@@ -5326,6 +5445,7 @@ class Base(NamedTuple):
   needs: Tuple[str, ...] = ()  # files that must exist when the overlay is created
   fds: Tuple[int, ...] = ()  # descriptors for QEMU
   adjust: Callable[[List[str]], List[str]] = list  # changes QEMU's usual command line
+  layer: str = ""  # the name of the prepared disk that it is, if any
 
 
 def cached_base(plan: Plan) -> Base:
@@ -5339,6 +5459,16 @@ def cached_base(plan: Plan) -> Base:
   )
   backing = plan.base if plan.own_image else backing_name(plan, plan.base)
   return Base(backing, image, (plan.base,))
+
+
+def layer_base(plan: Plan, base: Base, name: str) -> Base:
+  """A prepared disk on a base image; that it is used now is noted."""
+  layer = plan.cache.layer(name)
+  with contextlib.suppress(OSError):  # not in a cache that can only be read
+    os.utime(layer.record)
+  below = [plan.cache.layer(each).disk for each in layers_under(plan.cache, layer.disk)[0]]
+  needs = (*base.needs, layer.disk, *below)
+  return base._replace(backing=backing_name(plan, layer.disk), needs=needs, layer=name)
 
 
 def record_instance(plan: Plan, run: Instance, base: Base) -> None:
@@ -5360,12 +5490,14 @@ def record_instance(plan: Plan, run: Instance, base: Base) -> None:
     write_record(plan.cache, plan.paths.record, record, keep=not plan.ephemeral)
 
 
-def backing_name(plan: Plan, path: str) -> str:
+def backing_name(plan: Plan, path: str, disk: str = "") -> str:
   """The relative path by which an overlay names its base, so that the cache can be moved.
+
+  The overlay is the instance's, or else `disk`.
 
   The system follows a link that instances/ is before it goes up from there.
   """
-  folder = os.path.dirname(plan.paths.disk)
+  folder = os.path.dirname(disk or plan.paths.disk)
   plain = os.path.relpath(path, folder)
   with contextlib.suppress(OSError):
     if os.path.samefile(os.path.join(folder, plain), path):
@@ -5455,6 +5587,10 @@ class Row(NamedTuple):
   size: int  # bytes on disk
   ephemeral: bool
   base: int  # per cent of the base image that have been downloaded
+  created: str = ""  # of a layer, as are these; in UTC
+  used: str = ""
+  script: str = ""
+  needed_by: Sequence[str] = ()
 
 
 def list_instances(cache: Cache) -> List[Row]:
@@ -5468,12 +5604,22 @@ def list_instances(cache: Cache) -> List[Row]:
     for name in instance_names(cache, ".qcow2"):
       with contextlib.suppress(FileNotFoundError):  # a --rm run has just ended
         rows.append(instance_row(cache, cache.instance(name)))
-    for layer in layers(cache):
-      record = sound_record(LayerRecord(), layer.record)
-      size = sum(map(tree_size, layer_files(layer)))
-      kind = (record.os or "?", record.version or "?", record.arch or "?")
-      rows.append(Row(layer.name, *kind, "checkpoint", "", [], size, False, 100))
+    every = layers(cache)
+    users = layer_users(cache) if every else {}
+    rows += [layer_row(layer, users[layer.name]) for layer in every]
   return rows
+
+
+def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
+  """A layer's line of `qvm list`."""
+  record = sound_record(LayerRecord(), layer.record)
+  size = sum(map(tree_size, layer_files(layer)))
+  kind = (record.os or "?", record.version or "?", record.arch or "?")
+  state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
+  used = utc(os.stat(layer.record).st_mtime)
+  return Row(
+    layer.name, *kind, state, "", [], size, False, 100, record.time, used, record.script, users
+  )
 
 
 def instance_row(cache: Cache, paths: InstancePaths) -> Row:
@@ -9087,8 +9233,8 @@ class Control:
       raise QvmError(f"QEMU: {query}: {reply.problem or f'its status is {reply.status}'}")
 
 
-def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
-  """A digest of what a checkpoint depends on: base image, command line, QEMU and host.
+def checkpoint_key(plan: Plan, options: Options, facts: HostFacts, layer: str) -> str:
+  """A digest of what a checkpoint depends on: base image or layer, command line, QEMU and host.
 
   Paths, address and ports may differ. The accelerator in use is known only once QEMU runs.
   """
@@ -9102,6 +9248,7 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts) -> str:
     *qemu_command(named, options, facts),
     *(base_record(plan).sha256 or base_record(plan).validator, tree, own, os.fsdecode(public)),
     *host_cpu("/proc/cpuinfo"),
+    *filter(None, [layer]),
   ):
     digest.update(os.fsencode(text) + b"\0")
   return str(digest.hexdigest())
@@ -9123,21 +9270,28 @@ def template_command(command: Sequence[str], memory: str, share: str, control: i
   ]
 
 
+class SetUpError(QvmError):
+  """A script of --prepare or --install has not done its work: to run it again would not help."""
+
+
 class BootTimeout(QvmError):
   """The guest does not answer: booting it again would not help."""
 
 
 class Checkpoint:
-  """The state of a guest's memory, devices and disk just after it has booted, kept as a layer."""
+  """The state of a guest's memory, devices and disk just after it has booted, kept as a layer.
 
-  def __init__(self, machine: Machine, base: Base) -> None:
+  set_up() does more in the guest before that.
+  """
+
+  def __init__(self, machine: Machine, base: Base, set_up: Callable[[], object] = bool) -> None:
     plan, options = machine.plan, machine.options
-    self.machine, self.plan, self.base = machine, plan, base
+    self.machine, self.plan, self.base, self.set_up = machine, plan, base, set_up
     facts = host_facts(plan, options, machine.address, base.image.release)
     if facts.key_disk:
       with instances_lock(plan.cache):
         make_key(plan.cache)
-    self.key = checkpoint_key(plan, options, facts)
+    self.key = checkpoint_key(plan, options, facts, base.layer)
     self.name = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}-warm-{self.key[:10]}"
     self.layer = plan.cache.layer(self.name)
     record = self.record
@@ -9160,11 +9314,12 @@ class Checkpoint:
       return f"{error.filename}: {describe(error)}"
     return "" if sound else "its files have changed"
 
-  def write_record(self, **more: str) -> None:
+  def write_record(self, accelerator: str = "", parts: str = "", problem: str = "") -> None:
     """Write the record, which completes the checkpoint."""
     plan = self.plan
     kind = (self.name, plan.guest.os, plan.version, plan.guest.arch)
-    record = LayerRecord(*kind, image_record(plan).sha256, self.key, failures=self.failures, **more)
+    record = LayerRecord(*kind, image_record(plan).sha256, self.key, accelerator, parts, problem)
+    record = record._replace(failures=self.failures, layer=self.base.layer, time=utc(time.time()))
     write_record(plan.cache, self.layer.record, record, 0o600)
 
   def make(self) -> bool:
@@ -9199,8 +9354,9 @@ class Checkpoint:
       ours = stack.enter_context(self.start(made.memory, "on", (lock.fd,), in_background(log)))
       try:
         self.wait_for_login()
+        self.set_up()
         self.freeze(Control(ours), made)
-      except (BootTimeout, StartAgain):
+      except (BootTimeout, StartAgain, SetUpError):
         raise
       except QvmError as error:
         say(f"no checkpoint is created: {error}")
@@ -9217,7 +9373,7 @@ class Checkpoint:
     ours.settimeout(RESUME_SECONDS)
 
     def adjust(command: List[str]) -> List[str]:
-      argv = template_command(command, memory, share, theirs.fileno())
+      argv = template_command(self.base.adjust(command), memory, share, theirs.fileno())
       return argv if share == "on" else [*argv, "-incoming", "defer"]  # until migrate-incoming
 
     base = self.base._replace(adjust=adjust, fds=(theirs.fileno(), *fds))
@@ -9286,7 +9442,9 @@ class Checkpoint:
     return False
 
   def has_worked(self) -> None:
-    """Forget earlier failures: only so many in a row count."""
+    """Note that it is used, and forget earlier failures: only so many in a row count."""
+    with contextlib.suppress(OSError):
+      os.utime(self.layer.record)
     if self.failures:
       with instances_lock(self.plan.cache):
         record = self.record
@@ -9317,6 +9475,17 @@ class Checkpoint:
     return " ".join(" ".join([str(error), *output]).split())
 
 
+def copy_sparse(source: str, target: str) -> None:
+  """Copy a file; blocks of zeros become holes."""
+  with open(source, "rb") as file, open(target, "wb") as copy:
+    for block in iter(lambda: file.read(1 << 16), b""):
+      if block.strip(b"\0"):
+        copy.write(block)
+      else:
+        copy.seek(len(block), os.SEEK_CUR)
+    copy.truncate()
+
+
 def layer_parts(layer: LayerPaths) -> str:
   """The size and modification time of each file of a checkpoint, which show if it has changed."""
   stats = [os.stat(path) for path in layer.parts]
@@ -9345,6 +9514,254 @@ def start_warm(machine: Machine, base: Base) -> bool:
   return checkpoint.make() and checkpoint.resume(fresh=True)
 
 
+# A prepared disk is a layer like a checkpoint's, without the memory: the overlay of a machine that
+# has run the scripts of --install and --prepare and has powered itself off.
+
+# What package managers say when a server could not be reached; once more may then help.
+NETWORK_RE = r"(?i)resolv|time[d ]*out|unreachable|refused|reset by peer|network|temporar"
+SCRIPT_LINES = 3  # of the output of a script that has failed, in the message
+# Runs a script that comes on stdin, once all of it is there; the script's own stdin is empty.
+RUN_STEP = 'cat >"$0" && /bin/sh -e "$0" </dev/null; code=$?; rm -f "$0"; exit $code'
+
+
+class Step(NamedTuple):
+  """A script that sets a guest up."""
+
+  title: str
+  text: bytes
+  again: bool  # whether to run it once more if it fails because of the network
+
+
+class SetUp:
+  """What --install and --prepare ask for, and the layers on which it is kept."""
+
+  def __init__(self, plan: Plan, options: Options, base: Base) -> None:
+    self.plan, self.options, self.base = plan, options, base
+    packages = " ".join(options.install)
+    install = INSTALL[plan.guest.os].format(packages).encode()
+    self.steps = [Step(f"--install '{packages}'", install, True)] if packages else []
+    self.steps += [Step(*each, False) for each in zip(options.prepare, options.scripts)]
+    given = {text.partition("=")[0] for text in options.env}
+    env = guest_environment(options.env, os.environ)
+    self.env = {name: value for name, value in sorted(env.items()) if name in given}
+    record = base_record(plan)
+    self.digest = record.asset_sha256 or record.sha256 or record.validator
+    self.stem = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}"
+
+  def key(self, count: int) -> str:
+    """A digest of what the layer with the first `count` steps depends on."""
+    digest, values = hashlib.sha256(), [f"{name}={value}" for name, value in self.env.items()]
+    texts = [os.fsencode(text) for text in (self.digest, *values)]
+    for text in (*texts, *(step.text for step in self.steps[:count])):
+      digest.update(b"%d %s" % (len(text), text))
+    return str(digest.hexdigest())
+
+  def layer(self, count: int) -> LayerPaths:
+    return self.plan.cache.layer(f"{self.stem}-prepared-{self.key(count)[:10]}")
+
+  def is_whole(self, count: int) -> bool:
+    """Whether there is a layer with the first `count` steps, and all that is below it."""
+    cache, layer = self.plan.cache, self.layer(count)
+    names, below = layers_under(cache, layer.disk)
+    if sound_record(LayerRecord(), layer.record).key != self.key(count) or not below:
+      return False
+    every = [layer, *map(cache.layer, names)]
+    noted = [sound_record(LayerRecord(), each.record).bytes for each in every]
+    return noted == [os.path.getsize(each.disk) for each in every]
+
+  def ready_base(self) -> Base:
+    """The prepared disk, which is made first if there is none; whoever comes meanwhile waits."""
+    layer, count = self.layer(len(self.steps)), len(self.steps)
+    if self.options.rebuild or not self.is_whole(count):
+      text = f"another qvm is making the layer {layer.name}: waiting for it"
+      waits = functools.lru_cache(None)(lambda: say(text))  # said once
+      with Lock(os.path.join(self.plan.cache.downloads, SCRATCH + layer.name), folder=True) as lock:
+        lock.hold(waits=waits)
+        try:
+          if self.options.rebuild or not self.is_whole(count):
+            self.make(layer)
+        finally:
+          remove_tree(lock.path)
+    return layer_base(self.plan, self.base, layer.name)
+
+  def make(self, layer: LayerPaths) -> None:
+    """Make the layer, on the one with most of the first steps, in a machine of its own."""
+    self.drop(layer)
+    counts = [] if self.options.rebuild else range(len(self.steps) - 1, 0, -1)
+    done = next(filter(self.is_whole, counts), 0)
+    name = f"{self.stem}-prepare-{os.urandom(3).hex()}"
+    plan = self.plan._replace(paths=self.plan.cache.instance(name), ephemeral=True)
+    base = layer_base(plan, self.base, self.layer(done).name) if done else self.base
+    base = base._replace(layer=layer.name, adjust=with_discard)
+    options = self.options._replace(rm=True, detach=True, guest_command=(), ssh=Address())
+    with Machine(plan, options) as machine:
+      while True:
+        with contextlib.suppress(StartAgain):
+          if not options.warm or not self.boot_warm(machine, base, done):
+            self.boot(machine, base, done)
+          return self.freeze(machine, base, layer)
+
+  def drop(self, layer: LayerPaths) -> None:
+    """Remove an old layer of this name with its checkpoints; QvmError if anything else needs it."""
+    cache = self.plan.cache
+    with instances_lock(cache):
+      mine = [
+        each
+        for each in layers(cache)
+        if sound_record(LayerRecord(), each.record).layer == layer.name
+      ]
+      users = layer_users(cache, [each.name for each in mine]).get(layer.name)
+      if users:
+        raise QvmError(
+          f"the layer {layer.name} cannot be made anew: these lie on what was there, or may: "
+          f"{', '.join(users)}",
+          "qvm rm deletes them, with all that their guests wrote",
+        )
+      for each in (*mine, layer):
+        remove_layer(each)
+
+  def boot(self, machine: Machine, base: Base, done: int) -> None:
+    """Boot the machine and set its guest up."""
+    began = time.monotonic()
+    machine.start(base)
+    say(f"{machine.plan.name} is booting to be set up; its console goes to {machine.console}")
+    if not machine.wait_for_ssh():
+      raise QvmError(
+        f"ssh has not answered within {machine.patience:g} s; no layer is made",
+        "--boot-timeout allows more time",
+      )
+    self.run(machine, machine.log_in(began), done)
+
+  def boot_warm(self, machine: Machine, base: Base, done: int) -> bool:
+    """The same, in the boot of which the checkpoint is made; then the guest goes on from that.
+
+    The disk of the checkpoint is as it was while the guest ran, so the layer is made of a copy.
+    """
+    checkpoint = Checkpoint(machine, base, lambda: self.run(machine, 0.0, done))
+    if checkpoint.failures >= MAX_FAILURES or not checkpoint.make():
+      return False
+    copy_sparse(checkpoint.layer.disk, machine.paths.disk)
+    return checkpoint.resume(fresh=True)
+
+  def run(self, machine: Machine, patience: float, done: int) -> None:
+    """Run the steps that are not done yet; SetUpError if one fails."""
+    until = time.monotonic() + self.options.prepare_timeout
+    for step in self.steps[done:]:
+      say(f"{machine.plan.name} runs {step.title}")
+      report.phase("preparing", step.title)
+      try:
+        code, words = self.run_step(machine, step, patience, until)
+        if code and step.again and re.search(NETWORK_RE, words):
+          say(f"{step.title} failed because of the network; trying it once more")
+          code, words = self.run_step(machine, step, patience, until)
+      except QvmError as error:
+        error = machine.explained(error)
+        raise SetUpError(f"{step.title}: {error}; no layer is made", error.hint)
+      if code:
+        raise SetUpError(f"{step.title} failed (exit code {code}); no layer is made", words)
+
+  def run_step(
+    self, machine: Machine, step: Step, patience: float, until: float
+  ) -> Tuple[int, str]:
+    """Run a step, its output going to stderr; returns its exit code and its last lines."""
+    said = bytearray()
+
+    def show(stream: IO[bytes]) -> None:
+      for data in iter(lambda: os.read(stream.fileno(), CHUNK_BYTES), b""):
+        said[:] = (bytes(said) + data)[-TAIL_BYTES:]
+        with contextlib.suppress(OSError):
+          write_all(2, data)
+
+    def use(process: Any) -> None:
+      shown = Future(lambda: show(process.stdout))
+      with contextlib.suppress(OSError):  # a login that fails reads nothing
+        write_all(process.stdin.fileno(), step.text)
+      process.stdin.close()
+      while process.poll() is None:
+        if time.monotonic() >= until:
+          raise QvmError(
+            f"not done within {self.options.prepare_timeout:g} s",
+            "--prepare-timeout allows more time; what it leaves running must not keep its output",
+          )
+        if disk_is_full(self.plan.cache.instances):
+          raise QvmError("it cannot go on", DISK_FULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(min(POLL_SECONDS, max(0.0, until - time.monotonic())))
+      shown.result()
+
+    command = ("/bin/sh", "-c", RUN_STEP, "./.qvm-" + os.urandom(6).hex())
+    line = shell_line(command_script(command, self.env, "", ""))
+    spawn = Spawn(subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT)
+    code = in_guest(machine.login, line, use, patience, spawn)
+    if code == 255 and machine.has_ended(1.0):
+      raise lost(machine.login, "no answer any more")
+    lines = said.decode("utf-8", "replace").split("\n")
+    last = [each.strip() for each in lines if each.strip()][-SCRIPT_LINES:]
+    return code, brief(" / ".join(last))
+
+  def freeze(self, machine: Machine, base: Base, layer: LayerPaths) -> None:
+    """Power the guest off and make a layer of its disk.
+
+    As all has to be done again if that fails, it may take as long as a boot.
+    """
+    plan, disk = machine.plan, machine.paths.disk
+    waits, until = power_off(machine.login), time.monotonic() + machine.patience
+    while waits and not machine.has_ended(POLL_SECONDS):
+      waits = time.monotonic() < until and not disk_is_full(plan.cache.instances)
+    if not waits or machine.process.returncode:
+      raise QvmError(
+        f"{plan.name} has not powered itself off; no layer is made",
+        DISK_FULL if disk_is_full(plan.cache.instances) else "its disk may not be sound",
+      )
+    below, beside = (
+      os.path.realpath(os.path.join(folder, base.backing))
+      for folder in (plan.cache.instances, os.path.dirname(layer.disk))
+    )
+    if below != beside:  # a folder of the cache is a link
+      backing = ["-b", backing_name(plan, below, layer.disk), "-F", "qcow2"]
+      run_program([plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", *backing, disk])
+    flush(disk)  # before the lock: that takes a while
+    title = self.steps[0].title if self.steps[0].again else first_line(self.steps[0].text)
+    record = LayerRecord(layer.name, plan.guest.os, plan.version, plan.guest.arch, self.digest)
+    record = record._replace(
+      key=self.key(len(self.steps)),
+      bytes=os.path.getsize(disk),
+      script=title,
+      time=utc(time.time()),
+    )
+    with instances_lock(plan.cache):
+      move_into_place(disk, layer.disk, 0o400)
+      write_record(plan.cache, layer.record, record, 0o600, keep=True)
+    say(f"the layer {layer.name} is made: {megabytes(tree_size(layer.disk))}")
+
+
+def with_discard(command: List[str]) -> List[str]:
+  """QEMU's command line, with the blocks that the guest discards taken from the overlay."""
+  drive = "id=drive0,cache=unsafe,discard="
+  return [word.replace(drive + "ignore", drive + "unmap") for word in command]
+
+
+def first_line(text: bytes) -> str:
+  """The first line of a script that does something, for the list."""
+  lines = [line.strip() for line in text.decode("utf-8", "replace").split("\n")]
+  return printable(next((line for line in lines if line and line[0] != "#"), "")[:60])
+
+
+def prepared_base(plan: Plan, options: Options, base: Base) -> Base:
+  """The base as --install and --prepare have it set up; an instance that is there keeps its own."""
+  below = layers_under(plan.cache, plan.paths.disk)[0][:1]
+  if not options.sets_up:
+    return layer_base(plan, base, below[0]) if below else base
+  set_up = SetUp(plan, options, base)
+  if os.path.lexists(plan.paths.disk) and below != [set_up.layer(len(set_up.steps)).name]:
+    raise QvmError(
+      f"the instance {plan.name} began on {below[0] if below else 'the plain image'}, not with "
+      "these scripts, packages and -e",
+      f"omit --prepare and --install, or choose another --name, or delete it: qvm rm {plan.name}",
+    )
+  return set_up.ready_base()
+
+
 # ---- Commands -----------------------------------------------------------------------------------
 
 
@@ -9352,7 +9769,7 @@ def cmd_run(options: Options) -> int:
   """Boot a guest: in this terminal, in the background, or for one command."""
   net = net_from(os.environ)
   plan = plan_from(options, net)
-  if options.guest_command:
+  if options.guest_command or options.sets_up:
     program_for_ssh("ssh")  # before anything is downloaded
   if options.dry_run:
     return print_command(plan, options)
@@ -9362,7 +9779,7 @@ def cmd_run(options: Options) -> int:
   for line in other_instances(plan, options):
     say(line)
   with Machine(plan, options) as machine, downloads_lock(plan.cache.downloads) as keep:
-    base = fetch_base(machine, net)
+    base = prepared_base(plan, options, fetch_base(machine, net))
     while True:
       with contextlib.suppress(StartAgain):
         return run_machine(machine, base, keep)
@@ -9401,7 +9818,7 @@ def fetch_base(machine: Machine, net: Net) -> Base:
   """Download what is missing; with --stream the image follows while the guest runs, if it can."""
   plan, options = machine.plan, machine.options
   whole = os.path.lexists(plan.paths.disk) and not is_streamed(plan.paths.disk)
-  whole = whole or plan.own_image
+  whole = whole or plan.own_image or options.sets_up
   stream = options.stream and not whole and is_missing(plan, plan.base)
   fetch_missing(plan, net, image=not stream and not plan.own_image)
   base = None
@@ -9435,6 +9852,8 @@ def cmd_pull(options: Options) -> int:
   """Download everything that `run` needs, or fill a mirror, or verify cached files."""
   net = net_from(os.environ)
   plan = plan_from(options, net)
+  if options.sets_up:
+    program_for_ssh("ssh")  # before anything is downloaded
   if options.mirror:
     fill_mirror(plan, Releases(net), options.mirror)
     return 0
@@ -9452,6 +9871,8 @@ def cmd_pull(options: Options) -> int:
   if bad:
     say(f"these cannot be verified; delete them and pull again: {', '.join(bad)}")
     return EXIT_FAILED
+  if options.sets_up:
+    SetUp(plan, options, cached_base(plan)).ready_base()
   say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
   return 0
 
@@ -9594,7 +10015,7 @@ def show_search(rows: List[SearchRow]) -> None:
 
 
 def cmd_list(options: Options) -> int:
-  """List the instances."""
+  """List the instances and the layers."""
   cache = cache_from(os.environ)
   sweep(cache)
   rows = list_instances(cache)
@@ -9608,6 +10029,15 @@ def cmd_list(options: Options) -> int:
     where = (state, row.ssh or "-", " ".join(row.ports) or "-")
     table.append((row.name, row.os, row.version, row.arch, *where, megabytes(row.size)))
   show_table(table)
+  shown = [("LAYER", "AGE", "USED", "NEEDED BY", "SCRIPT")]
+  shown += [
+    (row.name, age(row.created), age(row.used), ",".join(row.needed_by) or "-", row.script or "-")
+    for row in rows
+    if row.used
+  ]
+  if shown[1:]:
+    emit("")
+    show_table(shown)
   cached = cached_things(cache)
   if cached:
     emit("")
@@ -9770,6 +10200,13 @@ def cmd_rm(options: Options) -> int:
     names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
+  users = layer_users(cache, options.operands) if dropped else {}
+  for layer in dropped:
+    if users[layer.name]:
+      raise QvmError(
+        f"the layer {layer.name} is needed; nothing was deleted",
+        f"these lie on it, or may: {', '.join(users[layer.name])}",
+      )
   for paths in chosen if options.force else []:
     if is_running(paths):
       stop_instance(paths, True)
@@ -9805,7 +10242,8 @@ def clean(cache: Cache, options: Options) -> int:
     orphans = {name for name in instance_names(cache, ".ephemeral") if not is_taken(cache, name)}
     paths = unfinished_downloads(cache) + instance_leftovers(cache, orphans)
     if alone:
-      paths += strays(cache) + (unneeded(cache, orphans) if options.all else [])
+      paths += strays(cache) + unused_layers(cache, orphans, options.all)
+      paths += unneeded(cache, orphans) if options.all else []
     elif options.all:
       say("a download is in progress: images and QEMU are kept")
     for path in paths:
@@ -9838,7 +10276,7 @@ LEFTOVER_RES = {
   "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
   "bin": r"resources\.tmp|qemu-img(\+.+)?\.json\..+",
   "qemu": r"(x86_64|aarch64)(\+.+)?\.(tmp|new)|\.(x86_64|aarch64)(\+.+)?-[0-9a-f]{8}",
-  "layers": r".+-warm-[0-9a-f]{10}\.(qcow2|memory|state|json\.tmp)",
+  "layers": r".+-(warm|prepared)-[0-9a-f]{10}\.((qcow2|memory|state)(\.tmp)?|json\.tmp)",
   "downloads": SCRATCH + r".+|.+\.(qcow2|tar(\+.+)?)",
   "each": r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}",
 }
@@ -9888,6 +10326,8 @@ def strays(cache: Cache) -> List[str]:
   links = qemu_links(cache)
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
+  users = layer_users(cache)  # a disk whose record is lost may be needed all the same
+  used.update(cache.layer(name).disk for name in users if users[name])
   used.update(os.path.realpath(link) for link in links)
   found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
   for folder in ("base", "bin", "qemu", "layers"):
@@ -9896,20 +10336,35 @@ def strays(cache: Cache) -> List[str]:
   return found
 
 
-def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
-  """Layers and base images that no instance needs, and QEMU if nothing is running; also logs.
+UNUSED_SECONDS = 30 * 86400.0
 
-  All but the logs can be downloaded or created again.
+
+def unused_layers(cache: Cache, orphans: Set[str], every: bool) -> List[str]:
+  """The files of layers that nothing needs, and that were not used for 30 days, or of all such."""
+  before = time.time() - UNUSED_SECONDS
+  known = layers(cache)
+  old = [each for each in known if every or os.stat(each.record).st_mtime < before]
+  if not old:
+    return []
+  stems = {each.name for each in old}
+  users = {paths.name: paths.disk for paths in overlays(cache) if paths.name not in orphans}
+  users.update((each.name, each.disk) for each in known if each.name not in stems)
+  under = {name: layers_under(cache, disk) for name, disk in users.items() if os.path.lexists(disk)}
+  unknown = [name for name, (_, last) in under.items() if last is None]
+  if unknown:
+    say(f"the disk of {unknown[0]} cannot be read: what it may need is kept")
+    return []
+  needed = {name for names, _ in under.values() for name in names}
+  # The record goes first.
+  return [path for each in old if each.name not in needed for path in layer_files(each)]
+
+
+def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
+  """Base images that no instance needs, QEMU if nothing is running, and the logs of `each`.
+
+  All but the logs can be downloaded again.
   """
-  kept = [paths for paths in overlays(cache) if paths.name not in orphans]
   found = [path for path in named_leftovers(cache, "each") if not Lock(path).is_held()]
-  backings = {backing_file(paths.disk): paths.name for paths in kept}
-  used = {os.path.basename(backing or "") for backing in backings}
-  for layer in layers(cache) if None not in backings else []:  # the record goes first
-    if layer.name + ".qcow2" not in used:
-      found += layer_files(layer)
-  if None in backings:
-    say(f"the disk of {backings[None]} cannot be read: what it may need is kept")
   for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
     if not {each.name for each in dependants(cache, base)} - orphans:
       beside = (base, record_path(base), record_path(base) + ".new")
@@ -10710,7 +11165,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
       options = parse_command_line(words[2:] if join else words)
       if join:
         options = join_parent(words[1], options)
-      code = failed = EXIT_OWN if options.guest_command or options.command == "ssh" else EXIT_FAILED
+      guests = options.guest_command or options.command == "ssh" or options.sets_up
+      code = failed = EXIT_OWN if guests else EXIT_FAILED
       code = call(options)
       report.phase("exit", str(code))
   except Interrupted as stop:

@@ -408,6 +408,81 @@ def bench_each(bench, count):
       show(f"each … -- {' '.join(command)}, warm", turns(calls, count), "a loop over four", "s")
 
 
+# --- Prepared machines -----------------------------------------------------------------------
+
+# Stands for the installation of packages: 100 MB that the guest has to make and to write.
+INSTALLING = "dd if=/dev/urandom of=/mnt/packages bs=1M count=100 && sync"
+
+
+def bench_prepare(bench, count):
+  """What is set up once against what is installed at each run; ten layers against one."""
+  folder, home = bench.folder / "prepare", bench.folder / "prepare-home"
+  folder.mkdir()
+  home.mkdir()
+  real_qemu.pack_qemu("x86_64", folder / "qemu.tar")
+  linux_guest.disk(str(ROOT / ".venv" / "linux"), "x86-64", "bios", "open", str(folder / "disk"))
+  with ReleaseServer() as server:
+    names = {
+      "qemu-system-x86_64-linux.tar": folder / "qemu.tar",
+      "resources-linux.tar": bench.tools,
+    }
+    server.add_release("resources", "v2.0.0", names)
+    server.add_release("freebsd-builder", "v1.0.0", {"freebsd-1-x86-64.qcow2": folder / "disk"})
+    works(Qvm(home, bench.pyz, server)("pull", "--platform", "x86-64", "freebsd", "1"))
+  qvm = Qvm(home, bench.pyz)
+  guest = ("--accel", "tcg", "-m", "1G", "--platform", "x86-64", "freebsd", "1")
+  scripts = [folder / f"{number}.sh" for number in range(10)]
+  for script in scripts:
+    script.write_text(f"true {script.name}\n")
+  (folder / "install.sh").write_text(INSTALLING)
+
+  def call(*options, command="true"):
+    return lambda: run(qvm.command("run", "--rm", *options, *guest, "--", command), env=qvm.env)
+
+  install = ("--prepare", str(folder / "install.sh"))
+  calls = {
+    "installing at each run": call(command=INSTALLING),
+    "--prepare": call(*install),
+    "--prepare --warm": call("--warm", *install),
+  }
+  show("a command that wants 100 MB installed", turns(calls, count), "installing at each run", "s")
+  bench_layers(bench, qvm, scripts, guest, count)
+
+
+def bench_layers(bench, qvm, scripts, guest, count):
+  """Starts on the image, on one layer and on ten; those are made in a guest that is an sshd."""
+  program = qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  real = program.read_bytes()
+
+  def become(content):
+    program.unlink()
+    program.write_bytes(content)
+    program.chmod(0o755)
+
+  rows = [
+    [word for script in scripts[:some] for word in ("--prepare", str(script))] for some in range(11)
+  ]
+  become(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}".encode())
+  env = {**qvm.env, "SSH_GUEST": json.dumps({"folder": str(bench.folder / "guest")})}
+  for options in rows[1:]:
+    run(qvm.command("run", "--rm", *options, *guest, "--", "true"), env=env)
+  names = {0: "the image", 1: "one layer", 10: "ten layers in a row"}
+  become(ENDING_QEMU.encode())
+  calls = {
+    name: functools.partial(run, qvm.command("run", "--rm", *rows[some], *guest), env=qvm.env)
+    for some, name in names.items()
+  }
+  show("run --rm until QEMU has run", turns(calls, 5 * count), "one layer")
+  become(real)
+  calls = {
+    name: functools.partial(
+      run, qvm.command("run", "--rm", *rows[some], *guest, "--", "true"), env=qvm.env
+    )
+    for some, name in names.items()
+  }
+  show("run --rm -- true", turns(calls, count), "one layer", "s")
+
+
 # --- Streaming -------------------------------------------------------------------------------
 
 FILLER = 400 * MB  # so that the image is as large as those that qvm is for
@@ -545,6 +620,7 @@ PARTS = {
   "sync": (bench_sync, 5),
   "warm": (bench_warm, 5),
   "each": (bench_each, 5),
+  "prepare": (bench_prepare, 3),
 }
 
 

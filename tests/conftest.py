@@ -7,12 +7,10 @@ import py_compile
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import hypothesis
 import pytest
 import real_qemu
-import ssh_guest
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
 from support import (
@@ -23,13 +21,12 @@ from support import (
   default_signals,
   end_processes,
   fill,
-  forget_sizes,
   heard,
   kill_if_mine,
   small_tools_tar,
   works,
 )
-from support_machines import Guests, make_real_cache
+from support_machines import Guests, make_real_cache, ssh_guest_as_qemu
 from support_network import Proxy, served
 from support_terminal import Terminal
 
@@ -239,9 +236,7 @@ def guests(full, tmp_path):
   for suffix in (".qcow2", ".json"):
     base = full.cache / "base"
     shutil.copy(base / (FREEBSD + suffix), base / ("openbsd-7.9-x86-64" + suffix))
-  program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-  program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
-  forget_sizes(full.cache)
+  ssh_guest_as_qemu(full.cache)
   (tmp_path / "tmp").mkdir()
   full.env["TMPDIR"] = str(tmp_path / "tmp")
   yield Guests(full, tmp_path / "guest")

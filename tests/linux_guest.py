@@ -356,6 +356,7 @@ def _add_settings(archive: _Cpio, login: str, modules: "dict[str, list[str]]") -
     ("init", 0o755, _INIT),
     ("usr/sbin/shutdown", 0o755, _SHUTDOWN),
     ("usr/bin/sudo", 0o755, _SUDO),
+    ("usr/bin/pkg", 0o755, _PKG),
     ("etc/settings", 0o644, settings),
     ("etc/passwd", 0o644, passwd),
     ("etc/group", 0o644, "root:x:0:\n"),
@@ -460,6 +461,7 @@ load_modules
 mount_disk
 host_key
 [ -z "$keys" ] || read_keys
+[ ! -d /mnt/packages ] || cp /mnt/packages/* /usr/bin/
 network
 if [ "$login" = open ]; then
   dropbear -B -r /etc/dropbear/key
@@ -486,6 +488,22 @@ case "$1 $2 $3" in
   'sh -c cat >/dev/random') exec tee /tmp/seed >/dev/random ;;
 esac
 exec "$@"
+"""
+
+# As FreeBSD's, for packages that are a program of that name, which says so. Those whose names begin
+# with `no-` are not to be had. What is installed is there again after the next boot.
+_PKG = r"""#!/bin/sh
+[ "$ASSUME_ALWAYS_YES $1 $2" = 'yes install -y' ] || exit 64
+shift 2
+mkdir -p /mnt/packages
+for name; do
+  case $name in
+    no-*) echo "pkg: No packages available to install matching '$name'" >&2; exit 70 ;;
+  esac
+  printf '#!/bin/sh\necho "this is %s"\n' "$name" >"/mnt/packages/$name" || exit 1
+  cp "/mnt/packages/$name" /usr/bin/ && chmod 755 "/usr/bin/$name"
+  echo "installed $name"
+done
 """
 
 # The answer reaches whoever asked through ssh before the machine is gone.

@@ -4,15 +4,22 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import guests
 import real_qemu
-from support import free_port, processes_of, works
+import ssh_guest
+from support import forget_sizes, free_port, processes_of, works
 
 FREEBSD_GUEST = ("freebsd", "15.1")
 OPENBSD_GUEST = ("openbsd", "7.9")
+# The orders on QEMU's control socket that make a checkpoint, and that go on from one.
+SAVED = ["qmp_capabilities", "migrate-set-capabilities", "query-kvm", "x-query-jit", "stop",
+         "getfd", "migrate", "query-migrate", "quit"]  # fmt: skip
+RESTORED = ["qmp_capabilities", "migrate-set-capabilities", "query-kvm", "x-query-jit", "getfd",
+            "migrate-incoming", "query-status", "cont"]  # fmt: skip
 # What the guests of real_cache do, by their version of FreeBSD.
 ECHO, HANG, FLOODING = "15.1", "15.0", "14.4"
 FLOOD = b"\r\nflood\r\n" + 3 * b"".join(n.to_bytes(2, "big") for n in range(0x8000, 0x10000))
@@ -51,6 +58,13 @@ def make_real_cache(folder):
     guests.to_qcow2(disk, cache / "base" / f"freebsd-{version}-x86-64.qcow2")
   guests.to_qcow2(flood_disk(), cache / "base" / f"freebsd-{FLOODING}-x86-64.qcow2")
   return cache
+
+
+def ssh_guest_as_qemu(cache):
+  """Put the stand-in that starts a real sshd in the place of QEMU."""
+  program = cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
+  program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+  forget_sizes(cache)
 
 
 def unpack(tar, folder):

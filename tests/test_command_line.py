@@ -249,7 +249,8 @@ BAD += [
     (("ssh", "a", "-e", word), ["invalid variable", "NAME=VALUE"])
     for word in ("", "=", "1A", "A-B=c")
   ),
-  (("pull", "freebsd", "-e", "A=b"), ["unknown option --env for qvm pull", "-"]),
+  (("list", "-e", "A=b"), ["unknown option --env for qvm list", "-"]),
+  (("pull", "freebsd", "-e", "A=b"), ["--env needs --prepare SCRIPT"]),
 ]
 BAD += [(("rm", "--", "good", word), ["name", "letters"]) for word in ("../x", "", "-x", "a/b")]
 BAD += [
@@ -381,19 +382,22 @@ COMMANDS = (
 )
 SHARED = ("--help", "-h", "--version")
 IN_GUEST = ("-e", "--env", "--sync", "--sync-direction", "--sync-exclude", "--sync-delete")
+SET_UP = ("--prepare", "--install", "--prepare-timeout", "--rebuild")
 KNOWN = {
   "": SHARED,
   "run": SHARED + ("--platform", "--rm", "--dry-run", "--name", "-m", "--memory", "--cpus")
   + ("--ssh-port", "--accel", "--qemu", "--qemu-arg", "--progress", "-d", "--detach")
   + ("--warm", "--stream", "--boot-timeout", "--boot-attempts", "--console-log", "--no-network")
   + ("-p", "--publish", "--disk", "--image", "--release", "--qemu-release")
-  + ("--display",) + IN_GUEST,
+  + ("--display",) + SET_UP + IN_GUEST,
   "each": SHARED + ("-j", "--jobs", "--fail-fast", "--logs", "--json", "--junit", "-m", "--memory")
   + ("--cpus", "--accel", "--qemu", "--qemu-arg", "--warm", "--stream", "--boot-timeout")
-  + ("--boot-attempts", "--no-network", "-e", "--env", "--sync", "--sync-exclude", "--sync-out"),
+  + ("--boot-attempts", "--no-network", "-e", "--env", "--sync", "--sync-exclude", "--sync-out")
+  + ("--install", "--prepare", "--prepare-timeout"),
   "ssh": SHARED + ("--boot-timeout",) + IN_GUEST,
   "pull": SHARED + ("--platform", "--qemu", "--progress", "--refresh", "--verify", "--mirror")
-  + ("--release", "--qemu-release"),
+  + ("--release", "--qemu-release") + SET_UP
+  + ("-e", "--env", "-m", "--memory", "--cpus", "--accel", "--boot-timeout"),
   "search": SHARED + ("--json",),
   "list": SHARED + ("--json",),
   "stop": SHARED + ("--force", "--boot-timeout"),

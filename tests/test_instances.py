@@ -364,6 +364,7 @@ def test_list_as_json(used, background):
   assert table[FREEBSD] == {
     "name": FREEBSD, "os": "freebsd", "version": "15.1", "arch": "x86-64", "state": "stopped",
     "ssh": "", "ports": [], "size": size, "ephemeral": False, "base": 100,
+    "created": "", "used": "", "script": "", "needed_by": [],
   }  # fmt: skip
   assert table["x"] == {
     **table[FREEBSD], "name": "x", "state": "running", "ssh": f"127.0.0.1:{port}",

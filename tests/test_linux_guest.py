@@ -12,6 +12,7 @@ import linux_guest
 import pytest
 from release_server import ReleaseServer
 from support import ROOT, Qvm, end_processes, free_port, processes_of, tree, works
+from support_machines import SmallDisk
 from support_terminal import Terminal
 
 pytestmark = pytest.mark.xdist_group("real_qemu")  # one worker packs and unpacks for all
@@ -245,3 +246,81 @@ def test_a_guest_that_boots_while_its_image_comes(tmp_path, server, real_home):
   asset = server.find("netbsd-builder", "v1.0.0").assets[name + ".qcow2"].blob.content
   assert (base / (name + ".qcow2")).read_bytes() == asset.read_bytes()
   works(linux("rm", name))
+
+
+# --- Prepared machines -----------------------------------------------------------------------
+
+
+def prepared(linux):
+  """The names of the prepared disks, whose qcow2 and backing files are sound."""
+  folder = linux.cache / "layers"
+  names = sorted(path.name for path in folder.glob("*-prepared-*.qcow2"))
+  for name in names:
+    subprocess.run(["qemu-img", "check", "-q", str(folder / name)], check=True)
+  return names
+
+
+def test_a_machine_is_set_up_once(linux, tmp_path):
+  """What the scripts wrote is there later, takes no more than that, and the disk is sound."""
+  (tmp_path / "one.sh").write_text(
+    "echo one says >&2; dd if=/dev/urandom of=/mnt/data bs=1M count=20\n"
+    "md5sum </mnt/data >/mnt/sum; dd if=/dev/urandom of=/mnt/gone bs=1M count=60; sync\n"
+    "rm /mnt/gone; fstrim /mnt\n"
+  )
+  (tmp_path / "two.sh").write_text("cat /mnt/sum; echo $WORD >/mnt/word\n")
+  one = ("--rm", "--install", "hello", "--prepare", str(tmp_path / "one.sh"), "-e", "WORD=kept")
+  line = "hello; md5sum </mnt/data | cmp - /mnt/sum && cat /mnt/word 2>/dev/null; ls /mnt/gone"
+  first = linux(*run("freebsd", "x86-64", line, options=one), timeout=240)
+  assert first.stdout == "this is hello\n" and "one says\n" in first.stderr, first.stderr
+  assert "installed hello\n" in first.stderr
+  (name,) = prepared(linux)
+  stat = (linux.cache / "layers" / name).stat()
+  assert 20 << 20 < stat.st_blocks * 512 < 26 << 20
+  both = (*one, "--prepare", str(tmp_path / "two.sh"))
+  second = linux(*run("freebsd", "x86-64", line, options=both), timeout=240)
+  assert second.stdout == "this is hello\nkept\n", second.stderr
+  assert "installed" not in second.stderr and len(prepared(linux)) == 2
+  (upper,) = set(prepared(linux)) - {name}
+  assert (linux.cache / "layers" / upper).stat().st_blocks * 512 < 2 << 20
+  third = linux(*run("freebsd", "x86-64", line, options=both), timeout=240)
+  assert third.stdout == "this is hello\nkept\n" and third.stderr.count("its console goes to") == 1
+  works(linux("clean", "--all"))
+  assert prepared(linux) == []
+
+
+def test_a_warm_start_of_a_prepared_machine(linux):
+  """The checkpoint and the prepared disk come of one boot."""
+  install = ("--install", "hello")
+  first = works(linux(*warm("freebsd", "x86-64", "hello", options=install), timeout=240))
+  assert first.stdout == "this is hello\n" and first.stderr.count("its console goes to") == 1
+  for _ in range(2):
+    note = "hello; ls /mnt/mine; echo >/mnt/mine"
+    again = works(linux(*warm("freebsd", "x86-64", note, options=install), timeout=120))
+    assert again.stdout == "this is hello\n" and "is booting" not in again.stderr
+  (name,) = prepared(linux)
+  cold = linux(*run("freebsd", "x86-64", "hello", options=("--rm", *install)), timeout=240)
+  assert cold.stdout == "this is hello\n" and "installed" not in cold.stderr
+  unknown = linux(*warm("freebsd", "x86-64", "true", options=("--install", "no-such")), timeout=240)
+  assert unknown.returncode == 125
+  assert "No packages available to install matching 'no-such'" in unknown.stderr.splitlines()[-1]
+  assert prepared(linux) == [name] and len(list((linux.cache / "layers").iterdir())) == 6
+  works(linux("clean", "--all"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_disk_that_is_full_while_a_machine_is_set_up(linux, tmp_path):
+  """QEMU pauses the guest, which would otherwise hang for as long as the scripts may take."""
+  works(linux("clean", "--all"))
+  works(linux("pull", "--platform", "x86-64", "freebsd", "1"))
+  disk = SmallDisk(linux.cache / "instances")
+  disk.mount("8m")
+  try:
+    (tmp_path / "much.sh").write_text("dd if=/dev/urandom of=/mnt/much bs=1M count=40; sync\n")
+    words = run(
+      "freebsd", "x86-64", "true", options=("--rm", "--prepare", str(tmp_path / "much.sh"))
+    )
+    result = linux(*words, timeout=240)
+    assert result.returncode == 125 and "the disk is full" in result.stderr.splitlines()[-1]
+    assert os.listdir(linux.cache / "instances") == [] and prepared(linux) == []
+  finally:
+    disk.unmount()

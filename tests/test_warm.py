@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 from support import FREEBSD, fails, heard, lines, processes_of, rows, works
-from support_machines import OPENBSD_GUEST
+from support_machines import OPENBSD_GUEST, RESTORED, SAVED
 
 import qvm as qvm_source
-
-SAVED = ["qmp_capabilities", "migrate-set-capabilities", "query-kvm", "x-query-jit", "stop",
-         "getfd", "migrate", "query-migrate", "quit"]  # fmt: skip
-RESTORED = ["qmp_capabilities", "migrate-set-capabilities", "query-kvm", "x-query-jit", "getfd",
-            "migrate-incoming", "query-status", "cont"]  # fmt: skip
 
 
 @pytest.fixture
@@ -168,7 +163,7 @@ def test_list_rm_and_clean(warm):
   fails(warm.qvm("stop", name), f"no instance {name}")
   works(warm.qvm("clean"))
   assert frozen(warm) == WHOLE
-  fails(warm.qvm("rm", name, "nobody"), "nobody")
+  fails(warm.qvm("rm", "nobody"), "nobody")
   assert frozen(warm) == WHOLE
   assert works(warm.qvm("rm", name)).stdout == name + "\n"
   assert frozen(warm) == [] and rows(warm.qvm) == {}

@@ -4598,7 +4598,8 @@ def base_needed(paths: InstancePaths) -> Optional[str]:
   if is_served(backing):
     named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
     return named.group(1) + ".qcow2" if named else recorded_base(paths)
-  if backing and os.path.isabs(backing):
+  folder = os.path.realpath(paths.cache.path("base"))
+  if backing and os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
     return ""  # an image of the user's own
   return recorded_base(paths) if backing is None else os.path.basename(backing)
 
@@ -10175,7 +10176,7 @@ def cmd_clone(options: Options) -> int:
     ]
     for aside, source, _ in made:
       try:
-        shutil.copyfile(source, aside)
+        copy_sparse(source, aside)
       except OSError as error:
         raise write_failure(aside, tree_size(source), error)
     with instances_lock(cache), signals.hold():
@@ -10200,13 +10201,7 @@ def cmd_rm(options: Options) -> int:
     names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
-  users = layer_users(cache, options.operands) if dropped else {}
-  for layer in dropped:
-    if users[layer.name]:
-      raise QvmError(
-        f"the layer {layer.name} is needed; nothing was deleted",
-        f"these lie on it, or may: {', '.join(users[layer.name])}",
-      )
+  check_unused(cache, dropped, options.operands)  # before anything is deleted
   for paths in chosen if options.force else []:
     if is_running(paths):
       stop_instance(paths, True)
@@ -10219,11 +10214,23 @@ def cmd_rm(options: Options) -> int:
     for paths in chosen:
       remove_instance(paths)
       emit(paths.name)
-  for layer in dropped:
-    with instances_lock(cache):
+  with instances_lock(cache):
+    check_unused(cache, dropped, options.operands)
+    for layer in dropped:
       remove_layer(layer)  # machines that run from it have its files open
-    emit(layer.name)
+      emit(layer.name)
   return EXIT_FAILED if unknown else 0
+
+
+def check_unused(cache: Cache, dropped: Sequence[LayerPaths], names: Sequence[str]) -> None:
+  """Refuse to delete layers that anything needs but what is deleted with them, by these names."""
+  users = layer_users(cache, names) if dropped else {}
+  for layer in dropped:
+    if users.get(layer.name):
+      raise QvmError(
+        f"the layer {layer.name} is needed: it stays",
+        f"these lie on it, or may: {', '.join(users[layer.name])}",
+      )
 
 
 def cmd_clean(options: Options) -> int:

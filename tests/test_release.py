@@ -45,7 +45,7 @@ def test_a_release(checkout):
   """Two builds are compared, their digest is published, and the notes are those of the version."""
   version = qvm_source.__version__
   text = (checkout / "CHANGELOG.md").read_text()
-  text = text.replace("## [Unreleased]\n", f"## [Unreleased]\n\n## [{version}] - 2026-12-01\n")
+  assert re.search(rf"(?m)^## \[{re.escape(version)}\] - 20\d\d-\d\d-\d\d$", text)
   (checkout / "CHANGELOG.md").write_text(text + "\n## [0.0.1] - 2026-01-01\n\n- Older.\n")
   for system in WORKFLOW["jobs"]["build"]["strategy"]["matrix"]["os"]:
     assert run(checkout, step("build", "build_zipapp"), f"v{version}") == 0

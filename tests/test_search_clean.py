@@ -751,6 +751,16 @@ def test_clean_all(pulled):
   assert pulled.files() == []
 
 
+def test_clean_all_knows_an_image_by_its_absolute_path(pulled):
+  """As qemu-img rebase leaves it; an image of one's own has such a path, too."""
+  works(pulled(*RUN))
+  disk = pulled.cache / "instances" / f"{FREEBSD}.qcow2"
+  command = ["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", str(pulled.cache / BASE), str(disk)]
+  subprocess.run(command, check=True)
+  clean(pulled, "--all")
+  assert {NOTE, BASE} <= set(pulled.files())
+
+
 def test_clean_all_after_a_refresh(pulled, server, image, tools_tar):
   """The QEMU before the one in use is a leftover and unneeded, but goes once."""
   newer(server, image, tools_tar)

@@ -644,69 +644,27 @@ DATE = "sudo date -u %Y%m%d%H%M.%S"  # date(1) of the BSDs
 DATE_HAIKU = "date -u -s '%Y-%m-%d %H:%M:%S'"  # GNU's
 DATE_OMNIOS = "sudo date -u %m%d%H%M%Y.%S"
 GUESTS = (
-  Guest(
-    "freebsd", "x86-64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_X86_64, BSDTAR
-  ),
-  Guest(
-    "freebsd", "arm64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS, FREEBSD_ARM64, BSDTAR
-  ),
-  Guest(
-    "openbsd", "x86-64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_X86_64, PAX
-  ),
-  Guest(
-    "openbsd", "arm64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS, OPENBSD_ARM64, PAX
-  ),
-  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_X86_64, PAX),
-  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS, NETBSD_ARM64, PAX),
-  Guest(
-    "haiku",
-    "x86-64",
-    "Haiku",
-    "user",
-    False,
-    "shutdown -q",
-    DATE_HAIKU,
-    None,
-    HAIKU_X86_64,
-    GNU_TAR,
-  ),
-  Guest(
-    "omnios",
-    "x86-64",
-    "OmniOS",
-    "runner",
-    True,
-    HALT_OMNIOS,
-    DATE_OMNIOS,
-    None,
-    OMNIOS_X86_64,
-    ILLUMOS_TAR,
-  ),
-  Guest(
-    "dragonflybsd",
-    "x86-64",
-    "DragonFly BSD",
-    "runner",
-    True,
-    HALT,
-    DATE,
-    None,
-    DRAGONFLYBSD_X86_64,
-    BSDTAR,
-  ),  # fmt: skip
-  Guest(
-    "midnightbsd",
-    "x86-64",
-    "MidnightBSD",
-    "runner",
-    True,
-    HALT,
-    DATE,
-    None,
-    MIDNIGHTBSD_X86_64,
-    BSDTAR,
-  ),  # fmt: skip
-)
+  Guest("freebsd", "x86-64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS,
+        FREEBSD_X86_64, BSDTAR),
+  Guest("freebsd", "arm64", "FreeBSD", "runner", True, HALT, DATE, FREEBSD_KEYS,
+        FREEBSD_ARM64, BSDTAR),
+  Guest("openbsd", "x86-64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS,
+        OPENBSD_X86_64, PAX),
+  Guest("openbsd", "arm64", "OpenBSD", "runner", True, HALT, DATE, OPENBSD_KEYS,
+        OPENBSD_ARM64, PAX),
+  Guest("netbsd", "x86-64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS,
+        NETBSD_X86_64, PAX),
+  Guest("netbsd", "arm64", "NetBSD", "runner", True, HALT, DATE, NETBSD_KEYS,
+        NETBSD_ARM64, PAX),
+  Guest("haiku", "x86-64", "Haiku", "user", False, "shutdown -q", DATE_HAIKU, None,
+        HAIKU_X86_64, GNU_TAR),
+  Guest("omnios", "x86-64", "OmniOS", "runner", True, HALT_OMNIOS, DATE_OMNIOS, None,
+        OMNIOS_X86_64, ILLUMOS_TAR),
+  Guest("dragonflybsd", "x86-64", "DragonFly BSD", "runner", True, HALT, DATE, None,
+        DRAGONFLYBSD_X86_64, BSDTAR),
+  Guest("midnightbsd", "x86-64", "MidnightBSD", "runner", True, HALT, DATE, None,
+        MIDNIGHTBSD_X86_64, BSDTAR),
+)  # fmt: skip
 OS_NAMES = tuple(dict.fromkeys(guest.os for guest in GUESTS))
 # By OS, the line that installs packages as the image's user; 4 of OmniOS is: nothing to do.
 INSTALL = {
@@ -718,14 +676,8 @@ INSTALL = {
   "dragonflybsd": "sudo pkg install -y {}",
   "midnightbsd": "sudo mport install {}",
 }
-ARCHES = {
-  "x86-64": "x86-64",
-  "x86_64": "x86-64",
-  "amd64": "x86-64",
-  "x64": "x86-64",
-  "arm64": "arm64",
-  "aarch64": "arm64",
-}
+ARCHES = {"x86-64": "x86-64", "x86_64": "x86-64", "amd64": "x86-64", "x64": "x86-64",
+          "arm64": "arm64", "aarch64": "arm64"}  # fmt: skip
 QEMU_CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}  # as in QEMU's program names
 
 

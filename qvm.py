@@ -44,8 +44,9 @@ Threads: the main thread gets the signals, prints errors and chooses the exit co
 daemons that fetch, or feed and read a program; the result of each is raised where it is awaited.
 
 Who outlives whom: a detached QEMU outlives qvm and keeps the instance's lock and port. An image
-server outlives qvm too; it ends when nobody holds the other end of its pipe, which QEMU has. An
-orphaned qemu-img keeps the instance's lock until it has ended. Nothing outlives `qvm each`: its
+server outlives qvm too; it ends when nobody holds the other end of its pipe, which QEMU has. So does
+the keeper of a console log, which flushes the disk of a detached machine in the end. An orphaned
+qemu-img keeps the instance's lock until it has ended. Nothing outlives `qvm each`: its
 children end themselves and their machines once nobody holds the other end of their pipes.
 """
 

@@ -44,7 +44,7 @@ WHOLE = {"image", "offline", "pyz", "tools_tar"}
 REAL = {"archives", "real_cache"}
 # Modules whose tests start programs without such a fixture.
 MODULES = {"test_torture": "program", "test_zipapp": "program", "test_release": "program",
-           "test_ssh_guest": "program", "test_real_qemu": "real"}  # fmt: skip
+           "test_ssh_guest": "program", "test_real_qemu": "real", "test_demo": "real"}  # fmt: skip
 
 
 def layer_of(item):

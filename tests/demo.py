@@ -18,7 +18,7 @@ import guests
 import linux_guest
 import real_qemu
 from release_server import ReleaseServer
-from support import ROOT, Qvm, default_signals, end_processes
+from support import ROOT, Qvm, default_signals, end_processes, tar_of
 
 PACKAGES = ROOT / ".venv" / "linux"
 GUESTS = ("freebsd", "netbsd", "haiku")  # whose images start with a BIOS
@@ -38,7 +38,7 @@ def publish(server, folder):
   image = folder / "image.qcow2"
   if sys.platform == "darwin":
     guests.to_qcow2(guests.boot_sector("Hello from a boot sector."), image)
-    archives = {}
+    archives = homebrew_archives()
   else:
     linux_guest.disk(str(PACKAGES), "x86-64", "bios", "open", str(image))
     archives = {name: folder / name for name in
@@ -48,6 +48,18 @@ def publish(server, folder):
   server.add_release("resources", "v2.0.0", archives)
   for name in GUESTS:
     server.add_release(f"{name}-builder", "v1.0.0", {f"{name}-1.0-x86-64.qcow2": image})
+
+
+def homebrew_archives():
+  """The archives that a Mac downloads, made of Homebrew's QEMU."""
+  program = Path(shutil.which("qemu-system-x86_64")).resolve()
+  share = program.parent.parent / "share" / "qemu"
+  firmware = [path for end in ("bin", "rom") for path in share.glob(f"*.{end}")]
+  files = {f"share/qemu/{path.name}": path.read_bytes() for path in firmware}
+  return {
+    "qemu-system-x86_64-macos.tar": tar_of({"bin/qemu": program.read_bytes(), **files}),
+    "resources-macos.tar": tar_of({"qemu-img": Path(shutil.which("qemu-img")).read_bytes()}),
+  }
 
 
 def show(qvm, line):
@@ -70,8 +82,6 @@ def main():
       packed = folder / "qvm.pyz"
       subprocess.run([sys.executable, str(ROOT / "build_zipapp.py"), str(packed)], check=True)
       qvm = Qvm(folder, packed, server)
-      if sys.platform == "darwin":
-        qvm.env["QVM_QEMU_X86_64"] = "qemu-system-x86_64"
       for line in ON_A_MAC if sys.platform == "darwin" else LINES:
         show(qvm, line)
   finally:

@@ -545,6 +545,7 @@ def test_options_are_handed_on():
     "C",
   )
   words += ("--sync", "/a/b", "--sync-exclude", "*.o")
+  words += ("--install", "git", "--prepare", "a.sh", "--prepare-timeout", "9")
   options = qvm_source.parse_command_line(["each", *words, "all", "--", "x"])
   given = qvm_source.handed_on(options)
   child = qvm_source.parse_command_line(["run", "--rm", *given, "freebsd", "--", "x"])

@@ -570,7 +570,7 @@ def test_a_wrong_digest_once_qvm_has_left(streamer, server, tmp_path, options):
   pids = ours(streamer)
   go.set()
   settled(streamer)
-  assert len(pids) == (2 if own else 3)  # QEMU, the server, and what keeps the log within bounds
+  assert len(pids) == 3  # QEMU, the server, and the keeper of the log
   left = [n for n in streamer.files() if n.startswith(("base/", "downloads/", "instances/vm."))]
   left.remove("instances/vm.lock")  # nobody was there to remove it
   assert left == ([] if own else ["instances/vm.console.log"])

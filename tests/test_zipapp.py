@@ -179,7 +179,7 @@ def test_the_whole_flow_with_each_python(tmp_path, pyz, server, python):
   run = qvm("list", "--json", python=python)
   assert [row["name"] for row in json.loads(run.stdout)] == [FREEBSD]
   run = qvm("list", python=python)
-  assert (run.returncode, run.stdout.count("\n"), run.stderr) == (0, 2, "")
+  assert (run.returncode, run.stdout.count("\n"), run.stderr) == (0, 6, "")
   run = qvm("rm", FREEBSD, python=python)
   assert (run.returncode, run.stdout, run.stderr) == (0, f"{FREEBSD}\n", "")
   assert not [path for path in qvm.files() if path.startswith("instances/")]

@@ -8273,6 +8273,7 @@ class Server:
     def accept() -> None:
       while True:
         link = listener.accept()[0]
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)  # 8 KiB on macOS
         threading.Thread(target=Export(self, link).run, daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()

@@ -9802,8 +9802,10 @@ def fetch_base(machine: Machine, net: Net) -> Base:
   """Download what is missing; with --stream the image follows while the guest runs, if it can."""
   plan, options = machine.plan, machine.options
   whole = os.path.lexists(plan.paths.disk) and not is_streamed(plan.paths.disk)
-  whole = whole or plan.own_image or options.sets_up
-  stream = options.stream and not whole and is_missing(plan, plan.base)
+  missing = options.stream and not plan.own_image and is_missing(plan, plan.base)
+  if missing and options.sets_up:
+    say("the image is downloaded first, as a guest is to be set up on it")
+  stream = missing and not whole and not options.sets_up
   fetch_missing(plan, net, image=not stream and not plan.own_image)
   base = None
   if stream:

@@ -774,3 +774,10 @@ def test_a_script_that_may_not_be_read(offline, tmp_path):
   path.chmod(0)
   words = ("run", "--prepare", str(path), "freebsd", "15.1")
   fails(offline(*words, preexec_fn=obey_modes), "cannot be read: Permission denied", code=2)
+
+
+def test_a_stream_is_downloaded_first(prepare, server):
+  """A layer lies on a whole image; that is said, as it is not what was asked for."""
+  (prepare.qvm.cache / "base" / f"{FREEBSD}.qcow2").unlink()
+  result = works(prepare.run("true", options=("--stream", *with_scripts(script(prepare)))))
+  assert "the image is downloaded first" in result.stderr and len(layer_names(prepare)) == 1

@@ -9,7 +9,7 @@ qvm.1: qvm.py build_zipapp.py
 
 # Install what the tests need and run all of them.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 4 --dist loadgroup
 
 # What shows most mistakes, in half a minute.
 check: .venv/installed lint

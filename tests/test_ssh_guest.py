@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import ssh_guest
-from support import alive, free_port, heard, processes_of
+from support import alive, free_port, heard, processes_of, wait_for
 
 SHELLS = ("/bin/sh", "/bin/bash", "/bin/csh", "/usr/bin/fish", "/bin/zsh")
 SECTOR, MIB = 512, 1 << 20
@@ -299,9 +299,16 @@ def test_sessions_leave_no_process_behind_but_what_they_started(guests):
   for _ in range(3):
     guest("true")
   guest("setsid sleep 1000 </dev/null >/dev/null 2>&1 &")
-  pids = ssh_guest.descendants(guest.process.pid)
-  names = [Path(f"/proc/{pid}/comm").read_text() for pid in pids]
-  assert names.count("sleep\n") == 1
+
+  def names():
+    found = []
+    for pid in ssh_guest.descendants(guest.process.pid):
+      with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        found.append(Path(f"/proc/{pid}/comm").read_text())
+    return found
+
+  wait_for(lambda: "sleep\n" in names())  # which the shell's child has yet to become
+  assert names().count("sleep\n") == 1
 
 
 def test_sigterm_ignored(guests):

@@ -130,14 +130,19 @@ def manual() -> str:
   page = f'.TH QVM 1 "" "qvm {qvm.__version__}" "User Commands"\n'
   page += ".SH NAME\nqvm \\- run BSDs, Haiku and OmniOS in QEMU\n"
   page += ".SH SYNOPSIS\n.B qvm\n\\fICOMMAND\\fR [\\fIOPTIONS\\fR] ...\n.SH DESCRIPTION\n"
-  page += roff(" ".join((qvm.__doc__ or "").split("\n\n")[1].split())) + "\n.SH COMMANDS\n"
+  page += (
+    "qvm downloads QEMU, qemu-img and a pre-built image into one cache folder, creates a qcow2\n"
+  )
+  page += (
+    "overlay on top of the image, which it never changes, and boots the overlay.\n.SH COMMANDS\n"
+  )
   for name, form in qvm.COMMANDS.items():
-    page += f".SS {roff(f'qvm {name} [OPTIONS] {form.operands}'.strip())}\n{roff(form.summary)}\n"
+    page += f".SS {roff(f'qvm {name} [OPTIONS] {form.operands}'.strip())}\n"
+    page += "\n".join(roff(line) if line else ".PP" for line in qvm.about(name)) + "\n"
     for option in qvm.known_options(name):
       if option.field not in qvm.EVERYWHERE:
         page += option_entry(option, form.option_help)
     page += ".PP\nExamples:\n.PP\n.nf\n.RS\n" + roff("\n".join(form.examples)) + "\n.RE\n.fi\n"
-  page += ".SH COMMANDS IN THE GUEST\n" + roff("\n".join(qvm.COMMAND_HELP).strip()) + "\n"
   page += ".SH ENVIRONMENT\n"
   for names, text in qvm.ENVIRONMENT:
     page += f".TP\n\\fB{roff(names)}\\fR\n{roff(text)}\n"

@@ -1003,7 +1003,7 @@ OPTIONS = (
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
   Option(("--qemu",), "qemu", "PATH", parse_text,
-         "use this qemu-system-… and the qemu-img next to it or on PATH"),
+         "use this qemu-system-* and the qemu-img next to it or on PATH"),
   Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
          "extra argument for QEMU; may be repeated", True),
   Option(("-d", "--detach"), "detach", "", bool,
@@ -1218,8 +1218,15 @@ def parse_command_line(words: Sequence[str]) -> Options:
   elif rest == ["--"]:
     raise UsageError("no command after --")
   command = operands[0] if operands else ""
+  if command == "help" and len(operands) <= 2:  # what many type first
+    return parse_command_line([*operands[1:], "--help"])
   if command and command not in COMMANDS:
-    raise UsageError("unknown command '{}'; choose from {}".format(command, ", ".join(COMMANDS)))
+    near = difflib.get_close_matches(command, list(COMMANDS), 1)
+    raise UsageError(
+      "unknown command '{}'{}; choose from {}".format(
+        command, f" (did you mean {near[0]}?)" if near else "", ", ".join(COMMANDS)
+      )
+    )
   if not command and not fields & set(EVERYWHERE):
     raise UsageError(
       "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
@@ -1381,6 +1388,8 @@ def parse_guest(text: str) -> Tuple[str, str, str]:
   if not match:
     raise UsageError(f"invalid guest '{text}': use OS[-VERSION][-ARCH], as in openbsd-7.9-arm64")
   os_name, version, arch = (part or "" for part in match.groups())
+  if version and not re.search(r"[0-9]", parse_version(version)) and version.lower() != "latest":
+    raise UsageError(f"'{version}' in '{text}' is neither a version nor one of x86-64 and arm64")
   if text.lower() == ALL:
     return ALL, "", ""
   if arch:
@@ -1410,6 +1419,12 @@ ENVIRONMENT = (
   ("QVM_DEBUG", "1: show the traceback of a bug"),
 )
 
+CONSOLE_HELP = [
+  "",
+  "Without a command this terminal is the guest's console: every key goes to the guest, but",
+  "Ctrl-A x ends the machine at once, and Ctrl-A h shows help. The exit code is QEMU's, 128+N",
+  "after signal N, 1 if qvm failed, and 2 for a wrong command line.",
+]
 COMMAND_HELP = [
   "",
   "qvm passes COMMAND and its ARGs to the guest unchanged, whatever characters they contain. A",
@@ -1420,23 +1435,30 @@ COMMAND_HELP = [
 ]
 
 
+def about(command: str) -> List[str]:
+  """What --help and the manual page say of a command, but for its options and examples."""
+  form, lines = COMMANDS[command], [COMMANDS[command].summary]
+  if "OS" in form.operands:
+    lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
+  if "VERSION" in form.operands:
+    lines += [
+      "VERSION defaults to `latest`, the newest version for that CPU; 15 is the newest 15.x."
+    ]
+  if command == "run":
+    lines += CONSOLE_HELP
+  if "COMMAND" in form.operands:
+    lines += EACH_HELP if "GUEST" in form.operands else COMMAND_HELP
+  return lines
+
+
 def help_text(command: str) -> str:
   """The output of --help, for one command or, for an empty name, for all."""
-  lines: List[str] = []
   if command:
-    form = COMMANDS[command]
-    lines += [(f"usage: qvm {command} [OPTIONS] {form.operands}").rstrip(), "", form.summary]
-    if "OS" in form.operands:
-      lines += ["OS is one of {}.".format(", ".join(OS_NAMES))]
-    if "VERSION" in form.operands:
-      lines += [
-        "VERSION defaults to `latest`, the newest version for that CPU; 15 is the newest 15.x."
-      ]
-    if "COMMAND" in form.operands:
-      lines += EACH_HELP if "GUEST" in form.operands else COMMAND_HELP
+    usage = f"usage: qvm {command} [OPTIONS] {COMMANDS[command].operands}".rstrip()
+    lines = [usage, "", *about(command)]
   else:
-    lines += ["usage: qvm COMMAND [OPTIONS] ...", ""]
     titles = list(dict.fromkeys(guest.title for guest in GUESTS))
+    lines = ["usage: qvm COMMAND [OPTIONS] ...", ""]
     lines += ["Run {} and {} in QEMU.".format(", ".join(titles[:-1]), titles[-1])]
     lines += ["", "commands:"]
     lines += [f"  {name:<10} {form.summary}" for name, form in COMMANDS.items()]
@@ -2340,6 +2362,9 @@ def resolve(options: Options) -> Options:
     for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
     if getattr(options, name)
   }
+  for name in ("mirror", "logs"):
+    if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
+      raise UsageError(f"--{name}: not a folder: '{getattr(options, name)}'")
   if options.image and not os.path.isfile(paths["image"]):
     raise UsageError(f"--image: no such file: '{options.image}'")
   if options.sync and not os.path.isdir(paths["sync"]):
@@ -2401,15 +2426,18 @@ def silent() -> Spawn:
   return Spawn(subprocess.DEVNULL, subprocess.DEVNULL, subprocess.DEVNULL)
 
 
+ROSETTA_FIX = (
+  "install Rosetta (softwareupdate --install-rosetta) or use your own QEMU, such as Homebrew's, "
+  "with --qemu"
+)
+
+
 def cannot_run(program: str, error: OSError) -> QvmError:
   """The error for a program that the system cannot execute."""
   EBADARCH = 86  # macOS: "Bad CPU type in executable"
   hint = ""
   if error.errno == EBADARCH or (sys.platform == "darwin" and error.errno == errno.ENOEXEC):
-    hint = (
-      "the downloaded QEMU is built for Intel: install Rosetta (softwareupdate --install-rosetta) "
-      "or use your own QEMU, such as Homebrew's, with --qemu"
-    )
+    hint = "the downloaded QEMU is built for Intel: " + ROSETTA_FIX
   elif error.errno == errno.ENOEXEC:
     hint = (
       "if it is damaged, qvm pull downloads it again; if it is built for another CPU, use a QEMU "
@@ -2465,6 +2493,11 @@ def this_host() -> Host:
   uname = os.uname()
   apple = uname.sysname == "Darwin" and "RELEASE_ARM64" in uname.version
   return host_of(uname.sysname, "arm64" if apple else uname.machine)
+
+
+def lacks_rosetta(host: Host) -> bool:
+  """Whether this is Apple Silicon that cannot run the downloaded QEMU, which is built for Intel."""
+  return host == Host("macos", "arm64") and not os.path.exists("/Library/Apple/usr/share/rosetta")
 
 
 def available_memory(meminfo: str) -> Optional[int]:
@@ -5124,6 +5157,8 @@ def plan_from(options: Options, net: Net) -> Plan:
   """The plan for this command on this host with this environment."""
   cache, host = cache_from(os.environ), this_host()
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
+  if options.command == "run" and not (options.dry_run or options.qemu) and lacks_rosetta(host):
+    raise QvmError("QEMU for macOS is built for Intel, and this Mac has no Rosetta", ROSETTA_FIX)
   version = "image" if options.image else chosen_version(options, net, guest, cache)
   options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
@@ -10777,9 +10812,8 @@ def check_system() -> Check:
     check_host(host, GUESTS[0], "")
   except QvmError as error:
     return Check("fault", "host", f"{text}: {error}", error.hint)
-  if host == Host("macos", "arm64") and not os.path.exists("/Library/Apple/usr/share/rosetta"):
-    fix = "softwareupdate --install-rosetta, or use your own QEMU with --qemu"
-    return Check("fault", "host", f"{text}, without Rosetta, which QEMU needs", fix)
+  if lacks_rosetta(host):
+    return Check("fault", "host", f"{text}, without Rosetta, which QEMU needs", ROSETTA_FIX)
   return Check("ok", "host", text)
 
 
@@ -10859,7 +10893,8 @@ def check_qemu(cache: Cache) -> List[Check]:
     code, output = ask_program([program, "-accel", "help"])
     if code:
       text = f"{release} does not start: {output}"
-      checks.append(Check("fault", "QEMU " + cpu, text, QEMU_FIX))
+      fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
+      checks.append(Check("fault", "QEMU " + cpu, text, fix))
     else:
       offers = output.partition(":")[2].split()
       checks.append(Check("ok", "QEMU " + cpu, f"{release}, accelerators: {' '.join(offers)}"))

@@ -66,7 +66,7 @@ def show(qvm, line):
   """Show a command, then run it as a user does."""
   line = line.replace(" ", " --platform x86-64 ", 1) if not line.startswith("each") else line
   print(f"\n$ python3 qvm.pyz {line}", flush=True)
-  code = subprocess.call([*qvm.command(*shlex.split(line))], env=qvm.env)
+  code = subprocess.call(qvm.command(*shlex.split(line)), env=qvm.env)
   if code:
     sys.exit(f"demo: that ended with code {code}")
 
@@ -75,7 +75,10 @@ def main():
   default_signals()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   folder = Path(tempfile.mkdtemp(prefix="qvm-demo-"))
-  print("making a small guest of Debian's packages; this takes some seconds", flush=True)
+  print(
+    "Every guest here is one small Linux, made of Debian's packages, that goes by a BSD's name."
+  )
+  print("Making it takes some seconds.", flush=True)
   try:
     with ReleaseServer() as server:
       publish(server, folder)
@@ -91,4 +94,7 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except KeyboardInterrupt:
+    sys.exit(130)

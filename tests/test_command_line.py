@@ -578,3 +578,26 @@ def test_a_user_without_a_home_is_told(offline, tmp_path):
   env["QVM_CACHE_DIR"] = "/q"
   run = subprocess.run([*command, "config", "print-path"], env=env, capture_output=True, text=True)
   assert (run.returncode, run.stdout) == (0, "/q\n")
+
+
+@pytest.mark.parametrize("words, command", [(["help"], ""), (["help", "run"], "run")])
+def test_help_is_a_command_too(offline, words, command):
+  run = offline(*words)
+  assert (run.returncode, run.stdout) == (0, qvm_source.help_text(command) + "\n")
+
+
+@pytest.mark.parametrize("words, fragments", [
+  (["runn", "freebsd"], ["'runn' (did you mean run?)"]),
+  (["help", "nosuch"], ["'nosuch'"]),
+  (["each", "freebsd-sparc", "--", "true"], ["'sparc' in 'freebsd-sparc'"]),
+  (["each", "--logs", __file__, "freebsd-15.1", "--", "true"], ["--logs: not a folder"]),
+  (["pull", "--mirror", __file__, "freebsd", "15.1"], ["--mirror: not a folder"]),
+])  # fmt: skip
+def test_what_a_newcomer_mistypes(offline, words, fragments):
+  run = offline(*words)
+  assert run.returncode == 2 and all(text in run.stderr for text in fragments), run.stderr
+  assert run.stderr.count("\n") <= 2 and list(offline.home.iterdir()) == []
+
+
+def test_the_help_of_run_says_how_to_leave():
+  assert "Ctrl-A x ends the machine" in qvm_source.help_text("run")

@@ -784,3 +784,14 @@ def test_this_mac_gets_the_accelerator_that_it_has(native):
 def test_this_macs_time_machine_leaves_the_cache_alone(native):
   native("pull", *X86)
   assert "[Excluded]" in asks("tmutil", "isexcluded", str(native.cache))
+
+
+@linux
+def test_a_mac_without_rosetta_downloads_nothing(new_mac):
+  """It could not run what comes; `doctor` has the same fix, and says nothing of deleting."""
+  mac = new_mac("silicon-bare")
+  result = mac("run", "--rm", *ARM)
+  assert result.returncode == 1 and "no Rosetta" in result.stderr, result.stderr
+  assert "softwareupdate --install-rosetta" in result.stderr
+  assert not (mac.cache / "downloads").exists()
+  works(mac("run", "--dry-run", *ARM))

@@ -552,6 +552,8 @@ def host_command(qvm, system, machine, *words, more=""):
   code = f"""
 import os, sys
 os.uname = lambda: os.uname_result(({system!r}, "host", "1", "1", {machine!r}))
+exists, rosetta = os.path.exists, "/Library/Apple/usr/share/rosetta"
+os.path.exists = lambda path: path == rosetta or exists(path)
 {more}
 import qvm
 sys.exit(qvm.main())

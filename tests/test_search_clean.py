@@ -1102,7 +1102,7 @@ def test_two_fill_a_mirror(qvm, server, tmp_path, tools_tar):
 
 def test_mirror_that_is_no_folder(qvm, server, tmp_path):
   (tmp_path / "file").write_text("mine")
-  fails(qvm(*PULL, "--mirror", str(tmp_path / "file")), str(tmp_path / "file"))
+  fails(qvm(*PULL, "--mirror", str(tmp_path / "file")), str(tmp_path / "file"), code=2)
   assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -2617,7 +2617,9 @@ def is_open(url: str) -> bool:
 
 def seconds_from(environ: Mapping[str, str], name: str, default: float, least: float) -> float:
   """A time in seconds from the environment, at most an hour."""
-  text = environ.get(name) or str(default)
+  text = environ.get(name)
+  if not text:
+    return default
   if not re.match(r"[0-9]{1,4}(\.[0-9]{1,6})?\Z", text) or not least <= float(text) <= 3600:
     raise UsageError(f"{name}: '{text}' is not a number of seconds from {least:g} to 3600")
   return float(text)
@@ -5184,6 +5186,8 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   """
   wanted = "".join(options.operands[1:])
   wanted = "" if wanted.lower() == "latest" else wanted
+  if wanted and not is_beginning(guest, wanted):
+    return wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
   if options.release:
     cached = [
@@ -5191,7 +5195,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
     ]
   elif "+" not in wanted:
     cached = [each for each in cached if "+" not in each]
-  if wanted and (wanted in cached or not is_beginning(guest, wanted)):
+  if wanted in cached:
     return wanted
   newest = newest_of(cached, wanted)
   if options.dry_run:
@@ -9262,10 +9266,10 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts, layer: str) -
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
-  digest = hashlib.sha256()
+  base, digest = base_record(plan), hashlib.sha256()
   for text in (
     *qemu_command(named, options, facts),
-    *(base_record(plan).sha256 or base_record(plan).validator, tree, own, os.fsdecode(public)),
+    *(base.sha256 or base.validator, tree, own, os.fsdecode(public)),
     *host_cpu("/proc/cpuinfo"),
     *filter(None, [layer]),
   ):

@@ -66,13 +66,18 @@ def records(qvm):
           qvm.cache / "bin" / "qemu-img.json"]  # fmt: skip
 
 
-def test_a_refresh_never_goes_back(full):
-  """An older release can bring back faults that are known by now."""
-  for path in records(full):
+def pretend(qvm, release):
+  """Let what is cached be of another release."""
+  for path in records(qvm):
     record = json.loads(path.read_text())
-    record.update(release="v99.0.0", url="https://elsewhere/v99.0.0/x")
+    record.update(release=release, url=f"https://elsewhere/{release}/x")
     path.chmod(0o644)
     path.write_text(json.dumps(record))
+
+
+def test_a_refresh_never_goes_back(full):
+  """An older release can bring back faults that are known by now."""
+  pretend(full, "v99.0.0")
   before = {path: path.read_bytes() for path in records(full)}
   result = works(full(*PULL, "--refresh"))
   assert result.stderr.count("older than v99.0.0 here, which is kept") == 3
@@ -80,11 +85,7 @@ def test_a_refresh_never_goes_back(full):
 
 
 def test_a_refresh_goes_forward(full):
-  for path in records(full):
-    record = json.loads(path.read_text())
-    record.update(release="v0.0.1", url="https://elsewhere/v0.0.1/x")
-    path.chmod(0o644)
-    path.write_text(json.dumps(record))
+  pretend(full, "v0.0.1")
   result = works(full(*PULL, "--refresh"))
   assert "is kept" not in result.stderr
   assert all(json.loads(path.read_text())["release"] != "v0.0.1" for path in records(full))

@@ -3397,11 +3397,10 @@ class Download:
 
   def fetch(self) -> None:
     """Fetch what is missing, hash it, and look at its first bytes: the lead's whole work."""
-    with progress.including(self.file):
-      if not self.file.complete():
-        with_retries(self.net, self.url, self.fetch_rest, lambda: self.file.done)
-      self.file.hash_all(self.net.cancelled)
-      self.check_kind(self.file.head())
+    if not self.file.complete():
+      with_retries(self.net, self.url, self.fetch_rest, lambda: self.file.done)
+    self.file.hash_all(self.net.cancelled)
+    self.check_kind(self.file.head())
 
   def fetch_rest(self) -> None:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
@@ -3669,10 +3668,11 @@ class Download:
 def download(net: Net, url: str, name: str, folder: str) -> Download:
   """Fetch url into a folder, resuming what is there; returns it complete and looked at."""
   result = Download(net, url, name, folder)
-  try:
-    result.fetch()
-  finally:
-    result.file.close()
+  with progress.including(result.file):  # until its bytes are put away: a signal waits for that
+    try:
+      result.fetch()
+    finally:
+      result.file.close()
   fetched, seconds = result.file.done - result.resumed, time.monotonic() - result.started
   rate = megabytes(fetched / max(seconds, 0.001))
   say(f"downloaded {name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
@@ -4837,9 +4837,10 @@ def fetch_resource(
 ) -> None:
   """Download an asset of the release of QEMU, unless `path` is of that, and install it."""
   with download_lock(plan.cache.downloads, pinned_name(name, plan.qemu_release)) as folder:
-    if not is_there(plan, releases, path, name):
-      asset = Asset("resources", resources_tag(plan, releases), name)
-      install(asset.tag, fetch_asset(releases, asset, folder))
+    if is_there(plan, releases, path, name):
+      return remove_tree(folder)  # what a qvm has left that was killed once it had installed it
+    asset = Asset("resources", resources_tag(plan, releases), name)
+    install(asset.tag, fetch_asset(releases, asset, folder))
 
 
 def install_qemu(plan: Plan, tag: str, download: Download) -> None:
@@ -4958,7 +4959,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
   def use(asset: Asset) -> None:
     if there:
       if is_newest(plan.base, releases.net, asset):
-        return
+        return remove_tree(folder)
       check_exists(releases.net, asset.url(releases.net))
       check_unneeded(plan, "refreshed")  # before the download; install_image looks again
     download = fetch_asset(releases, asset, folder, functools.partial(condemn, plan))
@@ -4971,9 +4972,10 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
 
   with download_lock(plan.cache.downloads, plan.download) as folder:
     there = not is_missing(plan, plan.base)
-    if plan.refresh or not there:
-      pinned = plan.release or ("" if there else pinned_release(plan, releases))
-      find_image(plan, releases, pinned, use)
+    if there and not plan.refresh:
+      return remove_tree(folder)
+    pinned = plan.release or ("" if there else pinned_release(plan, releases))
+    find_image(plan, releases, pinned, use)
 
 
 def gone_image(plan: Plan, tag: str) -> QvmError:
@@ -8204,7 +8206,8 @@ class Server:
     """
     while not self.gone.is_set():
       try:
-        return self.download.fetch()
+        with progress.including(self.download.file):
+          return self.download.fetch()
       except Cancelled:
         return
       except Exception as error:

@@ -22,7 +22,7 @@ def check_works(qvm, result, image):
   assert result.returncode == 0, result.stderr
   assert "Traceback" not in result.stderr and "sig=" not in result.stderr
   assert (qvm.cache / "base" / IMAGE).read_bytes() == image
-  assert os.listdir(str(qvm.cache / "downloads")) == []
+  assert list(os.walk(str(qvm.cache / "downloads")))[1:] == []
   assert not [path for path in qvm.files() if ".tmp" in path or path.startswith("downloads/")]
 
 

@@ -1,6 +1,7 @@
 """`qvm pull` and `run` against a release server that breaks in every way; the cache after it."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -215,21 +216,83 @@ AFTER_A_REBOOT = "import qvm, sys; qvm.boot_id = lambda: 'another'; sys.exit(qvm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_that_was_ended_is_resumed_after_a_reboot(qvm, server, image, number):
+def test_one_that_was_ended_is_resumed_after_a_reboot(no_image, server, image, number):
   """Its connection hangs, so nothing but the end itself puts away what there is."""
   fault = server.fault(IMAGE, times=1, pause=threading.Event(), pause_at=200_000)
-  process = qvm.start(*PULL)
+  process = no_image.start(*PULL)
   hangs(process, fault)
-  maps = qvm.cache / "downloads"
-  wait_for(lambda: any(1 in path.read_bytes() for path in maps.glob(f"{IMAGE}/map")))
+  wait_for(lambda: has_a_block(no_image))
   process.send_signal(number)
   assert finished(process).returncode == 128 + number
-  again = subprocess.run(
-    [sys.executable, "-c", AFTER_A_REBOOT, *PULL], cwd=str(ROOT), env=qvm.env, text=True,
-    stdin=subprocess.DEVNULL, capture_output=True,
-  )  # fmt: skip
+  check_goes_on_after_a_reboot(no_image, image)
+
+
+# The thread that downloads is late: it has left its work, and not put away what there is.
+LATE = """
+import qvm, sys, threading
+end, close, late = qvm.Progress.close, qvm.PartFile.close, threading.Event()
+def end_late(self):
+  threading.current_thread().ends = True
+  qvm.say("ending")
+  late.wait()
+  end(self)
+def close_late(self, **more):
+  if qvm.signals.caught and not hasattr(threading.current_thread(), "ends"):
+    late.set()
+    threading.Event().wait()
+  close(self, **more)
+qvm.Progress.close, qvm.PartFile.close = end_late, close_late
+qvm.main()
+"""
+
+
+def test_one_that_was_ended_while_data_came_is_resumed_after_a_reboot(no_image, big_server, big):
+  go = threading.Event()
+  fault = big_server.fault(IMAGE, times=1, pause=go, pause_at=200_000)
+  process = subprocess.Popen([sys.executable, "-c", LATE, *PULL], **of_code(no_image))
+  hangs(process, fault)
+  wait_for(lambda: has_a_block(no_image))
+  process.send_signal(signal.SIGTERM)
+  before = lines_until(process.stderr, "ending")
+  go.set()
+  assert finished(process, "".join(before)).returncode == 128 + signal.SIGTERM
+  check_goes_on_after_a_reboot(no_image, big)
+
+
+def of_code(qvm):
+  """How to start Python with code that changes qvm first."""
+  pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  return {"cwd": str(ROOT), "env": qvm.env, "text": True, **pipes}
+
+
+def has_a_block(qvm):
+  """Whether a block of the image has come."""
+  return any(1 in path.read_bytes() for path in (qvm.cache / "downloads").glob(f"{IMAGE}/map"))
+
+
+def check_goes_on_after_a_reboot(qvm, image):
+  again = subprocess.run([sys.executable, "-c", AFTER_A_REBOOT, *PULL], **of_code(qvm))
   check_works(qvm, again, image)
   assert f"downloading {IMAGE} (going on at" in again.stderr
+
+
+def test_what_was_installed_before_a_kill_is_not_left_over(no_image, server, image):
+  """Another qvm waits for the lock of one that has installed QEMU, and not removed the archive."""
+  program = no_image.cache / "bin" / "qemu-img"
+  folder = no_image.cache / "downloads" / TOOLS
+  folder.mkdir()
+  lock = os.open(str(folder), os.O_RDONLY)
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  there = program.read_bytes()
+  program.unlink()
+  process = no_image.start(*PULL)
+  before = lines_until(process.stderr, f"another qvm that downloads {TOOLS}")
+  (folder / "part").write_bytes(b"the archive")
+  program.write_bytes(there)
+  program.chmod(0o755)
+  os.close(lock)
+  check_works(no_image, finished(process, "".join(before)), image)
+  assert server.requests(TOOLS) == []
 
 
 def test_two_cpus_at_once(qvm, server, image):

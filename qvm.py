@@ -101,6 +101,7 @@ if TYPE_CHECKING:
   import json
   import lzma
   import marshal
+  import platform
   import pwd
   import queue
   import random
@@ -173,7 +174,7 @@ else:
 
   for _name in (
     *("array", "bz2", "calendar", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
-    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "queue", "random"),
+    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "platform", "queue", "random"),
     *("resource", "select"),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
     *("termios", "tty", "unicodedata", "zlib"),
@@ -712,11 +713,19 @@ ARCHES = {"x86-64": "x86-64", "x86_64": "x86-64", "amd64": "x86-64", "x64": "x86
 QEMU_CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}  # as in QEMU's program names
 
 
+def unknown(what: str, text: str, known: Iterable[str]) -> UsageError:
+  """The error for a word that is none of those known: the one that was meant, or all of them."""
+  words = {word.lstrip("-"): word for word in known}
+  near = difflib.get_close_matches(text.lower().lstrip("-"), list(words), 1, 0.7)  # a typing error
+  way_out = f"did you mean {words[near[0]]}?" if near else f"choose from {', '.join(known)}"
+  return UsageError(f"unknown {what}; {way_out}")
+
+
 def find_guest(os_name: str, arch: str) -> Guest:
   """The guest for an OS and a CPU; UsageError lists the known ones."""
   mine = [guest for guest in GUESTS if guest.os == os_name]
   if not mine:
-    raise UsageError("unknown OS '{}'; choose from {}".format(os_name, ", ".join(OS_NAMES)))
+    raise unknown(f"OS '{os_name}'", os_name, OS_NAMES)
   for guest in mine:
     if guest.arch == arch:
       return guest
@@ -820,7 +829,7 @@ def parse_arch(text: str) -> str:
   """A CPU by any of its usual names."""
   arch = ARCHES.get(text.lower())
   if not arch:
-    raise UsageError("unknown CPU '{}'; choose from {}".format(text, ", ".join(ARCHES)))
+    raise unknown(f"CPU '{text}'", text, ARCHES)
   return arch
 
 
@@ -951,7 +960,7 @@ def parse_packages(text: str) -> str:
 def parse_direction(text: str) -> str:
   """The direction in which files are copied."""
   if text not in DIRECTIONS:
-    raise UsageError(f"unknown direction '{text}'; choose from {', '.join(DIRECTIONS)}")
+    raise unknown(f"direction '{text}'", text, DIRECTIONS)
   return text
 
 
@@ -1221,12 +1230,7 @@ def parse_command_line(words: Sequence[str]) -> Options:
   if command == "help" and len(operands) <= 2:  # what many type first
     return parse_command_line([*operands[1:], "--help"])
   if command and command not in COMMANDS:
-    near = difflib.get_close_matches(command, list(COMMANDS), 1)
-    raise UsageError(
-      "unknown command '{}'{}; choose from {}".format(
-        command, f" (did you mean {near[0]}?)" if near else "", ", ".join(COMMANDS)
-      )
-    )
+    raise unknown(f"command '{command}'", command, COMMANDS)
   if not command and not fields & set(EVERYWHERE):
     raise UsageError(
       "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
@@ -1335,16 +1339,9 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
 
 def unknown_option(flag: str, command: str) -> UsageError:
   """The error for an option that the command does not accept, with those that it does."""
+  where = "for qvm " + command if command else "without a command"
   flags = [f for option in known_options(command) for f in option.flags]
-  near = difflib.get_close_matches(flag, flags, 1)
-  return UsageError(
-    "unknown option {} {}{}; choose from {}".format(
-      flag,
-      "for qvm " + command if command else "without a command",
-      f" (did you mean {near[0]}?)" if near else "",
-      " ".join(flags),
-    )
-  )
+  return unknown(f"option {flag} {where}", flag, flags)
 
 
 def check_operands(command: str, operands: Sequence[str]) -> None:
@@ -1368,13 +1365,13 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
   if command == "config" and operands[0] != "print-path":
     raise UsageError(f"unknown argument '{operands[0]}'; qvm config has only print-path")
   if command == "completion" and operands[0] not in ("bash", "zsh", "fish", "words"):
-    raise UsageError(f"unknown shell '{operands[0]}'; choose from bash, zsh, fish")
+    raise unknown(f"shell '{operands[0]}'", operands[0], ("bash", "zsh", "fish"))
 
 
 def find_os(text: str) -> str:
   """The name of an OS, which may be written in any case."""
   if text.lower() not in OS_NAMES:
-    raise UsageError("unknown OS '{}'; choose from {}".format(text, ", ".join(OS_NAMES)))
+    raise unknown(f"OS '{text}'", text, OS_NAMES)
   return text.lower()
 
 
@@ -2365,6 +2362,11 @@ def resolve(options: Options) -> Options:
   for name in ("mirror", "logs"):
     if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
       raise UsageError(f"--{name}: not a folder: '{getattr(options, name)}'")
+  for name in ("console_log", "junit"):
+    path = paths.get(name, os.devnull)
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+      flag = "--" + name.replace("_", "-")
+      raise UsageError(f"{flag}: no file can be written at '{getattr(options, name)}'")
   if options.image and not os.path.isfile(paths["image"]):
     raise UsageError(f"--image: no such file: '{options.image}'")
   if options.sync and not os.path.isdir(paths["sync"]):
@@ -5167,7 +5169,10 @@ def plan_from(options: Options, net: Net) -> Plan:
   options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
   if plan.own_image:
-    check_base(plan)
+    try:
+      check_base(plan)
+    except RefusedError as error:
+      raise UsageError(f"--image: {error}")
   return plan._replace(qemu_img=own_qemu_img(options.qemu)) if options.qemu else plan
 
 
@@ -8849,7 +8854,7 @@ class Machine:
         self.stack.callback(end_process, self.process)
         self.stack.callback(close_streams, self.process)
         note_holder(self.lock, "QEMU", self.process.pid)
-    self.tell_of_failed_accelerator()
+    self.tell_of_emulation()
     self.keep_awake()
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
@@ -8882,12 +8887,16 @@ class Machine:
       self.console_written()
     return last_lines(self.console, count, self.log_start)
 
-  def tell_of_failed_accelerator(self) -> None:
-    """Say once that the guest is emulated because of what an earlier run has found out."""
-    failed = failed_accelerator(self.plan.cache, self.plan.qemu)
-    if failed.accelerator and not self.options.accel and self.starts == 1:
-      name = failed.accelerator.upper()
+  def tell_of_emulation(self) -> None:
+    """Say once that a guest of the host's own CPU is emulated, unless the user has asked for it."""
+    if self.options.accel or self.starts > 1:
+      return
+    name = failed_accelerator(self.plan.cache, self.plan.qemu).accelerator.upper()
+    mac = sys.platform == "darwin" and self.plan.guest.arch == this_host().arch
+    if name:
       say(f"{name} has failed here before: the guest is emulated; qvm doctor tries {name} again")
+    elif mac and self.facts.emulated:
+      say("the guest is emulated, which is much slower; qvm doctor says why")
 
   def keep_awake(self) -> None:
     """On macOS, prevent idle sleep for as long as QEMU runs and nobody watches its console."""
@@ -10732,9 +10741,7 @@ def show_results(rows: Sequence[Child], options: Options) -> None:
 
 def cmd_each(options: Options) -> int:
   """Run one command in several guests at once, each a temporary machine of its own."""
-  file, cache, guests = options.junit, cache_from(os.environ), chosen_guests(options)
-  if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file))):
-    raise UsageError(f"--junit: no file can be written at '{file}'")
+  cache, guests = cache_from(os.environ), chosen_guests(options)
   program_for_ssh("ssh")
   make_folders(cache)
   check_sync(options)
@@ -10813,7 +10820,9 @@ def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
 def check_system() -> Check:
   """Whether qvm supports this system."""
   uname = os.uname()
-  text = f"{uname.sysname} {uname.release} on {uname.machine}"
+  version = platform.mac_ver()[0]
+  system = f"macOS {version}" if version else f"{uname.sysname} {uname.release}"
+  text = f"{system} on {uname.machine}"
   try:
     host = this_host()
     check_host(host, GUESTS[0], "")
@@ -10889,22 +10898,24 @@ def file_system(path: str, mounts: str) -> str:
 
 
 def check_qemu(cache: Cache) -> List[Check]:
-  """The cached QEMUs: whether they start, and which accelerators they offer."""
+  """The cached programs: whether they start, and which accelerators the QEMUs offer."""
   checks = []
-  for cpu in QEMU_CPUS.values():
-    program = cache.qemu_program(cpu)
-    if not os.path.isfile(program):
-      checks.append(Check("ok", "QEMU " + cpu, "not downloaded yet"))
+  programs = {
+    "QEMU " + cpu: (cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
+  }
+  for name, words in {**programs, "qemu-img": (cache.qemu_img, "--version")}.items():
+    if not os.path.isfile(words[0]):
+      checks.append(Check("ok", name, "not downloaded yet"))
       continue
-    release = record_of(program).release or "unknown release"
-    code, output = ask_program([program, "-accel", "help"])
+    release = record_of(words[0]).release or "unknown release"
+    code, output = ask_program(words)
+    offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
     if code:
       text = f"{release} does not start: {output}"
       fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
-      checks.append(Check("fault", "QEMU " + cpu, text, fix))
+      checks.append(Check("fault", name, text, fix))
     else:
-      offers = output.partition(":")[2].split()
-      checks.append(Check("ok", "QEMU " + cpu, f"{release}, accelerators: {' '.join(offers)}"))
+      checks.append(Check("ok", name, release + (offers if words[-1] == "help" else "")))
   return checks
 
 
@@ -10917,9 +10928,9 @@ FULL_SPEED = (
 )
 
 
-def check_accelerators(platform: str, kvm: str, qemu: str) -> List[Check]:
+def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
   """Whether guests of the host's own CPU can run at full speed."""
-  if platform == "darwin":
+  if system == "darwin":
     return [check_hvf(qemu)]
   if not os.path.exists(kvm):
     fix = "enable virtualisation in the firmware, or nested virtualisation if this is a guest"

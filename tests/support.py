@@ -436,7 +436,9 @@ def furnish(cache, program, image):
   qemu = tree / "bin" / "qemu-system-x86_64"
   qemu.write_text(program)
   qemu.chmod(0o755)
-  (cache / "bin" / "qemu-img").symlink_to(shutil.which("qemu-img"))
+  tool = cache / "bin" / "qemu-img"
+  tool.write_text(f'#!/bin/sh\nexec {shutil.which("qemu-img")} "$@"\n')
+  tool.chmod(0o755)
   (cache / "base" / f"{FREEBSD}.qcow2").write_bytes(image)
 
 

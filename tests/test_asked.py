@@ -433,7 +433,7 @@ def test_unsafe_and_bad_own_images(offline, tmp_path, image):
     (image[:50], "cut short"),
   ):
     bad.write_bytes(content)
-    fails(offline(*words), f"the image {bad} is refused", problem)
+    fails(offline(*words), f"the image {bad} is refused", problem, code=2)
   assert not offline.cache.exists()
 
 

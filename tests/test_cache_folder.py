@@ -6,10 +6,11 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 import types
 
 import pytest
-from support import FREEBSD, fails, obey_modes, works
+from support import FREEBSD, ROOT, Qvm, fails, obey_modes, works
 
 import qvm as qvm_source
 
@@ -213,30 +214,24 @@ def test_what_lies_where_nobody_gets_in_is_not_looked_at(full):
 
 @as_root
 @pytest.mark.skipif(not os.access(SYSTEMS_PYTHON, os.X_OK), reason="no Python for all users")
-def test_a_folder_of_roots_will_do(full, tmp_path):
+def test_a_folder_of_roots_will_do(full):
   """Root can change everything anyway; a folder in an image of a container may be its own."""
-  (full.cache / "qemu/x86_64/bin/qemu-system-x86_64").write_text("#!/bin/sh\n")
-  for folder, folders, names in os.walk(tmp_path):
-    for name in folders + names:
-      if not os.path.islink(os.path.join(folder, name)):
-        os.chown(os.path.join(folder, name), OTHER, OTHER)
-  os.chown(full.cache, 0, OTHER)
-  full.cache.chmod(0o755)
+  with tempfile.TemporaryDirectory() as home:  # pytest's own folders let nobody else in
+    shutil.copytree(full.home, home, dirs_exist_ok=True, symlinks=True)
+    theirs = Qvm(home, ROOT / "qvm.py")
+    (theirs.cache / "qemu/x86_64/bin/qemu-system-x86_64").write_text("#!/bin/sh\n")
+    for folder, folders, names in os.walk(home):
+      for path in (os.path.join(folder, name) for name in (".", *folders, *names)):
+        os.chown(path, OTHER, OTHER, follow_symlinks=False)
+    os.chown(theirs.cache, 0, OTHER)
+    theirs.cache.chmod(0o755)
 
-  def become_other():
-    os.setgroups([])
-    os.setgid(OTHER)
-    os.setuid(OTHER)
+    def become_other():
+      os.setgroups([])
+      os.setgid(OTHER)
+      os.setuid(OTHER)
 
-  before = {path: path.stat().st_mode for path in (tmp_path, *tmp_path.parents)}
-  try:
-    for path, mode in before.items():
-      path.chmod(mode | 0o001)
-    result = full(*RUN, python=SYSTEMS_PYTHON, preexec_fn=become_other)
-  finally:
-    for path, mode in before.items():
-      path.chmod(mode)
-  works(result)
+    works(theirs(*RUN, python=SYSTEMS_PYTHON, preexec_fn=become_other))
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o000])

@@ -186,7 +186,7 @@ BAD = [
   (("run", "plan9", "4"), ["'plan9'", *OS_NAMES]),
   (("pull", "plan9", "4"), ["'plan9'", *OS_NAMES]),
   (("run", "", "15.1"), [*OS_NAMES]),
-  (("run", "free\nbsd", "15.1"), [*OS_NAMES]),
+  (("run", "free\nbsd", "15.1"), ["did you mean freebsd?"]),
   (("run", "haiku", "r1beta5", "--platform", "arm64"), ["Haiku", "arm64", "x86-64"]),
   (("pull", "haiku", "r1beta5", "--platform", "arm64"), ["Haiku", "arm64", "x86-64"]),
   (("run", "omnios", "r151058", "--platform", "arm64"), ["OmniOS", "arm64", "x86-64"]),
@@ -236,6 +236,11 @@ BAD += [
   (("each", "--sync-out", "out", "all", "--", "true"), ["--sync-out", "--sync DIR"]),
   (("each", "--rm", "all", "--", "true"), ["--rm", "--fail-fast"]),
   (("each", "--junit", "/no/such/x", "all", "--", "true"), ["--junit", "/no/such/x"]),
+  ((*RUN, "--console-log", "/no/such/x"), ["--console-log", "/no/such/x"]),
+  (("run", "freebds"), ["unknown OS 'freebds'; did you mean freebsd?"]),
+  (("run", "--platform", "ARM65", "freebsd"), ["unknown CPU 'ARM65'; did you mean arm64?"]),
+  (("each", "netbds-11", "--", "true"), ["unknown OS 'netbds'; did you mean netbsd?"]),
+  (("completion", "fsh"), ["unknown shell 'fsh'; did you mean fish?"]),
   (("each", "--sync", "/no/such", "all", "--", "true"), ["--sync", "no such folder"]),
   (("each", "--env", "1=2", "all", "--", "true"), ["'1=2'"]),
   (("ssh", "a", "--sync-delete"), ["--sync-delete", "--sync DIR"]),
@@ -587,7 +592,7 @@ def test_help_is_a_command_too(offline, words, command):
 
 
 @pytest.mark.parametrize("words, fragments", [
-  (["runn", "freebsd"], ["'runn' (did you mean run?)"]),
+  (["runn", "freebsd"], ["'runn'; did you mean run?"]),
   (["help", "nosuch"], ["'nosuch'"]),
   (["each", "freebsd-sparc", "--", "true"], ["'sparc' in 'freebsd-sparc'"]),
   (["each", "--logs", __file__, "freebsd-15.1", "--", "true"], ["--logs: not a folder"]),

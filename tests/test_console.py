@@ -709,21 +709,12 @@ def test_console_log_in_a_pipe(player, tmp_path):
   assert log.read_bytes() == shown
 
 
-@pytest.mark.parametrize(
-  "path, reason",
-  [
-    ("missing/log", "No such file or directory"),
-    (".", "Is a directory"),
-    ("file/log", "Not a directory"),
-  ],
-)
-def test_a_bad_console_log_is_told_before_anything_is_downloaded(
-  qvm, server, tmp_path, path, reason
-):
+@pytest.mark.parametrize("path", ["missing/log", ".", "file/log"])
+def test_a_bad_console_log_is_told_before_anything_is_downloaded(qvm, server, tmp_path, path):
   (tmp_path / "file").write_text("")
   for more in ((), ("--detach",)):
     result = qvm(*RUN, "--console-log", path, *more, cwd=str(tmp_path))
-    fails(result, str(tmp_path / path), reason)
+    fails(result, f"--console-log: no file can be written at '{path}'", code=2)
     assert server.started == 0
     assert qvm.files() == []
 

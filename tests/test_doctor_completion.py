@@ -200,6 +200,16 @@ def test_qemu_without_the_right_to_execute_it(host):
   assert doctor(host, "--offline")["QEMU x86_64"]["state"] == "fault"
 
 
+def test_qemu_img(host):
+  program = host.cache / "bin" / "qemu-img"
+  assert doctor(host, "--offline")["qemu-img"]["state"] == "ok"
+  program.write_bytes(b"#!/nowhere/interpreter\n")
+  check = doctor(host, "--offline")["qemu-img"]
+  assert (check["state"], "does not start" in check["text"]) == ("fault", True)
+  program.unlink()
+  assert doctor(host, "--offline")["qemu-img"]["text"] == "not downloaded yet"
+
+
 def test_qemu_that_is_not_there(offline):
   checks = doctor(offline, "--offline")
   assert checks["QEMU x86_64"]["state"] == checks["QEMU aarch64"]["state"] == "ok"

@@ -197,6 +197,7 @@ def test_doctor_and_completion(mac_of, machine):
   checks = {check["name"]: check for check in json.loads(result.stdout)}
   bare = machine == "silicon-bare"
   assert result.returncode == int(bare), result.stdout
+  assert checks["host"]["text"].startswith("macOS 15.6 on ")
   assert ("Rosetta" in checks["host"]["text"]) == bare
   assert checks["QEMU x86_64"]["state"] == ("fault" if bare else "ok"), checks["QEMU x86_64"]
   assert checks["ssh"]["state"] == checks["cache"]["state"] == "ok"

@@ -3125,8 +3125,9 @@ class PartFile:
       return self.claim_blocks(first, len(self.blocks)) if first >= 0 else None
 
   def claim_blocks(self, first: int, last: int) -> Optional[Span]:
-    """The gap that begins with a block, as far as it goes before last; None where there is none."""
+    """The gap that begins with a block, up to last or a block begun; None where there is none."""
     with self.lock:
+      last = min([last, *(block for block in self.begun if block > first)])
       count = count_leading(self.blocks[first:last], MISSING)
       if not count:
         return None

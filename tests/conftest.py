@@ -32,9 +32,11 @@ from support_terminal import Terminal
 
 default_signals()
 
-# The same cases in every run: what fails here fails everywhere. Hypothesis keeps nothing, and
-# must not leave a folder in the project.
+# The same cases in every run of the same qvm.py: what fails here fails everywhere. Others come with
+# `pytest --hypothesis-profile=random`. Hypothesis keeps nothing, and must not leave a folder in the
+# project.
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("random", database=None, deadline=None)
 hypothesis.settings.load_profile("same")
 hypothesis.configuration.set_hypothesis_home_dir("/dev/null/none")
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import HOST, IMAGE, PULL, ROOT, Qvm, sha256, wait_for
 from support_network import changed_meanwhile, check_works, ranges
@@ -237,6 +237,7 @@ def make(folder, total, done=0):
   st.floats(0, 1),
   st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3 * BLOCK)), max_size=60),
 )
+@example(8 * BLOCK, 0.0, [(0, 0), (0, 0), (3, 1)])  # a block is begun in the middle of a gap
 @settings(deadline=None, database=None, max_examples=150)
 def test_any_order(tmp_path_factory, total, share, steps):
   """Spans that come and go: what is marked is there, the count is right, and so is the hash."""

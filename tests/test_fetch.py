@@ -183,16 +183,16 @@ def test_many_at_once_fetch_each_file_once(qvm, server, image, many):
   assert [path for path in qvm.files() if path.startswith("instances/")] == []
 
 
-def test_the_next_one_takes_over_when_the_first_is_killed(qvm, big_server, big):
+def test_the_next_one_takes_over_when_the_first_is_killed(no_image, big_server, big):
   fault = big_server.fault(IMAGE, pause=threading.Event(), pause_at=2 << 20)
-  first = qvm.start(*PULL)
+  first = no_image.start(*PULL)
   hangs(first, fault)
-  second = qvm.start(*PULL)
+  second = no_image.start(*PULL)
   lines_until(second.stderr, f"another qvm that downloads {IMAGE}")
   first.kill()
   finished(first)
   result = finished(second)
-  check_works(qvm, result, big)
+  check_works(no_image, result, big)
   assert f"downloading {IMAGE} (going on at" in result.stderr
 
 

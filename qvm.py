@@ -6843,6 +6843,7 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 # known by its inode: names that differ only in case or normalisation may be one file to this disk.
 
 MAX_LIST_BYTES = 128 << 20  # of a guest's list: some million names
+MAX_IGNORED_BYTES = 64 << 20  # of what a guest still sends when all has been read that counts
 MAX_GUEST_PATH_BYTES = 1023  # of a path in the guest, from ./ on; all five have PATH_MAX 1024
 MAX_OCTAL_SIZE = (1 << 33) - 1  # what eleven octal digits hold
 RESERVE_BYTES = 16 << 20  # of the disk, which a guest's files do not get
@@ -7280,8 +7281,11 @@ class Sync:
         if b"qvm-is-ready\n" in lines:
           use(process.stdin, process.stdout)
         process.stdin.close()
-      while process.stdout.read(CHUNK_BYTES):
-        pass
+      left = MAX_IGNORED_BYTES
+      for chunk in iter(functools.partial(process.stdout.read, CHUNK_BYTES), b""):
+        left -= len(chunk)
+        if left < 0:
+          raise RefusedError(self.receiver.cut or "the guest does not stop sending")
 
     pipe = subprocess.PIPE
     script = sync_script(first.format(self.copy), self.copy, self.options.sync_exclude)

@@ -351,6 +351,30 @@ def stream(*members, end=bytes(1024)):
   return data + end
 
 
+def tool(guests, name, text):
+  """Put a tool of the test's in front of the guest's own."""
+  path = guests.folder / "bin" / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("#!/bin/sh\n" + text)
+  path.chmod(0o755)
+
+
+def test_a_tar_that_never_stops_sending(guests, project):
+  """What it says after the end of the archive, or of qvm's patience with it, went on for ever."""
+  tool(guests, "tar", 'case $1 in -cf) exec yes ;; *) exec /bin/tar "$@" ;; esac\n')
+  result = guests.run("echo more >>src/main.c", options=("--sync", str(project)))
+  assert result.returncode == 125, result.stderr
+  assert "what the guest sends is refused: it is no tar stream" in result.stderr
+  assert (project / "src/main.c").read_text() == "main\n"
+
+
+def test_a_shell_that_greets_for_ever(guests, project):
+  tool(guests, "greeter", "exec yes\n")
+  guests.play(shell=str(guests.folder / "bin" / "greeter"))
+  result = guests.run("true", options=("--sync", str(project)))
+  assert result.returncode == 125 and "does not stop sending" in result.stderr, result.stderr
+
+
 class Anything(dict):
   """As if every path had been asked for, except .git."""
 

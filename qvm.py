@@ -7030,6 +7030,12 @@ def kind_of(stat: os.stat_result) -> str:
   return "d" if S_ISDIR(stat.st_mode) else "l" if S_ISLNK(stat.st_mode) else "f"
 
 
+def is_listed(stat: os.stat_result, entry: Entry) -> bool:
+  """Whether the guest's list has a file of the kind and size that one here has."""
+  is_sized = S_ISREG(stat.st_mode) and entry.size != -1
+  return entry.kind == kind_of(stat) and (not is_sized or entry.size == stat.st_size)
+
+
 # The guest's list: each line begins with //, which no path has in it, and the last has find's exit
 # code. stat is that of the BSDs, -printf is GNU's; without either, names and kinds must do.
 LIST = r"""
@@ -7464,8 +7470,8 @@ class Sync:
     there = self.list.entries if self.list else {}
     missing = []
     for path, stat in self.mine.items():
-      entry, size = there.get(path), stat.st_size if S_ISREG(stat.st_mode) else -1
-      if not entry or entry.kind != kind_of(stat) or (size >= 0 and entry.size not in (-1, size)):
+      entry = there.get(path)
+      if not entry or not is_listed(stat, entry):
         missing.append(path)
       elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
         missing.append(path)  # its tar has not written it
@@ -7643,10 +7649,11 @@ class Receiver:
     self.done.add(path)
 
   def note(self, path: str, here: os.stat_result) -> None:
-    """Note that both sides are the same now."""
+    """Note that both sides are the same now, unless what has come is not what the guest lists."""
     self.landed.add(path)
-    if path in self.changed:
-      self.known[path] = Known(self.changed[path].stamp, stamp_of(here))
+    entry = self.changed.get(path)
+    if entry:
+      self.known[path] = Known(entry.stamp if is_listed(here, entry) else "", stamp_of(here))
 
   def keep(self, path: str, reason: str) -> None:
     """Leave what is here as it is, and say why."""

@@ -375,6 +375,21 @@ def test_a_shell_that_greets_for_ever(guests, project):
   assert result.returncode == 125 and "does not stop sending" in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("other", ["echo longer >x/f", "ln -s f1 x/f"])
+def test_another_file_than_the_list_says_is_not_taken_for_the_same(guests, tmp_path, other):
+  """Each later run failed: what the record took for the same was never sent again."""
+  (tmp_path / "p").mkdir()
+  (tmp_path / "p/f").write_text("a\n")
+  guests.up()
+  words = ("ssh", "--sync", str(tmp_path / "p"), "vm", "--")
+  lies = f'case $1 in -cf) mkdir x; {other}; cd x ;; esac\nexec /bin/tar "$@"\n'
+  tool(guests, "tar", lies)
+  works(guests.qvm(*words, "echo b >f"))
+  tool(guests, "tar", 'exec /bin/tar "$@"\n')
+  works(guests.qvm(*words, "true"))
+  assert contents(guests.folder / "home/runner/work/p")["f"] == contents(tmp_path / "p")["f"]
+
+
 class Anything(dict):
   """As if every path had been asked for, except .git."""
 

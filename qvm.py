@@ -6881,7 +6881,7 @@ class Entry(NamedTuple):
 
 
 class Listing(NamedTuple):
-  """What the guest lists, by path; complete unless its find says otherwise."""
+  """What the guest lists, by path; complete unless its find says otherwise or a line is no line."""
 
   entries: Dict[str, Entry]
   complete: bool
@@ -7110,7 +7110,7 @@ def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
 
 
 # A line of the list; the kind is as find or ls has it. No path has // in it, but some a newline.
-LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
+LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]{1,19}) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
 
 
 def read_list(stream: IO[bytes]) -> Optional[Listing]:
@@ -7123,8 +7123,10 @@ def read_list(stream: IO[bytes]) -> Optional[Listing]:
       return None
     if size > MAX_LIST_BYTES:
       raise RefusedError("the guest's list of names is longer than any")
-  for match in re.finditer(LINE_RE, os.fsdecode(b"".join(lines))):
+  text, count = os.fsdecode(b"".join(lines)), 0
+  for match in re.finditer(LINE_RE, text):
     letter, octal, length, times, path = match.groups()
+    count += 1
     kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
     stamp = f"d{mode:o}" if kind == "d" else times
     entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
@@ -7132,7 +7134,8 @@ def read_list(stream: IO[bytes]) -> Optional[Listing]:
   if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):  # whole seconds
     entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
   is_there = entries.pop("", None)
-  return Listing(entries, lines[-1].strip() == b"//end 0") if is_there else None
+  complete = lines[-1].strip() == b"//end 0" and count == text.count("\n//")
+  return Listing(entries, complete) if is_there else None
 
 
 def last_words(fd: int) -> str:

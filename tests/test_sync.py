@@ -375,6 +375,23 @@ def test_a_shell_that_greets_for_ever(guests, project):
   assert result.returncode == 125 and "does not stop sending" in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize(
+  "size", ["9" * 5000, "", "-1", "1e3"], ids=["long", "none", "negative", "1e3"]
+)
+def test_a_line_of_the_list_that_is_none(guests, tmp_path, size):
+  """One with too many digits was a bug in qvm; what another one is about was deleted."""
+  (tmp_path / "p").mkdir()
+  (tmp_path / "p/f").write_text("a\n")
+  guests.up()
+  words = ("ssh", "--sync", str(tmp_path / "p"), "--sync-delete", "vm", "--")
+  works(guests.qvm(*words, "true"))
+  seen = f"sed 's,^//f 644 [0-9]* ,//f 644 {size} ,'"
+  tool(guests, "find", f'/usr/bin/find "$@" | {seen}\n')
+  result = works(guests.qvm(*words[:4], "--sync-direction", "out", *words[4:], "true"))
+  assert "not all could be looked at in the guest" in result.stderr
+  assert contents(tmp_path / "p") == {"f": b"a\n"}
+
+
 @pytest.mark.parametrize("other", ["echo longer >x/f", "ln -s f1 x/f"])
 def test_another_file_than_the_list_says_is_not_taken_for_the_same(guests, tmp_path, other):
   """Each later run failed: what the record took for the same was never sent again."""

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guests import boot_sector, to_qcow2
-from support import FREEBSD, IMAGE, QEMU, ROOT, TOOLS, bad_words, processes_of, tar_of
+from release_server import ReleaseServer
+from support import FREEBSD, IMAGE, QEMU, ROOT, TOOLS, Qvm, bad_words, processes_of, tar_of
+from support_machines import ssh_guest_as_qemu
 
 BUNDLE = FREEBSD + ".tar.zst"
 REPOS = {
@@ -151,7 +153,7 @@ class Child:
         self.kill()
         raise Violation(f"{self.words} hangs\n{Path(self.out + '.err').read_text()}")
       time.sleep(0.002)
-    texts = [Path(self.out + end).read_text(errors="replace") for end in (".out", ".err")]
+    texts = [os.fsdecode(Path(self.out + end).read_bytes()) for end in (".out", ".err")]
     for end in (".out", ".err"):
       os.unlink(self.out + end)
     return Result(self.words, self.code, *texts)
@@ -319,6 +321,19 @@ def publish(server, assets, tag="", **more):
     names = [name for name in assets if REPOS[name] == (repo, usual)]
     contents = {name: assets[name].content for name in names}
     server.add_release(repo, tag or usual, contents, **more)
+
+
+def guest_home(folder, forks, assets):
+  """qvm in a home of its own with all assets {name: Asset} in its cache, but another QEMU: the
+  stand-in with a real sshd."""
+  with ReleaseServer() as server:
+    publish(server, assets)
+    qvm = Qvm(Path(folder) / "home", forks.program, server)
+    (qvm.home / "tmp").mkdir(parents=True)
+    qvm.env["TMPDIR"] = str(qvm.home / "tmp")  # where a killed qvm leaves the log of its ssh
+    check_words(forks.run(qvm, *PULL), (0,))
+  ssh_guest_as_qemu(qvm.cache)
+  return qvm
 
 
 # --- What a cache must be like ---------------------------------------------------------------

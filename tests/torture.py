@@ -8,7 +8,10 @@
   streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs,
                    or faults of the server
   power   [100]    the power fails in a first run, a kept one, a refresh and a stream
+  preparing [60]   kill -9 of qvm, its QEMU or both while a machine is prepared, by one or by two
+  hostile [200]    a guest that attacks: what it sends for --sync, its ssh, its console
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
+  containers [20]  rounds of two containers that do so, and kill -9 (as root, with unshare)
 
 qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
 `python qvm.py` as a user starts it. Either way it is a process of its own, with its own locks.
@@ -34,7 +37,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import ssh_guest
 from release_server import ReleaseServer
 from support import (
   IMAGE,
@@ -73,6 +75,7 @@ from support_torture import (
   children_of,
   demand,
   everything,
+  guest_home,
   kind_of,
   make_image,
   make_qemu,
@@ -84,6 +87,9 @@ from support_torture import (
   published,
   violations,
 )
+from torture_containers import containers
+from torture_hostile import hostile
+from torture_preparing import preparing
 
 # --- Network ---------------------------------------------------------------------------------
 
@@ -756,14 +762,8 @@ class Syncing:
   def __init__(self, folder, forks, seed):
     self.folder, self.forks, self.counts = Path(folder), forks, Counter()
     rng = random.Random(f"{seed}:sync")
-    with ReleaseServer() as server:
-      publish(server, {name: make(rng) for name, make in MAKERS.items()})
-      self.qvm = Qvm(self.folder / "home", forks.program, server)
-      self.qvm.home.mkdir()
-      self.qvm.env["TMPDIR"] = str(self.qvm.home)  # where a killed qvm leaves the log of its ssh
-      check_words(forks.run(self.qvm, *PULL), (0,))
-    program = self.qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-    program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+    assets = {name: make(rng) for name, make in MAKERS.items()}
+    self.qvm = guest_home(folder, forks, assets)
     self.project = self.folder / "project"
     sizes = [0, 1, 1000, 70_000, 400_000] + [rng.randrange(5000) for _ in range(20)]
     letters = (UPPER + LOWER).decode()
@@ -1156,7 +1156,10 @@ PARTS = {
   "sync": (syncing, 60),
   "streaming": (streaming, 500),
   "power": (power, 100),
+  "preparing": (preparing, 60),
+  "hostile": (hostile, 200),
   "crowd": (crowd, 3),
+  "containers": (containers, 20),
 }
 
 
@@ -1201,7 +1204,8 @@ def main():
     try:
       counts = play(name, options.seed, numbers, **more)
     except Violation as violation:
-      print(f"VIOLATION in {name}, seed {options.seed}\n{violation}", flush=True)
+      text = str(violation).encode("utf-8", "backslashreplace").decode()
+      print(f"VIOLATION in {name}, seed {options.seed}\n{text}", flush=True)
       return 1
     for what, number in sorted(counts.items()):
       print(f"  {number:6} {what}")

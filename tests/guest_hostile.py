@@ -22,8 +22,8 @@ import signal
 import subprocess
 import sys
 
-# A guest that says nothing may be slow, and qvm waits for it: what waits for qvm in turn, because of
-# its own lies, ends after this time.
+# A guest that says nothing may be slow, and qvm waits for it: what waits for qvm in turn, because
+# of its own lies, ends after this time.
 SILENCE_SECONDS = 20
 NEW_MOUNTS, PRIVATE, BIND, READ_ONLY = 0x20000, 0x44000, 0x5000, 0x1021
 

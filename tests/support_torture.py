@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -428,6 +429,17 @@ def check_tidy(qvm, counts, forks):
 def kind_of(name):
   """A file's name without what is random in it."""
   return re.sub(r"[0-9a-f]{6,}", "*", name)
+
+
+# --- Namespaces ------------------------------------------------------------------------------
+
+
+def why_not(command):
+  """Why a command that makes namespaces does not work here; empty if it does."""
+  if not shutil.which(command[0]):
+    return f"there is no {command[0]}"
+  result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return (result.stdout.strip() or f"{command[0]} fails") if result.returncode else ""
 
 
 # --- Playing ------------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,6 +32,7 @@ from support_torture import (
   ours,
   played,
   publish,
+  why_not,
 )
 
 NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--ipc", "--uts")
@@ -94,13 +93,14 @@ HONEST = (
 )
 
 
-def why_not():
+def container(name):
+  """The words that start a program in a container of its own."""
+  return ("unshare", *NAMESPACES, "sh", "-c", INIT, name)
+
+
+def problem():
   """Why there can be no containers here; empty if there can."""
-  command = ["unshare", *NAMESPACES, "sh", "-c", INIT, "blue", "true"]
-  if not all(map(shutil.which, ("unshare", "flock", "ip", "hostname"))):
-    return "unshare, flock, ip and hostname are needed"
-  result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-  return result.stdout if result.returncode else ""
+  return why_not((*container("blue"), "flock", "--version"))
 
 
 class Containers:
@@ -129,8 +129,7 @@ class Containers:
     """What starts qvm in a new container."""
     folder = self.folder / name
     folder.mkdir()
-    before = ("unshare", *NAMESPACES, "sh", "-c", INIT, name)
-    return Forks(folder, self.forks.program.parent, before)
+    return Forks(folder, self.forks.program.parent, container(name))
 
   def fill(self):
     """Bring what is newest into the mirror."""
@@ -275,9 +274,8 @@ class Containers:
 
 def containers(folder, forks, seed, numbers):
   """Rounds of two containers in one cache; returns what was counted."""
-  problem = why_not()
-  if problem:
-    print(f"  containers is left out, as there can be none here: {problem.strip()}")
+  if problem():
+    print(f"  left out, as there can be no containers here: {problem()}")
     return Counter()
   with contextlib.closing(Containers(folder, forks, seed)) as part:
     return played(part, seed, numbers, "rounds")

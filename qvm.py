@@ -6842,7 +6842,9 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 # The guest is not trusted either: what comes is written as section Unpack says. And a file here is
 # known by its inode: names that differ only in case or normalisation may be one file to this disk.
 
-MAX_LIST_BYTES = 128 << 20  # of a guest's list: some million names
+MAX_LIST_BYTES = 128 << 20  # of a guest's list
+LINE_COST_BYTES = 32  # so that empty lines without end are soon too many
+MAX_NAMES = 1000000  # in a list; so many take 400 MB of memory
 MAX_IGNORED_BYTES = 64 << 20  # of what a guest still sends when all has been read that counts
 MAX_GUEST_PATH_BYTES = 1023  # of a path in the guest, from ./ on; all five have PATH_MAX 1024
 MAX_OCTAL_SIZE = (1 << 33) - 1  # what eleven octal digits hold
@@ -7110,32 +7112,45 @@ def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
 
 
 # A line of the list; the kind is as find or ls has it. No path has // in it, but some a newline.
-LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]{1,19}) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
+LINE_RE = r"(?s)//(\S)\S* (?:([0-7]+) ([0-9]{1,19}) (\S+)|- - -) \.(?:/(.*))?\n"
+
+
+def list_lines(stream: IO[bytes]) -> Iterator[bytes]:
+  """The lines of the guest's next list up to //end, or fewer; RefusedError if it has no end."""
+  line, size = bytearray(), 0
+  while not line.startswith(b"//end "):
+    piece = stream.readline(1 << 16)
+    size += len(piece) + LINE_COST_BYTES
+    if size > MAX_LIST_BYTES:
+      raise RefusedError("the guest's list of names is longer than any")
+    if not piece or (line.endswith(b"\n") and piece.startswith(b"//")):
+      yield bytes(line)
+      line.clear()
+    if not piece:
+      return
+    line += piece
+  yield bytes(line)
 
 
 def read_list(stream: IO[bytes]) -> Optional[Listing]:
   """The guest's next list; None when it ends before its end."""
-  lines, size, entries = [b""], 0, {}
-  while not lines[-1].startswith(b"//end "):
-    lines.append(stream.readline(1 << 16))
-    size += len(lines[-1])
-    if not lines[-1]:
-      return None
-    if size > MAX_LIST_BYTES:
-      raise RefusedError("the guest's list of names is longer than any")
-  text, count = os.fsdecode(b"".join(lines)), 0
-  for match in re.finditer(LINE_RE, text):
-    letter, octal, length, times, path = match.groups()
-    count += 1
-    kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
-    stamp = f"d{mode:o}" if kind == "d" else times
-    entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
+  entries: Dict[str, Entry] = {}
+  line, complete = b"", True
+  for line in list_lines(stream):
+    match = re.fullmatch(LINE_RE, os.fsdecode(line))
+    if match:
+      letter, octal, length, times, path = match.groups()
+      kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
+      stamp = f"d{mode:o}" if kind == "d" else times
+      entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
+    if len(entries) > MAX_NAMES:
+      raise RefusedError(f"the guest's list has more than {MAX_NAMES} names")
+    complete = complete and (bool(match) or line.strip() == b"//end 0")
   told = [entry.stamp for entry in entries.values() if entry.kind != "d" and entry.stamp]
   if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):  # whole seconds
-    entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
+    entries.update((path, entry._replace(stamp="")) for path, entry in [*entries.items()])
   is_there = entries.pop("", None)
-  complete = lines[-1].strip() == b"//end 0" and count == text.count("\n//")
-  return Listing(entries, complete) if is_there else None
+  return Listing(entries, complete) if is_there and line.startswith(b"//end ") else None
 
 
 def last_words(fd: int) -> str:

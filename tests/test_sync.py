@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tarfile
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -696,6 +697,32 @@ def test_a_list_of_names_without_end(guests, project, monkeypatch):  # noqa: F81
   monkeypatch.setattr(qvm_source, "MAX_LIST_BYTES", 1000)
   with pytest.raises(qvm_source.RefusedError, match="longer than any"):
     qvm_source.read_list(io.BytesIO(line * 100))
+  with pytest.raises(qvm_source.RefusedError, match="longer than any"):
+    qvm_source.read_list(io.BytesIO(b"\n" * 100))
+
+
+def test_a_list_of_too_many_names(monkeypatch):
+  lines = [b"//d 755 0 1/1.5/1.5 .\n", *(b"//f 644 1 1/1.5/1.5 ./%d\n" % n for n in range(99))]
+  listed = b"".join([*lines, b"//end 0\n"])
+  monkeypatch.setattr(qvm_source, "MAX_NAMES", 100)
+  assert len(qvm_source.read_list(io.BytesIO(listed)).entries) == 99
+  monkeypatch.setattr(qvm_source, "MAX_NAMES", 99)
+  with pytest.raises(qvm_source.RefusedError, match="more than 99 names"):
+    qvm_source.read_list(io.BytesIO(listed))
+
+
+def test_a_list_is_not_held_several_times():
+  """128 MB of it, which a guest may send, took 1.7 GB of memory."""
+  line = b"//f 644 1234 %d/1795687226.745457/1795687226.745457 ./a/name/like/many/others/%d\n"
+  listed = b"//d 755 0 1/1.5/1.5 .\n" + b"".join(line % (n, n) for n in range(5000)) + b"//end 0\n"
+  qvm_source.read_list(io.BytesIO(listed))  # what is made once only
+  tracemalloc.start()
+  try:
+    assert qvm_source.read_list(io.BytesIO(listed))
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < 6.5 * len(listed), peak / len(listed)
 
 
 @pytest.mark.parametrize("end", ["", "echo //end 0; ", "echo '//d 755 0 1/1.5/1.5 .'; "])

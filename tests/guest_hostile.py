@@ -6,6 +6,7 @@ names, the tar stream, all that follows, the exit code. plan.json beside it says
 
   seed      of all that is random; session.count beside it tells one session from the next
   attacks   names from LISTS, TARS and STREAMS below; none: it is honest
+  late      whether it is honest while the folder comes, so that its command runs
   code      with what a command ends, whatever it did; null: as it did
   host      a folder of the host's that it tries to reach
   protect   folders of the host's that are only to be read here: the guest's own tools must not
@@ -420,7 +421,8 @@ def main(words):
   protect(plan["protect"])
   line = words[1] if words[:1] == ["-c"] else ""
   script = line.replace("' '", "")  # qvm cuts it into words
-  if "qvm-is-ready" in script and plan["attacks"]:
+  attacks = plan["attacks"] and not (plan["late"] and "mkdir -p" in script)
+  if "qvm-is-ready" in script and attacks:
     Session(plan, folder).run(line)
   if "qvm_code" in script and plan["code"] is not None:
     subprocess.call(["/bin/sh", "-c", line])

@@ -83,7 +83,7 @@ HONEST = (
   r"the instance [abd] is already running \(.*\)(; nothing was \w+)?",
   r"the instance d is not running.*",
   r"the instance d cannot be stopped .*",
-  r"/\S*\.qcow2 cannot be refreshed: these instances depend on it: .*",
+  r"/\S*\.qcow2 cannot be (refreshed|replaced by another image): these instances depend on it: .*",
   r"/\S* loses files as soon as they are there",
   r"cannot log in to d as .*",
   r"there is no /\S*/d\.console\.log",

@@ -74,16 +74,17 @@ class Hostile:
     env = {"SSH_GUEST": json.dumps({"folder": str(self.folder / where), **play})}
     return self.forks.run(self.qvm, words[0], "--ssh-port", str(free_port()), *words[1:], env=env)
 
-  def plan(self, attacks=(), code=None, seed=""):
+  def plan(self, attacks=(), code=None, seed="", late=False):
     """Say what the guest does from now on."""
     protected = [str(each) for each in (self.beside, self.qvm.home, self.project)]
     self.refill() if not self.project.exists() else None
-    plan = {"seed": seed, "attacks": attacks, "code": code, "host": str(self.beside)}
+    plan = {"seed": seed, "attacks": attacks, "code": code, "late": late}
+    plan.update(host=str(self.beside), protect=protected)
     for name in ("reached", "go", "sent", "session.count"):
       with contextlib.suppress(FileNotFoundError):
         (self.guest / name).unlink()
     (self.guest / "banner").write_bytes(noise(random.Random(f"{seed}:banner")) if attacks else b"")
-    (self.guest / "plan.json").write_text(json.dumps({**plan, "protect": protected}))
+    (self.guest / "plan.json").write_text(json.dumps(plan))
 
   def one(self, seed):
     """Play one attack."""
@@ -129,9 +130,9 @@ class Hostile:
     code = rng.choice([None, None, 0, 1, 126, 137, 255])
     way = rng.choice(["both"] * 7 + ["out"] * 2 + ["in"])
     delete = rng.random() < 0.5
-    busy = rng.random() < 0.3
-    said.append(f"{attacks}, code {code}, {way}, delete {delete}, busy {busy}")
-    self.plan(attacks, code, seed)
+    busy, late = rng.random() < 0.3, rng.random() < 0.6
+    said.append(f"{attacks}, code {code}, {way}, delete {delete}, busy {busy}, late {late}")
+    self.plan(attacks, code, seed, late)
     before, mine = self.around(), tree(self.project)
     options = ("--sync-direction", way, *(["--sync-delete"] if delete and way != "in" else []))
     command = CHANGE + (WAIT.format(self.guest) if busy else "") + "exit 7"

@@ -16,6 +16,7 @@ sent beside it gets each list as it was sent. As root alone, for `protect` takes
 """
 
 import ctypes
+import itertools
 import json
 import os
 import random
@@ -317,6 +318,7 @@ def endless(rng, pieces):
   """Somewhere it goes on for ever."""
   kinds = [bytes(1 << 16), b"x" * (1 << 16), b"//f 644 1 1/1.5/1.5 ./a\n" * 3000, b"\n" * (1 << 16)]
   kinds += [block(b"././@LongLink", b"L", 1) * 99, member(b"f1") * 99, b"//" * 9999]
+  kinds += [b"".join(b"//f 644 1 1/1.5/1.5 ./%%d/%d\n" % n for n in range(3000))] * 2
   kinds += [b"\x1b]52;c;aGk=\x07" * 3000, b"//f 644 1 1/1.5/1.5 ./" + b"a" * (1 << 16)]
   more, wait = rng.choice(kinds), rng.randrange(4)
   for data in pieces:
@@ -324,8 +326,8 @@ def endless(rng, pieces):
     wait -= 1
     if wait < 0:
       break
-  while True:
-    yield more
+  for number in itertools.count():
+    yield more % ((number,) * more.count(b"%d"))
 
 
 def noisy(rng, pieces):

@@ -722,7 +722,7 @@ def test_a_list_is_not_held_several_times():
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
-  assert peak < 6.5 * len(listed), peak / len(listed)
+  assert peak < 5.3 * len(listed), peak / len(listed)
 
 
 @pytest.mark.parametrize("end", ["", "echo //end 0; ", "echo '//d 755 0 1/1.5/1.5 .'; "])

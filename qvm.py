@@ -4184,11 +4184,11 @@ class Folder:
 
 
 def folders_above(path: str) -> Iterator[str]:
-  """The paths of the folders that something is in, the innermost first."""
+  """The paths of the folders that something is in, the innermost first; also of no plain path."""
   above = os.path.dirname(path)
-  while above:
+  while above and above != path:
     yield above
-    above = os.path.dirname(above)
+    path, above = above, os.path.dirname(above)
 
 
 def unpack(stream: IO[bytes], path: str, limits: Limits, expected: Sequence[str] = ()) -> None:

@@ -701,6 +701,20 @@ def test_a_list_of_names_without_end(guests, project, monkeypatch):  # noqa: F81
     qvm_source.read_list(io.BytesIO(b"\n" * 100))
 
 
+@pytest.mark.parametrize("name", ["/tmp/qvm-evil", "//tmp/qvm-evil", "../evil", "a/../../evil"])
+def test_a_list_with_names_that_lead_out(guests, project, name):  # noqa: F811
+  """With an absolute one qvm went round in circles for ever."""
+  line = f"//f 644 3 1/1.5/1.5 ./{name}"
+  tool(guests, "find", f"/usr/bin/find \"$@\" | sed 's,^//d [^ ]* [^ ]* [^ ]* .$,&\\\n{line},'\n")
+  guests.up()
+  works(guests.qvm("ssh", "vm", "--", f'mkdir -p ~/work/"{project.name}"'))
+  words = ("ssh", "--sync", str(project), "--sync-direction", "out", "vm", "--", "true")
+  result = guests.qvm(*words)
+  assert (
+    result.returncode == 0 and f"{name} stays in the guest: its tar has not" in result.stderr
+  ), result.stderr
+
+
 def test_a_list_of_too_many_names(monkeypatch):
   lines = [b"//d 755 0 1/1.5/1.5 .\n", *(b"//f 644 1 1/1.5/1.5 ./%d\n" % n for n in range(99))]
   listed = b"".join([*lines, b"//end 0\n"])

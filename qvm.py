@@ -4187,11 +4187,11 @@ class Folder:
 
 
 def folders_above(path: str) -> Iterator[str]:
-  """The paths of the folders that something is in, the innermost first."""
+  """The paths of the folders that something is in, the innermost first; also of no plain path."""
   above = os.path.dirname(path)
-  while above:
+  while above and above != path:
     yield above
-    above = os.path.dirname(above)
+    path, above = above, os.path.dirname(above)
 
 
 def unpack(stream: IO[bytes], path: str, limits: Limits, expected: Sequence[str] = ()) -> None:
@@ -6848,7 +6848,10 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
 # The guest is not trusted either: what comes is written as section Unpack says. And a file here is
 # known by its inode: names that differ only in case or normalisation may be one file to this disk.
 
-MAX_LIST_BYTES = 128 << 20  # of a guest's list: some million names
+MAX_LIST_BYTES = 128 << 20  # of a guest's list
+LINE_COST_BYTES = 32  # so that empty lines without end are soon too many
+MAX_NAMES = 1000000  # in a list; so many take 400 MB of memory
+MAX_IGNORED_BYTES = 64 << 20  # of what a guest still sends when all has been read that counts
 MAX_GUEST_PATH_BYTES = 1023  # of a path in the guest, from ./ on; all five have PATH_MAX 1024
 MAX_OCTAL_SIZE = (1 << 33) - 1  # what eleven octal digits hold
 RESERVE_BYTES = 16 << 20  # of the disk, which a guest's files do not get
@@ -6886,7 +6889,7 @@ class Entry(NamedTuple):
 
 
 class Listing(NamedTuple):
-  """What the guest lists, by path; complete unless its find says otherwise."""
+  """What the guest lists, by path; complete unless its find says otherwise or a line is no line."""
 
   entries: Dict[str, Entry]
   complete: bool
@@ -7035,6 +7038,12 @@ def kind_of(stat: os.stat_result) -> str:
   return "d" if S_ISDIR(stat.st_mode) else "l" if S_ISLNK(stat.st_mode) else "f"
 
 
+def is_listed(stat: os.stat_result, entry: Entry) -> bool:
+  """Whether the guest's list has a file of the kind and size that one here has."""
+  is_sized = S_ISREG(stat.st_mode) and entry.size != -1
+  return entry.kind == kind_of(stat) and (not is_sized or entry.size == stat.st_size)
+
+
 # The guest's list: each line begins with //, which no path has in it, and the last has find's exit
 # code. stat is that of the BSDs, -printf is GNU's; without either, names and kinds must do.
 LIST = r"""
@@ -7109,29 +7118,45 @@ def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
 
 
 # A line of the list; the kind is as find or ls has it. No path has // in it, but some a newline.
-LINE_RE = r"(?ms)^//(\S)\S* (?:([0-7]+) ([0-9]+) (\S+)|- - -) \.(?:/(.*?))?\n(?=//)"
+LINE_RE = r"(?s)//(\S)\S* (?:([0-7]+) ([0-9]{1,19}) (\S+)|- - -) \.(?:/(.*))?\n"
+
+
+def list_lines(stream: IO[bytes]) -> Iterator[bytes]:
+  """The lines of the guest's next list up to //end, or fewer; RefusedError if it has no end."""
+  line, size = bytearray(), 0
+  while not line.startswith(b"//end "):
+    piece = stream.readline(1 << 16)
+    size += len(piece) + LINE_COST_BYTES
+    if size > MAX_LIST_BYTES:
+      raise RefusedError("the guest's list of names is longer than any")
+    if not piece or (line.endswith(b"\n") and piece.startswith(b"//")):
+      yield bytes(line)
+      line.clear()
+    if not piece:
+      return
+    line += piece
+  yield bytes(line)
 
 
 def read_list(stream: IO[bytes]) -> Optional[Listing]:
   """The guest's next list; None when it ends before its end."""
-  lines, size, entries = [b""], 0, {}
-  while not lines[-1].startswith(b"//end "):
-    lines.append(stream.readline(1 << 16))
-    size += len(lines[-1])
-    if not lines[-1]:
-      return None
-    if size > MAX_LIST_BYTES:
-      raise RefusedError("the guest's list of names is longer than any")
-  for match in re.finditer(LINE_RE, os.fsdecode(b"".join(lines))):
-    letter, octal, length, times, path = match.groups()
-    kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
-    stamp = f"d{mode:o}" if kind == "d" else times
-    entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
+  entries: Dict[str, Entry] = {}
+  line, complete = b"", True
+  for line in list_lines(stream):
+    match = re.fullmatch(LINE_RE, os.fsdecode(line))
+    if match:
+      letter, octal, length, times, path = match.groups()
+      kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777
+      stamp = f"d{mode:o}" if kind == "d" else times
+      entries[path or ""] = Entry(kind, mode, int(length), stamp) if octal else Entry(kind)
+    if len(entries) > MAX_NAMES:
+      raise RefusedError(f"the guest's list has more than {MAX_NAMES} names")
+    complete = complete and (bool(match) or line.strip() == b"//end 0")
   told = [entry.stamp for entry in entries.values() if entry.kind != "d" and entry.stamp]
   if told and all(re.search(r"\.0*\Z", stamp) for stamp in told):  # whole seconds
-    entries = {path: entry._replace(stamp="") for path, entry in entries.items()}
+    entries.update((path, entry._replace(stamp="")) for path, entry in [*entries.items()])
   is_there = entries.pop("", None)
-  return Listing(entries, lines[-1].strip() == b"//end 0") if is_there else None
+  return Listing(entries, complete) if is_there and line.startswith(b"//end ") else None
 
 
 def last_words(fd: int) -> str:
@@ -7286,8 +7311,11 @@ class Sync:
         if b"qvm-is-ready\n" in lines:
           use(process.stdin, process.stdout)
         process.stdin.close()
-      while process.stdout.read(CHUNK_BYTES):
-        pass
+      left = MAX_IGNORED_BYTES
+      for chunk in iter(functools.partial(process.stdout.read, CHUNK_BYTES), b""):
+        left -= len(chunk)
+        if left < 0:
+          raise RefusedError(self.receiver.cut or "the guest does not stop sending")
 
     pipe = subprocess.PIPE
     script = sync_script(first.format(self.copy), self.copy, self.options.sync_exclude)
@@ -7466,8 +7494,8 @@ class Sync:
     there = self.list.entries if self.list else {}
     missing = []
     for path, stat in self.mine.items():
-      entry, size = there.get(path), stat.st_size if S_ISREG(stat.st_mode) else -1
-      if not entry or entry.kind != kind_of(stat) or (size >= 0 and entry.size not in (-1, size)):
+      entry = there.get(path)
+      if not entry or not is_listed(stat, entry):
         missing.append(path)
       elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
         missing.append(path)  # its tar has not written it
@@ -7645,10 +7673,11 @@ class Receiver:
     self.done.add(path)
 
   def note(self, path: str, here: os.stat_result) -> None:
-    """Note that both sides are the same now."""
+    """Note that both sides are the same now, unless what has come is not what the guest lists."""
     self.landed.add(path)
-    if path in self.changed:
-      self.known[path] = Known(self.changed[path].stamp, stamp_of(here))
+    entry = self.changed.get(path)
+    if entry:
+      self.known[path] = Known(entry.stamp if is_listed(here, entry) else "", stamp_of(here))
 
   def keep(self, path: str, reason: str) -> None:
     """Leave what is here as it is, and say why."""

@@ -7,14 +7,16 @@ $SSH_GUEST, JSON, says how the guest behaves:
   shell     the users' login shell (/bin/sh)
   login     open: no password; key, key-mbr: by the file KEYS of drive1, a bare FAT file system or
             one at 1 MiB; refuse: nobody gets in (open)
-  banner    false: whoever connects is never answered (true)
+  banner    false: whoever connects is never answered; a text, as os.fsdecode has it: is told
+            that and nothing else (true)
   daemon    true: sshd itself listens, with its MaxStartups and, from 9.8 on, its penalties; a
             path: that sshd does (false)
   punish    true: the keeper does as OpenSSH 10 does by default, see Punisher; a number: with all
             times that many times as long (false)
   listen    false: nothing listens (true)
   delay     seconds until sshd listens (0)
-  console   what the serial console shows at the start (ssh guest boots)
+  console   what the serial console shows at the start (ssh guest boots), as os.fsdecode has it
+  flood     how many bytes it shows at least, by showing that again and again (0)
   die       {"after": "start", "exit": 1}: ends after the console's text, without sshd
   ignore_shutdown, ignore_term   the command, or the signal, does nothing (false)
   control   how it answers on its control socket, where it saves and restores just a few bytes:
@@ -271,6 +273,8 @@ def keep(folder, answers):
     keep_punishing(folder, server, float(detail))
   elif kind == "daemon":
     keep_daemon(folder, server, detail)
+  elif kind == "says":
+    keep_saying(folder, server)
   else:
     keep_serving(folder, server, answers == "answer")
   server.close()
@@ -287,6 +291,16 @@ def keep_serving(folder, server, answers):
         serve(folder, link)
       else:
         held.append(link)
+
+
+def keep_saying(folder, server):
+  """The text in the file `says`, and the end, for each connection."""
+  with open(os.path.join(folder, "says"), "rb") as file:
+    text = file.read()
+  while 0 not in select.select([0, 3], [], [])[0]:
+    with contextlib.suppress(OSError), server.accept()[0] as link:
+      link.settimeout(5.0)
+      link.sendall(text)
 
 
 def own_run(libc, folder):
@@ -467,7 +481,9 @@ def open_descriptors():
 def show(text):
   """Print on the serial console, if anybody still looks at it."""
   with contextlib.suppress(OSError):
-    os.write(1, text.encode())
+    data = os.fsencode(text)
+    while data:
+      data = data[os.write(1, data) :]
 
 
 def listen(argv):
@@ -487,7 +503,11 @@ def start_keeper(play, server, pipe, log):
   """Start the keeper from a copy of this file: its command line must not look like QEMU's."""
   with open(os.path.abspath(__file__), encoding="utf-8") as file:
     write(play["folder"] + "/keeper.py", file.read())
-  answers = "answer" if play.get("banner", True) else "hang"
+  banner = play.get("banner", True)
+  answers = "answer" if banner else "hang"
+  if isinstance(banner, str):
+    answers = "says"
+    write(play["folder"] + "/says", banner)
   if play.get("daemon"):
     answers = "daemon=" + (find("sshd") if play["daemon"] is True else play["daemon"])
   if play.get("punish"):
@@ -609,7 +629,10 @@ def main(argv):
     control.serve("cont")
     play["banner"] = not control.play.get("mute")
   else:
-    show(play.get("console", CONSOLE))
+    text = play.get("console", CONSOLE)
+    show(text)
+    for _ in range(play.get("flood", 0) // max(1, len(text))):
+      show(text)
   if play.get("die"):
     return play["die"].get("exit", play.get("exit", 1))
   reading, pipe = os.pipe()

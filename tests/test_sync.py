@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tarfile
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -351,6 +352,62 @@ def stream(*members, end=bytes(1024)):
   return data + end
 
 
+def tool(guests, name, text):
+  """Put a tool of the test's in front of the guest's own."""
+  path = guests.folder / "bin" / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("#!/bin/sh\n" + text)
+  path.chmod(0o755)
+
+
+def test_a_tar_that_never_stops_sending(guests, project):
+  """What it says after the end of the archive, or of qvm's patience with it, went on for ever."""
+  tool(guests, "tar", 'case $1 in -cf) exec yes ;; *) exec /bin/tar "$@" ;; esac\n')
+  result = guests.run("echo more >>src/main.c", options=("--sync", str(project)))
+  assert result.returncode == 125, result.stderr
+  assert "what the guest sends is refused: it is no tar stream" in result.stderr
+  assert (project / "src/main.c").read_text() == "main\n"
+
+
+def test_a_shell_that_greets_for_ever(guests, project):
+  tool(guests, "greeter", "exec yes\n")
+  guests.play(shell=str(guests.folder / "bin" / "greeter"))
+  result = guests.run("true", options=("--sync", str(project)))
+  assert result.returncode == 125 and "does not stop sending" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+  "size", ["9" * 5000, "", "-1", "1e3"], ids=["long", "none", "negative", "1e3"]
+)
+def test_a_line_of_the_list_that_is_none(guests, tmp_path, size):
+  """One with too many digits was a bug in qvm; what another one is about was deleted."""
+  (tmp_path / "p").mkdir()
+  (tmp_path / "p/f").write_text("a\n")
+  guests.up()
+  words = ("ssh", "--sync", str(tmp_path / "p"), "--sync-delete", "vm", "--")
+  works(guests.qvm(*words, "true"))
+  seen = f"sed 's,^//f 644 [0-9]* ,//f 644 {size} ,'"
+  tool(guests, "find", f'/usr/bin/find "$@" | {seen}\n')
+  result = works(guests.qvm(*words[:4], "--sync-direction", "out", *words[4:], "true"))
+  assert "not all could be looked at in the guest" in result.stderr
+  assert contents(tmp_path / "p") == {"f": b"a\n"}
+
+
+@pytest.mark.parametrize("other", ["echo longer >x/f", "ln -s f1 x/f"])
+def test_another_file_than_the_list_says_is_not_taken_for_the_same(guests, tmp_path, other):
+  """Each later run failed: what the record took for the same was never sent again."""
+  (tmp_path / "p").mkdir()
+  (tmp_path / "p/f").write_text("a\n")
+  guests.up()
+  words = ("ssh", "--sync", str(tmp_path / "p"), "vm", "--")
+  lies = f'case $1 in -cf) mkdir x; {other}; cd x ;; esac\nexec /bin/tar "$@"\n'
+  tool(guests, "tar", lies)
+  works(guests.qvm(*words, "echo b >f"))
+  tool(guests, "tar", 'exec /bin/tar "$@"\n')
+  works(guests.qvm(*words, "true"))
+  assert contents(guests.folder / "home/runner/work/p")["f"] == contents(tmp_path / "p")["f"]
+
+
 class Anything(dict):
   """As if every path had been asked for, except .git."""
 
@@ -640,6 +697,46 @@ def test_a_list_of_names_without_end(guests, project, monkeypatch):  # noqa: F81
   monkeypatch.setattr(qvm_source, "MAX_LIST_BYTES", 1000)
   with pytest.raises(qvm_source.RefusedError, match="longer than any"):
     qvm_source.read_list(io.BytesIO(line * 100))
+  with pytest.raises(qvm_source.RefusedError, match="longer than any"):
+    qvm_source.read_list(io.BytesIO(b"\n" * 100))
+
+
+@pytest.mark.parametrize("name", ["/tmp/qvm-evil", "//tmp/qvm-evil", "../evil", "a/../../evil"])
+def test_a_list_with_names_that_lead_out(guests, project, name):  # noqa: F811
+  """With an absolute one qvm went round in circles for ever."""
+  line = f"//f 644 3 1/1.5/1.5 ./{name}"
+  tool(guests, "find", f"/usr/bin/find \"$@\" | sed 's,^//d [^ ]* [^ ]* [^ ]* .$,&\\\n{line},'\n")
+  guests.up()
+  works(guests.qvm("ssh", "vm", "--", f'mkdir -p ~/work/"{project.name}"'))
+  words = ("ssh", "--sync", str(project), "--sync-direction", "out", "vm", "--", "true")
+  result = guests.qvm(*words)
+  assert (
+    result.returncode == 0 and f"{name} stays in the guest: its tar has not" in result.stderr
+  ), result.stderr
+
+
+def test_a_list_of_too_many_names(monkeypatch):
+  lines = [b"//d 755 0 1/1.5/1.5 .\n", *(b"//f 644 1 1/1.5/1.5 ./%d\n" % n for n in range(99))]
+  listed = b"".join([*lines, b"//end 0\n"])
+  monkeypatch.setattr(qvm_source, "MAX_NAMES", 100)
+  assert len(qvm_source.read_list(io.BytesIO(listed)).entries) == 99
+  monkeypatch.setattr(qvm_source, "MAX_NAMES", 99)
+  with pytest.raises(qvm_source.RefusedError, match="more than 99 names"):
+    qvm_source.read_list(io.BytesIO(listed))
+
+
+def test_a_list_is_not_held_several_times():
+  """128 MB of it, which a guest may send, took 1.7 GB of memory."""
+  line = b"//f 644 1234 %d/1795687226.745457/1795687226.745457 ./a/name/like/many/others/%d\n"
+  listed = b"//d 755 0 1/1.5/1.5 .\n" + b"".join(line % (n, n) for n in range(5000)) + b"//end 0\n"
+  qvm_source.read_list(io.BytesIO(listed))  # what is made once only
+  tracemalloc.start()
+  try:
+    assert qvm_source.read_list(io.BytesIO(listed))
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < 5.3 * len(listed), peak / len(listed)
 
 
 @pytest.mark.parametrize("end", ["", "echo //end 0; ", "echo '//d 755 0 1/1.5/1.5 .'; "])

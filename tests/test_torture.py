@@ -7,6 +7,8 @@ import sys
 import pytest
 from support import ROOT
 from torture import Violation, parts_of, play
+from torture_containers import problem as no_container
+from torture_hostile import problem as no_hostile_guest
 
 tracing = pytest.mark.skipif(not shutil.which("strace"), reason="no strace")
 
@@ -44,6 +46,23 @@ def test_kill_9_while_streaming():
   assert play("streaming", 1, range(4))["points"] == 4
 
 
+@pytest.mark.skipif(no_hostile_guest() != "", reason="no namespace of mounts")
+def test_a_guest_that_attacks():
+  counts = play("hostile", 1, range(5))
+  assert counts["points"] == 5
+  assert sum(number for what, number in counts.items() if what.startswith("attack")) > 3
+
+
+def test_kill_9_while_a_machine_is_prepared():
+  assert play("preparing", 1, range(2))["points"] == 2
+
+
+@pytest.mark.skipif(no_container() != "", reason="no containers")
+def test_two_containers_at_once():
+  counts = play("containers", 1, range(2))
+  assert counts["rounds"] == counts["machines that the other container left alone"] == 2
+
+
 def test_everything_at_once():
   counts = play("crowd", 1, range(1))
   assert (counts["rounds"], counts["run: 0"]) == (1, 7)
@@ -55,12 +74,17 @@ MUTANTS = {
   "no digest": ("elif digest != expected:", "elif False:", "network", 4),
   "no length": ("if span.end == UNKNOWN:", "if True:", "network", 1),
   "no range": ("self.check_range(body, span)", "pass", "network", 1),
+  "no plain text": ('"".join(c if c.isprintable() else "?" for c in text)', "text", "hostile", 1),
+  "no container": ("if not noted.is_here():", "if False:", "containers", 1),
   "no mark": ('open(self.paths.mark, "w").close()', "pass", "killing", 1),
 }
 
 
 @pytest.mark.parametrize("check, instead, part, seed", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_qvm_without_a_check_is_found(tmp_path, check, instead, part, seed):
+  left_out = {"hostile": no_hostile_guest, "containers": no_container}.get(part, str)()
+  if left_out:
+    pytest.skip(left_out)
   text = (ROOT / "qvm.py").read_text()
   assert text.count(check) == 1
   (tmp_path / "qvm.py").write_text(text.replace(check, instead))
@@ -76,7 +100,7 @@ def test_it_starts_by_hand(program):
 
 @pytest.mark.parametrize("words, parts", [
   ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "streaming": 500,
-        "power": 100, "crowd": 3}),
+        "power": 100, "preparing": 60, "hostile": 200, "crowd": 3, "containers": 20}),
   (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
 ])  # fmt: skip
 def test_parts(words, parts):

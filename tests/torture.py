@@ -8,7 +8,10 @@
   streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs,
                    or faults of the server
   power   [100]    the power fails in a first run, a kept one, a refresh and a stream
+  preparing [60]   kill -9 of qvm, its QEMU or both while a machine is prepared, by one or by two
+  hostile [200]    a guest that attacks: what it sends for --sync, its ssh, its console
   crowd   [3]      rounds of 20 processes that do everything at once in one cache
+  containers [20]  rounds of two containers that do so, and kill -9 (as root, with unshare)
 
 qvm runs as a forked child of a process that has imported it, unless it says "fresh": then it is
 `python qvm.py` as a user starts it. Either way it is a process of its own, with its own locks.
@@ -18,10 +21,8 @@ qvm runs as a forked child of a process that has imported it, unless it says "fr
 import argparse
 import contextlib
 import errno
-import fcntl
 import functools
 import http.server
-import itertools
 import json
 import os
 import random
@@ -36,395 +37,59 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import ssh_guest
-from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
 from support import (
-  FREEBSD,
   IMAGE,
   QEMU,
   ROOT,
   TOOLS,
   Qvm,
-  bad_words,
   default_signals,
   end_processes,
   free_port,
-  processes_of,
   tar_of,
 )
 from support_network import Proxy, certificate, served
 from support_power import ACTIONS as POWERED
 from support_power import Cuts
-
-BUNDLE = FREEBSD + ".tar.zst"
-REPOS = {
-  BUNDLE: ("freebsd-builder", "v0.16.0"),
-  IMAGE: ("freebsd-builder", "v0.16.0"),
-  QEMU: ("resources", "v2.0.0"),
-  TOOLS: ("resources", "v2.0.0"),
-}
-GUEST = ("--platform", "x86-64", "freebsd", "15.1")
-PULL, RUN, REFRESH = ("pull", *GUEST), ("run", "--rm", *GUEST), ("pull", "--refresh", *GUEST)
-PATIENCE = 60  # seconds after which a qvm hangs
-
-
-class Violation(Exception):
-  """qvm did what it must never do."""
-
-
-@contextlib.contextmanager
-def violations(what):
-  """Makes a Violation of an assertion of the tests' own helpers."""
-  try:
-    yield
-  except AssertionError as error:
-    raise Violation(f"{what}: {error}")
-
-
-def demand(condition, *facts):
-  """The harness's assert, which -O does not remove."""
-  if not condition:
-    raise Violation("\n".join(map(str, facts)))
-
-
-# --- Processes -------------------------------------------------------------------------------
-
-# It reads orders, one JSON object a line: {"words"} or {"exec"} starts a child, {"poll": PID}
-# tells how it ended. Orphans become its children, so that none is left as a zombie.
-FORKER = """
-import ctypes, json, os, signal, sys, traceback
-sys.path.insert(0, sys.argv[1])
-import email.utils, hashlib, http.client, lzma, queue, random, shutil, ssl, subprocess, tarfile
-import urllib.request
-import qvm
-if sys.platform == "linux":
-  ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-def child(order):
-  os.setsid()
-  os.environ.clear()
-  os.environ.update(order["env"])
-  for fd, path in enumerate((os.devnull, order["out"] + ".out", order["out"] + ".err")):
-    new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(new, fd)
-    os.close(new)
-  if "exec" in order:
-    os.execv(order["exec"][0], order["exec"])
-  return qvm.main(order["words"])
-
-ended = {}
-stdin, stdout = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-for line in stdin:
-  order = json.loads(line)
-  if "poll" in order:
-    try:
-      while True:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if not pid:
-          break
-        ended[pid] = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-    except ChildProcessError:
-      pass
-    answer = ended.get(order["poll"])
-  else:
-    answer = os.fork()
-    if not answer:
-      code = 99
-      try:
-        code = child(order)
-        sys.stdout.flush()
-      except BaseException:
-        os.write(2, traceback.format_exc().encode())
-      os._exit(code)
-    ended.pop(answer, None)  # of an earlier process with this number
-  stdout.write(json.dumps(answer) + "\\n")
-  stdout.flush()
-"""
-
-
-def processes():
-  """What runs, for people."""
-  command = ["ps", "-eo", "pid,ppid,pgid,stat,wchan:20,args"]
-  return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-class Result(NamedTuple):
-  """How a qvm ended, and what it wrote."""
-
-  words: tuple
-  code: int
-  stdout: str
-  stderr: str
-
-
-class Child:
-  """A qvm that runs in a session of its own."""
-
-  def __init__(self, forks, pid, words, out):
-    self.forks, self.pid, self.words, self.out, self.code = forks, pid, words, out, None
-
-  def poll(self):
-    """The exit code, or None while it runs."""
-    if self.code is None:
-      self.code = self.forks.ask(poll=self.pid)
-    return self.code
-
-  def wait(self):
-    """The result; a qvm that does not end is a violation."""
-    until = time.monotonic() + PATIENCE
-    while self.poll() is None:
-      if time.monotonic() > until:
-        self.kill()
-        raise Violation(f"{self.words} hangs\n{Path(self.out + '.err').read_text()}")
-      time.sleep(0.002)
-    texts = [Path(self.out + end).read_text(errors="replace") for end in (".out", ".err")]
-    for end in (".out", ".err"):
-      os.unlink(self.out + end)
-    return Result(self.words, self.code, *texts)
-
-  def kill(self):
-    """kill -9 of qvm alone, as it is not yet reaped surely of this one."""
-    if self.poll() is None:
-      with contextlib.suppress(ProcessLookupError):
-        os.kill(self.pid, signal.SIGKILL)
-
-  def alone(self):
-    """Whether none of the processes that it started is left."""
-    self.forks.ask(poll=self.pid)
-    try:
-      os.killpg(self.pid, 0)
-    except ProcessLookupError:
-      return True
-    return False
-
-
-class Forks:
-  """Starts qvm as children of one process that has imported it."""
-
-  def __init__(self, folder, root=ROOT):
-    self.folder, self.numbers, self.children = Path(folder), itertools.count(), []
-    self.program = Path(root) / "qvm.py"
-    self.process = subprocess.Popen(
-      [sys.executable, "-c", FORKER, str(root)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-
-  def ask(self, **order):
-    """Give an order and return the answer."""
-    self.process.stdin.write(json.dumps(order) + "\n")
-    self.process.stdin.flush()
-    return json.loads(self.process.stdout.readline())
-
-  def start(self, qvm, *words, fresh=False, before=(), env=None):
-    """Start qvm; before = words of a program, such as strace, that starts it."""
-    out = str(self.folder / f"out{next(self.numbers)}")
-    order = {"env": {**qvm.env, **(env or {})}, "out": out, "words": words}
-    for end in (".out", ".err"):  # they are wanted of one that is killed at once, too
-      Path(out + end).touch()
-    if fresh or before:
-      order["exec"] = [*before, *qvm.command(*words)]
-    self.children.append(Child(self, self.ask(**order), words, out))
-    return self.children[-1]
-
-  def run(self, qvm, *words, **more):
-    """Run qvm to its end."""
-    return self.start(qvm, *words, **more).wait()
-
-  def settled(self):
-    """Wait until nothing that was started is left."""
-    until = time.monotonic() + PATIENCE
-    while self.children:
-      self.children = [child for child in self.children if not child.alone()]
-      left = [(child.pid, child.words) for child in self.children]
-      demand(time.monotonic() < until, "processes are left", left, processes())
-      if self.children:
-        time.sleep(0.002)
-
-  def close(self):
-    """End what is still there."""
-    for child in self.children:
-      with contextlib.suppress(ProcessLookupError):
-        if not child.alone():
-          os.killpg(child.pid, signal.SIGKILL)
-    self.process.stdin.close()
-    self.process.wait()
-    self.process.stdout.close()
-
-
-# --- What there is to download ---------------------------------------------------------------
-
-
-class Asset(NamedTuple):
-  """The bytes of an asset, and the files that they become in the cache."""
-
-  content: bytes
-  files: dict
-
-
-@functools.lru_cache(maxsize=None)
-def small_image():
-  """The smallest sound qcow2."""
-  with tempfile.TemporaryDirectory() as folder:
-    to_qcow2(boot_sector("hello")[:512], Path(folder) / "image")
-    subprocess.run(
-      ["qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=512", "image", "small"],
-      cwd=folder,
-      check=True,
-    )
-    return (Path(folder) / "small").read_bytes()
-
-
-def make_image(rng):
-  """A sound image of which no two parts are the same."""
-  content = small_image() + rng.randbytes(rng.randrange(10_000, 150_000))
-  return Asset(content, {f"base/{IMAGE}": content})
-
-
-def make_qemu(rng, pause="0"):
-  """The archive of a QEMU that ends of its own accord."""
-  program = b"#!/bin/sh\n# %x\nexec sleep %s\n" % (rng.getrandbits(64), pause.encode())
-  files = {"bin/qemu": program, "share/qemu/uefi.fd": rng.randbytes(rng.randrange(10_000, 90_000))}
-  named = {**files, "bin/qemu-system-x86_64": program}
-  del named["bin/qemu"]
-  return Asset(tar_of(files), {f"qemu/x86_64/{name}": data for name, data in named.items()})
-
-
-def make_tools(rng):
-  """The archive of a qemu-img, which is that of this host."""
-  program = b'#!/bin/sh\n# %x\nexec qemu-img "$@"\n' % rng.getrandbits(64)
-  files = {"qemu-img": program, "other": rng.randbytes(rng.randrange(10_000, 90_000))}
-  return Asset(tar_of(files), {"bin/qemu-img": program})
-
-
-@functools.lru_cache(maxsize=None)
-def bundle_of(number):
-  """One of some bundles, and what qemu-img makes of its disk."""
-  rng = random.Random(number)
-  with tempfile.TemporaryDirectory() as folder:
-    (Path(folder) / "disk.img").write_bytes(rng.randbytes(1 << 16) + bytes(1 << 20))
-    for command in (
-      "qemu-img convert -f raw -O qcow2 disk.img disk.qcow2",
-      "tar --sparse -cf bundle.tar disk.img",
-      "zstd -q --check bundle.tar",
-    ):
-      subprocess.run(command.split(), cwd=folder, check=True)
-    content, image = (Path(folder, name).read_bytes() for name in ("bundle.tar.zst", "disk.qcow2"))
-  return Asset(content, {f"base/{IMAGE}": image})
-
-
-def make_bundle(rng):
-  """An image that has to be unpacked and converted; there are but a few, for they take long."""
-  return bundle_of(rng.randrange(8))
-
-
-MAKERS = {IMAGE: make_image, QEMU: make_qemu, TOOLS: make_tools}
-BUNDLED = {BUNDLE: make_bundle, QEMU: make_qemu, TOOLS: make_tools}
-
-
-def publish(server, assets, tag="", **more):
-  """Put {name: Asset} on the server, under the usual tags if not told another."""
-  for repo, usual in sorted(set(REPOS.values())):
-    names = [name for name in assets if REPOS[name] == (repo, usual)]
-    contents = {name: assets[name].content for name in names}
-    server.add_release(repo, tag or usual, contents, **more)
-
-
-# --- What a cache must be like ---------------------------------------------------------------
-
-PUBLISHED = r"base/[^/]*\.qcow2|bin/qemu-img|qemu/(x86_64|aarch64)/(?!release\.json).*"
-RECORDS = r"base/[^/]*\.json|bin/qemu-img\.json|qemu/(x86_64|aarch64)/release\.json"
-RESUMABLE = r"downloads/[^/]*/(part|note\.json|map)"
-
-
-def published(qvm):
-  """The files that whoever looks takes for whole, by name."""
-  names = [name for name in qvm.files() if re.fullmatch(PUBLISHED, name)]
-  return {name: (qvm.cache / name).read_bytes() for name in names}
-
-
-def everything(qvm):
-  """All files, those of QEMU's trees only below the trees' names."""
-  found = [name for name in qvm.files() if not re.match(r"qemu/\.", name)]
-  folder = qvm.cache / "qemu"
-  links = [path.resolve() for path in folder.iterdir() if path.is_symlink()] if qvm.files() else []
-  hidden = [path for path in folder.glob(".*") if path.resolve() not in links]
-  return found + [f"qemu/{path.name}" for path in hidden]
-
-
-def check_published(qvm, versions, loose=()):
-  """Each published file is one of its asset's versions, and a QEMU is there as a whole."""
-  there = published(qvm)
-  for name, asset_versions in versions.items():
-    if name in loose:
-      continue
-    known = [asset.files for asset in asset_versions]
-    mine = {path: data for path, data in there.items() if path.startswith(root_of(known[0]))}
-    demand(not mine or mine in known, f"wrong bytes: {sorted(mine)}")
-  unknown = [path for path in there if not any(path.startswith(root) for root in ROOTS)]
-  demand(not unknown, f"unknown files: {unknown}")
-
-
-ROOTS = ("base/" + IMAGE, "bin/qemu-img", "qemu/x86_64/")
-
-
-def root_of(files):
-  """Which of the roots the files of an asset lie in."""
-  return next(root for root in ROOTS if next(iter(files)).startswith(root))
-
-
-def check_complete(qvm, versions, loose=()):
-  """Everything is there, and is right."""
-  check_published(qvm, versions, loose)
-  there = published(qvm)
-  for name, asset_versions in versions.items():
-    missing = set(asset_versions[0].files) - set(there)
-    demand(name in loose or not missing, f"missing: {missing}")
-
-
-def check_locks(qvm):
-  """No lock is held; returns the names of the lock files."""
-  names = [name for name in qvm.files() if name.endswith(".lock")]
-  folders = [str(path.relative_to(qvm.cache)) for path in qvm.cache.glob("downloads/*")]
-  for name in names + folders:
-    with contextlib.suppress(FileNotFoundError):
-      fd = os.open(qvm.cache / name, os.O_RDONLY)
-      try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise Violation(f"{name} is still locked")
-      finally:
-        os.close(fd)
-  return names
-
-
-def check_words(result, codes=(0, 1)):
-  """It ended as a user should see it: nothing but lines of its own, no bug, no secret."""
-  facts = (f"exit code {result.code}", result.stdout, result.stderr)
-  demand(result.code in codes, *facts)
-  bad = bad_words(result.stderr)
-  demand(not bad, f"'{bad}' is said", *facts)
-  demand(result.code == 0 or result.stderr, "it fails without a word", *facts)
-
-
-def check_tidy(qvm, counts, forks):
-  """A run and `clean` leave nothing but what was downloaded, its records and instances."""
-  kept = rf"{PUBLISHED}|{RECORDS}|instances/a\.(qcow2|json)"
-  for name in everything(qvm):
-    if not re.fullmatch(kept, name):
-      counts[f"left for clean: {kind_of(name)}"] += 1
-  result = forks.run(qvm, "clean")
-  check_words(result, (0,))
-  left = [name for name in everything(qvm) if not re.fullmatch(kept, name)]
-  demand(not left, f"clean leaves {left}", result.stdout)
-
-
-def kind_of(name):
-  """A file's name without what is random in it."""
-  return re.sub(r"[0-9a-f]{6,}", "*", name)
-
+from support_torture import (
+  BUNDLED,
+  GUEST,
+  MAKERS,
+  PATIENCE,
+  PUBLISHED,
+  PULL,
+  RECORDS,
+  REFRESH,
+  REPOS,
+  RESUMABLE,
+  RUN,
+  Asset,
+  Forks,
+  Violation,
+  check_complete,
+  check_locks,
+  check_published,
+  check_tidy,
+  check_words,
+  children_of,
+  demand,
+  everything,
+  guest_home,
+  kind_of,
+  make_image,
+  make_qemu,
+  make_tools,
+  ours,
+  played,
+  progress,
+  publish,
+  published,
+  violations,
+)
+from torture_containers import containers
+from torture_hostile import hostile
+from torture_preparing import preparing
 
 # --- Network ---------------------------------------------------------------------------------
 
@@ -852,15 +517,6 @@ def show(schedule):
   return "\n".join(lines)
 
 
-def played(part, seed, numbers, what):
-  """Play the rounds of a part; returns what was counted."""
-  for number in numbers:
-    part.one(f"{seed}:{number}")
-    part.counts[what] += 1
-    progress(number)
-  return part.counts
-
-
 def network(folder, forks, seed, numbers, fresh=False):
   """Play schedules; returns what was counted."""
   part = Network(folder, forks, fresh)
@@ -1100,30 +756,14 @@ case $1 in -cf) /bin/tar "$@" | part ;; *) part | /bin/tar "$@" ;; esac
 """
 
 
-def children_of(pid, name):
-  """The processes of that name that a process has started."""
-  for path in Path("/proc").glob("[0-9]*/stat"):
-    with contextlib.suppress(OSError):
-      number, _, rest = path.read_text().partition(" (")
-      found, _, rest = rest.rpartition(") ")
-      if found == name and int(rest.split()[1]) == pid:
-        yield int(number)
-
-
 class Syncing:
   """A cache whose QEMU is a stand-in with a real sshd, and a folder that goes there and back."""
 
   def __init__(self, folder, forks, seed):
     self.folder, self.forks, self.counts = Path(folder), forks, Counter()
     rng = random.Random(f"{seed}:sync")
-    with ReleaseServer() as server:
-      publish(server, {name: make(rng) for name, make in MAKERS.items()})
-      self.qvm = Qvm(self.folder / "home", forks.program, server)
-      self.qvm.home.mkdir()
-      self.qvm.env["TMPDIR"] = str(self.qvm.home)  # where a killed qvm leaves the log of its ssh
-      check_words(forks.run(self.qvm, *PULL), (0,))
-    program = self.qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-    program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+    assets = {name: make(rng) for name, make in MAKERS.items()}
+    self.qvm = guest_home(folder, forks, assets)
     self.project = self.folder / "project"
     sizes = [0, 1, 1000, 70_000, 400_000] + [rng.randrange(5000) for _ in range(20)]
     letters = (UPPER + LOWER).decode()
@@ -1285,11 +925,6 @@ qemu-io -f qcow2 -c 'write -P 7 64k 4k' "$disk" >/dev/null && echo >>"$HOME/wrot
 qemu-io -r -f qcow2 -c 'read 0 1M' "$disk" >/dev/null
 exec sleep 0.2
 """
-
-
-def ours(qvm):
-  """The processes whose home is that of qvm: {pid: command line}."""
-  return processes_of(f"HOME={qvm.home}", environment=True)
 
 
 class Streaming:
@@ -1521,14 +1156,11 @@ PARTS = {
   "sync": (syncing, 60),
   "streaming": (streaming, 500),
   "power": (power, 100),
+  "preparing": (preparing, 60),
+  "hostile": (hostile, 200),
   "crowd": (crowd, 3),
+  "containers": (containers, 20),
 }
-
-
-def progress(number):
-  """A sign of life on a terminal."""
-  if sys.stderr.isatty():
-    sys.stderr.write(f"\r{number + 1} ")
 
 
 def play(name, seed, numbers, root=ROOT, **more):
@@ -1572,7 +1204,8 @@ def main():
     try:
       counts = play(name, options.seed, numbers, **more)
     except Violation as violation:
-      print(f"VIOLATION in {name}, seed {options.seed}\n{violation}", flush=True)
+      text = str(violation).encode("utf-8", "backslashreplace").decode()
+      print(f"VIOLATION in {name}, seed {options.seed}\n{text}", flush=True)
       return 1
     for what, number in sorted(counts.items()):
       print(f"  {number:6} {what}")

@@ -1945,6 +1945,11 @@ def layers(cache: Cache) -> List[LayerPaths]:
   return [cache.layer(name[: -len(".json")]) for name in names]
 
 
+def layer_record(layer: LayerPaths) -> LayerRecord:
+  """What is noted about a layer; an empty record if there is none, or if it is damaged."""
+  return sound_record(LayerRecord(), layer.record)
+
+
 def tree_size(path: str) -> int:
   """The bytes on disk of a file, or of a folder with its contents."""
   folders = [] if os.path.islink(path) else os.walk(path)
@@ -4590,27 +4595,6 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   return names, backing
 
 
-def layer_users(cache: Cache, without: Sequence[str] = ()) -> Dict[str, List[str]]:
-  """By layer: the instances and layers that lie on it, or may, as they cannot be read.
-
-  Those of these names are left out, and --rm machines: they run, and have its files open.
-  """
-  disks = {paths.name: paths.disk for paths in overlays(cache) if not os.path.exists(paths.mark)}
-  disks.update((layer.name, layer.disk) for layer in layers(cache) if layer_files(layer)[1:])
-  disks = {name: disk for name, disk in disks.items() if name not in without}
-  under = {name: layers_under(cache, disk) for name, disk in disks.items()}
-  known = {path.rpartition(".")[0] for path in names_in(cache.path("layers"))}
-  known.update(name for names, _ in under.values() for name in names)
-  return {
-    name: [
-      user
-      for user, (names, last) in under.items()
-      if user != name and (name in names or last is None) and os.path.lexists(disks[user])
-    ]
-    for name in known
-  }
-
-
 def base_needed(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance needs; empty: none, None: unknown."""
   backing = layers_under(paths.cache, paths.disk)[1]
@@ -4623,9 +4607,32 @@ def base_needed(paths: InstancePaths) -> Optional[str]:
   return recorded_base(paths) if backing is None else os.path.basename(backing)
 
 
-def overlays(cache: Cache) -> List[InstancePaths]:
-  """The instances that have a disk, even if that cannot be read."""
-  return [cache.instance(name) for name in instance_names(cache, ".qcow2")]
+class Overlay(NamedTuple):
+  """The disk of an instance or a layer, and what it lies on; None: unknown, it may be anything."""
+
+  name: str
+  disk: str
+  layers: List[str]  # the names of those under it, from the top down
+  backing: Optional[str]  # what the last of them lies on, as backing_file() tells it
+  base: Optional[str]  # of an instance: as from base_needed()
+
+
+def overlays(cache: Cache, ephemeral: bool = True) -> List[Overlay]:
+  """The disks of all instances, then of all layers, even those that cannot be read.
+
+  Those of --rm machines can be left out: they run, and have the files of their layers open.
+  """
+  mine = [cache.instance(name) for name in instance_names(cache, ".qcow2")]
+  mine = [it for it in mine if ephemeral or not os.path.exists(it.mark)]
+  found = [Overlay(it.name, it.disk, *layers_under(cache, it.disk), base_needed(it)) for it in mine]
+  found += [Overlay(it.name, it.disk, *layers_under(cache, it.disk), "") for it in layers(cache)]
+  return [it for it in found if os.path.lexists(it.disk)]  # the others have just ended
+
+
+def users_of(layer: LayerPaths, every: Iterable[Overlay], but: Sequence[str] = ()) -> List[str]:
+  """The names of the overlays that need a layer, or may, but for those of these disks."""
+  others = [it for it in every if it.disk not in (layer.disk, *but)]
+  return [it.name for it in others if layer.name in it.layers or it.backing is None]
 
 
 def dependants(cache: Cache, base: str) -> List[Instance]:
@@ -4634,8 +4641,7 @@ def dependants(cache: Cache, base: str) -> List[Instance]:
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
   needed = (os.path.basename(base), None)
-  mine = [paths for paths in overlays(cache) if base_needed(paths) in needed]
-  return [known_instance(paths) for paths in mine if os.path.lexists(paths.disk)]  # not ended
+  return [known_instance(cache.instance(it.name)) for it in overlays(cache) if it.base in needed]
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -4705,13 +4711,13 @@ def remove_layer(layer: LayerPaths) -> None:
 
 def drop_layers(plan: Plan, new: AssetRecord) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
-  under = [layers_under(plan.cache, paths.disk) for paths in overlays(plan.cache)]
-  kept = {name for names, _ in under for name in names}
-  every = layers(plan.cache) if None not in [last for _, last in under] else []
-  for layer, (_, below) in [(each, layers_under(plan.cache, each.disk)) for each in every]:
-    mine = os.path.basename(below or "") == os.path.basename(plan.base)
-    digest = sound_record(LayerRecord(), layer.record).base_sha256
-    if mine and digest not in (new.sha256, new.asset_sha256) and layer.name not in kept:
+  every, name = overlays(plan.cache), os.path.basename(plan.base)
+  mine = [it.disk for it in every if os.path.basename(it.backing or "") == name]
+  digests = (new.sha256, new.asset_sha256)
+  old = [it for it in layers(plan.cache) if layer_record(it).base_sha256 not in digests]
+  old = [it for it in old if it.disk in mine]
+  for layer in old:
+    if not users_of(layer, every, [each.disk for each in old]):
       remove_layer(layer)
 
 
@@ -5630,15 +5636,15 @@ def list_instances(cache: Cache) -> List[Row]:
     for name in instance_names(cache, ".qcow2"):
       with contextlib.suppress(FileNotFoundError):  # a --rm run has just ended
         rows.append(instance_row(cache, cache.instance(name)))
-    every = layers(cache)
-    users = layer_users(cache) if every else {}
-    rows += [layer_row(layer, users[layer.name]) for layer in every]
+    known = layers(cache)
+    every = overlays(cache, ephemeral=False) if known else []
+    rows += [layer_row(layer, users_of(layer, every)) for layer in known]
   return rows
 
 
 def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
   """A layer's line of `qvm list`."""
-  record = sound_record(LayerRecord(), layer.record)
+  record = layer_record(layer)
   size = sum(map(tree_size, layer_files(layer)))
   kind = (record.os or "?", record.version or "?", record.arch or "?")
   state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
@@ -9325,7 +9331,7 @@ class Checkpoint:
 
   @property
   def record(self) -> LayerRecord:
-    return sound_record(LayerRecord(), self.layer.record)
+    return layer_record(self.layer)
 
   def problem(self) -> str:
     """Why the checkpoint cannot be used; empty if it can."""
@@ -9589,11 +9595,10 @@ class SetUp:
     """Whether there is a layer with the first `count` steps, and all that is below it."""
     cache, layer = self.plan.cache, self.layer(count)
     names, below = layers_under(cache, layer.disk)
-    if sound_record(LayerRecord(), layer.record).key != self.key(count) or not below:
+    if layer_record(layer).key != self.key(count) or not below:
       return False
     every = [layer, *map(cache.layer, names)]
-    noted = [sound_record(LayerRecord(), each.record).bytes for each in every]
-    return noted == [os.path.getsize(each.disk) for each in every]
+    return all(layer_record(it).bytes == os.path.getsize(it.disk) for it in every)
 
   def ready_base(self) -> Base:
     """The prepared disk, which is made first if there is none; whoever comes meanwhile waits."""
@@ -9631,12 +9636,8 @@ class SetUp:
     """Remove an old layer of this name with its checkpoints; QvmError if anything else needs it."""
     cache = self.plan.cache
     with instances_lock(cache):
-      mine = [
-        each
-        for each in layers(cache)
-        if sound_record(LayerRecord(), each.record).layer == layer.name
-      ]
-      users = layer_users(cache, [each.name for each in mine]).get(layer.name)
+      mine = [it for it in layers(cache) if layer_record(it).layer == layer.name]
+      users = users_of(layer, overlays(cache, ephemeral=False), [each.disk for each in mine])
       if users:
         raise QvmError(
           f"the layer {layer.name} cannot be made anew: these lie on what was there, or may: "
@@ -9829,7 +9830,8 @@ def other_instances(plan: Plan, options: Options) -> List[str]:
   named = options.name or plan.own_image or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
-  stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]
+  names = instance_names(plan.cache, ".qcow2")
+  stems = [(name, recorded_base(plan.cache.instance(name))) for name in names]
   mine = rf"{plan.guest.os}-(.+)-{plan.guest.arch}\Z"
   versions = [re.sub(mine, r"\1", name) for name, base in stems if base == name + ".qcow2"
               and re.match(mine, name)]  # fmt: skip
@@ -10228,7 +10230,8 @@ def cmd_rm(options: Options) -> int:
     names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
-  check_unused(cache, dropped, options.operands)  # before anything is deleted
+  but = [paths.disk for paths in chosen] + [layer.disk for layer in dropped]
+  check_unused(cache, dropped, but)  # before anything is deleted
   for paths in chosen if options.force else []:
     if is_running(paths):
       stop_instance(paths, True)
@@ -10242,21 +10245,22 @@ def cmd_rm(options: Options) -> int:
       remove_instance(paths)
       emit(paths.name)
   with instances_lock(cache):
-    check_unused(cache, dropped, options.operands)
+    check_unused(cache, dropped, but)
     for layer in dropped:
       remove_layer(layer)  # machines that run from it have its files open
       emit(layer.name)
   return EXIT_FAILED if unknown else 0
 
 
-def check_unused(cache: Cache, dropped: Sequence[LayerPaths], names: Sequence[str]) -> None:
-  """Refuse to delete layers that anything needs but what is deleted with them, by these names."""
-  users = layer_users(cache, names) if dropped else {}
+def check_unused(cache: Cache, dropped: Sequence[LayerPaths], but: Sequence[str]) -> None:
+  """Refuse to delete layers that anything needs but these disks, which are deleted with them."""
+  every = overlays(cache, ephemeral=False) if dropped else []
   for layer in dropped:
-    if users.get(layer.name):
+    users = users_of(layer, every, but)
+    if users:
       raise QvmError(
         f"the layer {layer.name} is needed: it stays",
-        f"these lie on it, or may: {', '.join(users[layer.name])}",
+        f"these lie on it, or may: {', '.join(users)}",
       )
 
 
@@ -10326,8 +10330,8 @@ def named_leftovers(cache: Cache, folder: str) -> List[str]:
 
 def unfinished_downloads(cache: Cache) -> List[str]:
   """Whatever in downloads/ nobody has locked, except what streamed overlays lie on."""
-  backings = [(paths, backing_file(paths.disk)) for paths in overlays(cache)]
-  kept = [base_needed(paths) for paths, name in backings if name is None or is_served(name)]
+  every = [it for it in overlays(cache) if it.backing is None or is_served(it.backing)]
+  kept = [it.base for it in every]
   paths = named_leftovers(cache, "downloads") if None not in kept else scratch_folders(cache)
   paths += older_downloads(cache)
   return [p for p in paths if os.path.basename(p) not in kept and not Lock(p).is_held()]
@@ -10360,8 +10364,11 @@ def strays(cache: Cache) -> List[str]:
   links = qemu_links(cache)
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
-  users = layer_users(cache)  # a disk whose record is lost may be needed all the same
-  used.update(cache.layer(name).disk for name in users if users[name])
+  every = overlays(cache, ephemeral=False)
+  stems = {os.path.splitext(each)[0] for each in names_in(cache.path("layers"))}
+  for layer in map(cache.layer, stems):
+    if users_of(layer, every):  # a disk whose record is lost may be needed all the same
+      used.add(layer.disk)
   used.update(os.path.realpath(link) for link in links)
   found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
   for folder in ("base", "bin", "qemu", "layers"):
@@ -10376,21 +10383,14 @@ UNUSED_SECONDS = 30 * 86400.0
 def unused_layers(cache: Cache, orphans: Set[str], every: bool) -> List[str]:
   """The files of layers that nothing needs, and that were not used for 30 days, or of all such."""
   before = time.time() - UNUSED_SECONDS
-  known = layers(cache)
-  old = [each for each in known if every or os.stat(each.record).st_mtime < before]
-  if not old:
-    return []
-  stems = {each.name for each in old}
-  users = {paths.name: paths.disk for paths in overlays(cache) if paths.name not in orphans}
-  users.update((each.name, each.disk) for each in known if each.name not in stems)
-  under = {name: layers_under(cache, disk) for name, disk in users.items() if os.path.lexists(disk)}
-  unknown = [name for name, (_, last) in under.items() if last is None]
+  old = [each for each in layers(cache) if every or os.stat(each.record).st_mtime < before]
+  but = [each.disk for each in old] + [cache.instance(name).disk for name in orphans]
+  users = [it for it in overlays(cache) if it.disk not in but] if old else []
+  unknown = [it.name for it in users if it.backing is None]
   if unknown:
     say(f"the disk of {unknown[0]} cannot be read: what it may need is kept")
-    return []
-  needed = {name for names, _ in under.values() for name in names}
   # The record goes first.
-  return [path for each in old if each.name not in needed for path in layer_files(each)]
+  return [path for each in old if not users_of(each, users) for path in layer_files(each)]
 
 
 def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:

@@ -1784,51 +1784,27 @@ def cache_from(environ: Mapping[str, str]) -> Cache:
   return Cache(absolute(os.path.join(folder, "qvm"), "HOME"))
 
 
-class RecordError(QvmError):
-  """A record that is damaged or was written by a newer qvm."""
+def sound_record(empty: R, path: str) -> R:
+  """Read a record with the fields and types of `empty` from a JSON file.
 
-
-class NewerRecordError(RecordError):
-  """A record whose format only a newer qvm knows."""
-
-
-def read_record(empty: R, path: str) -> Optional[R]:
-  """Read a record with the fields and types of `empty` from a JSON file; None without a file.
-
-  A missing field keeps its value from `empty`. RecordError if the file is damaged, a field has
-  another type, or the format is newer than FORMAT.
+  A missing field keeps its value from `empty`. A file that is missing or damaged, as by a field of
+  another type, gives `empty`; QvmError if its format is newer than FORMAT.
   """
   try:
     with open(path, "rb") as file:
       value = json.loads(file.read(MAX_RECORD_BYTES).decode("utf-8"))
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  except (ValueError, RecursionError):
-    value = None
+  except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+    return empty
   if not isinstance(value, dict):
-    raise RecordError(f"the record {path} is damaged")
+    return empty
   number = value.get("format", FORMAT)
   if not isinstance(number, int) or number > FORMAT:
-    raise NewerRecordError(
+    raise QvmError(
       f"the record {path} has format {number}, which this qvm does not know",
       f"a newer qvm wrote it: update qvm, or {OTHER_CACHE}",
     )
-  fields = empty._asdict()
-  for name, default in fields.items():
-    fields[name] = value.get(name, default)
-    if type(fields[name]) is not type(default):
-      raise RecordError(f"the record {path} is damaged: {name} is {str(fields[name])[:50]}")
-  return empty._replace(**fields)
-
-
-def sound_record(empty: R, path: str) -> R:
-  """The record in a file; `empty` if the file is missing or damaged."""
-  try:
-    return read_record(empty, path) or empty
-  except NewerRecordError:
-    raise
-  except RecordError:
-    return empty
+  record = empty._replace(**{name: value.get(name, it) for name, it in empty._asdict().items()})
+  return record if [*map(type, record)] == [*map(type, empty)] else empty
 
 
 def write_record(
@@ -1933,16 +1909,19 @@ def paths_in(folder: str) -> List[str]:
   return [os.path.join(folder, name) for name in names_in(folder)]
 
 
+def stems_in(folder: str, suffix: str) -> List[str]:
+  """The names of the files in a folder with this suffix, without it, sorted by file name."""
+  return [name[: -len(suffix)] for name in names_in(folder) if name.endswith(suffix)]
+
+
 def instance_names(cache: Cache, suffix: str) -> List[str]:
   """The names of the instances that have a file with this suffix, sorted by file name."""
-  names = [name for name in names_in(cache.instances) if name.endswith(suffix)]
-  return [name[: -len(suffix)] for name in names]
+  return stems_in(cache.instances, suffix)
 
 
 def layers(cache: Cache) -> List[LayerPaths]:
   """All layers; files without a record are leftovers."""
-  names = [name for name in names_in(cache.path("layers")) if name.endswith(".json")]
-  return [cache.layer(name[: -len(".json")]) for name in names]
+  return [cache.layer(name) for name in stems_in(cache.path("layers"), ".json")]
 
 
 def layer_record(layer: LayerPaths) -> LayerRecord:
@@ -2389,30 +2368,25 @@ def resolve(options: Options) -> Options:
 
 
 class Spawn(NamedTuple):
-  """How to start a program. A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours."""
+  """How to start a program, named as Popen does.
+
+  A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours.
+  """
 
   stdin: Handle = None
   stdout: Handle = None
   stderr: Handle = None
-  fds: Tuple[int, ...] = ()  # more descriptors to pass on
-  session: bool = False  # its own session: no key and no hang-up of our terminal reaches it
-  folder: Optional[str] = None
+  pass_fds: Tuple[int, ...] = ()  # more descriptors to pass on
+  start_new_session: bool = False  # no key and no hang-up of our terminal reaches it
+  cwd: Optional[str] = None
   env: Optional[Mapping[str, str]] = None
 
 
 def start(command: Sequence[str], spawn: Spawn) -> "Process":
   """Start a program; the only function that does. QvmError explains why it cannot run."""
   try:
-    return subprocess.Popen(
-      list(command),
-      stdin=spawn.stdin,
-      stdout=spawn.stdout,
-      stderr=spawn.stderr,
-      pass_fds=spawn.fds,
-      start_new_session=spawn.session,
-      cwd=spawn.folder,
-      env=spawn.env,
-    )
+    # It asks for no text, so all streams have bytes.
+    return subprocess.Popen(list(command), **spawn._asdict())  # type: ignore[return-value]
   except OSError as error:
     raise cannot_run(command[0], error)
 
@@ -4497,14 +4471,6 @@ def image_format(path: str) -> str:
     return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
-def check_own_image(path: str) -> None:
-  """check_image() for a user's own, which may be raw."""
-  if image_format(path) == "qcow2":
-    check_image(path)
-  elif os.path.getsize(path) % 512 or not os.path.getsize(path):
-    raise RefusedError(f"the image {path} is refused: it is neither qcow2 nor a raw disk")
-
-
 def backing_file(path: str) -> Optional[str]:
   """The name of the backing file in an overlay's header; empty: it has none, None: unknown.
 
@@ -4564,17 +4530,9 @@ def drop_dead_sockets(folder: str) -> None:
 def known_instance(paths: InstancePaths) -> Instance:
   """The record of an instance; empty but for the name if it cannot be read, for any reason."""
   record = Instance()
-  with contextlib.suppress(RecordError, OSError):
-    record = read_record(record, paths.record) or record
+  with contextlib.suppress(QvmError, OSError):
+    record = sound_record(record, paths.record)
   return record._replace(name=paths.name)
-
-
-def recorded_base(paths: InstancePaths) -> Optional[str]:
-  """The file name of the base image that an instance's record tells; None: unknown."""
-  mine = known_instance(paths)
-  if mine.image:
-    return ""
-  return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
 def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
@@ -4598,13 +4556,14 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
 def base_needed(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance needs; empty: none, None: unknown."""
   backing = layers_under(paths.cache, paths.disk)[1]
-  if is_served(backing):
-    named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
-    return named.group(1) + ".qcow2" if named else recorded_base(paths)
+  if backing is None or is_served(backing):
+    mine = known_instance(paths)
+    recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
+    return "" if mine.image else recorded
   folder = os.path.realpath(paths.cache.path("base"))
-  if backing and os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
+  if os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
     return ""  # an image of the user's own
-  return recorded_base(paths) if backing is None else os.path.basename(backing)
+  return os.path.basename(backing)
 
 
 class Overlay(NamedTuple):
@@ -4770,8 +4729,8 @@ def check_digest(download: Download, expected: str) -> None:
   download.vouched = bool(expected)
 
 
-def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
-  """The record of a complete asset; digest: of what was made of it, if that is not the asset."""
+def asset_record(download: Download, tag: str, digest: str) -> AssetRecord:
+  """The record of a complete asset; digest: of what was made of it, empty for the asset itself."""
   asset_digest = download.file.hash.hexdigest()
   return AssetRecord(
     release=tag,
@@ -4780,7 +4739,7 @@ def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
     size=download.file.done,
     asset_sha256=asset_digest,
     sha256=digest or asset_digest,
-    time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    time=utc(time.time()),
   )
 
 
@@ -4801,16 +4760,9 @@ def installing(download: Download) -> Iterator[str]:
     remove_tree(aside)
 
 
-def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
-  """Whether a part of resources is cached, with --refresh also whether it is the newest."""
-  if not plan.refresh or is_missing(plan, path):
-    return not is_missing(plan, path)
-  return is_newest(path, releases.net, Asset("resources", resources_tag(plan, releases), name))
-
-
-def resources_tag(plan: Plan, releases: Releases) -> str:
-  """The release that QEMU and qemu-img come from."""
-  return plan.qemu_release or releases.tag("resources")
+def resources_asset(plan: Plan, releases: Releases, name: str) -> Asset:
+  """An asset of the release that QEMU and qemu-img come from."""
+  return Asset("resources", plan.qemu_release or releases.tag("resources"), name)
 
 
 def is_newest(path: str, net: Net, asset: Asset) -> bool:
@@ -4838,15 +4790,18 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-def fetch_resource(
-  plan: Plan, releases: Releases, path: str, name: str, install: Callable[[str, Download], None]
-) -> None:
-  """Download an asset of the release of QEMU, unless `path` is of that, and install it."""
+Install = Callable[[Plan, str, Download], None]  # its str is the release's tag
+
+
+def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install: Install) -> None:
+  """Download an asset of the release of QEMU and install it, if `path` is missing or older."""
   with download_lock(plan.cache.downloads, pinned_name(name, plan.qemu_release)) as folder:
-    if is_there(plan, releases, path, name):
-      return remove_tree(folder)  # what a qvm has left that was killed once it had installed it
-    asset = Asset("resources", resources_tag(plan, releases), name)
-    install(asset.tag, fetch_asset(releases, asset, folder))
+    there = not is_missing(plan, path)
+    if not there or plan.refresh:
+      asset = resources_asset(plan, releases, name)
+      if not there or not is_newest(path, releases.net, asset):
+        return install(plan, asset.tag, fetch_asset(releases, asset, folder))
+    remove_tree(folder)  # what a qvm has left that was killed once it had installed it
 
 
 def install_qemu(plan: Plan, tag: str, download: Download) -> None:
@@ -5009,10 +4964,15 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
       publish_with_record(plan.cache, source, plan.base, record, 0o444)
 
 
+def images_of(releases: Releases, os_name: str) -> List[Image]:
+  """The images of an OS that its releases have."""
+  return images_in(os_name, releases.all(image_repo(os_name)))
+
+
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   """The error for a version that no release has, with what there is instead."""
   guest = plan.guest
-  images = images_in(guest.os, releases.all(image_repo(guest.os)))
+  images = images_of(releases, guest.os)
   versions = [image.version for image in images if image.arch == guest.arch]
   if plan.version in versions and can_unzstd():
     return QvmError(
@@ -5067,12 +5027,10 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   """Download at the same time whatever the plan needs and the cache has not; else ask nothing."""
   releases = Releases(net)
   jobs: List[Callable[[], None]] = []
+  fetch = functools.partial(fetch_resource, plan, releases)
 
   def needs(path: str) -> bool:
     return plan.refresh or is_missing(plan, path)
-
-  def fetch(path: str, name: str, install: Callable[[Plan, str, Download], None]) -> None:
-    fetch_resource(plan, releases, path, name, functools.partial(install, plan))
 
   def tools() -> None:
     if not plan.own_qemu:
@@ -5099,9 +5057,16 @@ def wrong_size(path: str) -> str:
 
 
 def check_base(plan: Plan) -> None:
-  """Refuse a base image that is unsafe, or not as long as it was when it came."""
+  """Refuse a base image that is unsafe, or not as long as it was when it came.
+
+  A user's own may be raw.
+  """
+  if plan.own_image and image_format(plan.base) == "qcow2":
+    return check_image(plan.base)
   if plan.own_image:
-    return check_own_image(plan.base)
+    if os.path.getsize(plan.base) % 512 or not os.path.getsize(plan.base):
+      raise RefusedError(f"the image {plan.base} is refused: it is neither qcow2 nor a raw disk")
+    return
   try:
     check_image(plan.base)
     problem = wrong_size(plan.base)
@@ -5198,9 +5163,8 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
     return wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
   if options.release:
-    cached = [
-      each[: -len(tag)] for tag in ("+" + options.release,) for each in cached if each.endswith(tag)
-    ]
+    tag = pinned_name("", options.release)
+    cached = [each[: -len(tag)] for each in cached if each.endswith(tag)]
   elif "+" not in wanted:
     cached = [each for each in cached if "+" not in each]
   if wanted in cached:
@@ -5299,15 +5263,10 @@ def check_here(paths: InstancePaths) -> None:
 
 def check_spelling(paths: InstancePaths) -> None:
   """Refuse a name that this disk takes for another instance's, as macOS does with web and Web."""
-  if not os.path.lexists(paths.disk) or os.path.basename(paths.disk) in names_in(
-    paths.cache.instances
-  ):
+  names = instance_names(paths.cache, ".qcow2") if os.path.lexists(paths.disk) else [paths.name]
+  if paths.name in names:
     return
-  found = [
-    name
-    for name in instance_names(paths.cache, ".qcow2")
-    if os.path.samefile(paths.cache.instance(name).disk, paths.disk)
-  ]
+  found = [it for it in names if os.path.samefile(paths.cache.instance(it).disk, paths.disk)]
   raise QvmError(
     f"this disk takes the names {paths.name} and {', '.join(found)} for one",
     "use that spelling, or choose another --name",
@@ -5360,16 +5319,13 @@ def read_instance(paths: InstancePaths) -> Instance:
   return Instance(paths.name, *match.groups())
 
 
-def mend_record(paths: InstancePaths) -> None:
-  """Rebuild a missing or damaged record of an instance from the name of its disk's base image."""
-  rebuilt = read_instance(paths)
-  if rebuilt != sound_record(Instance(), paths.record):
-    write_record(paths.cache, paths.record, rebuilt, keep=True)
-    say(f"the record of the instance {paths.name} was missing or damaged; "
-        "it has been rebuilt from its disk")  # fmt: skip
+SYNC_SUFFIX_RE = r"\.sync-[0-9a-f]{16}"
 
 
-SYNC_SUFFIX_RE = r"\.sync-[0-9a-f]{16}"  # a record of an instance: section Sync
+def sync_records(paths: InstancePaths) -> List[str]:
+  """The paths of an instance's records of folders: section Sync."""
+  mine = re.escape(paths.stem) + SYNC_SUFFIX_RE + r"\Z"
+  return [path for path in paths_in(paths.cache.instances) if re.match(mine, path)]
 
 
 def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
@@ -5379,12 +5335,9 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """
   with signals.hold():
     drop_socket(socket_of(paths.disk))
-    for name in names_in(paths.cache.instances):
-      if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", name):
-        remove_file(os.path.join(paths.cache.instances, name))
-    for suffix in paths.SUFFIXES:
-      if suffix != ".console.log" or not keep_log:
-        remove_file(paths.stem + suffix)
+    for path in (*sync_records(paths), *(paths.stem + suffix for suffix in paths.SUFFIXES)):
+      if path != paths.console or not keep_log:
+        remove_file(path)
 
 
 def sweep(cache: Cache) -> None:
@@ -5410,7 +5363,10 @@ def scratch_folders(cache: Cache) -> List[str]:
 
 
 def check_instance(plan: Plan) -> None:
-  """Refuse to run an existing instance as another OS, or on another base image."""
+  """Refuse to run an existing instance as another OS, or on another base image.
+
+  A missing or damaged record is rebuilt from the name of the disk's base image.
+  """
   paths = plan.paths
   if not os.path.lexists(paths.disk):
     return
@@ -5440,6 +5396,10 @@ def check_instance(plan: Plan) -> None:
       else f"the instance {paths.name} was created on {instance.image}, not on {plan.base}",
       f"restore it, or choose another --name; qvm rm {paths.name} deletes what its guest wrote",
     )  # fmt: skip
+  if instance != sound_record(Instance(), paths.record):
+    write_record(paths.cache, paths.record, instance, keep=True)
+    say(f"the record of the instance {paths.name} was missing or damaged; "
+        "it has been rebuilt from its disk")  # fmt: skip
   if plan.own_image or is_missing(plan, plan.base):
     return  # in the second case it is downloaded, and then compared
   known = instance.base_sha256 or is_served(backing)  # else the record had to be rebuilt
@@ -5548,27 +5508,20 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", kind]
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
-    moved = os.path.basename(before) == os.path.basename(backing) and before != backing
-    if (is_served(before) and before != backing) or moved:
+    moved = os.path.basename(before) == os.path.basename(backing)
+    if before != backing and (is_served(before) or moved):
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
   remove_file(plan.paths.known_hosts)  # the host keys of a guest that is no more
   with unfinished(plan.cache) as folder:
-    aside = os.path.join(folder, "disk.qcow2")
-    if is_served(backing):
-      create = [*options, aside]
-    else:  # the relative name does not resolve from there, so qemu-img cannot find the size
-      create = [
-        "-u",
-        *options,
-        aside,
-        str(virtual_size(os.path.join(plan.cache.instances, backing))),
-      ]
-    run_program(
-      [plan.qemu_img, "create", *create], (lock.fd,)
-    )  # an orphaned qemu-img keeps the lock
-    move(aside, disk, not plan.ephemeral)
+    create = [*options, os.path.join(folder, "disk.qcow2")]
+    if not is_served(backing):  # a relative name does not resolve there: qemu-img finds no size
+      size = virtual_size(os.path.join(plan.cache.instances, backing))
+      create = ["-u", *create, str(size)]
+    # An orphaned qemu-img keeps the lock.
+    run_program([plan.qemu_img, "create", *create], (lock.fd,))
+    move(os.path.join(folder, "disk.qcow2"), disk, not plan.ephemeral)
 
 
 def memory_bytes(memory: str) -> int:
@@ -6503,7 +6456,7 @@ def ssh_once(
     with contextlib.ExitStack() as stack:
       with signals.hold(), interrupts_blocked():
         env = {**os.environ, "SHELL": "/bin/sh"}
-        spawn = spawn._replace(env=env, folder=login.paths.cache.root)
+        spawn = spawn._replace(env=env, cwd=login.paths.cache.root)
         process = start([*command, line], spawn)
         stack.callback(close_streams, process)
         stack.callback(end_process, process)
@@ -7214,9 +7167,7 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
 
 def new_sync_record(paths: InstancePaths, folder: str, name: str) -> SyncRecord:
   """The record of a folder that this instance has never had, under a name of its own there."""
-  for other in names_in(paths.cache.instances):
-    is_record = re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other)
-    record = read_sync_record(os.path.join(paths.cache.instances, other)) if is_record else None
+  for record in map(read_sync_record, sync_records(paths)):
     others = record.folder if record and record.name == name else folder
     if others != folder and os.path.isdir(others):
       own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
@@ -8085,7 +8036,7 @@ def streamed_base(
     try:
       kept = tuple(fd for fd in (lock, ours, log) if fd >= 0)
       streams = (subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT)
-      process = start(command, Spawn(*streams, fds=kept, session=True))
+      process = start(command, Spawn(*streams, pass_fds=kept, start_new_session=True))
     finally:
       os.close(ours)
     stream = Stream(process, life)
@@ -8750,8 +8701,6 @@ class Machine:
         remove_instance(self.paths)
       check_new(self.plan)
       check_instance(self.plan)
-      if os.path.lexists(self.paths.disk):
-        mend_record(self.paths)
       self.options = kept_options(self.paths, self.options)
       check_data_disk(self.plan, self.options.disk)
       self.published = " ".join(map(str, self.options.publish))
@@ -8851,7 +8800,7 @@ class Machine:
         fds = (self.lock.fd, self.port_lock, *base.fds)
         self.stack.callback(flush_disk, self.paths)
         allow_many_files()
-        self.process = self.start_qemu(command, (spawn or self.spawn())._replace(fds=fds))
+        self.process = self.start_qemu(command, (spawn or self.spawn())._replace(pass_fds=fds))
         self.stack.callback(end_process, self.process)
         self.stack.callback(close_streams, self.process)
         note_holder(self.lock, "QEMU", self.process.pid)
@@ -8860,7 +8809,7 @@ class Machine:
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
-    if not spawn.session:
+    if not spawn.start_new_session:
       return start(command, spawn)
     with open(self.paths.disk, "rb") as disk:
       fds = (disk.fileno(),) if self.options.detach and not self.plan.ephemeral else ()
@@ -8899,7 +8848,7 @@ class Machine:
     """On macOS, prevent idle sleep for as long as QEMU runs and nobody watches its console."""
     if sys.platform == "darwin" and (self.options.detach or self.options.guest_command):
       with contextlib.suppress(QvmError):
-        spawn = silent()._replace(session=True)
+        spawn = silent()._replace(start_new_session=True)
         awake = start(["/usr/bin/caffeinate", "-i", "-w", str(self.process.pid)], spawn)
         awake.returncode = 0  # it ends with QEMU; nobody waits for it
 
@@ -8916,9 +8865,8 @@ class Machine:
     name = "hvf" if "hvf" in accel and sys.platform == "darwin" else "kvm"
     self.options = self.options._replace(accel="tcg")
     if known:
-      now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
       problem = " ".join(printable(after[known.start() :][:300]).split())
-      record = FailedAccelerator(name, self.plan.qemu, problem, now)
+      record = FailedAccelerator(name, self.plan.qemu, problem, utc(time.time()))
       write_record(self.plan.cache, accelerator_path(self.plan.cache, self.plan.qemu), record)
     raise self.start_again(f"{name.upper()} does not work here: starting with tcg, which is slower")
 
@@ -9096,7 +9044,7 @@ def check_backing(plan: Plan, base: Base) -> None:
 
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
   """How to start a QEMU whose console goes to a file, if any."""
-  return Spawn(subprocess.DEVNULL, log, log, session=True)
+  return Spawn(subprocess.DEVNULL, log, log, start_new_session=True)
 
 
 def new_console_log(paths: InstancePaths) -> IO[bytes]:
@@ -9138,7 +9086,7 @@ for disk in map(int, sys.argv[2:]):
 def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> "Process":
   """Start a KEEPER, which writes to a log what comes in at its stdin."""
   command = [sys.executable, "-I", "-S", "-c", KEEPER, "bound" if bound else "", *map(str, fds)]
-  return start(command, Spawn(subprocess.PIPE, log, subprocess.DEVNULL, session=True, fds=fds))
+  return start(command, Spawn(subprocess.PIPE, log, subprocess.DEVNULL, fds, True))
 
 
 def print_command(plan: Plan, options: Options) -> int:
@@ -9302,12 +9250,8 @@ def template_command(command: Sequence[str], memory: str, share: str, control: i
   ]
 
 
-class SetUpError(QvmError):
-  """A script of --prepare or --install has not done its work: to run it again would not help."""
-
-
-class BootTimeout(QvmError):
-  """The guest does not answer: booting it again would not help."""
+class BootError(QvmError):
+  """A guest does not answer, or a script of --prepare fails: booting it again would not help."""
 
 
 class Checkpoint:
@@ -9388,7 +9332,7 @@ class Checkpoint:
         self.wait_for_login()
         self.set_up()
         self.freeze(Control(ours), made)
-      except (BootTimeout, StartAgain, SetUpError):
+      except (BootError, StartAgain):
         raise
       except QvmError as error:
         say(f"no checkpoint is created: {error}")
@@ -9425,7 +9369,7 @@ class Checkpoint:
     """Wait until the guest accepts a login."""
     machine, began = self.machine, time.monotonic()
     if not machine.wait_for_ssh():
-      raise BootTimeout(
+      raise BootError(
         f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
         "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
@@ -9671,7 +9615,7 @@ class SetUp:
     return checkpoint.resume(fresh=True)
 
   def run(self, machine: Machine, patience: float, done: int) -> None:
-    """Run the steps that are not done yet; SetUpError if one fails."""
+    """Run the steps that are not done yet; BootError if one fails."""
     until = time.monotonic() + self.options.prepare_timeout
     for step in self.steps[done:]:
       say(f"{machine.plan.name} runs {step.title}")
@@ -9683,9 +9627,9 @@ class SetUp:
           code, words = self.run_step(machine, step, patience, until)
       except QvmError as error:
         error = machine.explained(error)
-        raise SetUpError(f"{step.title}: {error}; no layer is made", error.hint)
+        raise BootError(f"{step.title}: {error}; no layer is made", error.hint)
       if code:
-        raise SetUpError(f"{step.title} failed (exit code {code}); no layer is made", words)
+        raise BootError(f"{step.title} failed (exit code {code}); no layer is made", words)
 
   def run_step(
     self, machine: Machine, step: Step, patience: float, until: float
@@ -9830,15 +9774,13 @@ def other_instances(plan: Plan, options: Options) -> List[str]:
   named = options.name or plan.own_image or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
-  names = instance_names(plan.cache, ".qcow2")
-  stems = [(name, recorded_base(plan.cache.instance(name))) for name in names]
-  mine = rf"{plan.guest.os}-(.+)-{plan.guest.arch}\Z"
-  versions = [re.sub(mine, r"\1", name) for name, base in stems if base == name + ".qcow2"
-              and re.match(mine, name)]  # fmt: skip
+  every = map(plan.cache.instance, instance_names(plan.cache, ".qcow2"))
   return [
-    f"{plan.name} is a new instance, without what the guest of {plan.guest.os}-{version}-"
-    f"{plan.guest.arch} wrote: that starts with qvm run {plan.guest.os} {version}"
-    for version in versions
+    f"{plan.name} is a new instance, without what the guest of {it.name} wrote: that starts with "
+    f"qvm run {it.os} {it.version}"
+    for it in map(known_instance, every)
+    if (it.os, it.arch, it.image) == (plan.guest.os, plan.guest.arch, "")
+    and it.name == f"{it.os}-{it.version}-{it.arch}"
   ]
 
 
@@ -9912,11 +9854,9 @@ def verify(plan: Plan, releases: Releases) -> Tuple[str, ...]:
 
   Returns the paths of those that are damaged or unknown.
   """
-  things = [(plan.base, image_repo(plan.guest.os)), (plan.tree_program, "resources")]
-  if not plan.own_qemu:
-    things.append((plan.qemu_img, "resources"))
   bad = []
-  for path, repo in things:
+  for path in (plan.base, plan.tree_program, *[plan.qemu_img] * (not plan.own_qemu)):
+    repo = image_repo(plan.guest.os) if path == plan.base else "resources"
     text = verdict(releases, path, repo)
     emit(f"{os.path.basename(path)}: {text}")
     bad += [] if text.startswith("ok") else [path]
@@ -9945,7 +9885,7 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
-    mirror_asset(releases, folder, Asset("resources", resources_tag(plan, releases), name))
+    mirror_asset(releases, folder, resources_asset(plan, releases, name))
   find_image(plan, releases, plan.release, functools.partial(mirror_asset, releases, folder))
 
 
@@ -9980,7 +9920,8 @@ def cmd_search(options: Options) -> int:
   cache, net = cache_from(os.environ), impatient(net_from(os.environ))
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
-  asked = {name: Future(images_of(releases, name)) for name in names}  # all at the same time
+  # All at the same time.
+  asked = {name: Future(functools.partial(images_of, releases, name)) for name in names}
   rows: List[SearchRow] = []
   errors: Dict[str, QvmError] = {}
   for name in names:
@@ -9996,11 +9937,6 @@ def cmd_search(options: Options) -> int:
   else:
     show_search(rows)
   return EXIT_FAILED if errors and not rows else 0
-
-
-def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
-  """A function that requests the images of an OS."""
-  return lambda: images_in(name, releases.all(image_repo(name)))
 
 
 class SearchRow(NamedTuple):
@@ -10022,13 +9958,11 @@ def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]
   known = {(image.version, image.arch) for image in images}
   every = images + [image for image in cached if (image.version, image.arch) not in known]
   every.sort(key=lambda image: version_key(image.version), reverse=True)
-  return [
-    SearchRow(
-      name, it.version, it.arch, it.release or None, it.asset, key in here, here.get(key, 0)
-    )
-    for it in every
-    for key in [(it.version, it.arch)]
-  ]
+  rows = []
+  for version, arch, release, asset in every:
+    size = here.get((version, arch))
+    rows.append(SearchRow(name, version, arch, release or None, asset, size is not None, size or 0))
+  return rows
 
 
 def show_search(rows: List[SearchRow]) -> None:
@@ -10053,25 +9987,20 @@ def cmd_list(options: Options) -> int:
     emit_json([row._asdict() for row in rows])
     return 0
   table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "PORTS", "SIZE")]
+  shown = [("LAYER", "AGE", "USED", "NEEDED BY", "SCRIPT")]
   for row in rows:
     state = row.state + (" (--rm)" if row.ephemeral else "")
     state += f" (base {row.base}%)" if row.base < 100 else ""
     where = (state, row.ssh or "-", " ".join(row.ports) or "-")
     table.append((row.name, row.os, row.version, row.arch, *where, megabytes(row.size)))
+    if row.used:
+      needed = ",".join(row.needed_by) or "-"
+      shown.append((row.name, age(row.created), age(row.used), needed, row.script or "-"))
   show_table(table)
-  shown = [("LAYER", "AGE", "USED", "NEEDED BY", "SCRIPT")]
-  shown += [
-    (row.name, age(row.created), age(row.used), ",".join(row.needed_by) or "-", row.script or "-")
-    for row in rows
-    if row.used
-  ]
-  if shown[1:]:
-    emit("")
-    show_table(shown)
-  cached = cached_things(cache)
-  if cached:
-    emit("")
-    show_table([("CACHED", "RELEASE", "SIZE"), *cached])
+  for more in (shown, [("CACHED", "RELEASE", "SIZE"), *cached_things(cache)]):
+    if more[1:]:
+      emit("")
+      show_table(more)
   return 0
 
 
@@ -10121,16 +10050,9 @@ def cmd_stop(options: Options) -> int:
 def run_words(paths: InstancePaths) -> List[str]:
   """The command line that starts an instance in the background as it was started last."""
   it = read_instance(paths)
-  words = [
-    "run",
-    "--detach",
-    "--name",
-    it.name,
-    "--platform",
-    it.arch,
-    *filter(None, it.words.split("\0")),
-  ]
-  return [*words, *["--ssh-port", it.ssh] * bool(it.ssh), it.os, *[it.version] * (not it.image)]
+  words = ["run", "--detach", "--name", it.name, "--platform", it.arch]
+  words += [*filter(None, it.words.split("\0")), *["--ssh-port", it.ssh] * bool(it.ssh)]
+  return [*words, it.os, *[it.version] * (not it.image)]
 
 
 def cmd_restart(options: Options) -> int:
@@ -10194,25 +10116,19 @@ def cmd_clone(options: Options) -> int:
     check_spelling(new)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
     folder = stack.enter_context(unfinished(cache))
-    ends = [
-      path[len(paths.stem) :] for path in paths_in(cache.instances) if path.startswith(paths.stem)
-    ]
-    ends = [
-      end for end in ends if end in (".qcow2", ".data") or re.match(SYNC_SUFFIX_RE + r"\Z", end)
-    ]
-    made = [
-      (os.path.join(folder, new.name + end), paths.stem + end, new.stem + end) for end in ends
-    ]
-    for aside, source, _ in made:
+    sources = [*sync_records(paths), paths.data, paths.disk]  # the disk, which makes it, is last
+    ends = [path[len(paths.stem) :] for path in sources if os.path.lexists(path)]
+    for end in ends:
+      aside = os.path.join(folder, new.name + end)
       try:
-        copy_sparse(source, aside)
+        copy_sparse(paths.stem + end, aside)
       except OSError as error:
-        raise write_failure(aside, tree_size(source), error)
+        raise write_failure(aside, tree_size(paths.stem + end), error)
     with instances_lock(cache), signals.hold():
       remove_instance(new)  # what there is of it without a disk
       write_record(cache, new.record, record, keep=True)
-      for aside, _, target in sorted(made, key=lambda it: it[2] == new.disk):  # which makes it
-        move_into_place(aside, target, 0o644)
+      for end in ends:
+        move_into_place(os.path.join(folder, new.name + end), new.stem + end, 0o644)
   emit(new.name)
   return 0
 
@@ -10277,36 +10193,28 @@ def clean(cache: Cache, options: Options) -> int:
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
     alone = idle.try_()  # whether nothing is being downloaded
-    orphans = {name for name in instance_names(cache, ".ephemeral") if not is_taken(cache, name)}
+    marked = instance_names(cache, ".ephemeral")
+    orphans = {name for name in marked if not Lock(cache.instance(name).lock).is_held()}
     paths = unfinished_downloads(cache) + instance_leftovers(cache, orphans)
     if alone:
       paths += strays(cache) + unused_layers(cache, orphans, options.all)
       paths += unneeded(cache, orphans) if options.all else []
     elif options.all:
       say("a download is in progress: images and QEMU are kept")
-    for path in paths:
+    for path in dict.fromkeys(paths):
       try:
         size = tree_size(path)
       except FileNotFoundError:  # a run has just ended and deleted its lock
         continue
-      if not options.dry_run and not removed(cache, path):
-        continue  # another process has just begun to use it
+      if not options.dry_run:
+        if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
+          if not remove_unlocked(path):
+            continue  # another process has just begun to use it
+        else:
+          remove_tree(path)
       total += size
       emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache.root)}")
   return total
-
-
-def removed(cache: Cache, path: str) -> bool:
-  """Remove something that `clean` found; returns whether it is gone."""
-  if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
-    return remove_unlocked(path)
-  remove_tree(path)
-  return True
-
-
-def is_taken(cache: Cache, name: str) -> bool:
-  """Whether a process holds an instance's lock; the caller holds instances_lock."""
-  return Lock(cache.instance(name).lock).is_held()
 
 
 # What qvm may have left, by folder. The cache may be a folder that holds other things, too.
@@ -10347,7 +10255,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
     )
     stem = name[: -len(suffix)]
     instance = cache.instance(re.sub(r"\.(qcow2|json)\Z", "", stem) if suffix == ".tmp" else stem)
-    if not suffix or is_taken(cache, instance.name):
+    if not suffix or Lock(instance.lock).is_held():
       continue
     useless = suffix in (".lock", ".tmp") or instance.name in orphans
     if suffix == ".json":
@@ -10360,8 +10268,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
 
 def strays(cache: Cache) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
-  bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
-  links = qemu_links(cache)
+  bases = map(cache.base, stems_in(cache.path("base"), ".qcow2"))
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
   every = overlays(cache, ephemeral=False)
@@ -10369,7 +10276,7 @@ def strays(cache: Cache) -> List[str]:
   for layer in map(cache.layer, stems):
     if users_of(layer, every):  # a disk whose record is lost may be needed all the same
       used.add(layer.disk)
-  used.update(os.path.realpath(link) for link in links)
+  used.update(map(os.path.realpath, qemu_links(cache)))
   found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
   for folder in ("base", "bin", "qemu", "layers"):
     paths = named_leftovers(cache, folder)
@@ -10399,19 +10306,16 @@ def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
   All but the logs can be downloaded again.
   """
   found = [path for path in named_leftovers(cache, "each") if not Lock(path).is_held()]
-  for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
+  for base in map(cache.base, stems_in(cache.path("base"), ".qcow2")):
     if not {each.name for each in dependants(cache, base)} - orphans:
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
     say("an instance is running: QEMU is kept")
     return found
-  links = qemu_links(cache)
-  trees = [tree for tree in map(own_tree, links) if tree]
-  programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
-  programs += [
-    path for path in paths_in(cache.path("bin")) if path.startswith(cache.qemu_img + "+")
-  ]
+  programs = [*qemu_links(cache), *named_leftovers(cache, "qemu")]
+  bin_re = re.escape(cache.qemu_img) + r"(\+.*|\.json)?\Z"
+  programs += [path for path in paths_in(cache.path("bin")) if re.match(bin_re, path)]
   programs += paths_in(cache.path("accelerators"))
   return found + [path for path in programs if os.path.lexists(path)]
 
@@ -10421,15 +10325,6 @@ def qemu_links(cache: Cache) -> List[str]:
   cpus = QEMU_CPUS.values()
   pinned = [p for p in paths_in(cache.path("qemu")) if os.path.basename(p).split("+")[0] in cpus]
   return list(dict.fromkeys([*map(cache.qemu_tree, cpus), *pinned]))
-
-
-def own_tree(link: str) -> str:
-  """The folder that swap_tree made, to which a link leads; empty for any other."""
-  folder, name = os.path.split(link)
-  target = os.readlink(link) if os.path.islink(link) else ""
-  tree = os.path.join(folder, target)
-  mine = re.match(re.escape(f".{name}-") + r"[0-9a-f]{8}\Z", target)
-  return tree if mine and os.path.isdir(tree) and not os.path.islink(tree) else ""
 
 
 def cmd_config(options: Options) -> int:
@@ -10494,7 +10389,7 @@ class Child:
     pipes = [os.pipe() for _ in range(4)]
     (output, mine), (errors, other), (self.tells, told), (life, self.life) = pipes
     command = [*own_program(), CHILD, f"{told},{life},{folder}", "run", "--rm"]
-    spawn = Spawn(subprocess.DEVNULL, mine, other, (told, life), session=True)
+    spawn = Spawn(subprocess.DEVNULL, mine, other, (told, life), True)
     with open(self.log, "wb"), open(self.log, "ab+") as log:
       self.keeper = start_keeper(log)
     self.process = start([*command, "--name", self.paths.name, *self.words], spawn)

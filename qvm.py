@@ -4471,6 +4471,18 @@ def image_format(path: str) -> str:
     return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
+def virtual_size(path: str) -> int:
+  """The size in bytes of the disk in an image, from the header if it is a qcow2."""
+  with open(path, "rb") as file:
+    head = file.read(32)
+  return int.from_bytes(head[24:], "big") if head[:4] == b"QFI\xfb" else os.path.getsize(path)
+
+
+def memory_bytes(memory: str) -> int:
+  """A value of -m in bytes; a number without a suffix is in MiB."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
 def backing_file(path: str) -> Optional[str]:
   """The name of the backing file in an overlay's header; empty: it has none, None: unknown.
 
@@ -4594,13 +4606,13 @@ def users_of(layer: LayerPaths, every: Iterable[Overlay], but: Sequence[str] = (
   return [it.name for it in others if layer.name in it.layers or it.backing is None]
 
 
-def dependants(cache: Cache, base: str) -> List[Instance]:
-  """The instances that need a base image, or may: unknown counts as needed.
+def dependants(plan: Plan) -> List[Instance]:
+  """The instances that need the base image, or may: unknown counts as needed.
 
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
-  needed = (os.path.basename(base), None)
-  return [known_instance(cache.instance(it.name)) for it in overlays(cache) if it.base in needed]
+  mine = [it for it in overlays(plan.cache) if it.base in (os.path.basename(plan.base), None)]
+  return [known_instance(plan.cache.instance(it.name)) for it in mine]
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -4614,9 +4626,7 @@ def fits(instance: Instance, record: AssetRecord) -> bool:
 def check_unneeded(plan: Plan, verb: str, image: Optional[AssetRecord] = None) -> None:
   """Refuse to replace the base image, by another one or by this, if instances need it."""
   names = [
-    each.name
-    for each in dependants(plan.cache, plan.base)
-    if not image or not (each.problem or fits(each, image))
+    each.name for each in dependants(plan) if not image or not (each.problem or fits(each, image))
   ]
   if names:
     raise QvmError(
@@ -4630,7 +4640,7 @@ def pinned_release(plan: Plan, releases: Releases) -> str:
 
   Their records name it, or the digest of the image. QvmError if it cannot be found out.
   """
-  mine = [each for each in dependants(plan.cache, plan.base) if not each.problem]
+  mine = [each for each in dependants(plan) if not each.problem]
   tags = [each.release for each in mine if re.match(TAG_RE, each.release)]
   digests = {each.base_sha256 for each in mine if each.base_sha256}
   if digests and not tags:
@@ -4645,7 +4655,7 @@ def condemn(plan: Plan, problem: str, validator: str, but: str = "") -> None:
   """Let the instances not be started any more that have run on an object which is no good."""
   names = []
   with instances_lock(plan.cache):
-    for record in dependants(plan.cache, plan.base):
+    for record in dependants(plan):
       paths = plan.cache.instance(record.name)
       mine = record.validator == validator and is_streamed(paths.disk)
       if mine and record.name != but and not os.path.exists(paths.mark):
@@ -4941,7 +4951,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
 
 def gone_image(plan: Plan, tag: str) -> QvmError:
   """The error for overlays on an image that the server no longer has."""
-  names = ", ".join(each.name for each in dependants(plan.cache, plan.base))
+  names = ", ".join(each.name for each in dependants(plan))
   return QvmError(
     f"{plan.image_asset} of {tag}, on which these instances were created, can no longer be "
     f"downloaded: {names}",
@@ -5407,12 +5417,18 @@ def check_instance(plan: Plan) -> None:
     raise other_base(paths, plan.base, instance)
 
 
-def check_new(plan: Plan) -> None:
-  """Refuse to run an existing instance with --rm, which deletes it at the end."""
-  if plan.ephemeral and any(map(os.path.lexists, (plan.paths.disk, plan.paths.data))):
+def check_disks(plan: Plan, size: str) -> None:
+  """Refuse to run an instance that exists with --rm, or with another size of its second disk."""
+  path = plan.paths.data
+  if plan.ephemeral and any(map(os.path.lexists, (plan.paths.disk, path))):
     raise QvmError(
       f"the instance {plan.name} already exists, and --rm would delete it",
       "choose another --name, or omit --name",
+    )
+  if size and os.path.exists(path) and virtual_size(path) != memory_bytes(size):
+    raise QvmError(
+      f"the instance {plan.name} has a second disk already, of {virtual_size(path) >> 20}M",
+      "omit --disk: it stays as it is; or choose another --name",
     )
 
 
@@ -5524,11 +5540,6 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
     move(os.path.join(folder, "disk.qcow2"), disk, not plan.ephemeral)
 
 
-def memory_bytes(memory: str) -> int:
-  """A value of -m in bytes; a number without a suffix is in MiB."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-
-
 def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
   """Create the instance's second disk, if that is asked for and does not exist; never change it."""
   path = plan.paths.data
@@ -5539,24 +5550,6 @@ def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
     command = [plan.qemu_img, "create", "-q", "-f", "qcow2", aside, str(memory_bytes(size))]
     run_program(command, (lock.fd,))
     move(aside, path, not plan.ephemeral)
-
-
-def check_data_disk(plan: Plan, size: str) -> None:
-  """Refuse to change the size of a second disk."""
-  path = plan.paths.data
-  if size and os.path.exists(path) and virtual_size(path) != memory_bytes(size):
-    raise QvmError(
-      f"the instance {plan.name} has a second disk already, of {virtual_size(path) >> 20}M",
-      "omit --disk: it stays as it is; or choose another --name",
-    )
-
-
-def virtual_size(path: str) -> int:
-  """The size in bytes of the disk in an image, from the header if it is a qcow2."""
-  if image_format(path) == "raw":
-    return os.path.getsize(path)
-  with open(path, "rb") as file:
-    return int.from_bytes(file.read(32)[24:], "big")
 
 
 class Row(NamedTuple):
@@ -8699,10 +8692,9 @@ class Machine:
       stack.callback(self.lock.remove)
       if os.path.exists(self.paths.mark):  # of a --rm run that was killed since the last sweep
         remove_instance(self.paths)
-      check_new(self.plan)
+      check_disks(self.plan, self.options.disk)
       check_instance(self.plan)
       self.options = kept_options(self.paths, self.options)
-      check_data_disk(self.plan, self.options.disk)
       self.published = " ".join(map(str, self.options.publish))
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
@@ -10193,12 +10185,14 @@ def clean(cache: Cache, options: Options) -> int:
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
     alone = idle.try_()  # whether nothing is being downloaded
-    marked = instance_names(cache, ".ephemeral")
-    orphans = {name for name in marked if not Lock(cache.instance(name).lock).is_held()}
-    paths = unfinished_downloads(cache) + instance_leftovers(cache, orphans)
+    marked = map(cache.instance, instance_names(cache, ".ephemeral"))
+    orphans = {it.disk: it.name for it in marked if not Lock(it.lock).is_held()}
+    every = [it for it in overlays(cache) if it.disk not in orphans]
+    paths = unfinished_downloads(cache, every)
+    paths += instance_leftovers(cache, list(orphans.values()))
     if alone:
-      paths += strays(cache) + unused_layers(cache, orphans, options.all)
-      paths += unneeded(cache, orphans) if options.all else []
+      paths += strays(cache, every) + unused_layers(cache, every, options.all)
+      paths += unneeded(cache, every) if options.all else []
     elif options.all:
       say("a download is in progress: images and QEMU are kept")
     for path in dict.fromkeys(paths):
@@ -10230,22 +10224,19 @@ LEFTOVER_RES = {
 
 def named_leftovers(cache: Cache, folder: str) -> List[str]:
   """The paths in one of the cache's folders whose names are those of leftovers."""
-  pattern = re.compile(LEFTOVER_RES[folder])
-  return [
-    path for path in paths_in(cache.path(folder)) if pattern.fullmatch(os.path.basename(path))
-  ]
+  names = filter(re.compile(LEFTOVER_RES[folder]).fullmatch, names_in(cache.path(folder)))
+  return [cache.path(folder, name) for name in names]
 
 
-def unfinished_downloads(cache: Cache) -> List[str]:
+def unfinished_downloads(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """Whatever in downloads/ nobody has locked, except what streamed overlays lie on."""
-  every = [it for it in overlays(cache) if it.backing is None or is_served(it.backing)]
-  kept = [it.base for it in every]
+  kept = [it.base for it in every if it.backing is None or is_served(it.backing)]
   paths = named_leftovers(cache, "downloads") if None not in kept else scratch_folders(cache)
   paths += older_downloads(cache)
   return [p for p in paths if os.path.basename(p) not in kept and not Lock(p).is_held()]
 
 
-def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
+def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
   """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
   found = []
   for path in paths_in(cache.instances):
@@ -10266,16 +10257,14 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
   return found
 
 
-def strays(cache: Cache) -> List[str]:
+def strays(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = map(cache.base, stems_in(cache.path("base"), ".qcow2"))
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
-  every = overlays(cache, ephemeral=False)
-  stems = {os.path.splitext(each)[0] for each in names_in(cache.path("layers"))}
-  for layer in map(cache.layer, stems):
-    if users_of(layer, every):  # a disk whose record is lost may be needed all the same
-      used.add(layer.disk)
+  # A disk whose record is lost may be needed all the same.
+  disks = map(cache.layer, stems_in(cache.path("layers"), ".qcow2"))
+  used.update(layer.disk for layer in disks if users_of(layer, every))
   used.update(map(os.path.realpath, qemu_links(cache)))
   found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
   for folder in ("base", "bin", "qemu", "layers"):
@@ -10287,27 +10276,28 @@ def strays(cache: Cache) -> List[str]:
 UNUSED_SECONDS = 30 * 86400.0
 
 
-def unused_layers(cache: Cache, orphans: Set[str], every: bool) -> List[str]:
-  """The files of layers that nothing needs, and that were not used for 30 days, or of all such."""
+def unused_layers(cache: Cache, every: Sequence[Overlay], young: bool) -> List[str]:
+  """The files of layers that nothing needs and that were not used for 30 days, or of young, too."""
   before = time.time() - UNUSED_SECONDS
-  old = [each for each in layers(cache) if every or os.stat(each.record).st_mtime < before]
-  but = [each.disk for each in old] + [cache.instance(name).disk for name in orphans]
-  users = [it for it in overlays(cache) if it.disk not in but] if old else []
+  old = [each for each in layers(cache) if young or os.stat(each.record).st_mtime < before]
+  disks = [each.disk for each in old]
+  users = [it for it in every if it.disk not in disks]
   unknown = [it.name for it in users if it.backing is None]
-  if unknown:
+  if old and unknown:
     say(f"the disk of {unknown[0]} cannot be read: what it may need is kept")
   # The record goes first.
   return [path for each in old if not users_of(each, users) for path in layer_files(each)]
 
 
-def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
+def unneeded(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """Base images that no instance needs, QEMU if nothing is running, and the logs of `each`.
 
   All but the logs can be downloaded again.
   """
   found = [path for path in named_leftovers(cache, "each") if not Lock(path).is_held()]
+  needed = {it.base for it in every}
   for base in map(cache.base, stems_in(cache.path("base"), ".qcow2")):
-    if not {each.name for each in dependants(cache, base)} - orphans:
+    if not needed & {os.path.basename(base), None}:  # None: unknown
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):

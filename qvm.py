@@ -1670,35 +1670,20 @@ class Plan(NamedTuple):
     return self.image_asset if self.own_image else os.path.basename(self.base)
 
 
-def host_of(system: str, machine: str) -> Host:
-  """The host, from uname(2); QvmError if qvm does not support it."""
-  systems = {"Linux": "linux", "Darwin": "macos"}
-  arch = ARCHES.get(machine.lower())
-  if system not in systems or not arch:
-    raise QvmError(
-      f"{system} on {machine} is not supported; qvm runs on Linux and macOS, on x86-64 and arm64"
-    )
-  return Host(systems[system], arch)
-
-
 def check_host(host: Host, guest: Guest, own_qemu: str) -> None:
-  """Refuse a host for which no QEMU can be downloaded, unless the user names one."""
-  if own_qemu or host != Host("linux", "arm64"):
-    return
-  cpu = QEMU_CPUS[guest.arch]
-  raise QvmError(
-    "no QEMU can be downloaded for Linux on arm64",
-    "install QEMU (Debian: apt-get install qemu-system-{} qemu-utils) and add "
-    "--qemu /usr/bin/qemu-system-{}".format({"x86_64": "x86", "aarch64": "arm"}[cpu], cpu),
-  )
+  """Refuse a host for which no QEMU can be downloaded, unless the user names one.
 
-
-def check_own_qemu(guest: Guest, own_qemu: str) -> None:
-  """Refuse a --qemu whose name shows that it emulates another CPU."""
-  found = re.match(r"qemu-system-([a-z0-9_]+)\Z", os.path.basename(own_qemu))
+  One whose name shows that it emulates another CPU is refused, too.
+  """
   cpu = QEMU_CPUS[guest.arch]
-  if found and found.group(1) in QEMU_CPUS.values() and found.group(1) != cpu:
+  if os.path.basename(own_qemu) in [f"qemu-system-{it}" for it in QEMU_CPUS.values() if it != cpu]:
     raise UsageError(f"--qemu {own_qemu}: {guest.arch} guests need qemu-system-{cpu}")
+  if not own_qemu and host == Host("linux", "arm64"):
+    raise QvmError(
+      "no QEMU can be downloaded for Linux on arm64",
+      "install QEMU (Debian: apt-get install qemu-system-{} qemu-utils) and add "
+      "--qemu /usr/bin/qemu-system-{}".format({"x86_64": "x86", "aarch64": "arm"}[cpu], cpu),
+    )
 
 
 def image_repo(os_name: str) -> str:
@@ -1713,7 +1698,6 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   tag, pin = options.release or tag, options.qemu_release
   version = pinned_name(named, tag)
   check_host(host, guest, options.qemu)
-  check_own_qemu(guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
   asset = f"{guest.os}-{named}-{guest.arch}"
   name = options.name or (stem + "-rm-" + suffix if options.rm else stem)
@@ -1818,9 +1802,7 @@ def write_record(
     replace_by_record(path, record, mode, os.path.join(folder, "record"), keep)
 
 
-def replace_by_record(
-  path: str, record: NamedTuple, mode: int, aside: str, keep: bool = False
-) -> None:
+def replace_by_record(path: str, record: NamedTuple, mode: int, aside: str, keep: bool) -> None:
   """Write a record aside, and then give it its place in one step."""
   text = json.dumps({**record._asdict(), "format": FORMAT}, indent=2, sort_keys=True)
   with open(aside, "w", encoding="utf-8") as file:
@@ -1914,9 +1896,9 @@ def stems_in(folder: str, suffix: str) -> List[str]:
   return [name[: -len(suffix)] for name in names_in(folder) if name.endswith(suffix)]
 
 
-def instance_names(cache: Cache, suffix: str) -> List[str]:
-  """The names of the instances that have a file with this suffix, sorted by file name."""
-  return stems_in(cache.instances, suffix)
+def instances(cache: Cache, suffix: str = ".qcow2") -> List[InstancePaths]:
+  """The instances that have a disk, even if it cannot be read, or another of their files."""
+  return [cache.instance(name) for name in stems_in(cache.instances, suffix)]
 
 
 def layers(cache: Cache) -> List[LayerPaths]:
@@ -2368,7 +2350,7 @@ def resolve(options: Options) -> Options:
 
 
 class Spawn(NamedTuple):
-  """How to start a program, named as Popen does.
+  """How to start a program, in Popen's names.
 
   A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours.
   """
@@ -2468,10 +2450,17 @@ def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
 
 
 def this_host() -> Host:
-  """The host that qvm runs on; under Rosetta only the kernel's version tells the machine."""
-  uname = os.uname()
+  """The host that qvm runs on; QvmError if it is not supported."""
+  uname, systems = os.uname(), {"Linux": "linux", "Darwin": "macos"}
+  # Under Rosetta only the kernel's version tells the machine.
   apple = uname.sysname == "Darwin" and "RELEASE_ARM64" in uname.version
-  return host_of(uname.sysname, "arm64" if apple else uname.machine)
+  machine = "arm64" if apple else uname.machine
+  if uname.sysname not in systems or machine.lower() not in ARCHES:
+    raise QvmError(
+      f"{uname.sysname} on {machine} is not supported; qvm runs on Linux and macOS, on x86-64 and "
+      "arm64"
+    )
+  return Host(systems[uname.sysname], ARCHES[machine.lower()])
 
 
 def lacks_rosetta(host: Host) -> bool:
@@ -4593,8 +4582,7 @@ def overlays(cache: Cache, ephemeral: bool = True) -> List[Overlay]:
 
   Those of --rm machines can be left out: they run, and have the files of their layers open.
   """
-  mine = [cache.instance(name) for name in instance_names(cache, ".qcow2")]
-  mine = [it for it in mine if ephemeral or not os.path.exists(it.mark)]
+  mine = [it for it in instances(cache) if ephemeral or not os.path.exists(it.mark)]
   found = [Overlay(it.name, it.disk, *layers_under(cache, it.disk), base_needed(it)) for it in mine]
   found += [Overlay(it.name, it.disk, *layers_under(cache, it.disk), "") for it in layers(cache)]
   return [it for it in found if os.path.lexists(it.disk)]  # the others have just ended
@@ -5157,11 +5145,6 @@ def plan_from(options: Options, net: Net) -> Plan:
 VERSION_PARTS = {"haiku": 4, "dragonflybsd": 3, "midnightbsd": 3}
 
 
-def is_beginning(guest: Guest, version: str) -> bool:
-  """Whether this may be the beginning of a version; an empty one, of any."""
-  return len(version_key(version)[:-1]) < VERSION_PARTS.get(guest.os, 2)
-
-
 def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
   """The version that was named, or the newest one with that beginning.
 
@@ -5169,7 +5152,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   """
   wanted = "".join(options.operands[1:])
   wanted = "" if wanted.lower() == "latest" else wanted
-  if wanted and not is_beginning(guest, wanted):
+  if wanted and len(version_key(wanted)[:-1]) >= VERSION_PARTS.get(guest.os, 2):
     return wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
   if options.release:
@@ -5187,16 +5170,16 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   fallback = newest if options.command == "run" else ""
   check_host(this_host(), guest, options.qemu)  # before any request
   try:
-    known = Releases(impatient(net) if fallback else net)
+    every = Releases(impatient(net) if fallback else net)
     repo = image_repo(guest.os)
-    releases = [known.one(repo, options.release)] if options.release else known.all(repo)
+    releases = [every.one(repo, options.release)] if options.release else every.all(repo)
   except QvmError as error:
     if not fallback:
       raise
     say(f"{error}; taking the newest cached version, {fallback}")
     return fallback
-  images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  found = newest_of([image.version for image in images], wanted)
+  known = [image.version for image in images_in(guest.os, releases) if image.arch == guest.arch]
+  found = newest_of(known, wanted)
   if not found and not wanted:
     raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
   if found and found != wanted:
@@ -5273,10 +5256,10 @@ def check_here(paths: InstancePaths) -> None:
 
 def check_spelling(paths: InstancePaths) -> None:
   """Refuse a name that this disk takes for another instance's, as macOS does with web and Web."""
-  names = instance_names(paths.cache, ".qcow2") if os.path.lexists(paths.disk) else [paths.name]
-  if paths.name in names:
+  every = instances(paths.cache) if os.path.lexists(paths.disk) else [paths]
+  if paths.name in [it.name for it in every]:
     return
-  found = [it for it in names if os.path.samefile(paths.cache.instance(it).disk, paths.disk)]
+  found = [it.name for it in every if os.path.samefile(it.disk, paths.disk)]
   raise QvmError(
     f"this disk takes the names {paths.name} and {', '.join(found)} for one",
     "use that spelling, or choose another --name",
@@ -5354,8 +5337,7 @@ def sweep(cache: Cache) -> None:
   """Delete --rm instances whose qvm and QEMU were killed, and folders of unfinished files."""
   if not os.access(cache.instances, os.W_OK):
     return
-  for name in instance_names(cache, ".ephemeral"):
-    paths = cache.instance(name)
+  for paths in instances(cache, ".ephemeral"):
     lock = Lock(paths.lock)
     with instances_lock(cache):
       taken = lock.try_()
@@ -5579,9 +5561,9 @@ def list_instances(cache: Cache) -> List[Row]:
     return []
   rows = []
   with instances_lock(cache):
-    for name in instance_names(cache, ".qcow2"):
+    for paths in instances(cache):
       with contextlib.suppress(FileNotFoundError):  # a --rm run has just ended
-        rows.append(instance_row(cache, cache.instance(name)))
+        rows.append(instance_row(paths))
     known = layers(cache)
     every = overlays(cache, ephemeral=False) if known else []
     rows += [layer_row(layer, users_of(layer, every)) for layer in known]
@@ -5600,7 +5582,7 @@ def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
   )
 
 
-def instance_row(cache: Cache, paths: InstancePaths) -> Row:
+def instance_row(paths: InstancePaths) -> Row:
   """An instance's line of `qvm list`, with question marks if its record is damaged."""
   running, noted = Lock(paths.lock).is_held(), holder(paths)
   try:
@@ -5618,13 +5600,13 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     ports=record.ports.split() if listens else [],
     size=tree_size(paths.disk) + (tree_size(paths.data) if os.path.lexists(paths.data) else 0),
     ephemeral=os.path.exists(paths.mark),
-    base=base_share(cache, paths),
+    base=base_share(paths),
   )
 
 
-def base_share(cache: Cache, paths: InstancePaths) -> int:
+def base_share(paths: InstancePaths) -> int:
   """How much of an overlay's base image is there, in per cent."""
-  name = base_needed(paths)
+  name, cache = base_needed(paths), paths.cache
   if not name or not is_streamed(paths.disk) or os.path.isfile(cache.path("base", name)):
     return 100
   other = OtherDownload(os.path.join(cache.downloads, name), name)
@@ -8241,7 +8223,7 @@ class Server:
     if self.plan.ephemeral or not is_streamed(self.paths.disk):
       return
     if not os.path.isfile(self.plan.base):
-      share = base_share(self.plan.cache, self.paths)
+      share = base_share(self.paths)
       say(f"{share}% of the image of {self.paths.name} are there; the next run fetches the rest")
       return
     before = read_instance(self.paths)
@@ -9766,11 +9748,10 @@ def other_instances(plan: Plan, options: Options) -> List[str]:
   named = options.name or plan.own_image or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
-  every = map(plan.cache.instance, instance_names(plan.cache, ".qcow2"))
   return [
     f"{plan.name} is a new instance, without what the guest of {it.name} wrote: that starts with "
     f"qvm run {it.os} {it.version}"
-    for it in map(known_instance, every)
+    for it in map(known_instance, instances(plan.cache))
     if (it.os, it.arch, it.image) == (plan.guest.os, plan.guest.arch, "")
     and it.name == f"{it.os}-{it.version}-{it.arch}"
   ]
@@ -10185,7 +10166,7 @@ def clean(cache: Cache, options: Options) -> int:
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
     alone = idle.try_()  # whether nothing is being downloaded
-    marked = map(cache.instance, instance_names(cache, ".ephemeral"))
+    marked = instances(cache, ".ephemeral")
     orphans = {it.disk: it.name for it in marked if not Lock(it.lock).is_held()}
     every = [it for it in overlays(cache) if it.disk not in orphans]
     paths = unfinished_downloads(cache, every)
@@ -10564,7 +10545,6 @@ def chosen_guests(options: Options) -> Dict[str, List[str]]:
     names = [g.os for g in GUESTS if g.arch == host.arch] if os_name == ALL else [os_name]
     for guest in [find_guest(name, arch or host.arch) for name in names]:
       check_host(host, guest, options.qemu)
-      check_own_qemu(guest, options.qemu)
       words = [f"--platform={guest.arch}", guest.os, version or "latest"]
       found["-".join(filter(None, (guest.os, version, arch)))] = words
   return found
@@ -11013,7 +10993,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   elif "VERSION" in form.operands and len(operands) == 1:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
   elif form.operands.startswith("NAME"):
-    names = instance_names(cache, ".qcow2")
+    names = stems_in(cache.instances, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
     names = [] if command == "clone" and operands else names  # NEW is for the user to invent
     words += [name for name in names if name not in operands and re.match(NAME_RE, name)]

@@ -1667,35 +1667,20 @@ class Plan(NamedTuple):
     return self.image_asset if self.own_image else os.path.basename(self.base)
 
 
-def host_of(system: str, machine: str) -> Host:
-  """The host, from uname(2); QvmError if qvm does not support it."""
-  systems = {"Linux": "linux", "Darwin": "macos"}
-  arch = ARCHES.get(machine.lower())
-  if system not in systems or not arch:
-    raise QvmError(
-      f"{system} on {machine} is not supported; qvm runs on Linux and macOS, on x86-64 and arm64"
-    )
-  return Host(systems[system], arch)
-
-
 def check_host(host: Host, guest: Guest, own_qemu: str) -> None:
-  """Refuse a host for which no QEMU can be downloaded, unless the user names one."""
-  if own_qemu or host != Host("linux", "arm64"):
-    return
-  cpu = QEMU_CPUS[guest.arch]
-  raise QvmError(
-    "no QEMU can be downloaded for Linux on arm64",
-    "install QEMU (Debian: apt-get install qemu-system-{} qemu-utils) and add "
-    "--qemu /usr/bin/qemu-system-{}".format({"x86_64": "x86", "aarch64": "arm"}[cpu], cpu),
-  )
+  """Refuse a host for which no QEMU can be downloaded, unless the user names one.
 
-
-def check_own_qemu(guest: Guest, own_qemu: str) -> None:
-  """Refuse a --qemu whose name shows that it emulates another CPU."""
-  found = re.match(r"qemu-system-([a-z0-9_]+)\Z", os.path.basename(own_qemu))
+  One whose name shows that it emulates another CPU is refused, too.
+  """
   cpu = QEMU_CPUS[guest.arch]
-  if found and found.group(1) in QEMU_CPUS.values() and found.group(1) != cpu:
+  if os.path.basename(own_qemu) in [f"qemu-system-{it}" for it in QEMU_CPUS.values() if it != cpu]:
     raise UsageError(f"--qemu {own_qemu}: {guest.arch} guests need qemu-system-{cpu}")
+  if not own_qemu and host == Host("linux", "arm64"):
+    raise QvmError(
+      "no QEMU can be downloaded for Linux on arm64",
+      "install QEMU (Debian: apt-get install qemu-system-{} qemu-utils) and add "
+      "--qemu /usr/bin/qemu-system-{}".format({"x86_64": "x86", "aarch64": "arm"}[cpu], cpu),
+    )
 
 
 def image_repo(os_name: str) -> str:
@@ -1710,7 +1695,6 @@ def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   tag, pin = options.release or tag, options.qemu_release
   version = pinned_name(named, tag)
   check_host(host, guest, options.qemu)
-  check_own_qemu(guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
   asset = f"{guest.os}-{named}-{guest.arch}"
   name = options.name or (stem + "-rm-" + suffix if options.rm else stem)
@@ -1781,51 +1765,27 @@ def cache_from(environ: Mapping[str, str]) -> Cache:
   return Cache(absolute(os.path.join(folder, "qvm"), "HOME"))
 
 
-class RecordError(QvmError):
-  """A record that is damaged or was written by a newer qvm."""
+def sound_record(empty: R, path: str) -> R:
+  """Read a record with the fields and types of `empty` from a JSON file.
 
-
-class NewerRecordError(RecordError):
-  """A record whose format only a newer qvm knows."""
-
-
-def read_record(empty: R, path: str) -> Optional[R]:
-  """Read a record with the fields and types of `empty` from a JSON file; None without a file.
-
-  A missing field keeps its value from `empty`. RecordError if the file is damaged, a field has
-  another type, or the format is newer than FORMAT.
+  A missing field keeps its value from `empty`. A file that is missing or damaged, as by a field of
+  another type, gives `empty`; QvmError if its format is newer than FORMAT.
   """
   try:
     with open(path, "rb") as file:
       value = json.loads(file.read(MAX_RECORD_BYTES).decode("utf-8"))
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  except (ValueError, RecursionError):
-    value = None
+  except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+    return empty
   if not isinstance(value, dict):
-    raise RecordError(f"the record {path} is damaged")
+    return empty
   number = value.get("format", FORMAT)
   if not isinstance(number, int) or number > FORMAT:
-    raise NewerRecordError(
+    raise QvmError(
       f"the record {path} has format {number}, which this qvm does not know",
       f"a newer qvm wrote it: update qvm, or {OTHER_CACHE}",
     )
-  fields = empty._asdict()
-  for name, default in fields.items():
-    fields[name] = value.get(name, default)
-    if type(fields[name]) is not type(default):
-      raise RecordError(f"the record {path} is damaged: {name} is {str(fields[name])[:50]}")
-  return empty._replace(**fields)
-
-
-def sound_record(empty: R, path: str) -> R:
-  """The record in a file; `empty` if the file is missing or damaged."""
-  try:
-    return read_record(empty, path) or empty
-  except NewerRecordError:
-    raise
-  except RecordError:
-    return empty
+  record = empty._replace(**{name: value.get(name, it) for name, it in empty._asdict().items()})
+  return record if [*map(type, record)] == [*map(type, empty)] else empty
 
 
 def write_record(
@@ -1839,9 +1799,7 @@ def write_record(
     replace_by_record(path, record, mode, os.path.join(folder, "record"), keep)
 
 
-def replace_by_record(
-  path: str, record: NamedTuple, mode: int, aside: str, keep: bool = False
-) -> None:
+def replace_by_record(path: str, record: NamedTuple, mode: int, aside: str, keep: bool) -> None:
   """Write a record aside, and then give it its place in one step."""
   text = json.dumps({**record._asdict(), "format": FORMAT}, indent=2, sort_keys=True)
   with open(aside, "w", encoding="utf-8") as file:
@@ -1930,16 +1888,24 @@ def paths_in(folder: str) -> List[str]:
   return [os.path.join(folder, name) for name in names_in(folder)]
 
 
-def instance_names(cache: Cache, suffix: str) -> List[str]:
-  """The names of the instances that have a file with this suffix, sorted by file name."""
-  names = [name for name in names_in(cache.instances) if name.endswith(suffix)]
-  return [name[: -len(suffix)] for name in names]
+def stems_in(folder: str, suffix: str) -> List[str]:
+  """The names of the files in a folder with this suffix, without it, sorted by file name."""
+  return [name[: -len(suffix)] for name in names_in(folder) if name.endswith(suffix)]
+
+
+def instances(cache: Cache, suffix: str = ".qcow2") -> List[InstancePaths]:
+  """The instances that have a disk, even if it cannot be read, or another of their files."""
+  return [cache.instance(name) for name in stems_in(cache.instances, suffix)]
 
 
 def layers(cache: Cache) -> List[LayerPaths]:
   """All layers; files without a record are leftovers."""
-  names = [name for name in names_in(cache.path("layers")) if name.endswith(".json")]
-  return [cache.layer(name[: -len(".json")]) for name in names]
+  return [cache.layer(name) for name in stems_in(cache.path("layers"), ".json")]
+
+
+def layer_record(layer: LayerPaths) -> LayerRecord:
+  """What is noted about a layer; an empty record if there is none, or if it is damaged."""
+  return sound_record(LayerRecord(), layer.record)
 
 
 def tree_size(path: str) -> int:
@@ -2386,30 +2352,25 @@ def resolve(options: Options) -> Options:
 
 
 class Spawn(NamedTuple):
-  """How to start a program. A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours."""
+  """How to start a program, in Popen's names.
+
+  A stream is a file, a descriptor, PIPE, DEVNULL, or None for ours.
+  """
 
   stdin: Handle = None
   stdout: Handle = None
   stderr: Handle = None
-  fds: Tuple[int, ...] = ()  # more descriptors to pass on
-  session: bool = False  # its own session: no key and no hang-up of our terminal reaches it
-  folder: Optional[str] = None
+  pass_fds: Tuple[int, ...] = ()  # more descriptors to pass on
+  start_new_session: bool = False  # no key and no hang-up of our terminal reaches it
+  cwd: Optional[str] = None
   env: Optional[Mapping[str, str]] = None
 
 
 def start(command: Sequence[str], spawn: Spawn) -> "Process":
   """Start a program; the only function that does. QvmError explains why it cannot run."""
   try:
-    return subprocess.Popen(
-      list(command),
-      stdin=spawn.stdin,
-      stdout=spawn.stdout,
-      stderr=spawn.stderr,
-      pass_fds=spawn.fds,
-      start_new_session=spawn.session,
-      cwd=spawn.folder,
-      env=spawn.env,
-    )
+    # It asks for no text, so all streams have bytes.
+    return subprocess.Popen(list(command), **spawn._asdict())  # type: ignore[return-value]
   except OSError as error:
     raise cannot_run(command[0], error)
 
@@ -2491,10 +2452,17 @@ def ask_program(command: Sequence[str], text: str = "") -> Tuple[int, str]:
 
 
 def this_host() -> Host:
-  """The host that qvm runs on; under Rosetta only the kernel's version tells the machine."""
-  uname = os.uname()
+  """The host that qvm runs on; QvmError if it is not supported."""
+  uname, systems = os.uname(), {"Linux": "linux", "Darwin": "macos"}
+  # Under Rosetta only the kernel's version tells the machine.
   apple = uname.sysname == "Darwin" and "RELEASE_ARM64" in uname.version
-  return host_of(uname.sysname, "arm64" if apple else uname.machine)
+  machine = "arm64" if apple else uname.machine
+  if uname.sysname not in systems or machine.lower() not in ARCHES:
+    raise QvmError(
+      f"{uname.sysname} on {machine} is not supported; qvm runs on Linux and macOS, on x86-64 and "
+      "arm64"
+    )
+  return Host(systems[uname.sysname], ARCHES[machine.lower()])
 
 
 def lacks_rosetta(host: Host) -> bool:
@@ -4495,12 +4463,16 @@ def image_format(path: str) -> str:
     return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
-def check_own_image(path: str) -> None:
-  """check_image() for a user's own, which may be raw."""
-  if image_format(path) == "qcow2":
-    check_image(path)
-  elif os.path.getsize(path) % 512 or not os.path.getsize(path):
-    raise RefusedError(f"the image {path} is refused: it is neither qcow2 nor a raw disk")
+def virtual_size(path: str) -> int:
+  """The size in bytes of the disk in an image, from the header if it is a qcow2."""
+  with open(path, "rb") as file:
+    head = file.read(32)
+  return int.from_bytes(head[24:], "big") if head[:4] == b"QFI\xfb" else os.path.getsize(path)
+
+
+def memory_bytes(memory: str) -> int:
+  """A value of -m in bytes; a number without a suffix is in MiB."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
 
 
 def backing_file(path: str) -> Optional[str]:
@@ -4562,17 +4534,9 @@ def drop_dead_sockets(folder: str) -> None:
 def known_instance(paths: InstancePaths) -> Instance:
   """The record of an instance; empty but for the name if it cannot be read, for any reason."""
   record = Instance()
-  with contextlib.suppress(RecordError, OSError):
-    record = read_record(record, paths.record) or record
+  with contextlib.suppress(QvmError, OSError):
+    record = sound_record(record, paths.record)
   return record._replace(name=paths.name)
-
-
-def recorded_base(paths: InstancePaths) -> Optional[str]:
-  """The file name of the base image that an instance's record tells; None: unknown."""
-  mine = known_instance(paths)
-  if mine.image:
-    return ""
-  return f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
 
 
 def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
@@ -4593,52 +4557,53 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   return names, backing
 
 
-def layer_users(cache: Cache, without: Sequence[str] = ()) -> Dict[str, List[str]]:
-  """By layer: the instances and layers that lie on it, or may, as they cannot be read.
-
-  Those of these names are left out, and --rm machines: they run, and have its files open.
-  """
-  disks = {paths.name: paths.disk for paths in overlays(cache) if not os.path.exists(paths.mark)}
-  disks.update((layer.name, layer.disk) for layer in layers(cache) if layer_files(layer)[1:])
-  disks = {name: disk for name, disk in disks.items() if name not in without}
-  under = {name: layers_under(cache, disk) for name, disk in disks.items()}
-  known = {path.rpartition(".")[0] for path in names_in(cache.path("layers"))}
-  known.update(name for names, _ in under.values() for name in names)
-  return {
-    name: [
-      user
-      for user, (names, last) in under.items()
-      if user != name and (name in names or last is None) and os.path.lexists(disks[user])
-    ]
-    for name in known
-  }
-
-
 def base_needed(paths: InstancePaths) -> Optional[str]:
   """The file name of the base image that an instance needs; empty: none, None: unknown."""
   backing = layers_under(paths.cache, paths.disk)[1]
-  if is_served(backing):
-    named = re.match(STREAMED + r"///([^?/]+)\?", str(backing))
-    return named.group(1) + ".qcow2" if named else recorded_base(paths)
+  if backing is None or is_served(backing):
+    mine = known_instance(paths)
+    recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
+    return "" if mine.image else recorded
   folder = os.path.realpath(paths.cache.path("base"))
-  if backing and os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
+  if os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
     return ""  # an image of the user's own
-  return recorded_base(paths) if backing is None else os.path.basename(backing)
+  return os.path.basename(backing)
 
 
-def overlays(cache: Cache) -> List[InstancePaths]:
-  """The instances that have a disk, even if that cannot be read."""
-  return [cache.instance(name) for name in instance_names(cache, ".qcow2")]
+class Overlay(NamedTuple):
+  """The disk of an instance or a layer, and what it lies on; None: unknown, it may be anything."""
+
+  name: str
+  disk: str
+  layers: List[str]  # the names of those under it, from the top down
+  backing: Optional[str]  # what the last of them lies on, as backing_file() tells it
+  base: Optional[str]  # of an instance: as from base_needed()
 
 
-def dependants(cache: Cache, base: str) -> List[Instance]:
-  """The instances that need a base image, or may: unknown counts as needed.
+def overlays(cache: Cache, ephemeral: bool = True) -> List[Overlay]:
+  """The disks of all instances, then of all layers, even those that cannot be read.
+
+  Those of --rm machines can be left out: they run, and have the files of their layers open.
+  """
+  mine = [it for it in instances(cache) if ephemeral or not os.path.exists(it.mark)]
+  found = [Overlay(it.name, it.disk, *layers_under(cache, it.disk), base_needed(it)) for it in mine]
+  found += [Overlay(it.name, it.disk, *layers_under(cache, it.disk), "") for it in layers(cache)]
+  return [it for it in found if os.path.lexists(it.disk)]  # the others have just ended
+
+
+def users_of(layer: LayerPaths, every: Iterable[Overlay], but: Sequence[str] = ()) -> List[str]:
+  """The names of the overlays that need a layer, or may, but for those of these disks."""
+  others = [it for it in every if it.disk not in (layer.disk, *but)]
+  return [it.name for it in others if layer.name in it.layers or it.backing is None]
+
+
+def dependants(plan: Plan) -> List[Instance]:
+  """The instances that need the base image, or may: unknown counts as needed.
 
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
-  needed = (os.path.basename(base), None)
-  mine = [paths for paths in overlays(cache) if base_needed(paths) in needed]
-  return [known_instance(paths) for paths in mine if os.path.lexists(paths.disk)]  # not ended
+  mine = [it for it in overlays(plan.cache) if it.base in (os.path.basename(plan.base), None)]
+  return [known_instance(plan.cache.instance(it.name)) for it in mine]
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -4652,9 +4617,7 @@ def fits(instance: Instance, record: AssetRecord) -> bool:
 def check_unneeded(plan: Plan, verb: str, image: Optional[AssetRecord] = None) -> None:
   """Refuse to replace the base image, by another one or by this, if instances need it."""
   names = [
-    each.name
-    for each in dependants(plan.cache, plan.base)
-    if not image or not (each.problem or fits(each, image))
+    each.name for each in dependants(plan) if not image or not (each.problem or fits(each, image))
   ]
   if names:
     raise QvmError(
@@ -4668,7 +4631,7 @@ def pinned_release(plan: Plan, releases: Releases) -> str:
 
   Their records name it, or the digest of the image. QvmError if it cannot be found out.
   """
-  mine = [each for each in dependants(plan.cache, plan.base) if not each.problem]
+  mine = [each for each in dependants(plan) if not each.problem]
   tags = [each.release for each in mine if re.match(TAG_RE, each.release)]
   digests = {each.base_sha256 for each in mine if each.base_sha256}
   if digests and not tags:
@@ -4683,7 +4646,7 @@ def condemn(plan: Plan, problem: str, validator: str, but: str = "") -> None:
   """Let the instances not be started any more that have run on an object which is no good."""
   names = []
   with instances_lock(plan.cache):
-    for record in dependants(plan.cache, plan.base):
+    for record in dependants(plan):
       paths = plan.cache.instance(record.name)
       mine = record.validator == validator and is_streamed(paths.disk)
       if mine and record.name != but and not os.path.exists(paths.mark):
@@ -4708,13 +4671,13 @@ def remove_layer(layer: LayerPaths) -> None:
 
 def drop_layers(plan: Plan, new: AssetRecord) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
-  under = [layers_under(plan.cache, paths.disk) for paths in overlays(plan.cache)]
-  kept = {name for names, _ in under for name in names}
-  every = layers(plan.cache) if None not in [last for _, last in under] else []
-  for layer, (_, below) in [(each, layers_under(plan.cache, each.disk)) for each in every]:
-    mine = os.path.basename(below or "") == os.path.basename(plan.base)
-    digest = sound_record(LayerRecord(), layer.record).base_sha256
-    if mine and digest not in (new.sha256, new.asset_sha256) and layer.name not in kept:
+  every, name = overlays(plan.cache), os.path.basename(plan.base)
+  mine = [it.disk for it in every if os.path.basename(it.backing or "") == name]
+  digests = (new.sha256, new.asset_sha256)
+  old = [it for it in layers(plan.cache) if layer_record(it).base_sha256 not in digests]
+  old = [it for it in old if it.disk in mine]
+  for layer in old:
+    if not users_of(layer, every, [each.disk for each in old]):
       remove_layer(layer)
 
 
@@ -4767,8 +4730,8 @@ def check_digest(download: Download, expected: str) -> None:
   download.vouched = bool(expected)
 
 
-def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
-  """The record of a complete asset; digest: of what was made of it, if that is not the asset."""
+def asset_record(download: Download, tag: str, digest: str) -> AssetRecord:
+  """The record of a complete asset; digest: of what was made of it, empty for the asset itself."""
   asset_digest = download.file.hash.hexdigest()
   return AssetRecord(
     release=tag,
@@ -4777,7 +4740,7 @@ def asset_record(download: Download, tag: str, digest: str = "") -> AssetRecord:
     size=download.file.done,
     asset_sha256=asset_digest,
     sha256=digest or asset_digest,
-    time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    time=utc(time.time()),
   )
 
 
@@ -4798,16 +4761,9 @@ def installing(download: Download) -> Iterator[str]:
     remove_tree(aside)
 
 
-def is_there(plan: Plan, releases: Releases, path: str, name: str) -> bool:
-  """Whether a part of resources is cached, with --refresh also whether it is the newest."""
-  if not plan.refresh or is_missing(plan, path):
-    return not is_missing(plan, path)
-  return is_newest(path, releases.net, Asset("resources", resources_tag(plan, releases), name))
-
-
-def resources_tag(plan: Plan, releases: Releases) -> str:
-  """The release that QEMU and qemu-img come from."""
-  return plan.qemu_release or releases.tag("resources")
+def resources_asset(plan: Plan, releases: Releases, name: str) -> Asset:
+  """An asset of the release that QEMU and qemu-img come from."""
+  return Asset("resources", plan.qemu_release or releases.tag("resources"), name)
 
 
 def is_newest(path: str, net: Net, asset: Asset) -> bool:
@@ -4835,15 +4791,18 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-def fetch_resource(
-  plan: Plan, releases: Releases, path: str, name: str, install: Callable[[str, Download], None]
-) -> None:
-  """Download an asset of the release of QEMU, unless `path` is of that, and install it."""
+Install = Callable[[Plan, str, Download], None]  # its str is the release's tag
+
+
+def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install: Install) -> None:
+  """Download an asset of the release of QEMU and install it, if `path` is missing or older."""
   with download_lock(plan.cache.downloads, pinned_name(name, plan.qemu_release)) as folder:
-    if is_there(plan, releases, path, name):
-      return remove_tree(folder)  # what a qvm has left that was killed once it had installed it
-    asset = Asset("resources", resources_tag(plan, releases), name)
-    install(asset.tag, fetch_asset(releases, asset, folder))
+    there = not is_missing(plan, path)
+    if not there or plan.refresh:
+      asset = resources_asset(plan, releases, name)
+      if not there or not is_newest(path, releases.net, asset):
+        return install(plan, asset.tag, fetch_asset(releases, asset, folder))
+    remove_tree(folder)  # what a qvm has left that was killed once it had installed it
 
 
 def install_qemu(plan: Plan, tag: str, download: Download) -> None:
@@ -4983,7 +4942,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
 
 def gone_image(plan: Plan, tag: str) -> QvmError:
   """The error for overlays on an image that the server no longer has."""
-  names = ", ".join(each.name for each in dependants(plan.cache, plan.base))
+  names = ", ".join(each.name for each in dependants(plan))
   return QvmError(
     f"{plan.image_asset} of {tag}, on which these instances were created, can no longer be "
     f"downloaded: {names}",
@@ -5006,10 +4965,15 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
       publish_with_record(plan.cache, source, plan.base, record, 0o444)
 
 
+def images_of(releases: Releases, os_name: str) -> List[Image]:
+  """The images of an OS that its releases have."""
+  return images_in(os_name, releases.all(image_repo(os_name)))
+
+
 def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   """The error for a version that no release has, with what there is instead."""
   guest = plan.guest
-  images = images_in(guest.os, releases.all(image_repo(guest.os)))
+  images = images_of(releases, guest.os)
   versions = [image.version for image in images if image.arch == guest.arch]
   if plan.version in versions and can_unzstd():
     return QvmError(
@@ -5064,12 +5028,10 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   """Download at the same time whatever the plan needs and the cache has not; else ask nothing."""
   releases = Releases(net)
   jobs: List[Callable[[], None]] = []
+  fetch = functools.partial(fetch_resource, plan, releases)
 
   def needs(path: str) -> bool:
     return plan.refresh or is_missing(plan, path)
-
-  def fetch(path: str, name: str, install: Callable[[Plan, str, Download], None]) -> None:
-    fetch_resource(plan, releases, path, name, functools.partial(install, plan))
 
   def tools() -> None:
     if not plan.own_qemu:
@@ -5096,9 +5058,16 @@ def wrong_size(path: str) -> str:
 
 
 def check_base(plan: Plan) -> None:
-  """Refuse a base image that is unsafe, or not as long as it was when it came."""
+  """Refuse a base image that is unsafe, or not as long as it was when it came.
+
+  A user's own may be raw.
+  """
+  if plan.own_image and image_format(plan.base) == "qcow2":
+    return check_image(plan.base)
   if plan.own_image:
-    return check_own_image(plan.base)
+    if os.path.getsize(plan.base) % 512 or not os.path.getsize(plan.base):
+      raise RefusedError(f"the image {plan.base} is refused: it is neither qcow2 nor a raw disk")
+    return
   try:
     check_image(plan.base)
     problem = wrong_size(plan.base)
@@ -5182,11 +5151,6 @@ def plan_from(options: Options, net: Net) -> Plan:
 VERSION_PARTS = {"haiku": 4, "dragonflybsd": 3, "midnightbsd": 3}
 
 
-def is_beginning(guest: Guest, version: str) -> bool:
-  """Whether this may be the beginning of a version; an empty one, of any."""
-  return len(version_key(version)[:-1]) < VERSION_PARTS.get(guest.os, 2)
-
-
 def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> str:
   """The version that was named, or the newest one with that beginning.
 
@@ -5194,13 +5158,12 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   """
   wanted = "".join(options.operands[1:])
   wanted = "" if wanted.lower() == "latest" else wanted
-  if wanted and not is_beginning(guest, wanted):
+  if wanted and len(version_key(wanted)[:-1]) >= VERSION_PARTS.get(guest.os, 2):
     return wanted
   cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
   if options.release:
-    cached = [
-      each[: -len(tag)] for tag in ("+" + options.release,) for each in cached if each.endswith(tag)
-    ]
+    tag = pinned_name("", options.release)
+    cached = [each[: -len(tag)] for each in cached if each.endswith(tag)]
   elif "+" not in wanted:
     cached = [each for each in cached if "+" not in each]
   if wanted in cached:
@@ -5213,16 +5176,16 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   fallback = newest if options.command == "run" else ""
   check_host(this_host(), guest, options.qemu)  # before any request
   try:
-    known = Releases(impatient(net) if fallback else net)
+    every = Releases(impatient(net) if fallback else net)
     repo = image_repo(guest.os)
-    releases = [known.one(repo, options.release)] if options.release else known.all(repo)
+    releases = [every.one(repo, options.release)] if options.release else every.all(repo)
   except QvmError as error:
     if not fallback:
       raise
     say(f"{error}; taking the newest cached version, {fallback}")
     return fallback
-  images = [image for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  found = newest_of([image.version for image in images], wanted)
+  known = [image.version for image in images_in(guest.os, releases) if image.arch == guest.arch]
+  found = newest_of(known, wanted)
   if not found and not wanted:
     raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
   if found and found != wanted:
@@ -5299,15 +5262,10 @@ def check_here(paths: InstancePaths) -> None:
 
 def check_spelling(paths: InstancePaths) -> None:
   """Refuse a name that this disk takes for another instance's, as macOS does with web and Web."""
-  if not os.path.lexists(paths.disk) or os.path.basename(paths.disk) in names_in(
-    paths.cache.instances
-  ):
+  every = instances(paths.cache) if os.path.lexists(paths.disk) else [paths]
+  if paths.name in [it.name for it in every]:
     return
-  found = [
-    name
-    for name in instance_names(paths.cache, ".qcow2")
-    if os.path.samefile(paths.cache.instance(name).disk, paths.disk)
-  ]
+  found = [it.name for it in every if os.path.samefile(it.disk, paths.disk)]
   raise QvmError(
     f"this disk takes the names {paths.name} and {', '.join(found)} for one",
     "use that spelling, or choose another --name",
@@ -5360,16 +5318,13 @@ def read_instance(paths: InstancePaths) -> Instance:
   return Instance(paths.name, *match.groups())
 
 
-def mend_record(paths: InstancePaths) -> None:
-  """Rebuild a missing or damaged record of an instance from the name of its disk's base image."""
-  rebuilt = read_instance(paths)
-  if rebuilt != sound_record(Instance(), paths.record):
-    write_record(paths.cache, paths.record, rebuilt, keep=True)
-    say(f"the record of the instance {paths.name} was missing or damaged; "
-        "it has been rebuilt from its disk")  # fmt: skip
+SYNC_SUFFIX_RE = r"\.sync-[0-9a-f]{16}"
 
 
-SYNC_SUFFIX_RE = r"\.sync-[0-9a-f]{16}"  # a record of an instance: section Sync
+def sync_records(paths: InstancePaths) -> List[str]:
+  """The paths of an instance's records of folders: section Sync."""
+  mine = re.escape(paths.stem) + SYNC_SUFFIX_RE + r"\Z"
+  return [path for path in paths_in(paths.cache.instances) if re.match(mine, path)]
 
 
 def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
@@ -5379,20 +5334,16 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
   """
   with signals.hold():
     drop_socket(socket_of(paths.disk))
-    for name in names_in(paths.cache.instances):
-      if re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", name):
-        remove_file(os.path.join(paths.cache.instances, name))
-    for suffix in paths.SUFFIXES:
-      if suffix != ".console.log" or not keep_log:
-        remove_file(paths.stem + suffix)
+    for path in (*sync_records(paths), *(paths.stem + suffix for suffix in paths.SUFFIXES)):
+      if path != paths.console or not keep_log:
+        remove_file(path)
 
 
 def sweep(cache: Cache) -> None:
   """Delete --rm instances whose qvm and QEMU were killed, and folders of unfinished files."""
   if not os.access(cache.instances, os.W_OK):
     return
-  for name in instance_names(cache, ".ephemeral"):
-    paths = cache.instance(name)
+  for paths in instances(cache, ".ephemeral"):
     lock = Lock(paths.lock)
     with instances_lock(cache):
       taken = lock.try_()
@@ -5410,7 +5361,10 @@ def scratch_folders(cache: Cache) -> List[str]:
 
 
 def check_instance(plan: Plan) -> None:
-  """Refuse to run an existing instance as another OS, or on another base image."""
+  """Refuse to run an existing instance as another OS, or on another base image.
+
+  A missing or damaged record is rebuilt from the name of the disk's base image.
+  """
   paths = plan.paths
   if not os.path.lexists(paths.disk):
     return
@@ -5440,6 +5394,10 @@ def check_instance(plan: Plan) -> None:
       else f"the instance {paths.name} was created on {instance.image}, not on {plan.base}",
       f"restore it, or choose another --name; qvm rm {paths.name} deletes what its guest wrote",
     )  # fmt: skip
+  if instance != sound_record(Instance(), paths.record):
+    write_record(paths.cache, paths.record, instance, keep=True)
+    say(f"the record of the instance {paths.name} was missing or damaged; "
+        "it has been rebuilt from its disk")  # fmt: skip
   if plan.own_image or is_missing(plan, plan.base):
     return  # in the second case it is downloaded, and then compared
   known = instance.base_sha256 or is_served(backing)  # else the record had to be rebuilt
@@ -5447,12 +5405,18 @@ def check_instance(plan: Plan) -> None:
     raise other_base(paths, plan.base, instance)
 
 
-def check_new(plan: Plan) -> None:
-  """Refuse to run an existing instance with --rm, which deletes it at the end."""
-  if plan.ephemeral and any(map(os.path.lexists, (plan.paths.disk, plan.paths.data))):
+def check_disks(plan: Plan, size: str) -> None:
+  """Refuse to run an instance that exists with --rm, or with another size of its second disk."""
+  path = plan.paths.data
+  if plan.ephemeral and any(map(os.path.lexists, (plan.paths.disk, path))):
     raise QvmError(
       f"the instance {plan.name} already exists, and --rm would delete it",
       "choose another --name, or omit --name",
+    )
+  if size and os.path.exists(path) and virtual_size(path) != memory_bytes(size):
+    raise QvmError(
+      f"the instance {plan.name} has a second disk already, of {virtual_size(path) >> 20}M",
+      "omit --disk: it stays as it is; or choose another --name",
     )
 
 
@@ -5548,32 +5512,20 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   disk, options = plan.paths.disk, ["-q", "-f", "qcow2", "-b", backing, "-F", kind]
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
-    moved = os.path.basename(before) == os.path.basename(backing) and before != backing
-    if (is_served(before) and before != backing) or moved:
+    moved = os.path.basename(before) == os.path.basename(backing)
+    if before != backing and (is_served(before) or moved):
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
   remove_file(plan.paths.known_hosts)  # the host keys of a guest that is no more
   with unfinished(plan.cache) as folder:
-    aside = os.path.join(folder, "disk.qcow2")
-    if is_served(backing):
-      create = [*options, aside]
-    else:  # the relative name does not resolve from there, so qemu-img cannot find the size
-      create = [
-        "-u",
-        *options,
-        aside,
-        str(virtual_size(os.path.join(plan.cache.instances, backing))),
-      ]
-    run_program(
-      [plan.qemu_img, "create", *create], (lock.fd,)
-    )  # an orphaned qemu-img keeps the lock
-    move(aside, disk, not plan.ephemeral)
-
-
-def memory_bytes(memory: str) -> int:
-  """A value of -m in bytes; a number without a suffix is in MiB."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+    create = [*options, os.path.join(folder, "disk.qcow2")]
+    if not is_served(backing):  # a relative name does not resolve there: qemu-img finds no size
+      size = virtual_size(os.path.join(plan.cache.instances, backing))
+      create = ["-u", *create, str(size)]
+    # An orphaned qemu-img keeps the lock.
+    run_program([plan.qemu_img, "create", *create], (lock.fd,))
+    move(os.path.join(folder, "disk.qcow2"), disk, not plan.ephemeral)
 
 
 def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
@@ -5586,24 +5538,6 @@ def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
     command = [plan.qemu_img, "create", "-q", "-f", "qcow2", aside, str(memory_bytes(size))]
     run_program(command, (lock.fd,))
     move(aside, path, not plan.ephemeral)
-
-
-def check_data_disk(plan: Plan, size: str) -> None:
-  """Refuse to change the size of a second disk."""
-  path = plan.paths.data
-  if size and os.path.exists(path) and virtual_size(path) != memory_bytes(size):
-    raise QvmError(
-      f"the instance {plan.name} has a second disk already, of {virtual_size(path) >> 20}M",
-      "omit --disk: it stays as it is; or choose another --name",
-    )
-
-
-def virtual_size(path: str) -> int:
-  """The size in bytes of the disk in an image, from the header if it is a qcow2."""
-  if image_format(path) == "raw":
-    return os.path.getsize(path)
-  with open(path, "rb") as file:
-    return int.from_bytes(file.read(32)[24:], "big")
 
 
 class Row(NamedTuple):
@@ -5633,18 +5567,18 @@ def list_instances(cache: Cache) -> List[Row]:
     return []
   rows = []
   with instances_lock(cache):
-    for name in instance_names(cache, ".qcow2"):
+    for paths in instances(cache):
       with contextlib.suppress(FileNotFoundError):  # a --rm run has just ended
-        rows.append(instance_row(cache, cache.instance(name)))
-    every = layers(cache)
-    users = layer_users(cache) if every else {}
-    rows += [layer_row(layer, users[layer.name]) for layer in every]
+        rows.append(instance_row(paths))
+    known = layers(cache)
+    every = overlays(cache, ephemeral=False) if known else []
+    rows += [layer_row(layer, users_of(layer, every)) for layer in known]
   return rows
 
 
 def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
   """A layer's line of `qvm list`."""
-  record = sound_record(LayerRecord(), layer.record)
+  record = layer_record(layer)
   size = sum(map(tree_size, layer_files(layer)))
   kind = (record.os or "?", record.version or "?", record.arch or "?")
   state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
@@ -5654,7 +5588,7 @@ def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
   )
 
 
-def instance_row(cache: Cache, paths: InstancePaths) -> Row:
+def instance_row(paths: InstancePaths) -> Row:
   """An instance's line of `qvm list`, with question marks if its record is damaged."""
   running, noted = Lock(paths.lock).is_held(), holder(paths)
   try:
@@ -5672,13 +5606,13 @@ def instance_row(cache: Cache, paths: InstancePaths) -> Row:
     ports=record.ports.split() if listens else [],
     size=tree_size(paths.disk) + (tree_size(paths.data) if os.path.lexists(paths.data) else 0),
     ephemeral=os.path.exists(paths.mark),
-    base=base_share(cache, paths),
+    base=base_share(paths),
   )
 
 
-def base_share(cache: Cache, paths: InstancePaths) -> int:
+def base_share(paths: InstancePaths) -> int:
   """How much of an overlay's base image is there, in per cent."""
-  name = base_needed(paths)
+  name, cache = base_needed(paths), paths.cache
   if not name or not is_streamed(paths.disk) or os.path.isfile(cache.path("base", name)):
     return 100
   other = OtherDownload(os.path.join(cache.downloads, name), name)
@@ -6503,7 +6437,7 @@ def ssh_once(
     with contextlib.ExitStack() as stack:
       with signals.hold(), interrupts_blocked():
         env = {**os.environ, "SHELL": "/bin/sh"}
-        spawn = spawn._replace(env=env, folder=login.paths.cache.root)
+        spawn = spawn._replace(env=env, cwd=login.paths.cache.root)
         process = start([*command, line], spawn)
         stack.callback(close_streams, process)
         stack.callback(end_process, process)
@@ -7239,9 +7173,7 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
 
 def new_sync_record(paths: InstancePaths, folder: str, name: str) -> SyncRecord:
   """The record of a folder that this instance has never had, under a name of its own there."""
-  for other in names_in(paths.cache.instances):
-    is_record = re.match(re.escape(paths.name) + SYNC_SUFFIX_RE + r"\Z", other)
-    record = read_sync_record(os.path.join(paths.cache.instances, other)) if is_record else None
+  for record in map(read_sync_record, sync_records(paths)):
     others = record.folder if record and record.name == name else folder
     if others != folder and os.path.isdir(others):
       own = os.fsdecode(os.fsencode(name)[:240]) + "-" + hashed(folder)[:8]
@@ -8114,7 +8046,7 @@ def streamed_base(
     try:
       kept = tuple(fd for fd in (lock, ours, log) if fd >= 0)
       streams = (subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT)
-      process = start(command, Spawn(*streams, fds=kept, session=True))
+      process = start(command, Spawn(*streams, pass_fds=kept, start_new_session=True))
     finally:
       os.close(ours)
     stream = Stream(process, life)
@@ -8326,7 +8258,7 @@ class Server:
     if self.plan.ephemeral or not is_streamed(self.paths.disk):
       return
     if not os.path.isfile(self.plan.base):
-      share = base_share(self.plan.cache, self.paths)
+      share = base_share(self.paths)
       say(f"{share}% of the image of {self.paths.name} are there; the next run fetches the rest")
       return
     before = read_instance(self.paths)
@@ -8777,12 +8709,9 @@ class Machine:
       stack.callback(self.lock.remove)
       if os.path.exists(self.paths.mark):  # of a --rm run that was killed since the last sweep
         remove_instance(self.paths)
-      check_new(self.plan)
+      check_disks(self.plan, self.options.disk)
       check_instance(self.plan)
-      if os.path.lexists(self.paths.disk):
-        mend_record(self.paths)
       self.options = kept_options(self.paths, self.options)
-      check_data_disk(self.plan, self.options.disk)
       self.published = " ".join(map(str, self.options.publish))
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
@@ -8880,7 +8809,7 @@ class Machine:
         fds = (self.lock.fd, self.port_lock, *base.fds)
         self.stack.callback(flush_disk, self.paths)
         allow_many_files()
-        self.process = self.start_qemu(command, (spawn or self.spawn())._replace(fds=fds))
+        self.process = self.start_qemu(command, (spawn or self.spawn())._replace(pass_fds=fds))
         self.stack.callback(end_process, self.process)
         self.stack.callback(close_streams, self.process)
         note_holder(self.lock, "QEMU", self.process.pid)
@@ -8889,7 +8818,7 @@ class Machine:
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
-    if not spawn.session:
+    if not spawn.start_new_session:
       return start(command, spawn)
     with open(self.paths.disk, "rb") as disk:
       fds = (disk.fileno(),) if self.options.detach and not self.plan.ephemeral else ()
@@ -8932,7 +8861,7 @@ class Machine:
     """On macOS, prevent idle sleep for as long as QEMU runs and nobody watches its console."""
     if sys.platform == "darwin" and (self.options.detach or self.options.guest_command):
       with contextlib.suppress(QvmError):
-        spawn = silent()._replace(session=True)
+        spawn = silent()._replace(start_new_session=True)
         awake = start(["/usr/bin/caffeinate", "-i", "-w", str(self.process.pid)], spawn)
         awake.returncode = 0  # it ends with QEMU; nobody waits for it
 
@@ -8949,9 +8878,8 @@ class Machine:
     name = "hvf" if "hvf" in accel and sys.platform == "darwin" else "kvm"
     self.options = self.options._replace(accel="tcg")
     if known:
-      now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
       problem = " ".join(printable(after[known.start() :][:300]).split())
-      record = FailedAccelerator(name, self.plan.qemu, problem, now)
+      record = FailedAccelerator(name, self.plan.qemu, problem, utc(time.time()))
       write_record(self.plan.cache, accelerator_path(self.plan.cache, self.plan.qemu), record)
     raise self.start_again(f"{name.upper()} does not work here: starting with tcg, which is slower")
 
@@ -9129,7 +9057,7 @@ def check_backing(plan: Plan, base: Base) -> None:
 
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
   """How to start a QEMU whose console goes to a file, if any."""
-  return Spawn(subprocess.DEVNULL, log, log, session=True)
+  return Spawn(subprocess.DEVNULL, log, log, start_new_session=True)
 
 
 def new_console_log(paths: InstancePaths) -> IO[bytes]:
@@ -9171,7 +9099,7 @@ for disk in map(int, sys.argv[2:]):
 def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> "Process":
   """Start a KEEPER, which writes to a log what comes in at its stdin."""
   command = [sys.executable, "-I", "-S", "-c", KEEPER, "bound" if bound else "", *map(str, fds)]
-  return start(command, Spawn(subprocess.PIPE, log, subprocess.DEVNULL, session=True, fds=fds))
+  return start(command, Spawn(subprocess.PIPE, log, subprocess.DEVNULL, fds, True))
 
 
 def print_command(plan: Plan, options: Options) -> int:
@@ -9335,12 +9263,8 @@ def template_command(command: Sequence[str], memory: str, share: str, control: i
   ]
 
 
-class SetUpError(QvmError):
-  """A script of --prepare or --install has not done its work: to run it again would not help."""
-
-
-class BootTimeout(QvmError):
-  """The guest does not answer: booting it again would not help."""
+class BootError(QvmError):
+  """A guest does not answer, or a script of --prepare fails: booting it again would not help."""
 
 
 class Checkpoint:
@@ -9364,7 +9288,7 @@ class Checkpoint:
 
   @property
   def record(self) -> LayerRecord:
-    return sound_record(LayerRecord(), self.layer.record)
+    return layer_record(self.layer)
 
   def problem(self) -> str:
     """Why the checkpoint cannot be used; empty if it can."""
@@ -9421,7 +9345,7 @@ class Checkpoint:
         self.wait_for_login()
         self.set_up()
         self.freeze(Control(ours), made)
-      except (BootTimeout, StartAgain, SetUpError):
+      except (BootError, StartAgain):
         raise
       except QvmError as error:
         say(f"no checkpoint is created: {error}")
@@ -9458,7 +9382,7 @@ class Checkpoint:
     """Wait until the guest accepts a login."""
     machine, began = self.machine, time.monotonic()
     if not machine.wait_for_ssh():
-      raise BootTimeout(
+      raise BootError(
         f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
         "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
@@ -9628,11 +9552,10 @@ class SetUp:
     """Whether there is a layer with the first `count` steps, and all that is below it."""
     cache, layer = self.plan.cache, self.layer(count)
     names, below = layers_under(cache, layer.disk)
-    if sound_record(LayerRecord(), layer.record).key != self.key(count) or not below:
+    if layer_record(layer).key != self.key(count) or not below:
       return False
     every = [layer, *map(cache.layer, names)]
-    noted = [sound_record(LayerRecord(), each.record).bytes for each in every]
-    return noted == [os.path.getsize(each.disk) for each in every]
+    return all(layer_record(it).bytes == os.path.getsize(it.disk) for it in every)
 
   def ready_base(self) -> Base:
     """The prepared disk, which is made first if there is none; whoever comes meanwhile waits."""
@@ -9670,12 +9593,8 @@ class SetUp:
     """Remove an old layer of this name with its checkpoints; QvmError if anything else needs it."""
     cache = self.plan.cache
     with instances_lock(cache):
-      mine = [
-        each
-        for each in layers(cache)
-        if sound_record(LayerRecord(), each.record).layer == layer.name
-      ]
-      users = layer_users(cache, [each.name for each in mine]).get(layer.name)
+      mine = [it for it in layers(cache) if layer_record(it).layer == layer.name]
+      users = users_of(layer, overlays(cache, ephemeral=False), [each.disk for each in mine])
       if users:
         raise QvmError(
           f"the layer {layer.name} cannot be made anew: these lie on what was there, or may: "
@@ -9709,7 +9628,7 @@ class SetUp:
     return checkpoint.resume(fresh=True)
 
   def run(self, machine: Machine, patience: float, done: int) -> None:
-    """Run the steps that are not done yet; SetUpError if one fails."""
+    """Run the steps that are not done yet; BootError if one fails."""
     until = time.monotonic() + self.options.prepare_timeout
     for step in self.steps[done:]:
       say(f"{machine.plan.name} runs {step.title}")
@@ -9721,9 +9640,9 @@ class SetUp:
           code, words = self.run_step(machine, step, patience, until)
       except QvmError as error:
         error = machine.explained(error)
-        raise SetUpError(f"{step.title}: {error}; no layer is made", error.hint)
+        raise BootError(f"{step.title}: {error}; no layer is made", error.hint)
       if code:
-        raise SetUpError(f"{step.title} failed (exit code {code}); no layer is made", words)
+        raise BootError(f"{step.title} failed (exit code {code}); no layer is made", words)
 
   def run_step(
     self, machine: Machine, step: Step, patience: float, until: float
@@ -9868,14 +9787,12 @@ def other_instances(plan: Plan, options: Options) -> List[str]:
   named = options.name or plan.own_image or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
-  stems = [(paths.name, recorded_base(paths)) for paths in overlays(plan.cache)]
-  mine = rf"{plan.guest.os}-(.+)-{plan.guest.arch}\Z"
-  versions = [re.sub(mine, r"\1", name) for name, base in stems if base == name + ".qcow2"
-              and re.match(mine, name)]  # fmt: skip
   return [
-    f"{plan.name} is a new instance, without what the guest of {plan.guest.os}-{version}-"
-    f"{plan.guest.arch} wrote: that starts with qvm run {plan.guest.os} {version}"
-    for version in versions
+    f"{plan.name} is a new instance, without what the guest of {it.name} wrote: that starts with "
+    f"qvm run {it.os} {it.version}"
+    for it in map(known_instance, instances(plan.cache))
+    if (it.os, it.arch, it.image) == (plan.guest.os, plan.guest.arch, "")
+    and it.name == f"{it.os}-{it.version}-{it.arch}"
   ]
 
 
@@ -9949,11 +9866,9 @@ def verify(plan: Plan, releases: Releases) -> Tuple[str, ...]:
 
   Returns the paths of those that are damaged or unknown.
   """
-  things = [(plan.base, image_repo(plan.guest.os)), (plan.tree_program, "resources")]
-  if not plan.own_qemu:
-    things.append((plan.qemu_img, "resources"))
   bad = []
-  for path, repo in things:
+  for path in (plan.base, plan.tree_program, *[plan.qemu_img] * (not plan.own_qemu)):
+    repo = image_repo(plan.guest.os) if path == plan.base else "resources"
     text = verdict(releases, path, repo)
     emit(f"{os.path.basename(path)}: {text}")
     bad += [] if text.startswith("ok") else [path]
@@ -9982,7 +9897,7 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
 def fill_mirror(plan: Plan, releases: Releases, folder: str) -> None:
   """Download the release's files into a folder that can be QVM_RELEASES_URL for others."""
   for name in (plan.qemu_asset, plan.tools_asset):
-    mirror_asset(releases, folder, Asset("resources", resources_tag(plan, releases), name))
+    mirror_asset(releases, folder, resources_asset(plan, releases, name))
   find_image(plan, releases, plan.release, functools.partial(mirror_asset, releases, folder))
 
 
@@ -10017,7 +9932,8 @@ def cmd_search(options: Options) -> int:
   cache, net = cache_from(os.environ), impatient(net_from(os.environ))
   names = [word.lower() for word in options.operands] or list(OS_NAMES)
   releases = Releases(net)
-  asked = {name: Future(images_of(releases, name)) for name in names}  # all at the same time
+  # All at the same time.
+  asked = {name: Future(functools.partial(images_of, releases, name)) for name in names}
   rows: List[SearchRow] = []
   errors: Dict[str, QvmError] = {}
   for name in names:
@@ -10033,11 +9949,6 @@ def cmd_search(options: Options) -> int:
   else:
     show_search(rows)
   return EXIT_FAILED if errors and not rows else 0
-
-
-def images_of(releases: Releases, name: str) -> Callable[[], List[Image]]:
-  """A function that requests the images of an OS."""
-  return lambda: images_in(name, releases.all(image_repo(name)))
 
 
 class SearchRow(NamedTuple):
@@ -10059,13 +9970,11 @@ def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]
   known = {(image.version, image.arch) for image in images}
   every = images + [image for image in cached if (image.version, image.arch) not in known]
   every.sort(key=lambda image: version_key(image.version), reverse=True)
-  return [
-    SearchRow(
-      name, it.version, it.arch, it.release or None, it.asset, key in here, here.get(key, 0)
-    )
-    for it in every
-    for key in [(it.version, it.arch)]
-  ]
+  rows = []
+  for version, arch, release, asset in every:
+    size = here.get((version, arch))
+    rows.append(SearchRow(name, version, arch, release or None, asset, size is not None, size or 0))
+  return rows
 
 
 def show_search(rows: List[SearchRow]) -> None:
@@ -10090,25 +9999,20 @@ def cmd_list(options: Options) -> int:
     emit_json([row._asdict() for row in rows])
     return 0
   table = [("NAME", "OS", "VERSION", "ARCH", "STATE", "SSH", "PORTS", "SIZE")]
+  shown = [("LAYER", "AGE", "USED", "NEEDED BY", "SCRIPT")]
   for row in rows:
     state = row.state + (" (--rm)" if row.ephemeral else "")
     state += f" (base {row.base}%)" if row.base < 100 else ""
     where = (state, row.ssh or "-", " ".join(row.ports) or "-")
     table.append((row.name, row.os, row.version, row.arch, *where, megabytes(row.size)))
+    if row.used:
+      needed = ",".join(row.needed_by) or "-"
+      shown.append((row.name, age(row.created), age(row.used), needed, row.script or "-"))
   show_table(table)
-  shown = [("LAYER", "AGE", "USED", "NEEDED BY", "SCRIPT")]
-  shown += [
-    (row.name, age(row.created), age(row.used), ",".join(row.needed_by) or "-", row.script or "-")
-    for row in rows
-    if row.used
-  ]
-  if shown[1:]:
-    emit("")
-    show_table(shown)
-  cached = cached_things(cache)
-  if cached:
-    emit("")
-    show_table([("CACHED", "RELEASE", "SIZE"), *cached])
+  for more in (shown, [("CACHED", "RELEASE", "SIZE"), *cached_things(cache)]):
+    if more[1:]:
+      emit("")
+      show_table(more)
   return 0
 
 
@@ -10158,16 +10062,9 @@ def cmd_stop(options: Options) -> int:
 def run_words(paths: InstancePaths) -> List[str]:
   """The command line that starts an instance in the background as it was started last."""
   it = read_instance(paths)
-  words = [
-    "run",
-    "--detach",
-    "--name",
-    it.name,
-    "--platform",
-    it.arch,
-    *filter(None, it.words.split("\0")),
-  ]
-  return [*words, *["--ssh-port", it.ssh] * bool(it.ssh), it.os, *[it.version] * (not it.image)]
+  words = ["run", "--detach", "--name", it.name, "--platform", it.arch]
+  words += [*filter(None, it.words.split("\0")), *["--ssh-port", it.ssh] * bool(it.ssh)]
+  return [*words, it.os, *[it.version] * (not it.image)]
 
 
 def cmd_restart(options: Options) -> int:
@@ -10231,25 +10128,19 @@ def cmd_clone(options: Options) -> int:
     check_spelling(new)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
     folder = stack.enter_context(unfinished(cache))
-    ends = [
-      path[len(paths.stem) :] for path in paths_in(cache.instances) if path.startswith(paths.stem)
-    ]
-    ends = [
-      end for end in ends if end in (".qcow2", ".data") or re.match(SYNC_SUFFIX_RE + r"\Z", end)
-    ]
-    made = [
-      (os.path.join(folder, new.name + end), paths.stem + end, new.stem + end) for end in ends
-    ]
-    for aside, source, _ in made:
+    sources = [*sync_records(paths), paths.data, paths.disk]  # the disk, which makes it, is last
+    ends = [path[len(paths.stem) :] for path in sources if os.path.lexists(path)]
+    for end in ends:
+      aside = os.path.join(folder, new.name + end)
       try:
-        copy_sparse(source, aside)
+        copy_sparse(paths.stem + end, aside)
       except OSError as error:
-        raise write_failure(aside, tree_size(source), error)
+        raise write_failure(aside, tree_size(paths.stem + end), error)
     with instances_lock(cache), signals.hold():
       remove_instance(new)  # what there is of it without a disk
       write_record(cache, new.record, record, keep=True)
-      for aside, _, target in sorted(made, key=lambda it: it[2] == new.disk):  # which makes it
-        move_into_place(aside, target, 0o644)
+      for end in ends:
+        move_into_place(os.path.join(folder, new.name + end), new.stem + end, 0o644)
   emit(new.name)
   return 0
 
@@ -10267,7 +10158,8 @@ def cmd_rm(options: Options) -> int:
     names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
-  check_unused(cache, dropped, options.operands)  # before anything is deleted
+  but = [paths.disk for paths in chosen] + [layer.disk for layer in dropped]
+  check_unused(cache, dropped, but)  # before anything is deleted
   for paths in chosen if options.force else []:
     if is_running(paths):
       stop_instance(paths, True)
@@ -10281,21 +10173,22 @@ def cmd_rm(options: Options) -> int:
       remove_instance(paths)
       emit(paths.name)
   with instances_lock(cache):
-    check_unused(cache, dropped, options.operands)
+    check_unused(cache, dropped, but)
     for layer in dropped:
       remove_layer(layer)  # machines that run from it have its files open
       emit(layer.name)
   return EXIT_FAILED if unknown else 0
 
 
-def check_unused(cache: Cache, dropped: Sequence[LayerPaths], names: Sequence[str]) -> None:
-  """Refuse to delete layers that anything needs but what is deleted with them, by these names."""
-  users = layer_users(cache, names) if dropped else {}
+def check_unused(cache: Cache, dropped: Sequence[LayerPaths], but: Sequence[str]) -> None:
+  """Refuse to delete layers that anything needs but these disks, which are deleted with them."""
+  every = overlays(cache, ephemeral=False) if dropped else []
   for layer in dropped:
-    if users.get(layer.name):
+    users = users_of(layer, every, but)
+    if users:
       raise QvmError(
         f"the layer {layer.name} is needed: it stays",
-        f"these lie on it, or may: {', '.join(users[layer.name])}",
+        f"these lie on it, or may: {', '.join(users)}",
       )
 
 
@@ -10312,36 +10205,30 @@ def clean(cache: Cache, options: Options) -> int:
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
     alone = idle.try_()  # whether nothing is being downloaded
-    orphans = {name for name in instance_names(cache, ".ephemeral") if not is_taken(cache, name)}
-    paths = unfinished_downloads(cache) + instance_leftovers(cache, orphans)
+    marked = instances(cache, ".ephemeral")
+    orphans = {it.disk: it.name for it in marked if not Lock(it.lock).is_held()}
+    every = [it for it in overlays(cache) if it.disk not in orphans]
+    paths = unfinished_downloads(cache, every)
+    paths += instance_leftovers(cache, list(orphans.values()))
     if alone:
-      paths += strays(cache) + unused_layers(cache, orphans, options.all)
-      paths += unneeded(cache, orphans) if options.all else []
+      paths += strays(cache, every) + unused_layers(cache, every, options.all)
+      paths += unneeded(cache, every) if options.all else []
     elif options.all:
       say("a download is in progress: images and QEMU are kept")
-    for path in paths:
+    for path in dict.fromkeys(paths):
       try:
         size = tree_size(path)
       except FileNotFoundError:  # a run has just ended and deleted its lock
         continue
-      if not options.dry_run and not removed(cache, path):
-        continue  # another process has just begun to use it
+      if not options.dry_run:
+        if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
+          if not remove_unlocked(path):
+            continue  # another process has just begun to use it
+        else:
+          remove_tree(path)
       total += size
       emit(f"{megabytes(size):>8}  {os.path.relpath(path, cache.root)}")
   return total
-
-
-def removed(cache: Cache, path: str) -> bool:
-  """Remove something that `clean` found; returns whether it is gone."""
-  if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
-    return remove_unlocked(path)
-  remove_tree(path)
-  return True
-
-
-def is_taken(cache: Cache, name: str) -> bool:
-  """Whether a process holds an instance's lock; the caller holds instances_lock."""
-  return Lock(cache.instance(name).lock).is_held()
 
 
 # What qvm may have left, by folder. The cache may be a folder that holds other things, too.
@@ -10357,22 +10244,19 @@ LEFTOVER_RES = {
 
 def named_leftovers(cache: Cache, folder: str) -> List[str]:
   """The paths in one of the cache's folders whose names are those of leftovers."""
-  pattern = re.compile(LEFTOVER_RES[folder])
-  return [
-    path for path in paths_in(cache.path(folder)) if pattern.fullmatch(os.path.basename(path))
-  ]
+  names = filter(re.compile(LEFTOVER_RES[folder]).fullmatch, names_in(cache.path(folder)))
+  return [cache.path(folder, name) for name in names]
 
 
-def unfinished_downloads(cache: Cache) -> List[str]:
+def unfinished_downloads(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """Whatever in downloads/ nobody has locked, except what streamed overlays lie on."""
-  backings = [(paths, backing_file(paths.disk)) for paths in overlays(cache)]
-  kept = [base_needed(paths) for paths, name in backings if name is None or is_served(name)]
+  kept = [it.base for it in every if it.backing is None or is_served(it.backing)]
   paths = named_leftovers(cache, "downloads") if None not in kept else scratch_folders(cache)
   paths += older_downloads(cache)
   return [p for p in paths if os.path.basename(p) not in kept and not Lock(p).is_held()]
 
 
-def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
+def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
   """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
   found = []
   for path in paths_in(cache.instances):
@@ -10382,7 +10266,7 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
     )
     stem = name[: -len(suffix)]
     instance = cache.instance(re.sub(r"\.(qcow2|json)\Z", "", stem) if suffix == ".tmp" else stem)
-    if not suffix or is_taken(cache, instance.name):
+    if not suffix or Lock(instance.lock).is_held():
       continue
     useless = suffix in (".lock", ".tmp") or instance.name in orphans
     if suffix == ".json":
@@ -10393,15 +10277,15 @@ def instance_leftovers(cache: Cache, orphans: Set[str]) -> List[str]:
   return found
 
 
-def strays(cache: Cache) -> List[str]:
+def strays(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
-  bases = [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]
-  links = qemu_links(cache)
+  bases = map(cache.base, stems_in(cache.path("base"), ".qcow2"))
   used = {record_path(base) + end for base in bases for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
-  users = layer_users(cache)  # a disk whose record is lost may be needed all the same
-  used.update(cache.layer(name).disk for name in users if users[name])
-  used.update(os.path.realpath(link) for link in links)
+  # A disk whose record is lost may be needed all the same.
+  disks = map(cache.layer, stems_in(cache.path("layers"), ".qcow2"))
+  used.update(layer.disk for layer in disks if users_of(layer, every))
+  used.update(map(os.path.realpath, qemu_links(cache)))
   found = [path for path in paths_in(cache.path("code")) if path != packed_code[0]]
   for folder in ("base", "bin", "qemu", "layers"):
     paths = named_leftovers(cache, folder)
@@ -10412,45 +10296,36 @@ def strays(cache: Cache) -> List[str]:
 UNUSED_SECONDS = 30 * 86400.0
 
 
-def unused_layers(cache: Cache, orphans: Set[str], every: bool) -> List[str]:
-  """The files of layers that nothing needs, and that were not used for 30 days, or of all such."""
+def unused_layers(cache: Cache, every: Sequence[Overlay], young: bool) -> List[str]:
+  """The files of layers that nothing needs and that were not used for 30 days, or of young, too."""
   before = time.time() - UNUSED_SECONDS
-  known = layers(cache)
-  old = [each for each in known if every or os.stat(each.record).st_mtime < before]
-  if not old:
-    return []
-  stems = {each.name for each in old}
-  users = {paths.name: paths.disk for paths in overlays(cache) if paths.name not in orphans}
-  users.update((each.name, each.disk) for each in known if each.name not in stems)
-  under = {name: layers_under(cache, disk) for name, disk in users.items() if os.path.lexists(disk)}
-  unknown = [name for name, (_, last) in under.items() if last is None]
-  if unknown:
+  old = [each for each in layers(cache) if young or os.stat(each.record).st_mtime < before]
+  disks = [each.disk for each in old]
+  users = [it for it in every if it.disk not in disks]
+  unknown = [it.name for it in users if it.backing is None]
+  if old and unknown:
     say(f"the disk of {unknown[0]} cannot be read: what it may need is kept")
-    return []
-  needed = {name for names, _ in under.values() for name in names}
   # The record goes first.
-  return [path for each in old if each.name not in needed for path in layer_files(each)]
+  return [path for each in old if not users_of(each, users) for path in layer_files(each)]
 
 
-def unneeded(cache: Cache, orphans: Set[str]) -> List[str]:
+def unneeded(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """Base images that no instance needs, QEMU if nothing is running, and the logs of `each`.
 
   All but the logs can be downloaded again.
   """
   found = [path for path in named_leftovers(cache, "each") if not Lock(path).is_held()]
-  for base in [path for path in paths_in(cache.path("base")) if path.endswith(".qcow2")]:
-    if not {each.name for each in dependants(cache, base)} - orphans:
+  needed = {it.base for it in every}
+  for base in map(cache.base, stems_in(cache.path("base"), ".qcow2")):
+    if not needed & {os.path.basename(base), None}:  # None: unknown
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
     say("an instance is running: QEMU is kept")
     return found
-  links = qemu_links(cache)
-  trees = [tree for tree in map(own_tree, links) if tree]
-  programs = [*trees, *links, cache.qemu_img, record_path(cache.qemu_img)]
-  programs += [
-    path for path in paths_in(cache.path("bin")) if path.startswith(cache.qemu_img + "+")
-  ]
+  programs = [*qemu_links(cache), *named_leftovers(cache, "qemu")]
+  bin_re = re.escape(cache.qemu_img) + r"(\+.*|\.json)?\Z"
+  programs += [path for path in paths_in(cache.path("bin")) if re.match(bin_re, path)]
   programs += paths_in(cache.path("accelerators"))
   return found + [path for path in programs if os.path.lexists(path)]
 
@@ -10460,15 +10335,6 @@ def qemu_links(cache: Cache) -> List[str]:
   cpus = QEMU_CPUS.values()
   pinned = [p for p in paths_in(cache.path("qemu")) if os.path.basename(p).split("+")[0] in cpus]
   return list(dict.fromkeys([*map(cache.qemu_tree, cpus), *pinned]))
-
-
-def own_tree(link: str) -> str:
-  """The folder that swap_tree made, to which a link leads; empty for any other."""
-  folder, name = os.path.split(link)
-  target = os.readlink(link) if os.path.islink(link) else ""
-  tree = os.path.join(folder, target)
-  mine = re.match(re.escape(f".{name}-") + r"[0-9a-f]{8}\Z", target)
-  return tree if mine and os.path.isdir(tree) and not os.path.islink(tree) else ""
 
 
 def cmd_config(options: Options) -> int:
@@ -10533,7 +10399,7 @@ class Child:
     pipes = [os.pipe() for _ in range(4)]
     (output, mine), (errors, other), (self.tells, told), (life, self.life) = pipes
     command = [*own_program(), CHILD, f"{told},{life},{folder}", "run", "--rm"]
-    spawn = Spawn(subprocess.DEVNULL, mine, other, (told, life), session=True)
+    spawn = Spawn(subprocess.DEVNULL, mine, other, (told, life), True)
     with open(self.log, "wb"), open(self.log, "ab+") as log:
       self.keeper = start_keeper(log)
     self.process = start([*command, "--name", self.paths.name, *self.words], spawn)
@@ -10718,7 +10584,6 @@ def chosen_guests(options: Options) -> Dict[str, List[str]]:
     names = [g.os for g in GUESTS if g.arch == host.arch] if os_name == ALL else [os_name]
     for guest in [find_guest(name, arch or host.arch) for name in names]:
       check_host(host, guest, options.qemu)
-      check_own_qemu(guest, options.qemu)
       words = [f"--platform={guest.arch}", guest.os, version or "latest"]
       found["-".join(filter(None, (guest.os, version, arch)))] = words
   return found
@@ -11169,7 +11034,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   elif "VERSION" in form.operands and len(operands) == 1:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
   elif form.operands.startswith("NAME"):
-    names = instance_names(cache, ".qcow2")
+    names = stems_in(cache.instances, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
     names = [] if command == "clone" and operands else names  # NEW is for the user to invent
     words += [name for name in names if name not in operands and re.match(NAME_RE, name)]

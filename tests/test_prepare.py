@@ -410,6 +410,19 @@ def test_a_kept_instance_begins_on_the_layer_and_keeps_its_disk(prepare):
   assert layer_names(prepare) == []
 
 
+def test_an_instance_with_the_name_of_a_layer_keeps_what_it_needs(prepare):
+  one, two = with_scripts(script(prepare)), with_scripts(script(prepare, name="two"))
+  works(prepare.run("true", options=one))
+  (low,) = layer_names(prepare)
+  works(prepare.run("true", options=two))
+  (other,) = set(layer_names(prepare)) - {low}
+  works(prepare.run("true", options=("--name", other, *one), rm=False))
+  fails(prepare.qvm("rm", low), f"the layer {low} is needed", other)
+  works(prepare.run("true", options=("--name", low, *one), rm=False))
+  fails(prepare.qvm("rm", low, other), f"the layer {low} is needed", *sorted([low, other]))
+  assert layer_names(prepare) == sorted([low, other])
+
+
 def test_an_instance_on_the_plain_image_is_not_set_up(prepare):
   works(prepare.run("true", options=("--name", "vm"), rm=False))
   result = prepare.run("true", options=("--name", "vm", *with_scripts(script(prepare))), rm=False)

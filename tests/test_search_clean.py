@@ -651,6 +651,22 @@ def test_clean_orphans(pulled, background):
   works(pulled(*RUN))
 
 
+def test_clean_takes_a_download_that_only_an_orphan_needs(pulled):
+  disk = pulled.cache / "instances" / "dead.qcow2"
+  backing = f"nbd+unix:///{FREEBSD}?socket=/nowhere/nbd"
+  options = ["-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing]
+  subprocess.run(["qemu-img", "create", *options, disk, "1M"], check=True)
+  record = {"name": "dead", "os": "freebsd", "version": "15.1", "arch": "x86-64"}
+  disk.with_suffix(".json").write_text(json.dumps(record))
+  part = pulled.cache / "downloads" / f"{FREEBSD}.qcow2"
+  part.mkdir()
+  assert clean(pulled) == []
+  disk.with_suffix(".ephemeral").touch()
+  clean(pulled)
+  assert not part.exists() and not disk.exists()
+  assert clean(pulled) == []
+
+
 def test_clean_never_takes_an_instance(pulled):
   """Whatever its name looks like."""
   names = ["a.lock", "b.tmp", "c.json", "d.qcow2", "e.ephemeral", "f.part", "g.qcow2.tmp",

@@ -111,7 +111,9 @@ def test_a_half_made_overlay_is_made_anew(used):
 
 @pytest.mark.parametrize("rm", [(), ("--rm",)])
 def test_a_qemu_img_that_fails_is_quoted(qvm, server, rm):
-  script = b"#!/bin/sh\necho 'No space left\non device' >&2\ntouch \"$9\"\nexit 3\n"
+  say = "echo 'No space left\non device' >&2"
+  write = 'for word; do case $word in /*.qcow2) touch "$word" ;; esac; done'
+  script = f"#!/bin/sh\n{say}\n{write}\nexit 3\n".encode()
   tools = tar_of({"qemu-img": script})
   server.replace_asset("resources", "v2.0.0", "resources-linux.tar", tools)
   run = qvm(*RUN, *rm)

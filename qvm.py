@@ -6757,7 +6757,10 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
     if wait_released(paths, seconds):
       return
   if not wait_released(paths, 0):
-    raise QvmError(f"the instance {paths.name} cannot be stopped ({holder(paths)})")
+    raise QvmError(
+      f"the instance {paths.name} cannot be stopped ({holder(paths)})",
+      f"pgrep -fl {shlex.quote(paths.disk)} shows its QEMU, if it runs here, and kill ends that",
+    )
 
 
 # ---- Sync ---------------------------------------------------------------------------------------

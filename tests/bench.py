@@ -287,8 +287,6 @@ def bench_sync(bench, count):
 
 def bench_sync_of(qvm, ssh, home, folder, title, count):
   """One folder into the guest, and all of it out again."""
-  here = folder.parent / "back"
-
   into = f"mkdir -p ~/work/{folder.name} && cd ~/work/{folder.name} && tar -xpf -"
   calls = {
     "tar c | ssh tar x": lambda: run(
@@ -302,18 +300,22 @@ def bench_sync_of(qvm, ssh, home, folder, title, count):
   show(f"--sync of {title} into the guest",
        turns_from_nothing(calls, count, home / "work"), "tar c | ssh tar x", "s")  # fmt: skip
   bench_unchanged(qvm, ssh, folder, title, count)
-  out = ["ssh", "--sync", str(here / folder.name), "--sync-direction", "out", "vm", "--", "true"]
+  out = ["ssh", "--sync", str(folder), "--sync-direction", "out", "vm", "--", "true"]
   calls = {
     "ssh tar c | tar x": lambda: run(
-      f"{' '.join(ssh)} 'tar -C work/{folder.name} -cf - .' | tar -C {here / folder.name} -xpf -",
+      f"{' '.join(ssh)} 'tar -C work/{folder.name} -cf - .' | tar -C {folder} -xpf -",
       shell=True,
     ),
-    "qvm ssh --sync, out, all": lambda: run(qvm.command(*out), env=qvm.env),
+    "qvm ssh --sync, out, all": lambda: (forget(qvm), run(qvm.command(*out), env=qvm.env)),
   }
-  (here / folder.name).mkdir(parents=True)
   show(f"--sync of {title} out of the guest",
-       turns_from_nothing(calls, count, here / folder.name), "ssh tar c | tar x", "s")  # fmt: skip
-  shutil.rmtree(here)
+       turns_from_nothing(calls, count, folder), "ssh tar c | tar x", "s")  # fmt: skip
+
+
+def forget(qvm):
+  """Remove what is remembered of both sides, by which what is gone here was deleted here."""
+  for path in (qvm.cache / "instances").glob("vm.sync*"):
+    path.unlink()
 
 
 def bench_unchanged(qvm, ssh, folder, title, count):

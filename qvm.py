@@ -4557,19 +4557,6 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   return names, backing
 
 
-def base_needed(paths: InstancePaths) -> Optional[str]:
-  """The file name of the base image that an instance needs; empty: none, None: unknown."""
-  backing = layers_under(paths.cache, paths.disk)[1]
-  if backing is None or is_served(backing):
-    mine = known_instance(paths)
-    recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
-    return "" if mine.image else recorded
-  folder = os.path.realpath(paths.cache.path("base"))
-  if os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
-    return ""  # an image of the user's own
-  return os.path.basename(backing)
-
-
 class Overlay(NamedTuple):
   """The disk of an instance or a layer, and what it lies on; None: unknown, it may be anything."""
 
@@ -4577,7 +4564,23 @@ class Overlay(NamedTuple):
   disk: str
   layers: List[str]  # the names of those under it, from the top down
   backing: Optional[str]  # what the last of them lies on, as backing_file() tells it
-  base: Optional[str]  # of an instance: as from base_needed()
+  base: Optional[str]  # the file name of the base image that an instance needs; empty: none
+
+
+def overlay_of(paths: InstancePaths) -> Overlay:
+  """The disk of an instance."""
+  names, backing = layers_under(paths.cache, paths.disk)
+  folder = os.path.realpath(paths.cache.path("base"))
+  base: Optional[str]
+  if backing is None or is_served(backing):
+    mine = known_instance(paths)
+    recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
+    base = "" if mine.image else recorded
+  elif os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
+    base = ""  # an image of the user's own
+  else:
+    base = os.path.basename(backing)
+  return Overlay(paths.name, paths.disk, names, backing, base)
 
 
 def overlays(cache: Cache, ephemeral: bool = True) -> List[Overlay]:
@@ -4585,8 +4588,7 @@ def overlays(cache: Cache, ephemeral: bool = True) -> List[Overlay]:
 
   Those of --rm machines can be left out: they run, and have the files of their layers open.
   """
-  mine = [it for it in instances(cache) if ephemeral or not os.path.exists(it.mark)]
-  found = [Overlay(it.name, it.disk, *layers_under(cache, it.disk), base_needed(it)) for it in mine]
+  found = [overlay_of(it) for it in instances(cache) if ephemeral or not os.path.exists(it.mark)]
   found += [Overlay(it.name, it.disk, *layers_under(cache, it.disk), "") for it in layers(cache)]
   return [it for it in found if os.path.lexists(it.disk)]  # the others have just ended
 
@@ -5307,7 +5309,7 @@ def read_instance(paths: InstancePaths) -> Instance:
   record = sound_record(Instance(), paths.record)
   if record.name == paths.name and all((record.os, record.version, record.arch)):
     return record
-  base = base_needed(paths) or ""
+  base = overlay_of(paths).base or ""
   oses = "|".join(OS_NAMES)
   match = re.match(rf"({oses})-(.+)-(x86-64|arm64)\.qcow2\Z", base)
   if not match:
@@ -5612,7 +5614,7 @@ def instance_row(paths: InstancePaths) -> Row:
 
 def base_share(paths: InstancePaths) -> int:
   """How much of an overlay's base image is there, in per cent."""
-  name, cache = base_needed(paths), paths.cache
+  name, cache = overlay_of(paths).base, paths.cache
   if not name or not is_streamed(paths.disk) or os.path.isfile(cache.path("base", name)):
     return 100
   other = OtherDownload(os.path.join(cache.downloads, name), name)
@@ -7078,9 +7080,9 @@ def list_lines(stream: IO[bytes]) -> Iterator[bytes]:
 def read_list(stream: IO[bytes]) -> Optional[Listing]:
   """The guest's next list; None when it ends before its end."""
   entries: Dict[str, Entry] = {}
-  line, complete = b"", True
+  line, complete, parse = b"", True, re.compile(LINE_RE).fullmatch  # looked up once, not by line
   for line in list_lines(stream):
-    match = re.fullmatch(LINE_RE, os.fsdecode(line))
+    match = parse(os.fsdecode(line))
     if match:
       letter, octal, length, times, path = match.groups()
       kind, mode = "f" if letter == "-" else letter, int(octal or "0", 8) & 0o777

@@ -8812,14 +8812,18 @@ class Machine:
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
         fds = (self.lock.fd, self.port_lock, *base.fds)
+        spawn = (spawn or self.spawn())._replace(pass_fds=fds, preexec_fn=self.note_qemu)
         self.stack.callback(flush_disk, self.paths)
         allow_many_files()
-        self.process = self.start_qemu(command, (spawn or self.spawn())._replace(pass_fds=fds))
+        self.process = self.start_qemu(command, spawn)
         self.stack.callback(end_process, self.process)
         self.stack.callback(close_streams, self.process)
-        note_holder(self.lock, "QEMU", self.process.pid)
     self.tell_of_emulation()
     self.keep_awake()
+
+  def note_qemu(self) -> None:
+    """In QEMU's process: note it as the lock's holder, before qvm can be killed without that."""
+    note_holder(self.lock, "QEMU", os.getpid())
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""

@@ -204,10 +204,10 @@ if play.get("terminal"):
 if play.get("stdin"):
   with open(play["stdin"], "w") as file:
     try:
-      os.set_blocking(0, True)
+      os.set_blocking(0, False)
       file.write(repr(os.read(0, 100)))
     except OSError as error:
-      file.write(repr(error))
+      file.write(type(error).__name__)
 if play.get("convert"):
   import subprocess
   drive = next(word for word in sys.argv if word.startswith("if=none,file="))

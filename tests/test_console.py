@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -569,6 +571,46 @@ def test_a_guest_that_floods_a_pipe(real, tmp_path, logged):
   assert FLOOD in result.stdout
   if logged:
     assert log.read_bytes() == result.stdout
+
+
+def unread(pipe):
+  count = array.array("i", [0])
+  fcntl.ioctl(pipe, termios.FIONREAD, count)
+  return count[0]
+
+
+def cpu_ticks(pid):
+  """What a process has used of the CPU, also once it has ended."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) if fields[0] != "Z" else float("inf")
+  return float("inf")
+
+
+def until(condition):
+  deadline = time.monotonic() + DEADLINE
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def test_nothing_is_lost_while_nobody_reads(real):
+  """QEMU drops what its guest writes into a full pipe, once its input has ended."""
+  reader, writer = os.pipe()
+  process = real.qvm.start(*real.words(FLOODING), stdin=subprocess.DEVNULL, stdout=writer)
+  os.close(writer)
+  qemu = real.pid()
+  with open(f"/proc/{qemu}/fd/1", "rb") as pipe:
+    fcntl.fcntl(pipe, F_SETPIPE_SZ, 4096)
+    until(lambda: unread(pipe) == 4096)
+    before = cpu_ticks(qemu)
+    until(lambda: cpu_ticks(qemu) > before + 10)  # the guest looks again and again for room
+  with open(reader, "rb") as output:
+    assert FLOOD in output.read()
+  assert process.wait(DEADLINE) == 0
+
+
+F_SETPIPE_SZ = 1031  # Linux; Python knows it from 3.10 on
 
 
 def test_a_paste_into_a_guest_that_reads_nothing(real):

@@ -2364,6 +2364,7 @@ class Spawn(NamedTuple):
   start_new_session: bool = False  # no key and no hang-up of our terminal reaches it
   cwd: Optional[str] = None
   env: Optional[Mapping[str, str]] = None
+  preexec_fn: Optional[Callable[[], None]] = None  # called in the process, before the program
 
 
 def start(command: Sequence[str], spawn: Spawn) -> "Process":
@@ -6050,7 +6051,11 @@ class Relay:
           say(line)
 
   def type(self, data: bytes) -> None:
-    """Write typed bytes to QEMU as far as it accepts them; the rest waits."""
+    """Write typed bytes to QEMU as far as it accepts them; the rest waits.
+
+    The pipe stays open at the end of the input: without it QEMU drops what its guest writes while
+    our pipe for that is full.
+    """
     self.pending += data
     try:
       while self.pending:
@@ -6059,15 +6064,12 @@ class Relay:
       pass
     except OSError:
       self.pending = b""  # QEMU has ended
-    if not self.reading and not self.pending and self.process.stdin and self.keys >= 0:
-      self.process.stdin.close()
-      self.keys = -1
 
   def show(self, chunk: bytes) -> None:
     """Pass the guest's output on to our stdout and the log."""
     if self.log:
       try:
-        self.log.write(chunk)
+        write_all(self.log.fileno(), chunk)
       except OSError as error:
         say(f"{self.log.name}: {describe(error)}; the console is no longer logged")
         self.log = None

@@ -150,10 +150,14 @@ class Machines:
 
   def patient(self, *words, stop=0.3, end=0.3, timeout=60):
     """Run qvm with little patience: the constants are set from outside."""
-    patience = f"qvm.POWER_OFF_SECONDS, qvm.TERM_GRACE_SECONDS = {stop}, {end}"
-    code = f"import qvm, sys; {patience}; sys.exit(qvm.main())"
+    return self.changed(
+      f"qvm.POWER_OFF_SECONDS, qvm.TERM_GRACE_SECONDS = {stop}, {end}", *words, timeout=timeout
+    )
+
+  def changed(self, change, *words, timeout=DEADLINE):
+    """Run qvm after a line that changes it from outside."""
     return subprocess.run(
-      [sys.executable, "-c", code, *words],
+      [sys.executable, "-c", f"import os, qvm, sys\n{change}\nsys.exit(qvm.main())", *words],
       cwd=str(ROOT),
       env=self.qvm.env,
       stdin=subprocess.DEVNULL,
@@ -630,6 +634,25 @@ def test_force(machines, ignore, steps):
   assert (result.returncode, result.stdout) == (0, "vm\n"), result.stderr
   assert [word for line in lines_of(result) for word in re.findall(STEPS, line)] == steps
   assert machines.calls() == []
+  assert machines.running() == []
+
+
+KILLED = """
+start = qvm.Machine.start_qemu
+qvm.Machine.start_qemu = lambda *words: (start(*words), os.kill(os.getpid(), 9))
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--detach",)])
+def test_a_qvm_that_is_killed_once_qemu_runs(machines, words):
+  machines.play(**UP, stay=True)
+  result = machines.changed(KILLED, "run", *words, "--name", "vm", *GUEST)
+  assert result.returncode == -9
+  (pid,) = machines.running()
+  assert machines.states() == {"vm": "running"}
+  result = machines.qvm("stop", "--force", "vm")
+  assert (result.returncode, result.stdout) == (0, "vm\n"), result.stderr
+  assert f"QEMU process {pid}" in result.stderr
   assert machines.running() == []
 
 

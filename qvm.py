@@ -4071,6 +4071,8 @@ class Folder:
 
   def enter(self, path: str) -> int:
     """A descriptor of a folder below, good until the next call; OSError where there is none."""
+    if path == self.inner_path:
+      return self.inner
     is_deeper = f"{path}/".startswith(f"{self.inner_path}/")
     fd = os.dup(self.inner if is_deeper else self.root)
     try:

@@ -1939,10 +1939,15 @@ def disk_full(path: str, missing: int) -> QvmError:
 
 
 def disk_is_full(path: str) -> bool:
-  """Whether a write there would fail; QEMU then pauses the guest silently (werror=enospc)."""
+  """Whether a guest's write there may fail; QEMU then pauses the guest silently (werror=enospc)."""
   with contextlib.suppress(OSError):
-    return free_space(path) < 128 << 10  # less than two qcow2 clusters
+    return free_space(path) < GUEST_WRITE_BYTES
   return False
+
+
+# A write that does not fit leaves free what there was: Linux writes up to 1.25 MiB at once, and
+# QEMU's virtio-blk makes one write of up to four of those.
+GUEST_WRITE_BYTES = 8 << 20
 
 
 def remove_file(path: str) -> None:
@@ -5748,7 +5753,10 @@ KEY_HELP = (
 # Private terminal modes (xterm's ctlseqs) that a guest may leave changed, to the user's surprise.
 MODES_ON = (7, 25)  # line wrap, cursor
 MODES_OFF = (1, 47, 1000, 1002, 1003, 1004, 1006, 1047, 1049, 2004)  # keys, screens, mouse, paste
-DISK_FULL = "the disk is full: QEMU has paused the guest; free some space and start it again"
+DISK_FULL = (
+  "the disk is full, or nearly: QEMU pauses a guest whose write does not fit; free some space and "
+  "start it again"
+)
 
 
 @contextlib.contextmanager

@@ -552,9 +552,12 @@ def test_other_commands_on_a_full_disk(small, disk):
 
 
 def test_disk_is_full(disk):
-  assert not qvm_source.disk_is_full(str(disk.folder))
-  disk.fill()
-  assert qvm_source.disk_is_full(str(disk.folder))
+  """One write of Linux's, of 1.25 MiB, that does not fit leaves nearly as much free."""
+  disk.resize("64m")
+  for leave, full in ((12 * MB, False), (5 * MB // 4, True), (0, True)):
+    disk.fill(leave)
+    assert qvm_source.disk_is_full(str(disk.folder)) == full
+    disk.empty()
   assert not qvm_source.disk_is_full(str(disk.folder / "nowhere"))
 
 
@@ -598,7 +601,7 @@ def test_a_guest_that_fills_the_disk(real, real_cache, tmp_path):
   real.env["QVM_CACHE_DIR"] = str(cache)
   run = ["run", "--name", "vm", "--accel", "tcg", "-m", "256M", "--ssh-port", str(free_port())]
   run += ["freebsd", "15.1"]
-  small.mount(4 * MB)
+  small.mount(16 * MB)
   try:
     process = real.start(*run[:-2], "--qemu-arg=-S", *run[-2:])  # the CPU stands still
     wait_for(lambda: any("-nographic" in words for words in processes_of(cache).values()))

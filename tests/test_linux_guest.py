@@ -313,7 +313,7 @@ def test_a_disk_that_is_full_while_a_machine_is_set_up(linux, tmp_path):
   works(linux("clean", "--all"))
   works(linux("pull", "--platform", "x86-64", "freebsd", "1"))
   disk = SmallDisk(linux.cache / "instances")
-  disk.mount("8m")
+  disk.mount("24m")
   try:
     (tmp_path / "much.sh").write_text("dd if=/dev/urandom of=/mnt/much bs=1M count=40; sync\n")
     words = run(

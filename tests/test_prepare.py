@@ -655,7 +655,7 @@ def test_modes_and_command_line(prepare, fifo):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_disk_that_becomes_full(prepare):
   cache = prepare.qvm.cache
-  size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) + (4 << 20)
+  size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) + (16 << 20)
   aside = cache.with_name("aside")
   cache.rename(aside)
   with small_cache(prepare.qvm.home, size) as disk:

@@ -22,7 +22,7 @@ from fat import SECTOR, round_up
 
 # The partition begins where every tool puts it; below lie the MBR and GRUB.
 _PARTITION = 2048
-_PARTITION_SECTORS = 192 * 2048
+_PARTITION_SECTORS = 508 * 2048
 
 LOGINS = ("open", "key", "key-mbr")
 

@@ -10114,21 +10114,29 @@ def cmd_restart(options: Options) -> int:
 def cmd_logs(options: Options) -> int:
   """Print an instance's console log; with --follow until its machine ends."""
   [paths] = existing(cache_from(os.environ), options.operands, "shown")
-  show, place = Screen().show if os.isatty(1) else bytes, 0
+  screen, modes, place = Screen(), Modes(), 0
   own = re.search(r"--console-log=([^\0]+)", sound_record(Instance(), paths.record).words)
   path = own.group(1) if own else paths.console
   if not os.path.exists(path):
     raise QvmError(f"there is no {path}", "only runs with --detach or a command write it")
-  with open(path, "rb") as file:
-    running = True
-    while running:
-      running = options.follow and is_running(paths)  # before the last look
-      if os.fstat(file.fileno()).st_size < place:
-        place = file.seek(0, os.SEEK_END)  # the log was cut to keep it within bounds
-      for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
-        write_all(1, show(chunk))
-      place = file.tell()
-      time.sleep(0.2 if running else 0)
+  running, on_terminal, raw = True, os.isatty(1), is_interactive()
+  with terminal_kept(), open(path, "rb") as file:
+    if raw:
+      go_raw(signals=True)
+    try:
+      while running:
+        running = options.follow and is_running(paths)  # before the last look
+        if os.fstat(file.fileno()).st_size < place:
+          place = file.seek(0, os.SEEK_END)  # the log was cut to keep it within bounds
+        for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+          modes.watch(chunk)
+          write_all(1, screen.show(chunk) if on_terminal else chunk)
+        place = file.tell()
+        time.sleep(0.2 if running else 0)
+    finally:
+      if raw:
+        write_all(1, modes.undo())
+        screen.swallow_answers()
   return 0
 
 

@@ -1,9 +1,12 @@
 """What people ask for: issue 20, point by point, with the stand-ins."""
 
+import array
+import fcntl
 import json
 import os
 import re
 import socket
+import termios
 from pathlib import Path
 
 import guests as guests_module
@@ -266,6 +269,25 @@ def test_a_terminal_gets_a_log_without_what_harms_it(guests, tmp_path):
   finally:
     terminal.close()
   assert "safe" in terminal.text and "title" not in terminal.text
+
+
+def test_what_a_terminal_answers_to_a_log_is_not_typed_into_the_shell(guests, tmp_path):
+  guests.play(console="where\x1b[6n hidden\x1b[?25l\n")
+  guests.up("vm", "--console-log", str(tmp_path / "log"))
+  works(guests.qvm("stop", "vm"))
+  terminal = Terminal(guests.qvm.command("logs", "vm"), guests.qvm.env)
+  try:
+    terminal.until(b"\x1b[6n")
+    terminal.type(b"\x1b[24;1R")
+    terminal.until(b"\x1b[c")
+    terminal.type(b"\x1b[?62c")
+    assert terminal.end() == 0 and terminal.state() == terminal.before
+    typed = array.array("i", [0])
+    fcntl.ioctl(terminal.inside, termios.FIONREAD, typed)
+    assert typed[0] == 0
+  finally:
+    terminal.close()
+  assert "\x1b[?25h" in terminal.text and "[24;1R" not in terminal.text
 
 
 def test_a_clone_has_all_that_the_guest_wrote(used):

@@ -55,9 +55,11 @@ MOUNT_SLAVE, MOUNT_BIND, NEW_MOUNTS, SUBREAPER = 0x84000, 0x1000, 0x20000, 36
 NORMAL = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGUSR1")
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
-# %(name)s is filled in; only what differs from the defaults.
+# %(name)s is filled in; only what differs from the defaults. The default key exchange takes 60 ms
+# of CPU time more for each login.
 SETTINGS = """\
 HostKey "%(folder)s/host_key"
+KexAlgorithms curve25519-sha256
 PidFile none
 LogLevel VERBOSE
 UsePAM no

@@ -5224,8 +5224,9 @@ class Holder(NamedTuple):
     return not (self.place and here) or self.place == here
 
 
-def note_holder(lock: Lock, program: str, pid: int) -> None:
-  """Note in a lock file who holds it, for messages and `stop`; only the flock itself counts."""
+def note_holder(lock: Lock, program: str) -> None:
+  """Note this process as a lock's holder, for messages and `stop`; only the flock itself counts."""
+  pid = os.getpid()
   note = (f"{program} process {pid}", start_time(pid), this_place(), os.uname().nodename)
   with contextlib.suppress(OSError):  # a full disk must not stop `rm` from freeing space
     os.ftruncate(lock.fd, 0)
@@ -5292,7 +5293,7 @@ def take_instance(paths: InstancePaths) -> Lock:
         f"the instance {paths.name} is already running ({holder(paths)})",
         "use another --name, or --rm, for a second machine",
       )
-    note_holder(lock, "qvm", os.getpid())
+    note_holder(lock, "qvm")
   return lock
 
 
@@ -5861,6 +5862,7 @@ class Screen:
   """
 
   def __init__(self) -> None:
+    self.modes = Modes()
     self.held = b""  # the beginning of what may become harmful
     self.dropping = b""  # the pattern that ends a harmful string of which the rest is to come
     self.asked = 0
@@ -5868,6 +5870,7 @@ class Screen:
 
   def show(self, chunk: bytes) -> bytes:
     """The part of a chunk that may be shown now."""
+    self.modes.watch(chunk)
     data, shown, place = self.held + chunk, bytearray(), 0
     self.held = b""
     while place < len(data):
@@ -5908,6 +5911,12 @@ class Screen:
     """What is held back when nothing can follow any more."""
     held, self.held = b"" if self.dropping else self.held, b""
     return held
+
+  def leave(self) -> None:
+    """Give the terminal, which is raw, back as it was."""
+    with contextlib.suppress(OSError):
+      write_all(1, self.modes.undo())
+    self.swallow_answers()
 
   def swallow_answers(self) -> None:
     """Read the answers that are still to come, which the user's shell would take for typed words.
@@ -6001,7 +6010,7 @@ class Relay:
   ) -> None:
     self.process, self.interactive, self.log, self.full = process, interactive, log, full
     self.keys = process.stdin.fileno() if process.stdin else -1
-    self.keyboard, self.modes, self.screen = Keyboard(), Modes(), Screen()
+    self.keyboard, self.screen = Keyboard(), Screen()
     self.on_terminal = os.isatty(1)
     self.pending = b""  # typed, but not yet accepted by QEMU
     self.reading = bool(process.stdin)  # whether there may be more to read from our stdin
@@ -6083,8 +6092,6 @@ class Relay:
       except OSError as error:
         say(f"{self.log.name}: {describe(error)}; the console is no longer logged")
         self.log = None
-    if self.interactive:
-      self.modes.watch(chunk)
     self.print(self.screen.show(chunk) if self.on_terminal else chunk)
 
   def print(self, shown: bytes) -> None:
@@ -8824,7 +8831,9 @@ class Machine:
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
         fds = (self.lock.fd, self.port_lock, *base.fds)
-        spawn = (spawn or self.spawn())._replace(pass_fds=fds, preexec_fn=self.note_qemu)
+        # Noted by QEMU's own process: qvm may be killed at any moment after it has started that.
+        note = functools.partial(note_holder, self.lock, "QEMU")
+        spawn = (spawn or self.spawn())._replace(pass_fds=fds, preexec_fn=note)
         self.stack.callback(flush_disk, self.paths)
         allow_many_files()
         self.process = self.start_qemu(command, spawn)
@@ -8832,10 +8841,6 @@ class Machine:
         self.stack.callback(close_streams, self.process)
     self.tell_of_emulation()
     self.keep_awake()
-
-  def note_qemu(self) -> None:
-    """In QEMU's process: note it as the lock's holder, before qvm can be killed without that."""
-    note_holder(self.lock, "QEMU", os.getpid())
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
@@ -8969,9 +8974,7 @@ class Machine:
       process.wait()
     finally:
       if relay.interactive:
-        with contextlib.suppress(OSError):
-          write_all(1, relay.modes.undo())
-        relay.screen.swallow_answers()
+        relay.screen.leave()
     words, code = relay.words.decode("utf-8", "replace"), process.returncode
     if relay.stuck and not code:
       code = EXIT_FAILED
@@ -10114,7 +10117,7 @@ def cmd_restart(options: Options) -> int:
 def cmd_logs(options: Options) -> int:
   """Print an instance's console log; with --follow until its machine ends."""
   [paths] = existing(cache_from(os.environ), options.operands, "shown")
-  screen, modes, place = Screen(), Modes(), 0
+  screen, place = Screen(), 0
   own = re.search(r"--console-log=([^\0]+)", sound_record(Instance(), paths.record).words)
   path = own.group(1) if own else paths.console
   if not os.path.exists(path):
@@ -10129,14 +10132,12 @@ def cmd_logs(options: Options) -> int:
         if os.fstat(file.fileno()).st_size < place:
           place = file.seek(0, os.SEEK_END)  # the log was cut to keep it within bounds
         for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
-          modes.watch(chunk)
           write_all(1, screen.show(chunk) if on_terminal else chunk)
         place = file.tell()
         time.sleep(0.2 if running else 0)
     finally:
       if raw:
-        write_all(1, modes.undo())
-        screen.swallow_answers()
+        screen.leave()
   return 0
 
 

@@ -1,5 +1,6 @@
 """A pseudo-terminal, with a program in its foreground."""
 
+import array
 import contextlib
 import fcntl
 import os
@@ -12,6 +13,13 @@ import termios
 import time
 
 from support import DEADLINE
+
+
+def unread(file):
+  """How many bytes of a pipe or a terminal there are to read."""
+  count = array.array("i", [0])
+  fcntl.ioctl(file, termios.FIONREAD, count)
+  return count[0]
 
 
 class Terminal:

@@ -1,12 +1,10 @@
 """What people ask for: issue 20, point by point, with the stand-ins."""
 
-import array
-import fcntl
+import contextlib
 import json
 import os
 import re
 import socket
-import termios
 from pathlib import Path
 
 import guests as guests_module
@@ -36,7 +34,7 @@ from support import (
   state,
   works,
 )
-from support_terminal import Terminal
+from support_terminal import Terminal, unread
 from test_instances import image_info, write_into
 from test_tables import argv_of
 
@@ -258,35 +256,30 @@ def test_logs(guests):
   fails(guests.qvm("logs", "vm"), "no instance vm")
 
 
-def test_a_terminal_gets_a_log_without_what_harms_it(guests, tmp_path):
-  guests.play(console="safe\x1b]0;title\x07\n")
-  guests.up("vm", "--console-log", str(tmp_path / "log"))
+@contextlib.contextmanager
+def log_on_a_terminal(guests, folder, console):
+  guests.play(console=console)
+  guests.up("vm", "--console-log", str(folder / "log"))
   works(guests.qvm("stop", "vm"))
-  terminal = Terminal(guests.qvm.command("logs", "vm"), guests.qvm.env)
-  try:
+  with contextlib.closing(Terminal(guests.qvm.command("logs", "vm"), guests.qvm.env)) as terminal:
+    yield terminal
+
+
+def test_a_terminal_gets_a_log_without_what_harms_it(guests, tmp_path):
+  with log_on_a_terminal(guests, tmp_path, "safe\x1b]0;title\x07\n") as terminal:
     terminal.until(b"powers off")
     assert terminal.process.wait(30) == 0
-  finally:
-    terminal.close()
   assert "safe" in terminal.text and "title" not in terminal.text
 
 
 def test_what_a_terminal_answers_to_a_log_is_not_typed_into_the_shell(guests, tmp_path):
-  guests.play(console="where\x1b[6n hidden\x1b[?25l\n")
-  guests.up("vm", "--console-log", str(tmp_path / "log"))
-  works(guests.qvm("stop", "vm"))
-  terminal = Terminal(guests.qvm.command("logs", "vm"), guests.qvm.env)
-  try:
+  with log_on_a_terminal(guests, tmp_path, "where\x1b[6n hidden\x1b[?25l\n") as terminal:
     terminal.until(b"\x1b[6n")
     terminal.type(b"\x1b[24;1R")
     terminal.until(b"\x1b[c")
     terminal.type(b"\x1b[?62c")
     assert terminal.end() == 0 and terminal.state() == terminal.before
-    typed = array.array("i", [0])
-    fcntl.ioctl(terminal.inside, termios.FIONREAD, typed)
-    assert typed[0] == 0
-  finally:
-    terminal.close()
+    assert unread(terminal.inside) == 0
   assert "\x1b[?25h" in terminal.text and "[24;1R" not in terminal.text
 
 

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from pathlib import Path
@@ -29,9 +28,10 @@ from support import (
   parent_of,
   processes_of,
   qemu_pid,
+  wait_for,
 )
 from support_machines import ECHO, FLOOD, FLOODING, HANG
-from support_terminal import Terminal
+from support_terminal import Terminal, unread
 
 import qvm as qvm_source
 
@@ -573,25 +573,12 @@ def test_a_guest_that_floods_a_pipe(real, tmp_path, logged):
     assert log.read_bytes() == result.stdout
 
 
-def unread(pipe):
-  count = array.array("i", [0])
-  fcntl.ioctl(pipe, termios.FIONREAD, count)
-  return count[0]
-
-
 def cpu_ticks(pid):
   """What a process has used of the CPU, also once it has ended."""
   with contextlib.suppress(FileNotFoundError, ProcessLookupError):
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) if fields[0] != "Z" else float("inf")
   return float("inf")
-
-
-def until(condition):
-  deadline = time.monotonic() + DEADLINE
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
 
 
 def test_nothing_is_lost_while_nobody_reads(real):
@@ -602,9 +589,9 @@ def test_nothing_is_lost_while_nobody_reads(real):
   qemu = real.pid()
   with open(f"/proc/{qemu}/fd/1", "rb") as pipe:
     fcntl.fcntl(pipe, F_SETPIPE_SZ, 4096)
-    until(lambda: unread(pipe) == 4096)
+    wait_for(lambda: unread(pipe) == 4096)
     before = cpu_ticks(qemu)
-    until(lambda: cpu_ticks(qemu) > before + 10)  # the guest looks again and again for room
+    wait_for(lambda: cpu_ticks(qemu) > before + 10)  # the guest looks again and again for room
   with open(reader, "rb") as output:
     assert FLOOD in output.read()
   assert process.wait(DEADLINE) == 0

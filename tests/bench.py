@@ -261,8 +261,7 @@ def bench_growth(bench, count):
 def bench_sync(bench, count):
   """10,000 small files, and a file of 1 GB, into a guest whose disk is memory if possible."""
   memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(bench.folder)
-  qemu = f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}"
-  qvm = bench.home("sync", qemu)
+  qvm = bench.home("sync", ssh_guest.program())
   many, big = bench.folder / "many", bench.folder / "large"
   for n in range(100):
     (many / f"d{n}").mkdir(parents=True)
@@ -464,7 +463,7 @@ def bench_layers(bench, qvm, scripts, guest, count):
   rows = [
     [word for script in scripts[:some] for word in ("--prepare", str(script))] for some in range(11)
   ]
-  become(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}".encode())
+  become(ssh_guest.program().encode())
   env = {**qvm.env, "SSH_GUEST": json.dumps({"folder": str(bench.folder / "guest")})}
   for options in rows[1:]:
     run(qvm.command("run", "--rm", *options, *guest, "--", "true"), env=env)

@@ -12,10 +12,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import ssh_guest
 from support import ROOT, Qvm, tar_of
 
 DARWIN = Path(__file__).resolve().parent / "darwin"
-SSH_GUEST = Path(__file__).resolve().parent / "ssh_guest.py"
 INTEL, APPLE = "x86_64", "arm64"
 MACHINES = ("silicon", "silicon-bare", "rosetta", "vm", "runner", "intel", "intel-vm")
 WITHOUT_ROSETTA = ("silicon-bare", "intel", "intel-vm")
@@ -218,9 +218,7 @@ if play.get("convert"):
 if play.get("wait"):
   open(play["wait"]).read()
 if os.environ.get("SSH_GUEST") and not play.get("plain"):
-  __file__ = {ssh_guest!r}
-  with open(__file__) as file:
-    exec(compile(file.read(), __file__, "exec"))
+  {main}
 for stream in ("stdout", "stderr"):
   getattr(sys, stream).write(play.get(stream, ""))
   getattr(sys, stream).flush()
@@ -250,7 +248,8 @@ def macho(cpu, text):
 
 
 def qemu_text(cpu=INTEL):
-  return QEMU.format(cpu=cpu, ssh_guest=str(SSH_GUEST), qemu_img=shutil.which("qemu-img"))
+  main = ssh_guest.MAIN.replace("\n", "\n  ")
+  return QEMU.format(cpu=cpu, main=main, qemu_img=shutil.which("qemu-img"))
 
 
 def qemu(cpu=INTEL):

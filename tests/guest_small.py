@@ -1,12 +1,12 @@
 """Small stand-ins for tools of the BSDs: printf of FreeBSD, stat of all three.
 
 main("printf", arguments), main("stat", folder of the guest, arguments) -> exit code
+
+They load little: one --sync starts them several times.
 """
 
 import os
-import re
 import stat
-import subprocess
 import sys
 
 KINDS = {stat.S_IFDIR: "Directory", stat.S_IFREG: "Regular File", stat.S_IFLNK: "Symbolic Link",
@@ -15,8 +15,19 @@ KINDS = {stat.S_IFDIR: "Directory", stat.S_IFREG: "Regular File", stat.S_IFLNK: 
 
 def printf(words):
   """What %b prints ends where its argument says \\0 (and up to three octal zeros)."""
-  cut = [re.split(r"\\00?0?0?(?![0-7])", word)[0] for word in words[1:]]
-  return subprocess.call(["/usr/bin/printf", words[0], *cut])
+  os.execv("/usr/bin/printf", ["printf", words[0], *map(until_zero, words[1:])])
+
+
+def until_zero(word):
+  """What comes before the first octal zero."""
+  place = word.find("\\0")
+  while place >= 0:
+    digits = word[place + 2 : place + 5]
+    octal = digits[: len(digits) - len(digits.lstrip("01234567"))]
+    if not octal.strip("0"):
+      return word[:place]
+    place = word.find("\\0", place + 2)
+  return word
 
 
 def show(letter, found, path, text):
@@ -37,6 +48,21 @@ def show(letter, found, path, text):
     if KINDS.get(kind, "R")[0] in "DLFS" else "",
     "Y": ("" if "S" not in text else " -> ") + os.readlink(path) if kind == stat.S_IFLNK else "",
   }[letter]  # fmt: skip
+
+
+def filled(form, found, path):
+  """The pieces of a format; a field is %, flags and a width, how it is shown, a part, a letter."""
+  text, *fields = form.split("%")
+  yield text
+  fields = iter(fields)
+  for field in fields:
+    if not field:  # %%
+      yield "%" + next(fields, "")
+      continue
+    rest = field.lstrip("-+ #0123456789.")
+    for letters in ("DOUXFS", "HML"):
+      rest = rest[1:] if rest[0] in letters else rest
+    yield show(rest[0], found, path, field[: len(field) - len(rest)]) + rest[1:]
 
 
 def bsd_stat(words):
@@ -63,11 +89,7 @@ def bsd_stat(words):
       code = 1
       continue
 
-    def field(match, found=found, path=path):
-      return show(match.group(2), found, path, match.group(1))
-
-    line = re.sub(r"%([-+ #0-9.]*[DOUXFS]?[HML]?)([a-zA-Z%])", field, form)
-    sys.stdout.buffer.write(os.fsencode(line + newline))
+    sys.stdout.buffer.write(os.fsencode("".join(filled(form, found, path)) + newline))
   return code
 
 

@@ -393,7 +393,7 @@ def put_bases(cache):
       if not target.exists():
         shutil.copy(str(base / ("freebsd-15.1-x86-64" + suffix)), str(target))
   program = Path(str(cache)) / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-  program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+  program.write_text(ssh_guest.program())
 
 
 def systems():

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A stand-in for QEMU: the guest that it boots is a real sshd on the port that hostfwd names.
 
 $SSH_GUEST, JSON, says how the guest behaves:
@@ -33,26 +32,24 @@ Needs Linux, and Debian's openssh-server, openssh-client, libnss-wrapper and, fo
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
 import pwd
-import random
 import re
-import select
-import shutil
 import signal
 import socket
 import sys
 import time
 
+from ssh_keeper import LIBRARY, PATH, find, spawn
+
 USERS = ("runner", "user")
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-LIBRARY = "libnss_wrapper.so"
 CONSOLE = "ssh guest boots\n"
-MOUNT_SLAVE, MOUNT_BIND, NEW_MOUNTS, SUBREAPER = 0x84000, 0x1000, 0x20000, 36
-NORMAL = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGUSR1")
+# Python compiles a module once for all, a script each time.
+IMPORT = f"import sys\nsys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})\n"
+MAIN = IMPORT + "import ssh_guest\nsys.exit(ssh_guest.main(sys.argv))\n"
+KEEPER = IMPORT + "import os, ssh_keeper\nssh_keeper.keep(os.path.dirname(__file__), sys.argv[1])\n"
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 # %(name)s is filled in; only what differs from the defaults. The default key exchange takes 60 ms
@@ -97,36 +94,34 @@ kill -USR1 %(pid)d && exec sleep 600
 }
 
 
-# --- both ------------------------------------------------------------------------------------
+# --- for tests -------------------------------------------------------------------------------
 
 
-def find(name):
-  """The path of a program, also where only root has it on the PATH."""
-  return shutil.which(name, path=os.environ.get("PATH", "") + ":" + PATH)
+def program(first=""):
+  """The stand-in, as a script; `first` is what it does before."""
+  return f"#!{sys.executable} -IS\n{first}\n{MAIN}"
 
 
-def spawn(command, env, files):
-  """Start a program with these descriptors as its 0, 1, 2, ... and no others; returns the pid."""
-  pid = os.fork()
-  if pid:
-    return pid
+def wait_until_gone(folder):
+  """Wait until nothing runs any more of a guest that has been ended or killed."""
+  with open(os.path.join(str(folder), "guest.log"), "a") as log:
+    fcntl.flock(log, fcntl.LOCK_EX)
+
+
+def missing():
+  """The Debian packages that a guest needs and that are not there."""
+  programs = {"openssh-server": "sshd", "openssh-client": "ssh-keygen", "mtools": "mtype"}
+  packages = [package for package, name in programs.items() if not find(name)]
+  import ctypes
+
   try:
-    # Out of the way first: one may have the number that another is to get.
-    files = [fcntl.fcntl(fd, fcntl.F_DUPFD, len(files)) for fd in files]
-    for number, fd in enumerate(files):
-      os.dup2(fd, number)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-      if fd >= len(files):
-        with contextlib.suppress(OSError):
-          os.close(fd)
-    for name in NORMAL:
-      signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.execve(command[0], command, env)
-  except BaseException as error:
-    os.write(2, f"{command[0]}: {error}\n".encode())
-  finally:
-    os._exit(127)
+    ctypes.CDLL(LIBRARY)
+  except OSError:
+    packages.append("libnss-wrapper")
+  return packages
+
+
+# --- the stand-in ----------------------------------------------------------------------------
 
 
 def write(path, content, mode=0o644):
@@ -135,242 +130,6 @@ def write(path, content, mode=0o644):
     os.chmod(path + ".new", mode)
     file.write(content)
   os.replace(path + ".new", path)
-
-
-def wait_until_gone(folder):
-  """For tests: wait until nothing runs any more of a guest that has been ended or killed."""
-  with open(os.path.join(str(folder), "guest.log"), "a") as log:
-    fcntl.flock(log, fcntl.LOCK_EX)
-
-
-def missing():
-  """For tests: the Debian packages that a guest needs and that are not there."""
-  programs = {"openssh-server": "sshd", "openssh-client": "ssh-keygen", "mtools": "mtype"}
-  packages = [package for package, name in programs.items() if not find(name)]
-  try:
-    ctypes.CDLL(LIBRARY)
-  except OSError:
-    packages.append("libnss-wrapper")
-  return packages
-
-
-# --- the keeper: sshd and its descendants ----------------------------------------------------
-
-
-class Punisher:
-  """What sshd(8) of OpenSSH 10 does to whoever does not log in, as its sshd_config(5) has it.
-
-  PerSourcePenalties: 1 s for each connection that ends without a login having been tried, 5 s for
-  one with failed logins. From 15 s on (min), and until they have passed, the source is refused;
-  600 s are the most. MaxStartups 10:30:100: of the connections that have not logged in yet, the
-  11th and following are refused with a probability that grows from 30 to 100 per cent.
-  What it has done is in punished.log, a line for each.
-  """
-
-  NOAUTH, AUTHFAIL, LEAST, MOST = 1.0, 5.0, 15.0, 600.0
-  BEGIN, RATE, FULL = 10, 30, 100
-
-  def __init__(self, folder, scale):
-    self.folder, self.scale = folder, scale
-    self.until, self.active = 0.0, False
-    self.logs = {}  # of connections that have not logged in: the pipe with sshd's messages
-    self.rest = {}  # of the others
-    self.random = random.Random(1)
-
-  def note(self, text):
-    with open(os.path.join(self.folder, "punished.log"), "a") as file:
-      file.write(text + "\n")
-
-  def refuses(self):
-    """Why a new connection is refused, as sshd says it on the wire; empty: it is not."""
-    self.active = self.active and time.monotonic() < self.until
-    if self.active:
-      return "Not allowed at this time"
-    count = len(self.logs)
-    share = self.RATE + (100 - self.RATE) * (count - self.BEGIN) / (self.FULL - self.BEGIN)
-    if count >= self.FULL or (count >= self.BEGIN and self.random.uniform(0, 100) < share):
-      return "Exceeded MaxStartups"
-    return ""
-
-  def take(self, folder, link):
-    """Answer a connection."""
-    refused = self.refuses()
-    if refused:
-      self.note(refused)
-      link.sendall(refused.encode() + b"\r\n")
-      return link.close()
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    self.logs[reading] = b""
-    serve(folder, link, writing)
-    os.close(writing)
-
-  def read(self, fd):
-    """Take in what an sshd says; its end is judged."""
-    try:
-      data = os.read(fd, 65536)
-    except BlockingIOError:
-      return
-    if data and fd in self.logs:
-      self.logs[fd] += data
-      if b"Accepted " in self.logs[fd]:
-        self.rest[fd] = self.logs.pop(fd)
-    elif not data:
-      os.close(fd)
-      self.rest.pop(fd, None)
-      text = self.logs.pop(fd, None)
-      if text is not None:
-        tried = b"authenticating user" in text or b"Failed " in text
-        self.punish("authfail" if tried else "noauth", self.AUTHFAIL if tried else self.NOAUTH)
-
-  def punish(self, reason, seconds):
-    now = time.monotonic()
-    self.until = min(max(self.until, now) + seconds * self.scale, now + self.MOST * self.scale)
-    self.active = self.active or self.until - now >= self.LEAST * self.scale
-    self.note(reason)
-
-
-def keep_punishing(folder, server, scale):
-  """As keep_serving(), with the manners of OpenSSH 10."""
-  punisher = Punisher(folder, scale)
-  while True:
-    ready = select.select([0, 3, *punisher.logs, *punisher.rest], [], [])[0]
-    if 0 in ready:
-      return
-    for fd in ready:
-      if fd != 3:
-        punisher.read(fd)
-    if 3 in ready:
-      with contextlib.suppress(OSError):
-        punisher.take(folder, server.accept()[0])
-
-
-def keep_daemon(folder, server, program):
-  """A daemon of sshd's own at the address of the socket."""
-  host, port = server.getsockname()
-  server.close()
-  more = []
-  for option, name in (("SshdSessionPath", "sshd-session"), ("SshdAuthPath", "sshd-auth")):
-    beside = os.path.join(os.path.dirname(program), name)  # a part of sshd from 9.8 or 10.0 on
-    more += ["-o", f"{option}={beside}"] if os.path.isfile(beside) else []
-  log = os.path.join(folder, "sshd.log")
-  command = [program, "-D", "-f", os.path.join(folder, "sshd_config"), "-E", log, *more]
-  spawn([*command, "-o", f"ListenAddress={host}:{port}"], sshd_env(folder), [2, 2, 2])
-  select.select([0], [], [])
-
-
-def keep(folder, answers):
-  """Descriptor 0 says when to end; whoever connects to 3 gets an sshd, or silence."""
-  os.setsid()
-  os.umask(0o22)
-  libc = ctypes.CDLL(None, use_errno=True)
-  libc.prctl(SUBREAPER, 1, 0, 0, 0)
-  if os.getuid() == 0:
-    own_run(libc, folder)
-  signal.signal(signal.SIGCHLD, lambda number, frame: reap())
-  server = socket.socket(fileno=3)
-  server.setblocking(False)  # who connected may have gone before accept()
-  kind, _, detail = answers.partition("=")
-  if kind == "punish":
-    keep_punishing(folder, server, float(detail))
-  elif kind == "daemon":
-    keep_daemon(folder, server, detail)
-  elif kind == "says":
-    keep_saying(folder, server)
-  else:
-    keep_serving(folder, server, answers == "answer")
-  server.close()
-  end_descendants()
-
-
-def keep_serving(folder, server, answers):
-  """An sshd, or silence, for each connection, until descriptor 0 says to end."""
-  held = []
-  while 0 not in select.select([0, 3], [], [])[0]:
-    with contextlib.suppress(OSError):
-      link = server.accept()[0]
-      if answers:
-        serve(folder, link)
-      else:
-        held.append(link)
-
-
-def keep_saying(folder, server):
-  """The text in the file `says`, and the end, for each connection."""
-  with open(os.path.join(folder, "says"), "rb") as file:
-    text = file.read()
-  while 0 not in select.select([0, 3], [], [])[0]:
-    with contextlib.suppress(OSError), server.accept()[0] as link:
-      link.settimeout(5.0)
-      link.sendall(text)
-
-
-def own_run(libc, folder):
-  """As root: the folder that sshd wants in /run, and no entries in the machine's login records."""
-  os.makedirs(folder + "/records", exist_ok=True)
-  if libc.unshare(NEW_MOUNTS) or libc.mount(None, b"/", None, MOUNT_SLAVE, None):
-    os.makedirs("/run/sshd", 0o755, exist_ok=True)  # in a container, which has its own
-    return
-  in_run = (os.path.realpath(folder) + "/").startswith(os.path.realpath("/run") + "/")
-  if not in_run:
-    libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, b"mode=755")
-  os.makedirs("/run/sshd", 0o755, exist_ok=True)
-  for path in ("/run/utmp", "/var/log/wtmp", "/var/log/btmp", "/var/log/lastlog"):
-    own = os.path.join(folder, "records", os.path.basename(path))
-    if os.path.exists(path):
-      open(own, "a").close()
-      libc.mount(os.fsencode(own), os.fsencode(path), None, MOUNT_BIND, None)
-
-
-def sshd_env(folder):
-  """The environment of sshd: its users are the guest's."""
-  env = {"PATH": PATH, "LD_PRELOAD": LIBRARY}
-  for name in ("passwd", "group", "shadow"):
-    env["NSS_WRAPPER_" + name.upper()] = os.path.join(folder, name)
-  return env
-
-
-def serve(folder, link, messages=None):
-  """Start an sshd for one connection; its messages go to a log, or to a descriptor."""
-  log = ["-E", os.path.join(folder, "sshd.log")] if messages is None else ["-e"]
-  command = [find("sshd"), "-i", "-f", os.path.join(folder, "sshd_config"), *log]
-  with link:
-    spawn(command, sshd_env(folder), [link.fileno(), link.fileno(), messages or 2])
-
-
-def reap():
-  """Take leave of the children that have ended."""
-  with contextlib.suppress(ChildProcessError):
-    while os.waitpid(-1, os.WNOHANG)[0]:
-      pass
-
-
-def descendants(pid):
-  """The pids of all descendants of a process."""
-  children = {}
-  for child in filter(str.isdigit, os.listdir("/proc")):
-    with contextlib.suppress(OSError):  # it has ended
-      with open(f"/proc/{child}/stat", errors="replace") as file:
-        parent = int(file.read().rpartition(")")[2].split()[1])
-      children.setdefault(parent, []).append(int(child))
-  found = children.get(pid, [])[:]
-  for child in found:  # it grows meanwhile
-    found += children.get(child, [])
-  return found
-
-
-def end_descendants():
-  """Kill all descendants; this process inherits orphans, so that in the end it has no child."""
-  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-  with contextlib.suppress(ChildProcessError):
-    while True:
-      for pid in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-          os.kill(pid, signal.SIGKILL)
-      os.wait()
-
-
-# --- the stand-in ----------------------------------------------------------------------------
 
 
 def properties(argv, option):
@@ -502,9 +261,8 @@ def listen(argv):
 
 
 def start_keeper(play, server, pipe, log):
-  """Start the keeper from a copy of this file: its command line must not look like QEMU's."""
-  with open(os.path.abspath(__file__), encoding="utf-8") as file:
-    write(play["folder"] + "/keeper.py", file.read())
+  """Start the keeper; its command line has the folder, and does not look like QEMU's."""
+  write(play["folder"] + "/keeper.py", KEEPER)
   banner = play.get("banner", True)
   answers = "answer" if banner else "hang"
   if isinstance(banner, str):
@@ -514,7 +272,7 @@ def start_keeper(play, server, pipe, log):
     answers = "daemon=" + (find("sshd") if play["daemon"] is True else play["daemon"])
   if play.get("punish"):
     answers = f"punish={float(play['punish'])}"
-  command = [sys.executable, "-I", "-S", play["folder"] + "/keeper.py", "--keep", answers]
+  command = [sys.executable, "-I", "-S", play["folder"] + "/keeper.py", answers]
   return spawn(command, {"PATH": PATH}, [pipe, log, log, server.fileno()])
 
 
@@ -653,10 +411,3 @@ def main(argv):
   control.serve()
   while True:
     signal.pause()
-
-
-if __name__ == "__main__":
-  if sys.argv[1:2] == ["--keep"]:
-    keep(os.path.dirname(os.path.abspath(__file__)), sys.argv[2])
-  else:
-    sys.exit(main(sys.argv))

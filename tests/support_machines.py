@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def make_real_cache(folder):
 def ssh_guest_as_qemu(cache):
   """Put the stand-in that starts a real sshd in the place of QEMU."""
   program = cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-  program.write_text(f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}")
+  program.write_text(ssh_guest.program())
   forget_sizes(cache)
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import ssh_guest
@@ -94,8 +93,7 @@ def picky(full, tmp_path):
 @pytest.fixture
 def machines(full, tmp_path):
   """The same with an sshd for a guest."""
-  text = f"#!{sys.executable}\n{Path(ssh_guest.__file__).read_text()}"
-  picky = Picky(full, tmp_path, text)
+  picky = Picky(full, tmp_path, ssh_guest.program())
   (tmp_path / "tmp").mkdir()
   full.env["TMPDIR"] = str(tmp_path / "tmp")
   picky.guests = Guests(full, tmp_path / "guest")

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import xml.etree.ElementTree
 from pathlib import Path
@@ -35,11 +34,10 @@ import qvm as qvm_source
 # $EACH_GUESTS says of that.
 WHICH = """
 import json, os, re, sys
-if sys.argv[1:2] != ["--keep"]:
-  plays = json.loads(os.environ["EACH_GUESTS"])
-  name = re.search(r"([^/]+)-each-[0-9a-f]{6}[.]qcow2", " ".join(sys.argv)).group(1)
-  play = {"folder": os.path.join(plays["folder"], name), **plays.get(name, {})}
-  os.environ["SSH_GUEST"] = json.dumps(play)
+plays = json.loads(os.environ["EACH_GUESTS"])
+name = re.search(r"([^/]+)-each-[0-9a-f]{6}[.]qcow2", " ".join(sys.argv)).group(1)
+play = {"folder": os.path.join(plays["folder"], name), **plays.get(name, {})}
+os.environ["SSH_GUEST"] = json.dumps(play)
 """
 
 
@@ -84,8 +82,7 @@ class Each:
 @pytest.fixture
 def each(full, tmp_path):
   program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
-  text = Path(ssh_guest.__file__).read_text()
-  program.write_text(f"#!{sys.executable}\n{WHICH}\n{text}")
+  program.write_text(ssh_guest.program(WHICH))
   forget_sizes(full.cache)
   (tmp_path / "tmp").mkdir()
   full.env["TMPDIR"] = str(tmp_path / "tmp")

@@ -7,11 +7,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ssh_guest
+import ssh_keeper
 from support import alive, free_port, heard, processes_of, wait_for
 
 SHELLS = ("/bin/sh", "/bin/bash", "/bin/csh", "/usr/bin/fish", "/bin/zsh")
@@ -40,8 +40,7 @@ class Guest:
     self.home, self.folder, self.port = folder, folder / "guest", free_port()
     self.play = {"folder": str(self.folder), **play}
     self.program = folder / "qemu"
-    text = Path(ssh_guest.__file__).read_text()
-    self.program.write_text(f"#!{sys.executable}\n{text}")
+    self.program.write_text(ssh_guest.program())
     self.program.chmod(0o755)
 
   def command(self, disk=None):
@@ -276,7 +275,7 @@ def busy(guest, tmp_path):
 def test_nothing_outlives_it(guests, tmp_path, number):
   guest = guests().start()
   with busy(guest, tmp_path) as (session, pipe):
-    pids = ssh_guest.descendants(guest.process.pid)
+    pids = ssh_keeper.descendants(guest.process.pid)
     assert guest.record["keeper"] in pids and len(pids) >= 6
     assert set(pids) >= set(processes_of(guest.folder, environment=True)) - {
       guest.process.pid,
@@ -302,7 +301,7 @@ def test_sessions_leave_no_process_behind_but_what_they_started(guests):
 
   def names():
     found = []
-    for pid in ssh_guest.descendants(guest.process.pid):
+    for pid in ssh_keeper.descendants(guest.process.pid):
       with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         found.append(Path(f"/proc/{pid}/comm").read_text())
     return found
@@ -326,7 +325,7 @@ def test_descriptors_stay_with_the_stand_in(guests, tmp_path):
   assert guest.record["fds"][str(lock.fileno())] == lock.name
   lock.close()
   with busy(guest, tmp_path), open(str(tmp_path / "lock")) as again:
-    for pid in ssh_guest.descendants(guest.process.pid):
+    for pid in ssh_keeper.descendants(guest.process.pid):
       for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
           assert os.readlink(f"/proc/{pid}/fd/{fd}") != again.name

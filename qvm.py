@@ -3973,79 +3973,100 @@ def check_link(path: str, target: str) -> None:
     raise ValueError(f"is a link out of its folder, to {target[:100]}")
 
 
-class Meter:
-  """A stream that ends with a ValueError where more is read than tarfile has a reason to."""
+BLOCK = 512  # of a tar
+EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # headers that another one follows
 
-  def __init__(self, stream: IO[bytes], allowed: int) -> None:
-    self.stream, self.position, self.allowed = stream, 0, allowed
+
+class Tape:
+  """An untrusted tar stream as tarfile reads it, forwards only, which can be looked at ahead."""
+
+  def __init__(self, stream: IO[bytes]) -> None:
+    self.stream, self.position = stream, 0
+    self.allowed = 0  # how far tarfile may read
+    self.buffer, self.start = b"", 0  # bytes of the stream, and where the next one is in them
+
+  def peek(self, start: int, size: int) -> bytes:
+    """Bytes that are still to be read, from so many on; fewer at the end of the stream."""
+    while self.start + start + size > len(self.buffer):
+      more = self.stream.read(CHUNK_BYTES)
+      self.buffer, self.start = self.buffer[self.start :] + more, 0
+      if not more:
+        break
+    return self.buffer[self.start + start : self.start + start + size]
 
   def read(self, size: int) -> bytes:
-    data = self.stream.read(size)
-    self.position += len(data)
+    """Read; ValueError where that is more than tarfile has a reason to."""
+    data = self.peek(0, size)
+    self.start, self.position = self.start + len(data), self.position + len(data)
     if self.position > self.allowed:
       raise ValueError("it has headers without end")
     return data
 
+  def tell(self) -> int:
+    return self.position
 
-def header_class(several: bool) -> Any:
-  """A TarInfo that looks at each header before tarfile believes it; for one stream.
-
-  tarfile takes a damaged or cut header for the end of an archive, and follows headers that
-  announce further ones until the stack or the memory is used up.
-  """
-
-  class Header(tarfile.TarInfo):
-    chain = 0
-    ended = several  # whether the last block was one of zeros, as at an archive's end
-
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
-      if len(buf) not in (0, 512) or (not buf and not (several and cls.ended)):
+  def seek(self, position: int) -> None:
+    """Skip what comes before a position; ValueError if that is not to be."""
+    if not 0 <= position - self.position <= MAX_DISK_BYTES + BLOCK:
+      raise ValueError("it has a member of an impossible size")
+    self.allowed = position
+    while self.position < position:
+      if not self.read(min(CHUNK_BYTES, position - self.position)):
         raise ValueError("it is cut short")
-      cls.ended = buf.count(0) == len(buf)
-      try:
-        member = super().frombuf(buf, encoding, errors)
-      except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
-        raise ValueError(f"it is no tar stream, or damaged: {error}")
-      more = not member.isreg() and not member.isdev() and not member.isdir()
-      cls.chain = cls.chain + 1 if more and member.type not in b"12" else 0
-      if not 0 <= member.size <= MAX_DISK_BYTES or (more and member.size > MAX_HEADER_BYTES):
-        raise ValueError(f"it has a header of {member.size} bytes")
-      if cls.chain > MAX_HEADERS:
-        raise ValueError("it has headers without end")
-      return member
 
-  return Header
+  def at_member(self, several: bool) -> bool:
+    """Whether a member comes next; ValueError where it is cut short, or has too many headers.
+
+    tarfile takes a cut header for the end of an archive, and follows headers that announce further
+    ones until the stack or the memory is used up.
+    """
+    ended = several and not self.position
+    block = self.peek(0, BLOCK)
+    while block == bytes(BLOCK) and several:
+      ended, block = bool(self.read(BLOCK)), self.peek(0, BLOCK)
+    if block == bytes(BLOCK) or (ended and not block):
+      return False
+    if len(block) < BLOCK:
+      raise ValueError("it is cut short")
+    place = 0
+    for _ in range(MAX_HEADERS):
+      block = self.peek(place, BLOCK)
+      if block[156:157] not in EXTENDED:
+        return True
+      size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+      if not 0 <= size <= MAX_HEADER_BYTES:
+        raise ValueError(f"it has a header of {size} bytes")
+      place += BLOCK + size + -size % BLOCK
+    raise ValueError("it has headers without end")
 
 
 def tar_members(
   stream: IO[bytes], headers: int, several: bool = False
-) -> Iterator[Tuple["tarfile.TarFile", "tarfile.TarInfo"]]:
+) -> Iterator[Tuple[Tape, "tarfile.TarInfo"]]:
   """The members of an untrusted tar stream, or of several one behind the other.
 
-  Each comes with its archive, whose fileobj is at the content. ValueError or TarError when the
-  stream is damaged, cut short, or has more than so many bytes of headers for one member.
+  Each comes with the tape, which is at its content. ValueError when the stream is damaged, cut
+  short, or has more than so many bytes of headers for one member.
   """
-  meter: Any = Meter(stream, headers + CHUNK_BYTES)
-  archive: Any
-  with tarfile.open(
-    fileobj=meter, mode="r|", bufsize=CHUNK_BYTES, ignore_zeros=several,
-    tarinfo=header_class(several), encoding="utf-8", errors="surrogateescape",
-  ) as archive:  # fmt: skip
-    while True:
-      try:
-        member = archive.next()
-      except (LookupError, OverflowError, RecursionError, MemoryError):
-        raise ValueError("it is damaged")  # which tarfile has not foreseen
-      if member is None:
+  tape: Any = Tape(stream)
+  while True:
+    tape.allowed = tape.position + headers + CHUNK_BYTES
+    try:
+      if not tape.at_member(several):
         return
-      archive.members = []  # it would grow with each
-      archive.pax_headers.clear()  # so would these
-      member.name, member.linkname = from_utf8(member.name), from_utf8(member.linkname)
-      meter.allowed = archive.offset + headers + CHUNK_BYTES
-      if not 0 <= member.size <= MAX_DISK_BYTES:
-        raise ValueError(f"it has a member of {member.size} bytes")
-      yield archive, member
+      # One archive for each member: it would keep all, and nothing of it is needed for the next.
+      archive = tarfile.TarFile(fileobj=tape, encoding="utf-8", errors="surrogateescape")
+      member = archive.next()
+    except (tarfile.TarError, LookupError, OverflowError, RecursionError, MemoryError) as error:
+      raise ValueError(f"it is no tar stream, or damaged: {describe(error)}")
+    if member is None:  # which tarfile takes for the end
+      raise ValueError("it is no tar stream, or damaged")
+    member.name, member.linkname = from_utf8(member.name), from_utf8(member.linkname)
+    if not 0 <= member.size <= MAX_DISK_BYTES:
+      raise ValueError(f"it has a member of {member.size} bytes")
+    tape.allowed = tape.position + member.size
+    yield tape, member
+    tape.seek(archive.offset)
 
 
 def pieces_of(member: "tarfile.TarInfo") -> List[Tuple[int, int]]:
@@ -4138,9 +4159,7 @@ class Folder:
     fd, name = self.at(path)
     os.symlink(target, name, dir_fd=fd)
 
-  def write_member(
-    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", file: IO[bytes]
-  ) -> None:
+  def write_member(self, tape: Tape, member: "tarfile.TarInfo", file: IO[bytes]) -> None:
     """Write a file of an archive, or a copy of the one that a hard link leads to.
 
     Its holes, and what is zero throughout, take no space on the disk. The pieces of a sparse member
@@ -4152,7 +4171,7 @@ class Folder:
     zeros = bytes(CHUNK_BYTES)
     for offset, size in pieces_of(member):
       while size > 0:
-        chunk = archive.fileobj.read(min(size, CHUNK_BYTES))
+        chunk = tape.read(min(size, CHUNK_BYTES))
         if not chunk:
           raise ValueError("is cut short")
         if chunk != zeros[: len(chunk)]:
@@ -4179,12 +4198,12 @@ def unpack(stream: IO[bytes], path: str, limits: Limits, expected: Sequence[str]
   os.mkdir(path, 0o755)
   with contextlib.closing(Folder(path)) as folder:
     size = 0
-    for number, (archive, member) in enumerate(tar_members(stream, limits.headers)):
+    for number, (tape, member) in enumerate(tar_members(stream, limits.headers)):
       try:
         size += size_of(folder, member)
         if number >= limits.members or size > limits.size:
           raise ValueError("is one too many for an honest archive")
-        unpack_member(folder, archive, member, expected)
+        unpack_member(folder, tape, member, expected)
       except ValueError as error:
         raise ValueError(f"its member '{member.name[:100]}' {error}")
       except OSError as error:
@@ -4204,7 +4223,7 @@ def size_of(folder: Folder, member: "tarfile.TarInfo") -> int:
 
 
 def unpack_member(
-  folder: Folder, archive: "tarfile.TarFile", member: "tarfile.TarInfo", expected: Sequence[str]
+  folder: Folder, tape: Tape, member: "tarfile.TarInfo", expected: Sequence[str]
 ) -> None:
   """Give a member its place; ValueError when it is not a plain file, folder or link."""
   path = safe_path(member.name)
@@ -4219,7 +4238,7 @@ def unpack_member(
     folder.link(path, member.linkname)
   elif member.islnk() or member.isreg():
     with folder.new_file(path) as file:
-      folder.write_member(archive, member, file)
+      folder.write_member(tape, member, file)
       os.fchmod(file.fileno(), 0o755 if member.mode & 0o100 else 0o644)
   elif not member.isdir():
     raise ValueError("is a device or another special file")
@@ -4246,7 +4265,7 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
     with open_packed(path) as stream:
       unpack(stream, folder, QEMU_LIMITS)
     return find_unpacked(folder, names)
-  except (tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, EOFError) as error:
+  except (zlib.error, lzma.LZMAError, ValueError, EOFError) as error:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
   except OSError as error:
     if error.errno is not None:
@@ -4311,7 +4330,7 @@ def python_zstd() -> Any:
 def unpack_bundle(path: str, folder: str, name: str) -> None:
   """Unpack disk.img and kernel, and nothing else, from a bundle into a new folder.
 
-  ValueError or TarError when the bundle is damaged or hostile.
+  ValueError when the bundle is damaged or hostile.
   """
   zstd = python_zstd()
   if not zstd:
@@ -4877,7 +4896,7 @@ def convert_bundle(plan: Plan, download: Download, aside: str) -> str:
   say(f"unpacking {name}")
   try:
     unpack_bundle(part, aside, name)
-  except (tarfile.TarError, ValueError, EOFError) as error:
+  except (ValueError, EOFError) as error:
     raise RefusedError(f"{name} is refused: {error}")
   except UnpackerError as error:
     if download.vouched:
@@ -7594,12 +7613,12 @@ class Receiver:
     """Unpack all that comes and was asked for, until the stream ends or is no honest tar's."""
     self.cut, self.is_empty = "", not stream.peek(1)  # type: ignore[attr-defined]
     try:
-      for archive, member in () if self.is_empty else tar_members(stream, MAX_HEADER_BYTES, True):
+      for tape, member in () if self.is_empty else tar_members(stream, MAX_HEADER_BYTES, True):
         with contextlib.suppress(ValueError):  # such a name was not asked for
           path = safe_path(member.name)
           if path in self.asked:
-            self.attempt(path, functools.partial(self.put, archive, member))
-    except (tarfile.TarError, ValueError) as error:
+            self.attempt(path, functools.partial(self.put, tape, member))
+    except ValueError as error:
       self.cut = f"what the guest sends is refused: {error}"
 
   def attempt(self, path: str, put: Callable[[str], Optional[os.stat_result]]) -> None:
@@ -7730,9 +7749,7 @@ class Receiver:
 
   # Files and links
 
-  def put(
-    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str
-  ) -> Optional[os.stat_result]:
+  def put(self, tape: Tape, member: "tarfile.TarInfo", path: str) -> Optional[os.stat_result]:
     """Give a file or link that has come its place; returns what is there then, if it is that."""
     self.make(os.path.dirname(path))
     if member.issym():
@@ -7746,16 +7763,14 @@ class Receiver:
     left = free_space(self.folder.path) - RESERVE_BYTES
     if size > left:
       raise disk_full(os.path.join(self.folder.path, path), size - max(left, 0))
-    return self.put_file(archive, member, path)
+    return self.put_file(tape, member, path)
 
-  def put_file(
-    self, archive: "tarfile.TarFile", member: "tarfile.TarInfo", path: str
-  ) -> Optional[os.stat_result]:
+  def put_file(self, tape: Tape, member: "tarfile.TarInfo", path: str) -> Optional[os.stat_result]:
     """Write a file aside; it takes its place when whole, and only if it brings anything new."""
     mode = member.mode & 0o777
     with self.aside(path) as aside:
       with self.folder.new_file(aside) as file:
-        self.folder.write_member(archive, member, file)
+        self.folder.write_member(tape, member, file)
         file.flush()
         if self.is_same(path, mode, file):
           return self.there(path)

@@ -11,23 +11,25 @@ _CPUS = {"x86-64": "x86_64", "arm64": "aarch64"}
 
 # QEMU looks for its modules in this folder, beside the one that its program lies in.
 _MODULES = f"lib/{platform.machine()}-linux-gnu/qemu"
+# Some builds have TCG for x86 as a module; for the other CPUs it is always built in.
+_TCG = f"{_MODULES}/accel-tcg-x86_64.so"
+_ROMS = "usr/lib/ipxe/qemu" if os.path.isdir("/usr/lib/ipxe/qemu") else "usr/share/qemu"
 _ARM_FIRMWARE = "usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
 
 # What an archive holds, and which installed file that is.
 _X86_64_FILES = {
   "bin/qemu": "usr/bin/qemu-system-x86_64",
-  # The TCG accelerator is a module on x86 only; the other CPUs have it built in.
-  f"{_MODULES}/accel-tcg-x86_64.so": f"usr/{_MODULES}/accel-tcg-x86_64.so",
+  **({_TCG: f"usr/{_TCG}"} if os.path.isfile(f"/usr/{_TCG}") else {}),
   "share/qemu/bios-256k.bin": "usr/share/seabios/bios-256k.bin",
-  "share/qemu/efi-e1000.rom": "usr/lib/ipxe/qemu/efi-e1000.rom",
-  "share/qemu/efi-virtio.rom": "usr/lib/ipxe/qemu/efi-virtio.rom",
+  "share/qemu/efi-e1000.rom": f"{_ROMS}/efi-e1000.rom",
+  "share/qemu/efi-virtio.rom": f"{_ROMS}/efi-virtio.rom",
   "share/qemu/kvmvapic.bin": "usr/share/qemu/kvmvapic.bin",
   "share/qemu/uefi.fd": "usr/share/ovmf/OVMF.fd",
   "share/qemu/vgabios-stdvga.bin": "usr/share/seabios/vgabios-stdvga.bin",
 }
 _AARCH64_FILES = {
   "bin/qemu": "usr/bin/qemu-system-aarch64",
-  "share/qemu/efi-virtio.rom": "usr/lib/ipxe/qemu/efi-virtio.rom",
+  "share/qemu/efi-virtio.rom": f"{_ROMS}/efi-virtio.rom",
   "share/qemu/uefi.fd": _ARM_FIRMWARE,
 }
 _LINARO_FILES = {"share/qemu/linaro_uefi.fd": _ARM_FIRMWARE}
@@ -41,7 +43,7 @@ _PACKAGES = {
   "QEMU_EFI": "qemu-efi-aarch64",
   "OVMF": "ovmf",
   "seabios": "seabios",
-  "ipxe": "ipxe-qemu",
+  "qemu/efi-": "ipxe-qemu",
   "kvmvapic": "qemu-system-data",
 }
 

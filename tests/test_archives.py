@@ -359,6 +359,25 @@ def test_hostile_archive_leaves_nothing(unpacker, content):
   assert len(message) < 400 and "\n" not in message and "Error(" not in message
 
 
+NOT_TO_BE_MISSED = ("negative size", "size of letters", "cut in a header")
+
+
+@pytest.mark.parametrize("name", NOT_TO_BE_MISSED)
+def test_a_tarfile_that_asks_no_subclass(unpacker, monkeypatch, name):
+  """As that of Python 3.14.10, which reads each header by a method of its own."""
+  read = tarfile.TarInfo.__dict__["frombuf"].__func__
+
+  def fromtarfile(cls, archive):
+    found = read(cls, archive.fileobj.read(512), archive.encoding, archive.errors)
+    found.offset = archive.fileobj.tell() - 512
+    return found._proc_member(archive)
+
+  monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(fromtarfile))
+  with pytest.raises(qvm_source.QvmError, match="some.tar is refused: ."):
+    unpacker(HOSTILE[name])
+  assert unpacker.is_as_before()
+
+
 def test_the_tricks_work_with_a_plain_extraction(tmp_path):
   """The hostile archives are what they are made for: tarfile trusting them would write outside."""
   for name in ("..", "file through a link out", "file through two links"):

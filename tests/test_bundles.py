@@ -151,6 +151,14 @@ def serve(server, bundle, older=None):
   server.add_release(REPO, "v1.0.0", assets, published="2026-08-17T00:00:00Z")
 
 
+@pytest.fixture(autouse=True)
+def programs_unpack(qvm, tmp_path_factory):
+  """Python's own zstd, from 3.14 on, is hidden; use() shows it."""
+  folder = tmp_path_factory.mktemp("site")
+  (folder / "sitecustomize.py").write_text("import sys\nsys.modules['compression.zstd'] = None\n")
+  qvm.env["PYTHONPATH"] = str(folder)
+
+
 def only(qvm, folder, *programs):
   """Leave nothing but these programs on PATH."""
   folder = Path(folder)
@@ -264,8 +272,10 @@ def test_holes_stay_holes(no_image, server, tmp_path, size, pieces, form):
 
 @pytest.fixture(scope="session")
 def zstd_package(tmp_path_factory):
-  """A folder with a package `compression` that has what Python 3.14's has of zstd."""
+  """A folder with a package `compression` that has what Python 3.14's has of zstd, if it lacks."""
   folder = tmp_path_factory.mktemp("site")
+  if sys.version_info >= (3, 14):
+    return folder
   (folder / "compression").mkdir()
   (folder / "compression" / "__init__.py").touch()
   module = BACKPORT

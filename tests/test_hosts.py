@@ -153,7 +153,7 @@ def certificate(folder, start, end):
 
   new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
   openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority",
-          "-days", "30")  # fmt: skip
+          "-addext", "keyUsage=critical,keyCertSign", "-days", "30")  # fmt: skip
   openssl(*new, "-keyout", "key.pem", "-out", "request.pem", "-subj", "/CN=localhost")
   sign = ["ca", "-batch", "-notext", "-config", "config", "-keyfile", "ca.key", "-cert", "ca.pem"]
   sign += ["-in", "request.pem", "-out", "cert.pem", "-startdate", start, "-enddate", end]

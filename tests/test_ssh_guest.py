@@ -75,14 +75,15 @@ class Guest:
     return [*base, "runner@127.0.0.1", *words]
 
   def __call__(self, *words, options=(), stdin=b"", timeout=30):
-    """Run a command in the guest: exit code, stdout, stderr without ssh's word on the key."""
+    """Run a command in the guest: exit code, stdout, stderr without ssh's own words."""
     run = subprocess.run(
       self.ssh(*words, options=options),
       input=stdin,
       capture_output=True,
       timeout=timeout,
     )
-    said = [line for line in run.stderr.splitlines(True) if b"Permanently added" not in line]
+    ours = (b"Warning: Permanently added", b"** ")  # OpenSSH 10 also has words on key exchanges
+    said = [line for line in run.stderr.splitlines(True) if not line.startswith(ours)]
     return run.returncode, run.stdout.decode(), b"".join(said).decode()
 
   def end(self):

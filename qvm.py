@@ -2787,11 +2787,17 @@ def retry_after(text: Optional[str]) -> Optional[float]:
   return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
 
 
+# What OpenSSL says of certificates that RFC 5280 does not allow (its X509_V_FLAG_X509_STRICT).
+STRICT_RE = r"key usage extension|(Authority|Subject) Key Identifier|not marked critical"
+
+
 def certificate_fix(problem: str) -> str:
   """What to do about a certificate that cannot be verified, from OpenSSL's words."""
   if "expired" in problem or "not yet valid" in problem:
     now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     return f"is the clock of this machine right? it says {now} UTC"
+  if re.search(STRICT_RE, problem):
+    return "Python 3.13 and newer refuse such a certificate, as some proxies make: use an older one"
   fix = "install the package ca-certificates"
   if sys.platform == "darwin":
     fix = "python.org's Python: run 'Install Certificates.command' once"

@@ -25,6 +25,7 @@ import ssh_guest
 from darwin_host import DARWIN, Mac, put_program, qemu_text
 from release_server import ReleaseServer
 from support import fill, free_port, obey_modes, works
+from support_pythons import MODERN
 
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 PULL = ("pull", *GUEST)
@@ -141,7 +142,7 @@ subjectAltName = DNS:localhost,IP:127.0.0.1
 """
 
 
-def certificate(folder, start, end):
+def certificate(folder, start, end, usage="keyUsage=critical,keyCertSign"):
   """A server's side of TLS, certified by an authority from a day to a day; the authority's file."""
   config = folder / "config"
   config.write_text(OPENSSL.format(folder))
@@ -153,7 +154,7 @@ def certificate(folder, start, end):
 
   new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
   openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority",
-          "-addext", "keyUsage=critical,keyCertSign", "-days", "30")  # fmt: skip
+          "-addext", usage, "-days", "30")  # fmt: skip
   openssl(*new, "-keyout", "key.pem", "-out", "request.pem", "-subj", "/CN=localhost")
   sign = ["ca", "-batch", "-notext", "-config", "config", "-keyfile", "ca.key", "-cert", "ca.pem"]
   sign += ["-in", "request.pem", "-out", "cert.pem", "-startdate", start, "-enddate", end]
@@ -178,6 +179,16 @@ def test_h3_the_hint_fits_the_fault(offline, tmp_path, start, end, trusted, righ
     run = offline(*PULL, env=env)
   plain_error(run, "certificate", right)
   assert wrong not in run.stderr
+
+
+@pytest.mark.parametrize("python", [p for v, p in MODERN.items() if int(v[2:]) >= 13])
+def test_h3_a_certificate_that_new_pythons_refuse(offline, tmp_path, python):
+  """As of a company's proxy whose authority was made long ago."""
+  tls, authority = certificate(tmp_path, "20000101000000Z", "20900101000000Z", "nsComment=old")
+  with ReleaseServer(tls) as secure:
+    env = {"QVM_RELEASES_URL": secure.url, "QVM_API_URL": secure.api_url}
+    run = offline(*PULL, env={**env, "SSL_CERT_FILE": authority}, python=python)
+  plain_error(run, "certificate", "Python 3.13 and newer refuse")
 
 
 # --- H4: proxies ---------------------------------------------------------------------------------

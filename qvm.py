@@ -6862,6 +6862,15 @@ def stamp_of(stat: os.stat_result) -> FileStamp:
   return FileStamp(stat.st_mode, stat.st_ino, *((0, 0, 0) if S_ISDIR(stat.st_mode) else changes))
 
 
+COARSE_NS = 2 * 10**9  # what FAT and HFS+ count times in: two seconds, and one
+
+
+def is_coarse(here: FileStamp, since: float) -> bool:
+  """Whether a change later than this time (of time.time()) may leave a file's stamp as it is."""
+  times = (here.mtime_ns, here.ctime_ns)
+  return not any(ns % 10**9 for ns in times) and max(times) > since * 10**9 - COARSE_NS
+
+
 class Entry(NamedTuple):
   """A line of the guest's list."""
 
@@ -7245,6 +7254,7 @@ class Sync:
     self.copy = '"$HOME"/work/' + shlex.quote(self.record.name)  # for the guest's sh
     self.known = self.record.known
     self.saved = record and dict(self.known)  # what the record has
+    self.began = time.time()
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
@@ -7309,6 +7319,9 @@ class Sync:
     paths, (folder, name, known) = self.login.paths, self.record
     if known != self.saved and os.path.lexists(paths.disk):
       rows = {path: [there, *(here or ())] for path, (there, here) in known.items()}
+      for path, (there, here) in known.items():
+        if here and is_coarse(here, self.began):  # with another stamp it is sent once more
+          rows[path] = [there, *here._replace(ctime_ns=0)]
       with contextlib.suppress(OSError), unfinished(paths.cache) as scratch:
         aside = os.path.join(scratch, "record")
         with open(aside, "w", encoding="ascii") as file:

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import guest_tools
@@ -963,6 +964,40 @@ def test_a_change_of_the_same_size_and_time_here(guest, project):
   os.utime(project / "a", (1577836800, 1577836800))
   result = works(guest.sync(project, "cat a"))
   assert result.stdout == "new"
+
+
+# Since TICK no time has passed, as far as files and the clock tell.
+COARSE = """
+import os, time
+TICK = int(os.environ["TICK"])
+def coarse(real):
+  def call(*words, **more):
+    found = real(*words, **more)
+    times = {name: min(getattr(found, name + "_ns"), TICK * 10**9)
+             for name in ("st_atime", "st_mtime", "st_ctime")}
+    more = {name: ns / 1e9 for name, ns in times.items()}
+    more.update((name + "_ns", ns) for name, ns in times.items())
+    seconds = [ns // 10**9 for ns in times.values()]
+    return os.stat_result((*found[:7], *seconds), {**more, "st_blocks": found.st_blocks})
+  return call
+for name in ("stat", "lstat", "fstat"):
+  setattr(os, name, coarse(getattr(os, name)))
+time.time = lambda: TICK + 1.0
+"""
+
+
+@on("freebsd")
+def test_an_edit_within_a_tick_of_the_disk(guest, project, tmp_path):
+  """FAT counts in two seconds: an edit of the same size then leaves all that lstat says."""
+  (tmp_path / "site").mkdir()
+  (tmp_path / "site" / "sitecustomize.py").write_text(COARSE)
+  env = {"PYTHONPATH": str(tmp_path / "site"), "TICK": str(int(time.time()))}
+  put(project, a="old")
+  works(guest.sync(project, "true", env=env))
+  put(project, a="new")
+  assert works(guest.sync(project, "cat a", env=env)).stdout == "new"
+  works(guest.sync(project, "echo out >a", env=env))
+  assert (project / "a").read_text() == "out\n"
 
 
 # --- the host's names ------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 import pytest
 import release_server
 from release_server import ReleaseServer
+from support import ended
 
 BODY = bytes(range(256)) * 1000
 SIZE = len(BODY)
@@ -565,8 +566,7 @@ def test_by_hand(tmp_path: Path) -> None:
     (tmp_path / "b" / tag).mkdir(parents=True)
     (tmp_path / "b" / tag / "a.tar").write_bytes(tag.encode())
   command = [sys.executable, release_server.__file__, str(tmp_path), "--latency", "0.01"]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-    assert process.stdout
+  with ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
     lines = [process.stdout.readline().strip() for _ in range(2)]
     names = dict(line.removeprefix("export ").split("=") for line in lines)
     latest = get(f"{names['QVM_RELEASES_URL']}/b/releases/latest")

@@ -4035,7 +4035,7 @@ class Tape:
     if len(block) < BLOCK:
       raise ValueError("it is cut short")
     place = 0
-    for _ in range(MAX_HEADERS):
+    for _ in range(MAX_HEADERS + 1):
       block = self.peek(place, BLOCK)
       if block[156:157] not in EXTENDED:
         return True

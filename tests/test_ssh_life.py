@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import DEADLINE, ROOT, fails, finished, processes_of, rows, works
+from support import DEADLINE, ROOT, ended, fails, finished, processes_of, rows, works
 
 NO_SECONDS = "import qvm, sys; qvm.TERM_GRACE_SECONDS = 1.0; sys.exit(qvm.main())"
 
@@ -304,13 +304,12 @@ def test_from_within_another_container(guests):
 
 def test_a_process_id_that_is_another_process_by_now(guests):
   guests.up()
-  with subprocess.Popen(["sleep", "600"]) as other:
+  with ended(subprocess.Popen(["sleep", "600"])) as other:
     machine = guests.machine()
     rewrite_note(guests, 0, f"QEMU process {other.pid}")
     result = guests.qvm("stop", "--force", "vm")
     fails(result, "the instance vm cannot be stopped")
     assert other.poll() is None
-    other.kill()
   rewrite_note(guests, 0, f"QEMU process {machine}")
   works(guests.qvm("stop", "vm"))
 

@@ -68,7 +68,8 @@ def ssh_guest_as_qemu(cache):
 
 def unpack(tar, folder):
   with tarfile.open(tar) as archive:
-    archive.extractall(folder, filter="data")  # as ours, also for root
+    filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    archive.extractall(folder, **filtered)  # as ours, also for root
 
 
 class SmallDisk:

@@ -406,6 +406,10 @@ FAULTS = {
     None,
   ),
   "no length in the Content-Range": ([{"cut": 1000}, {"content_range": "bytes 1000-9/*"}], None),
+  "a Content-Range of many digits": (
+    [{"cut": 1000}, {"content_range": f"bytes 1000-9/{'9' * 5000}"}],
+    None,
+  ),
   "206 unasked": ([{"status": 206, "headers": {"Content-Range": "bytes 5-9/10"}}], None),
   "Retry-After of 0": ([{"status": 503, "headers": {"Retry-After": "0"}}], None),
   "Retry-After in the past": (

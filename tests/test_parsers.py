@@ -18,6 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import FREEBSD, ROOT, bad_words, fails, works
+from support_pythons import every_python
 
 import qvm as qvm_source
 
@@ -174,6 +175,14 @@ def test_huge_release_data_take_no_huge_memory(qvm, server, body):
   else:
     assert "15.1" in result.stdout
     assert "reading the release pages instead" in result.stderr
+
+
+@every_python
+def test_long_numbers_in_release_data_take_no_time(qvm, server, python):
+  """Python before 3.10.7 has no limit of its own."""
+  server.fault("freebsd-builder/releases", origin="api", times=None, body=HUGE["long number"])
+  result = works(qvm("search", "freebsd", python=python))
+  assert "15.1" in result.stdout and "reading the release pages instead" in result.stderr
 
 
 # --- Archives ---------------------------------------------------------------------------------

@@ -6878,10 +6878,14 @@ def stamp_of(stat: os.stat_result) -> FileStamp:
 COARSE_NS = 2 * 10**9  # what FAT and HFS+ count times in: two seconds, and one
 
 
-def is_coarse(here: FileStamp, since: float) -> bool:
-  """Whether a change later than this time (of time.time()) may leave a file's stamp as it is."""
+def stamp_to_save(here: FileStamp, since: float) -> FileStamp:
+  """A file's stamp for the record; since is a time of time.time() before it was taken.
+
+  If a later change may leave the stamp as it is, another one, so that the file is sent once more.
+  """
   times = (here.mtime_ns, here.ctime_ns)
-  return not any(ns % 10**9 for ns in times) and max(times) > since * 10**9 - COARSE_NS
+  coarse = max(times) > since * 10**9 - COARSE_NS and not any(ns % 10**9 for ns in times)
+  return here._replace(ctime_ns=0) if coarse else here
 
 
 class Entry(NamedTuple):
@@ -7189,7 +7193,7 @@ def tar_block(
 
 def padded(data: bytes) -> bytes:
   """Data filled up to whole tar blocks."""
-  return data + bytes(-len(data) % 512)
+  return data + bytes(-len(data) % BLOCK)
 
 
 def tar_header(path: str, stat: os.stat_result, target: str, tar: GuestTar) -> bytes:
@@ -7331,10 +7335,10 @@ class Sync:
     """Keep the record, unless the instance is gone; where it cannot be, the next sync is longer."""
     paths, (folder, name, known) = self.login.paths, self.record
     if known != self.saved and os.path.lexists(paths.disk):
-      rows = {path: [there, *(here or ())] for path, (there, here) in known.items()}
-      for path, (there, here) in known.items():
-        if here and is_coarse(here, self.began):  # with another stamp it is sent once more
-          rows[path] = [there, *here._replace(ctime_ns=0)]
+      rows = {
+        path: [there, *(stamp_to_save(here, self.began) if here else ())]
+        for path, (there, here) in known.items()
+      }
       with contextlib.suppress(OSError), unfinished(paths.cache) as scratch:
         aside = os.path.join(scratch, "record")
         with open(aside, "w", encoding="ascii") as file:
@@ -7492,7 +7496,7 @@ class Sync:
         chunk = file.read(min(left, CHUNK_BYTES))
         is_short = is_short or not chunk
         left -= out.write(chunk or bytes(min(left, CHUNK_BYTES)))
-    out.write(bytes(-now.st_size % 512))
+    out.write(bytes(-now.st_size % BLOCK))
     if is_short:
       self.short.append(path)
 
@@ -7645,7 +7649,7 @@ class Receiver:
     """Unpack all that comes and was asked for, until the stream ends or is no honest tar's."""
     self.cut, self.is_empty = "", not stream.peek(1)  # type: ignore[attr-defined]
     try:
-      for tape, member in () if self.is_empty else tar_members(stream, MAX_HEADER_BYTES, True):
+      for tape, member in tar_members(stream, MAX_HEADER_BYTES, True):
         with contextlib.suppress(ValueError):  # such a name was not asked for
           path = safe_path(member.name)
           if path in self.asked:

@@ -29,8 +29,6 @@ from pathlib import Path
 import pytest
 import ssh_guest
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 
 class System:
   """What is known of an operating system: how qvm names it, its shells, who logs in."""
@@ -81,13 +79,6 @@ for a do
 done
 POSIXLY_CORRECT=1; export POSIXLY_CORRECT
 exec {program} "$@"
-"""
-CALLER = """\
-#!{python} -IS
-import sys
-sys.path.insert(0, {here!r})
-import {module}
-sys.exit({module}.main({arguments}, sys.argv[1:]))
 """
 # A builtin cannot be replaced in dash, but a function comes before it, in what -c is given.
 SH = """\
@@ -230,8 +221,8 @@ def put_plain(tools, family, words):
 def stand_in(tools, name, module, *arguments):
   """A tool that is a Python module of ours."""
   words = ", ".join(map(repr, arguments))
-  text = CALLER.format(python=sys.executable, here=HERE, module=module, arguments=words)
-  write(os.path.join(tools, name), text)
+  text = f"import {module}\nsys.exit({module}.main({words}, sys.argv[1:]))\n"
+  write(os.path.join(tools, name), f"#!{sys.executable} -IS\n{ssh_guest.IMPORT}{text}")
 
 
 def put_special(tools, family, words):

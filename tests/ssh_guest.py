@@ -110,10 +110,10 @@ def wait_until_gone(folder):
 
 def missing():
   """The Debian packages that a guest needs and that are not there."""
+  import ctypes  # which a guest does not need
+
   programs = {"openssh-server": "sshd", "openssh-client": "ssh-keygen", "mtools": "mtype"}
   packages = [package for package, name in programs.items() if not find(name)]
-  import ctypes
-
   try:
     ctypes.CDLL(LIBRARY)
   except OSError:

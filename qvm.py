@@ -6494,9 +6494,11 @@ def ssh_once(
     command = ssh_command(login, log.name)
     command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
     with contextlib.ExitStack() as stack:
-      with signals.hold(), interrupts_blocked():
+      with signals.hold():
         env = {**os.environ, "SHELL": "/bin/sh"}
-        spawn = spawn._replace(env=env, cwd=login.paths.cache.root)
+        # Only qvm is to get the terminal's Ctrl-C, and OpenSSH 9.6 unblocks a blocked SIGINT.
+        own = spawn.stdin is not None
+        spawn = spawn._replace(env=env, cwd=login.paths.cache.root, start_new_session=own)
         process = start([*command, line], spawn)
         stack.callback(close_streams, process)
         stack.callback(end_process, process)
@@ -6594,16 +6596,6 @@ def close_streams(process: "Process") -> None:
     if stream:
       with contextlib.suppress(OSError):
         stream.close()
-
-
-@contextlib.contextmanager
-def interrupts_blocked() -> Iterator[None]:
-  """Programs started meanwhile never see the terminal's Ctrl-C; qvm sees it afterwards."""
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-  try:
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def shell_line(script: str) -> str:

@@ -296,6 +296,13 @@ def handle_signals(play, pipe):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def die(message):
+  """End as QEMU does: its words come first, then the end of its sockets."""
+  sys.stderr.write(f"qemu: {message}\n")
+  sys.stderr.flush()
+  os._exit(1)
+
+
 # --- the control socket: as much of QMP as a checkpoint takes ---------------------------------
 
 
@@ -345,9 +352,7 @@ class ControlSocket:
       with open(self.play["note"], "a") as file:
         file.write(order + "\n")
     if self.play.get("die") == order:
-      sys.stderr.write("qemu: it dies at " + order + "\n")
-      sys.stderr.flush()
-      os._exit(1)
+      die("it dies at " + order)
     while self.play.get("hang") == order:
       signal.pause()
     if self.play.get("fail") == order:
@@ -370,7 +375,7 @@ class ControlSocket:
       with socket.socket(fileno=self.passed) as out:
         content = b"".join(iter(lambda: out.recv(65536), b""))
       if content != b"state of the devices":
-        raise SystemExit("qemu: load of migration failed: Invalid argument")
+        die("load of migration failed: Invalid argument")
       self.status = "paused"
       return None
     elif order == "quit":

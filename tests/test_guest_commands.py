@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from darwin_host import put_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import FREEBSD, ROOT, fails, free_port, lines, processes_of, works
@@ -228,14 +230,42 @@ def test_a_command_that_ctrl_c_ends(guests):
   assert (process.returncode, out) == (130, ""), err
 
 
-def test_ctrl_c_of_a_terminal_with_a_pipe_behind(guests):
+# OpenSSH 9.6 and 9.7 do so while they are connected.
+UNBLOCKING_SSH = f"""#!{sys.executable}
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGINT}})
+os.execv({shutil.which("ssh")!r}, sys.argv)
+"""
+
+
+def use_ssh(guests, folder, text):
+  """Make this script qvm's ssh."""
+  put_program(folder / "bin" / "ssh", text)
+  guests.qvm.env["PATH"] = f"{folder / 'bin'}:{guests.qvm.env['PATH']}"
+
+
+@pytest.mark.parametrize("unblocks", [False, True])
+def test_ctrl_c_of_a_terminal_with_a_pipe_behind(guests, tmp_path, unblocks):
   """The whole process group gets the signal: ssh and QEMU may not take it to heart."""
+  if unblocks:
+    use_ssh(guests, tmp_path, UNBLOCKING_SSH)
   script = "trap 'echo got; exit 9' INT; echo up; while :; do sleep 0.1; done"
   process = guests.start("sh", "-c", script, start_new_session=True)
   assert process.stdout.readline() == "up\n"
   os.killpg(process.pid, signal.SIGINT)
   out, err = process.communicate(timeout=60)
   assert (process.returncode, out) == (9, "got\n"), err
+
+
+def test_ctrl_c_at_a_terminal_during_the_login(guests, tmp_path, fifo):
+  """ssh has the terminal by then, but does not read its keys yet."""
+  use_ssh(guests, tmp_path, f"#!/bin/sh\necho >{fifo}\nexec sleep 600\n")
+  with terminal_of(guests, *guests.words(command=["true"])) as terminal:
+    fifo.read_text()
+    terminal.type(b"\x03")
+    assert terminal.end() == 130
+    assert terminal.text.splitlines()[1:] == ["^C"]
+  assert guests.nothing_left()
 
 
 def test_the_second_ctrl_c_ends_the_machine(guests):

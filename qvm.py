@@ -6004,6 +6004,8 @@ CAUSES = (
    "add --accel tcg, which works everywhere"),
   (r"failed to find romfile|could not load PC BIOS|Could not open .*share/qemu",
    "QEMU's firmware is incomplete", QEMU_FIX),
+  (r"Property '\S+\.amx-\w+' not found", "this QEMU is too old for the CPU of this machine",
+   "use QEMU 7.1 or newer with --qemu, or add --accel tcg"),
 )  # fmt: skip
 FELL_BACK_RE = r"initialize kvm: Permission denied(.|\n)*falling back to tcg"
 

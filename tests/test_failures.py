@@ -105,6 +105,12 @@ CAUSES = {
     {"exit": 1},
     ["firmware", "qvm clean --all"],
   ),
+  "amx": (
+    f"{ME}can't apply global max-x86_64-cpu.amx-tile=off: Property 'max-x86_64-cpu.amx-tile' not "
+    "found\n",
+    {"exit": 1},
+    ["QEMU is too old", "7.1", "--accel tcg"],
+  ),
   "bios": ("qemu: could not load PC BIOS '/x/bios'\n", {"exit": 1}, ["firmware", "clean --all"]),
   "uefi": (
     f"{ME}-drive if=pflash,file=x: Could not open '/x/qemu/x86_64/share/qemu/uefi.fd': No such "

@@ -31,6 +31,10 @@ if sys.version_info < (3, 6):
 
 import marshal
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of what is still being loaded
 
 SOURCE = "@DIGEST@"
 

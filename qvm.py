@@ -50,13 +50,17 @@ orphaned qemu-img keeps the instance's lock until it has ended. Nothing outlives
 children end themselves and their machines once nobody holds the other end of their pipes.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of what is still being loaded
+
 import contextlib
 import errno
 import functools
 import operator
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -403,12 +407,21 @@ class Signals:
     for number in STOP_SIGNALS:
       if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, self.handle)
+    sys.unraisablehook = self.unraisable  # Python 3.8 and newer call it
 
   def handle(self, number: int, frame: Optional[FrameType]) -> None:
     if not self.caught:
       self.caught = number
       if not self.held:
         raise Interrupted(number)
+
+  def unraisable(self, what: Any) -> None:
+    """Send ourselves a signal once more whose exception Python has dropped, as in a finalizer."""
+    if what.exc_type is Interrupted:
+      number, self.caught = self.caught, 0
+      threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    else:
+      sys.__unraisablehook__(what)
 
   def again(self) -> None:
     """Forget the caught signal, which has been handled, and catch the next one."""
@@ -428,12 +441,13 @@ class Signals:
     if threading.current_thread() is not threading.main_thread():
       yield
       return
+    caught, held = self.caught, self.held
     self.held = True
     try:
       yield
     finally:
-      self.held = False
-    if self.caught:
+      self.held = held
+    if self.caught and not caught and not held:
       raise Interrupted(self.caught)
 
 
@@ -1882,7 +1896,8 @@ def hashed(name: str) -> str:
 def temporary_folder(cache: Cache) -> str:
   """The folder for temporary files; in a container without one that of unfinished files."""
   try:
-    return tempfile.gettempdir()
+    with signals.hold():  # Python tries the folder by a file, once
+      return tempfile.gettempdir()
   except FileNotFoundError:
     return cache.downloads
 
@@ -2249,8 +2264,9 @@ class Lock:
 
   def remove(self) -> None:
     """Delete the lock's file, then release the lock."""
-    remove_file(self.path)
-    self.release()
+    with signals.hold():
+      remove_file(self.path)
+      self.release()
 
   def __enter__(self) -> "Lock":
     return self
@@ -2388,9 +2404,39 @@ def start(command: Sequence[str], spawn: Spawn) -> "Process":
   """Start a program; the only function that does. QvmError explains why it cannot run."""
   try:
     # It asks for no text, so all streams have bytes.
-    return subprocess.Popen(list(command), **spawn._asdict())  # type: ignore[return-value]
+    return popen_type()(list(command), **spawn._asdict())  # type: ignore[return-value]
   except OSError as error:
     raise cannot_run(command[0], error)
+
+
+@functools.lru_cache(None)
+def popen_type() -> Type["Process"]:
+  """Popen that keeps its head when a signal's handler raises an exception while it waits.
+
+  Popen polls with a lock that it acquires outside a `try`: left locked, it waits for ever from then
+  on. And an exit code that the system has told, but Popen has not noted yet, becomes 0.
+  """
+
+  class Patient(subprocess.Popen):  # type: ignore[type-arg]
+    def poll(self) -> Optional[int]:
+      with signals.hold():
+        return super().poll()
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+      if timeout is None:
+        return Future(super().wait).result()
+      deadline, pause = time.monotonic() + timeout, 0.0005
+      while True:
+        code = self.poll()
+        if code is not None:
+          return code
+        left = deadline - time.monotonic()
+        if left <= 0:
+          raise subprocess.TimeoutExpired(self.args, timeout)
+        pause = min(2 * pause, left, 0.05)
+        time.sleep(pause)
+
+  return Patient
 
 
 def allow_many_files() -> None:
@@ -5321,16 +5367,17 @@ def check_spelling(paths: InstancePaths) -> None:
   )
 
 
-def take_instance(paths: InstancePaths) -> Lock:
-  """Take an instance's lock; RunningError names the process that holds it."""
+def take_instance(paths: InstancePaths, stack: contextlib.ExitStack) -> Lock:
+  """Take an instance's lock until the stack ends; RunningError names the process that holds it."""
   lock = Lock(paths.lock)
   check_spelling(paths)
-  with instances_lock(paths.cache):
+  with instances_lock(paths.cache), signals.hold():
     if not lock.try_():
       raise RunningError(
         f"the instance {paths.name} is already running ({holder(paths)})",
         "use another --name, or --rm, for a second machine",
       )
+    stack.callback(lock.remove)
     note_holder(lock, "qvm")
   return lock
 
@@ -5389,17 +5436,16 @@ def remove_instance(paths: InstancePaths, keep_log: bool = False) -> None:
 
 
 def sweep(cache: Cache) -> None:
-  """Delete --rm instances whose qvm and QEMU were killed, and folders of unfinished files."""
+  """Delete --rm instances and locks whose qvm and QEMU were killed, and unfinished files."""
   if not os.access(cache.instances, os.W_OK):
     return
-  for paths in instances(cache, ".ephemeral"):
+  for paths in (*instances(cache, ".ephemeral"), *instances(cache, ".lock")):
     lock = Lock(paths.lock)
-    with instances_lock(cache):
-      taken = lock.try_()
-    if taken:
-      if os.path.exists(paths.mark):
-        remove_instance(paths)
-      lock.remove()
+    with instances_lock(cache), signals.hold():
+      if lock.try_():
+        if os.path.exists(paths.mark):
+          remove_instance(paths)
+        lock.remove()
   for path in scratch_folders(cache):
     remove_unlocked(path)
 
@@ -6381,7 +6427,10 @@ def ssh_command(login: Login, log: str) -> List[str]:
     "HostKeyAlias": HOST_ALIAS,  # whatever port it has in this run
     "IdentitiesOnly": "yes",  # the server would hang up on an agent with many keys
     "IdentityFile": os.path.join("ssh", "id_ed25519"),
-    "LocalCommand": f"echo {LOGGED_IN} >>{shlex.quote(log)}".replace("%", "%%"),
+    # It may come late, when an interrupted qvm has deleted the log.
+    "LocalCommand": "test -e {0} && echo {1} >>{0}".format(
+      shlex.quote(log).replace("%", "%%"), LOGGED_IN
+    ),
     "LogLevel": "ERROR",
     "PermitLocalCommand": "yes",
     "ServerAliveCountMax": "6",  # 6 * 30 s: a guest silent for three minutes is lost
@@ -6490,22 +6539,22 @@ def ssh_once(
 
   The command in the guest gets a terminal if ssh inherits ours.
   """
-  with tempfile.NamedTemporaryFile(
-    prefix="qvm-ssh-", suffix=".log", dir=temporary_folder(login.paths.cache)
-  ) as log:
-    command = ssh_command(login, log.name)
-    command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
-    with contextlib.ExitStack() as stack:
-      with signals.hold():
-        env = {**os.environ, "SHELL": "/bin/sh"}
-        # Only qvm is to get the terminal's Ctrl-C, and OpenSSH 9.6 unblocks a blocked SIGINT.
-        own = spawn.stdin is not None
-        spawn = spawn._replace(env=env, cwd=login.paths.cache.root, start_new_session=own)
-        process = start([*command, line], spawn)
-        stack.callback(close_streams, process)
-        stack.callback(end_process, process)
-      use(process)
-      process.wait()
+  with contextlib.ExitStack() as stack:
+    with signals.hold():
+      folder = temporary_folder(login.paths.cache)
+      log = tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log", dir=folder)  # noqa: SIM115
+      stack.enter_context(log)
+      command = ssh_command(login, log.name)
+      command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
+      env = {**os.environ, "SHELL": "/bin/sh"}
+      # Only qvm is to get the terminal's Ctrl-C, and OpenSSH 9.6 unblocks a blocked SIGINT.
+      own = spawn.stdin is not None
+      spawn = spawn._replace(env=env, cwd=login.paths.cache.root, start_new_session=own)
+      process = start([*command, line], spawn)
+      stack.callback(close_streams, process)
+      stack.callback(end_process, process)
+    use(process)
+    process.wait()
     words = log.read(TAIL_BYTES).decode("utf-8", "replace").split()
   logged_in = (
     LOGGED_IN in words or 0 <= process.returncode < 255
@@ -8338,11 +8387,12 @@ class Server:
 
   def listen(self, stack: contextlib.ExitStack) -> str:
     """Open the socket, whose path must be short (104 bytes on macOS) and plain."""
-    folder = tempfile.gettempdir()
+    folder = temporary_folder(self.plan.cache)
     folder = folder if re.match(r"[A-Za-z0-9_./-]{1,60}\Z", folder) else "/tmp"
     drop_dead_sockets(folder)
-    folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
-    stack.callback(remove_tree, folder)
+    with signals.hold():
+      folder = tempfile.mkdtemp(prefix="qvm-", dir=folder)
+      stack.callback(remove_tree, folder)
     path = os.path.join(folder, "nbd")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
@@ -8774,8 +8824,7 @@ class Machine:
 
   def __enter__(self) -> "Machine":
     with contextlib.ExitStack() as stack:
-      self.lock = take_instance(self.paths)
-      stack.callback(self.lock.remove)
+      self.lock = take_instance(self.paths, stack)
       if os.path.exists(self.paths.mark):  # of a --rm run that was killed since the last sweep
         remove_instance(self.paths)
       check_disks(self.plan, self.options.disk)
@@ -10197,7 +10246,7 @@ def cmd_clone(options: Options) -> int:
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
       try:
-        stack.callback(take_instance(each).remove)
+        take_instance(each, stack)
       except RunningError as error:
         raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
     check_spelling(new)
@@ -10241,7 +10290,7 @@ def cmd_rm(options: Options) -> int:
   with contextlib.ExitStack() as stack:
     for paths in chosen:
       try:
-        stack.callback(take_instance(paths).remove)
+        take_instance(paths, stack)
       except RunningError as error:
         raise QvmError(f"{error}; nothing was deleted", "use qvm stop first, or qvm rm --force")
     for paths in chosen:
@@ -11166,7 +11215,7 @@ def lies_in_cache(path: object) -> bool:
   return False
 
 
-def main(words: Optional[Sequence[str]] = None) -> int:
+def outcome(words: Optional[Sequence[str]]) -> int:
   """Run qvm and return its exit code; the only function that prints errors."""
   code = failed = EXIT_FAILED
   try:
@@ -11184,8 +11233,6 @@ def main(words: Optional[Sequence[str]] = None) -> int:
       code = failed = EXIT_OWN if guests else EXIT_FAILED
       code = call(options)
       report.phase("exit", str(code))
-  except Interrupted as stop:
-    code = 128 + stop.signum
   except QvmError as error:
     code = EXIT_USAGE if isinstance(error, UsageError) else failed
     say(str(error))
@@ -11207,7 +11254,16 @@ def main(words: Optional[Sequence[str]] = None) -> int:
       raise
     say(f"this is a bug in qvm {__version__}: {type(error).__name__}: {error}")
     say("please report it, with the traceback that QVM_DEBUG=1 shows")
-  signals.finish()
+  return code
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+  """Run qvm with these words, or those of the command line, and return its exit code."""
+  try:
+    code = outcome(words)
+    signals.finish()
+  except Interrupted as stop:  # also while an error is being printed
+    code = 128 + stop.signum
   if threading.active_count() > 1:  # such as a download that a signal or a failure has ended
     os._exit(code)  # Python 3.12 and 3.13 can crash at exit while a thread waits for data
   return code

@@ -1273,6 +1273,7 @@ def test_progress_on_a_terminal(qvm, server, errors_shown, columns):
   go = threading.Event()
   for name in ALL:
     server.fault(name, pause=go, pause_at=5000)
+  qvm.env["QVM_TIMEOUT"] = "600"
   terminal = errors_shown(qvm, *PULL, "--progress", columns=columns)
   terminal.until_match("[0-9]%.*\r.*[0-9]%" if columns != 30 else "\r.*\r")
   go.set()
@@ -1298,7 +1299,7 @@ def test_no_progress_on_a_terminal_unless_asked_for(qvm, server, errors_shown):
 def test_progress_without_a_terminal(no_image, server, image):
   go = threading.Event()
   server.fault(IMAGE, pause=go, pause_at=300_000)
-  process = no_image.start(*PULL, "--progress")
+  process = no_image.start(*PULL, "--progress", env={"QVM_TIMEOUT": "600"})  # a line comes in 5 s
   lines = lines_until(process.stderr, "%")
   go.set()
   lines += list(process.stderr)

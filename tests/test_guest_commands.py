@@ -268,6 +268,29 @@ def test_ctrl_c_at_a_terminal_during_the_login(guests, tmp_path, fifo):
   assert guests.nothing_left()
 
 
+# What LocalCommand runs may outlive ssh, and qvm.
+LATE_SSH = f"""#!{sys.executable}
+import os, sys, time
+log = sys.argv[sys.argv.index("-E") + 1]
+(command,) = [word for word in sys.argv if word.startswith("LocalCommand=")]
+if os.fork():
+  sys.exit(7)
+os.closerange(0, 3)
+while os.path.exists(log):
+  time.sleep(0.01)
+os.system(command.partition("=")[2])
+open(os.environ["HOME"] + "/fifo", "w").close()
+"""
+
+
+def test_a_login_that_comes_too_late_leaves_no_file(guests, tmp_path):
+  use_ssh(guests, tmp_path, LATE_SSH)
+  os.mkfifo(guests.qvm.home / "fifo")
+  assert guests.run("true").returncode == 7
+  (guests.qvm.home / "fifo").read_text()
+  assert guests.nothing_left()
+
+
 def test_the_second_ctrl_c_ends_the_machine(guests):
   process = guests.start("sh", "-c", "trap 'echo got' INT; echo up; while :; do sleep 0.1; done")
   assert process.stdout.readline() == "up\n"

@@ -198,21 +198,22 @@ def uses_of_later_sections(tree):
 
 
 def programs_started(tree):
-  """Only `start` calls subprocess.Popen, and once; nothing calls what else starts programs."""
+  """Only `start` uses popen_type, and only that Popen, once; nothing else starts programs."""
+  users = {"Popen": "popen_type", "popen_type": "start"}
   broken, popen = [], []
   for use in uses(tree, annotations=False):
     module, name = called(use)
     named = name == "Popen" and "Popen[" in tree.lines[use.node.lineno - 1]  # a type
-    if name == "Popen" and not named:
-      popen.append(use)
-      if use.function != "start":
-        broken.append(f"{use}: Popen")
+    if name in users and not named:
+      popen += [use] * (name == "Popen")
+      if users[name] not in use.around:
+        broken.append(f"{use}: {name}")
     if name in STARTERS.get(module, ()):
       broken.append(f"{use}: {module}.{name}")
     if isinstance(use.node, ast.ImportFrom) and use.node.module in STARTERS:
       bad = STARTERS[use.node.module] | {"Popen"}
       broken += [f"{use}: {each.name}" for each in use.node.names if each.name in bad]
-  return broken if len(popen) == 1 else [*broken, f"Popen is called in {len(popen)} places"]
+  return broken if len(popen) == 1 else [*broken, f"Popen is used in {len(popen)} places"]
 
 
 def addresses_opened(tree):
@@ -333,7 +334,7 @@ def program(*lines):
   )
 
 
-START = ("def start(c):", "  return subprocess.Popen(c)")
+START = ("def popen_type():", "  return subprocess.Popen", "def start(c):", "  popen_type()(c)")
 
 # A rule, a program that breaks it, and how often.
 BROKEN = [
@@ -352,6 +353,7 @@ BROKEN = [
     1,
   ),
   (programs_started, program(*START, "def f():", "  subprocess.Popen([])"), 2),
+  (programs_started, program(*START, "def f():", "  popen_type()([])"), 1),
   (programs_started, program(*START, "def f():", "  subprocess.run([])"), 1),
   (programs_started, program(*START, "g = subprocess.check_output"), 1),
   (programs_started, program(*START, "def f():", "  os.execv('', [])"), 1),

@@ -651,6 +651,14 @@ def test_a_run_that_was_killed_while_it_downloaded_leaves_no_instance(qvm, serve
   assert instance_names(qvm) == []
 
 
+def test_a_lock_of_a_run_that_was_killed_goes_one_that_is_held_stays(used, background):
+  """Before a --rm run has marked its disk, or while a disk that stays ran."""
+  background(used, *RUN, "--name", "x")
+  (used.cache / "instances" / "y.lock").write_text("qvm process 1\n")
+  works(used("list"))
+  assert [name for name in instance_names(used) if name.endswith(".lock")] == ["x.lock"]
+
+
 # --- Modes -----------------------------------------------------------------------------------
 
 

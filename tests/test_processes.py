@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from support import (
   FREEBSD,
+  ROOT,
   STAND_IN,
   alive,
   disk_of,
@@ -536,9 +537,9 @@ def test_what_the_system_says_of_a_program(used, number, fragments):
   text = "Bad CPU type in executable" if number == 86 else os.strerror(number)
   more = f"""
 import subprocess
-def Popen(*words, **more):
+def start(process, *words, **more):
   raise OSError({number}, {text!r}, words[0][0])
-subprocess.Popen = Popen
+subprocess.Popen.__init__ = start
 """
   program = f"{used.cache}/qemu/x86_64/bin/qemu-system-x86_64"
   fails(on_host(used, "Linux", "x86_64", *RUN, more=more), program, *fragments)
@@ -599,9 +600,9 @@ def test_a_mac(qvm, server, tmp_path, machine, words, cpu, arch):
 def test_a_mac_without_rosetta(qvm):
   more = """
 import subprocess
-def Popen(*words, **more):
+def start(process, *words, **more):
   raise OSError(86, "Bad CPU type in executable", words[0][0])
-subprocess.Popen = Popen
+subprocess.Popen.__init__ = start
 """
   run = on_host(qvm, "Darwin", "arm64", *RUN, "--rm", more=more)
   explained(run, f"{qvm.cache}/bin/qemu-img", ["Rosetta", "softwareupdate", "--qemu", "Homebrew"])
@@ -829,3 +830,119 @@ def test_a_terminal_that_hangs_up(used, terminal, fifo):
   finally:
     process.kill()
     process.communicate()
+
+
+# --- a signal at any moment ------------------------------------------------------------------
+
+# SIGTERM comes when Popen has just acquired its lock, and before it could release it.
+UNLUCKY = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import qvm
+
+class Lock:
+  def __init__(self, lock):
+    self.lock, self.release = lock, lock.release
+
+  def acquire(self, *how):
+    found = self.lock.acquire(*how)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return found
+
+  def __enter__(self):
+    return self.lock.__enter__()
+
+  def __exit__(self, *how):
+    return self.lock.__exit__(*how)
+
+qvm.signals.install()
+process = qvm.start(["sleep", "60"], qvm.silent())
+process._waitpid_lock = Lock(process._waitpid_lock)
+try:
+  {wait}
+except qvm.Interrupted as stop:
+  print(stop.signum)
+  qvm.end_process(process)
+  print(process.returncode)
+"""
+
+
+@pytest.mark.parametrize(
+  "wait", ["process.wait(60)", "process.poll()", "process.communicate(timeout=60)"]
+)
+def test_a_signal_in_the_middle_of_a_wait(wait):
+  """It left Popen's lock behind, and the end of the process was waited for without end."""
+  program = UNLUCKY.format(root=str(ROOT), wait=wait)
+  result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+                          timeout=30)  # fmt: skip
+  assert result.stdout.split() == [str(int(signal.SIGTERM)), str(-signal.SIGTERM)]
+
+
+# SIGTERM comes when the system has told how the process has ended, and Popen has not noted it yet.
+UNLUCKIER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import qvm
+waitpid = os.waitpid
+
+def tell(pid, how):
+  found = waitpid(pid, how)
+  if found[0]:
+    os.kill(os.getpid(), signal.SIGTERM)
+  return found
+
+qvm.signals.install()
+os.waitpid = tell
+process = qvm.start(["sh", "-c", "exit 3"], qvm.silent())
+try:
+  process.wait({seconds})
+except qvm.Interrupted:
+  print(process.wait(30))
+"""
+
+
+@pytest.mark.parametrize("seconds", ["", "30"])
+def test_a_signal_at_the_end_of_a_wait(seconds):
+  """The exit code was lost, and 0 in its place."""
+  program = UNLUCKIER.format(root=str(ROOT), seconds=seconds)
+  result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+                          timeout=60)  # fmt: skip
+  assert result.stdout == "3\n"
+
+
+# SIGTERM comes where Python cannot raise anything: it reports an exception there, and goes on.
+DROPPED = """
+import os, signal, sys, time, weakref
+sys.path.insert(0, {root!r})
+import qvm
+
+class Thing:
+  pass
+
+qvm.signals.install()
+try:
+  thing = Thing()
+  watch = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+  del thing
+  time.sleep(60)
+except qvm.Interrupted as stop:
+  print(stop.signum)
+"""
+
+
+def test_a_signal_where_nothing_can_be_raised():
+  """It was forgotten, and all that came later were ignored: nothing but SIGKILL ended qvm."""
+  result = subprocess.run([sys.executable, "-c", DROPPED.format(root=str(ROOT))], text=True,
+                          capture_output=True, timeout=30)  # fmt: skip
+  assert (result.stdout, result.stderr) == (f"{int(signal.SIGTERM)}\n", "")
+
+
+def test_ctrl_c_while_qvm_is_loaded(offline, program, tmp_path):
+  """A traceback of an import is of no use to anybody."""
+  (tmp_path / "typing.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
+  command, env = (
+    [sys.executable, str(program), "list"],
+    {**offline.env, "PYTHONPATH": str(tmp_path)},
+  )
+  result = subprocess.run(command, env=env, stderr=subprocess.PIPE, timeout=30)
+  assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")

@@ -30,6 +30,13 @@ def test_kill_9():
 
 
 @tracing
+def test_signals_at_any_call_of_the_system():
+  counts = play("signals", 1, range(14))
+  assert counts["points"] == 14
+  assert sum(number for what, number in counts.items() if what.endswith(": interrupted")) > 5
+
+
+@tracing
 def test_disks_that_fail():
   counts = play("disk", 1, range(9))
   assert counts["points"] == 9
@@ -99,7 +106,7 @@ def test_it_starts_by_hand(program):
 
 
 @pytest.mark.parametrize("words, parts", [
-  ([], {"network": 1000, "killing": 200, "disk": 120, "sync": 60, "streaming": 500,
+  ([], {"network": 1000, "killing": 200, "signals": 200, "disk": 120, "sync": 60, "streaming": 500,
         "power": 100, "preparing": 60, "hostile": 200, "crowd": 3, "containers": 20}),
   (["crowd", "network", "7"], {"crowd": 3, "network": 7}),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 
   network [1000]   schedules of faults of the release server; no wrong byte is ever published
   killing [200]    kill -9 all over a first run, a cached one and a refresh, alone or with six more
+  signals [200]    a signal that qvm catches, at one call of the system in such a run
   disk    [120]    one call of the system fails as on a full, broken or read-only disk
   sync    [60]     kill -9 of a run with --sync and a command, or of its ssh or the guest's tar
   streaming [500]  kill -9 of qvm, of what serves the image, and of QEMU while `run --stream` runs,
@@ -67,6 +68,7 @@ from support_torture import (
   Asset,
   Forks,
   Violation,
+  bad_words,
   check_complete,
   check_locks,
   check_published,
@@ -538,6 +540,8 @@ OTHERS = (RUN, PULL, ("list",), RUN, ("run", *GUEST, "--rm", "--name", "b"), PUL
 class Killing:
   """A server, a cache with everything in it, and how long runs take."""
 
+  STRUCK = CALLS
+
   def __init__(self, folder, forks, seed):
     self.folder, self.forks, self.counts = Path(folder), forks, Counter()
     rng = random.Random(f"{seed}:killing")
@@ -592,7 +596,7 @@ class Killing:
       return ()
     with self.temporary(action) as qvm:
       log = self.folder / "strace"
-      before = (shutil.which("strace"), "-f", "-o", str(log), "-e", f"trace={CALLS}")
+      before = (shutil.which("strace"), "-f", "-o", str(log), "-e", f"trace={self.STRUCK}")
       if self.forks.run(qvm, *ACTIONS[action], before=before).code:
         return ()  # it may not trace here
     lines = re.findall(r"^([0-9]+) +([a-z0-9]+)\(", log.read_text(), re.MULTILINE)
@@ -738,6 +742,42 @@ class Failing(Killing):
 def failing(folder, forks, seed, numbers):
   """Let calls fail in many runs; returns what was counted."""
   return strikes(Failing(folder, forks, seed), seed, numbers)
+
+
+# --- Signals -----------------------------------------------------------------------------------
+
+
+class Interrupting(Killing):
+  """As there, by a signal that qvm catches: it ends soon, and cleans up before it does."""
+
+  STRUCK = CALLS + ",openat,wait4,futex,select"
+
+  def strike(self, qvm, rng, action, way, said):
+    call = rng.choice(sorted({call for call, _ in self.calls[action]}))
+    number = rng.choice([number for each, number in self.calls[action] if each == call])
+    signum = rng.choice([signal.SIGTERM, signal.SIGHUP])
+    said.append(f"{signum.name} at the {call} number {number}")
+    inject = f"inject={call}:signal={signum.name}:when={number}"
+    before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={self.STRUCK}")
+    result = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject)).wait()
+    said.append(result.stderr)
+    if result.code == -signum:  # before qvm could catch it, or when it was done
+      return False
+    if result.code != 128 + signum:  # a helper may have got it
+      check_words(result)
+      return False
+    demand(not bad_words(result.stderr), "it says more than a user should see")
+    left = [name for name in qvm.files() if name.startswith("instances/")]
+    demand(not left, f"it leaves {left}")
+    return True
+
+  def count(self, what, struck):
+    self.counts[f"{what.split(',')[0]}: {'interrupted' if struck else 'not'}"] += 1
+
+
+def interrupting(folder, forks, seed, numbers):
+  """Interrupt many runs; returns what was counted."""
+  return strikes(Interrupting(folder, forks, seed), seed, numbers)
 
 
 # --- Killing with --sync ---------------------------------------------------------------------
@@ -1152,6 +1192,7 @@ def power(folder, forks, seed, numbers):
 PARTS = {
   "network": (network, 1000),
   "killing": (killing, 200),
+  "signals": (interrupting, 200),
   "disk": (failing, 120),
   "sync": (syncing, 60),
   "streaming": (streaming, 500),

@@ -41,7 +41,8 @@ leftover. A file is flushed, then renamed to its place; a base image's record wa
 both are there. QEMU's tree is swapped by a symbolic link.
 
 Threads: the main thread gets the signals, prints errors and chooses the exit code. The others are
-daemons that fetch, or feed and read a program; the result of each is raised where it is awaited.
+daemons that fetch, or feed, read or await a program; the result of each is raised where it is
+awaited.
 
 Who outlives whom: a detached QEMU outlives qvm and keeps the instance's lock and port. An image
 server outlives qvm too; it ends when nobody holds the other end of its pipe, which QEMU has. So
@@ -5439,7 +5440,8 @@ def sweep(cache: Cache) -> None:
   """Delete --rm instances and locks whose qvm and QEMU were killed, and unfinished files."""
   if not os.access(cache.instances, os.W_OK):
     return
-  for paths in (*instances(cache, ".ephemeral"), *instances(cache, ".lock")):
+  found = {it.name: it for end in (".ephemeral", ".lock") for it in instances(cache, end)}
+  for paths in found.values():  # a machine that runs has both
     lock = Lock(paths.lock)
     with instances_lock(cache), signals.hold():
       if lock.try_():
@@ -6542,8 +6544,9 @@ def ssh_once(
   with contextlib.ExitStack() as stack:
     with signals.hold():
       folder = temporary_folder(login.paths.cache)
-      log = tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log", dir=folder)  # noqa: SIM115
-      stack.enter_context(log)
+      log = stack.enter_context(
+        tempfile.NamedTemporaryFile(prefix="qvm-ssh-", suffix=".log", dir=folder)
+      )
       command = ssh_command(login, log.name)
       command[1:1] = ["-t" if spawn.stdin is None and is_interactive() else "-T"]
       env = {**os.environ, "SHELL": "/bin/sh"}

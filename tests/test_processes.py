@@ -834,12 +834,24 @@ def test_a_terminal_that_hangs_up(used, terminal, fifo):
 
 # --- a signal at any moment ------------------------------------------------------------------
 
+# Before each of these programs.
+BEGIN = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import qvm
+qvm.signals.install()
+"""
+
+
+def done_by(program):
+  """What a program that uses qvm as a module has written: on stdout, on stderr."""
+  command = [sys.executable, "-c", BEGIN + program]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  return result.stdout, result.stderr
+
+
 # SIGTERM comes when Popen has just acquired its lock, and before it could release it.
 UNLUCKY = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import qvm
-
 class Lock:
   def __init__(self, lock):
     self.lock, self.release = lock, lock.release
@@ -849,13 +861,6 @@ class Lock:
     os.kill(os.getpid(), signal.SIGTERM)
     return found
 
-  def __enter__(self):
-    return self.lock.__enter__()
-
-  def __exit__(self, *how):
-    return self.lock.__exit__(*how)
-
-qvm.signals.install()
 process = qvm.start(["sleep", "60"], qvm.silent())
 process._waitpid_lock = Lock(process._waitpid_lock)
 try:
@@ -872,17 +877,14 @@ except qvm.Interrupted as stop:
 )
 def test_a_signal_in_the_middle_of_a_wait(wait):
   """It left Popen's lock behind, and the end of the process was waited for without end."""
-  program = UNLUCKY.format(root=str(ROOT), wait=wait)
-  result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
-                          timeout=30)  # fmt: skip
-  assert result.stdout.split() == [str(int(signal.SIGTERM)), str(-signal.SIGTERM)]
+  assert done_by(UNLUCKY.format(wait=wait))[0].split() == [
+    str(int(signal.SIGTERM)),
+    str(-signal.SIGTERM),
+  ]
 
 
 # SIGTERM comes when the system has told how the process has ended, and Popen has not noted it yet.
 UNLUCKIER = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import qvm
 waitpid = os.waitpid
 
 def tell(pid, how):
@@ -891,7 +893,6 @@ def tell(pid, how):
     os.kill(os.getpid(), signal.SIGTERM)
   return found
 
-qvm.signals.install()
 os.waitpid = tell
 process = qvm.start(["sh", "-c", "exit 3"], qvm.silent())
 try:
@@ -904,22 +905,16 @@ except qvm.Interrupted:
 @pytest.mark.parametrize("seconds", ["", "30"])
 def test_a_signal_at_the_end_of_a_wait(seconds):
   """The exit code was lost, and 0 in its place."""
-  program = UNLUCKIER.format(root=str(ROOT), seconds=seconds)
-  result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
-                          timeout=60)  # fmt: skip
-  assert result.stdout == "3\n"
+  assert done_by(UNLUCKIER.format(seconds=seconds))[0] == "3\n"
 
 
 # SIGTERM comes where Python cannot raise anything: it reports an exception there, and goes on.
 DROPPED = """
-import os, signal, sys, time, weakref
-sys.path.insert(0, {root!r})
-import qvm
+import time, weakref
 
 class Thing:
   pass
 
-qvm.signals.install()
 try:
   thing = Thing()
   watch = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -932,17 +927,13 @@ except qvm.Interrupted as stop:
 
 def test_a_signal_where_nothing_can_be_raised():
   """It was forgotten, and all that came later were ignored: nothing but SIGKILL ended qvm."""
-  result = subprocess.run([sys.executable, "-c", DROPPED.format(root=str(ROOT))], text=True,
-                          capture_output=True, timeout=30)  # fmt: skip
-  assert (result.stdout, result.stderr) == (f"{int(signal.SIGTERM)}\n", "")
+  assert done_by(DROPPED) == (f"{int(signal.SIGTERM)}\n", "")
 
 
 def test_ctrl_c_while_qvm_is_loaded(offline, program, tmp_path):
   """A traceback of an import is of no use to anybody."""
   (tmp_path / "typing.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
-  command, env = (
-    [sys.executable, str(program), "list"],
-    {**offline.env, "PYTHONPATH": str(tmp_path)},
-  )
+  command = [sys.executable, str(program), "list"]
+  env = {**offline.env, "PYTHONPATH": str(tmp_path)}
   result = subprocess.run(command, env=env, stderr=subprocess.PIPE, timeout=30)
   assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")

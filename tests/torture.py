@@ -629,12 +629,9 @@ class Killing:
   def strike(self, qvm, rng, action, way, said):
     """Start what there is to start, and kill one of it; whether that was still running."""
     if way == "calls":
-      call = rng.choice(sorted({call for call, _ in self.calls[action]}))
-      number = rng.choice([number for each, number in self.calls[action] if each == call])
+      call, number = self.one_call(rng, self.calls[action])
       said.append(f"at the {call} number {number}")
-      inject = f"inject={call}:signal=SIGKILL:when={number}"
-      before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={CALLS}")
-      child = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject))
+      child = self.start_with(qvm, action, f"{call}:signal=SIGKILL:when={number}")
       return child.wait().code == -signal.SIGKILL
     others = [self.forks.start(qvm, *words) for words in OTHERS] if way == "crowd" else []
     delay = rng.uniform(0, 1.1) * self.seconds[action] * (2 if others else 1)
@@ -646,6 +643,17 @@ class Killing:
     for other in others:
       check_words(other.wait(), (0,))
     return killed
+
+  def one_call(self, rng, calls):
+    """One of these calls of the system: each name is as likely as another."""
+    call = rng.choice(sorted({call for call, _ in calls}))
+    return call, rng.choice([number for each, number in calls if each == call])
+
+  def start_with(self, qvm, action, inject, *more):
+    """Start an action in which strace injects something."""
+    before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={self.STRUCK}")
+    before += (*more, "-e", "inject=" + inject)
+    return self.forks.start(qvm, *ACTIONS[action], before=before)
 
   def afterwards(self, qvm, rng, action, said):
     """What must be true after a kill."""
@@ -711,16 +719,14 @@ class Failing(Killing):
 
   def strike(self, qvm, rng, action, way, said):
     calls = [each for each in self.calls[action] if each[0] in WRITING]
-    call = rng.choice(sorted({call for call, _ in calls}))
-    number = rng.choice([number for each, number in calls if each == call])
+    call, number = self.one_call(rng, calls)
     error = rng.choice(WRITING[call])
     once_only = call in ("write", "unlink")  # or else its own words fail, and all clean-up
     said.append(f"{error} at the {call} number {number}{'' if once_only else ' and on'}")
-    inject = f"inject={call}:error={error}:when={number}{'' if once_only else '+'}"
-    before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={CALLS}")
-    if call == "write":  # qemu-img's threads wake one another by writes, which no disk can fail
-      before += ("-b", "execve")
-    result = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject)).wait()
+    inject = f"{call}:error={error}:when={number}{'' if once_only else '+'}"
+    # qemu-img's threads wake one another by writes, which no disk can fail.
+    more = ("-b", "execve") if call == "write" else ()
+    result = self.start_with(qvm, action, inject, *more).wait()
     said.append(result.stderr)
     if call != "write" or result.stderr:  # it may have been the error's own words
       check_words(result)
@@ -753,13 +759,10 @@ class Interrupting(Killing):
   STRUCK = CALLS + ",openat,wait4,futex,select"
 
   def strike(self, qvm, rng, action, way, said):
-    call = rng.choice(sorted({call for call, _ in self.calls[action]}))
-    number = rng.choice([number for each, number in self.calls[action] if each == call])
+    call, number = self.one_call(rng, self.calls[action])
     signum = rng.choice([signal.SIGTERM, signal.SIGHUP])
     said.append(f"{signum.name} at the {call} number {number}")
-    inject = f"inject={call}:signal={signum.name}:when={number}"
-    before = (shutil.which("strace"), "-f", "-o", os.devnull, "-e", f"trace={self.STRUCK}")
-    result = self.forks.start(qvm, *ACTIONS[action], before=(*before, "-e", inject)).wait()
+    result = self.start_with(qvm, action, f"{call}:signal={signum.name}:when={number}").wait()
     said.append(result.stderr)
     if result.code == -signum:  # before qvm could catch it, or when it was done
       return False

@@ -9942,12 +9942,7 @@ def login_seconds(options: Options) -> float:
 
 def cmd_ssh(options: Options) -> int:
   """Run a command in a running instance, or open a shell."""
-  [paths] = existing(cache_from(os.environ), options.operands, "run")
-  if not is_running(paths):
-    raise QvmError(
-      f"the instance {paths.name} is not running",
-      "start it in the background with qvm run --detach; see qvm list",
-    )
+  [paths] = running(cache_from(os.environ), options.operands, "run")
   login = login_of(paths, login_seconds(options))
   with terminal_kept():
     return run_command(login, options, KEY_LOGIN_SECONDS if os.path.exists(paths.key_disk) else 0.0)
@@ -10163,16 +10158,22 @@ def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePath
   return chosen
 
 
-def cmd_stop(options: Options) -> int:
-  """Power off running instances; all names are checked before any instance is stopped."""
-  cache = cache_from(os.environ)
-  chosen = existing(cache, options.operands, "stopped")
+def running(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:
+  """As existing(), but QvmError also if one does not run."""
+  chosen = existing(cache, names, what)
   for paths in chosen:
     if not is_running(paths):
       raise QvmError(
-        f"the instance {paths.name} is not running; nothing was stopped", "see qvm list"
+        f"the instance {paths.name} is not running; nothing was {what}",
+        "start it in the background with qvm run --detach; see qvm list",
       )
-  for paths in chosen:
+  return chosen
+
+
+def cmd_stop(options: Options) -> int:
+  """Power off running instances; all names are checked before any instance is stopped."""
+  cache = cache_from(os.environ)
+  for paths in running(cache, options.operands, "stopped"):
     stop_instance(paths, options.force, login_seconds(options))
     flush_disk(paths)
     emit(paths.name)
@@ -10191,9 +10192,7 @@ def run_words(paths: InstancePaths) -> List[str]:
 def cmd_restart(options: Options) -> int:
   """Reboot guests, one after the other; with --force those that do not reboot are started anew."""
   cache = cache_from(os.environ)
-  for paths in existing(cache, options.operands, "restarted"):
-    if not is_running(paths):
-      raise QvmError(f"the instance {paths.name} is not running", "see qvm list")
+  for paths in running(cache, options.operands, "restarted"):
     try:
       reboot(login_of(paths, login_seconds(options)))
     except QvmError as error:

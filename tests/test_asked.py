@@ -227,6 +227,14 @@ def test_restart_waits_for_another_boot(guests):
   fails(guests.qvm("restart", "none"), "no instance none")
 
 
+def test_all_names_are_looked_at_before_any_guest_reboots(guests):
+  guests.up("other")
+  works(guests.qvm("stop", "other"))
+  guests.up("vm")
+  fails(guests.qvm("restart", "vm", "other"), "other is not running; nothing was restarted")
+  assert not (guests.folder / "reboots").exists()
+
+
 def test_only_force_pulls_the_plug(guests):
   guests.play(ignore_shutdown=True)
   guests.up("vm", "-m", "512M", "--cpus", "3")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import py_compile
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from release_server import ReleaseServer
 from support import (
   FREEBSD,
   PULL,
+  PYTHON,
   ROOT,
   Qvm,
   default_signals,
@@ -77,7 +77,8 @@ def pytest_collection_modifyitems(items):
 def compiled(tmp_path_factory):
   """Let the tests run a qvm.py that need not be compiled at each start."""
   path = tmp_path_factory.mktemp("compiled") / "qvm.pyc"
-  py_compile.compile(str(ROOT / "qvm.py"), str(path), doraise=True)
+  code = "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
+  subprocess.run([PYTHON, "-c", code, str(ROOT / "qvm.py"), str(path)], check=True)
   Qvm.compiled = path
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
   sys.path.append(str(ROOT))  # where bench.py and torture.py find qvm.py, too
+# The Python that runs qvm; `QVM_TEST_PYTHON=python3.6 make test` tries another one.
+PYTHON = shutil.which(os.environ.get("QVM_TEST_PYTHON", "")) or sys.executable
 HOST = "macos" if sys.platform == "darwin" else "linux"
 FREEBSD = "freebsd-15.1-x86-64"
 # The three files that a first run downloads, and where they come to lie.
@@ -373,16 +375,16 @@ class Qvm:
     if server:
       self.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
 
-  def command(self, *words, python=sys.executable):
+  def command(self, *words, python=PYTHON):
     """The words that start qvm: for this Python qvm.py as it has compiled it before."""
-    compiled = self.compiled and python == sys.executable and self.program == ROOT / "qvm.py"
+    compiled = self.compiled and python == PYTHON and self.program == ROOT / "qvm.py"
     return [python, str(self.compiled if compiled else self.program), *words]
 
   def play(self, **play):
     """Say what the stand-in for QEMU does in the next runs."""
     self.env["STAND_IN"] = json.dumps(play)
 
-  def __call__(self, *words, env=None, python=sys.executable, timeout=60, **more):
+  def __call__(self, *words, env=None, python=PYTHON, timeout=60, **more):
     """Run to the end; stdout and stderr are text."""
     more = {
       "stdin": subprocess.DEVNULL,
@@ -398,7 +400,7 @@ class Qvm:
       **more,
     )
 
-  def start(self, *words, env=None, python=sys.executable, **more):
+  def start(self, *words, env=None, python=PYTHON, **more):
     """Start it and go on."""
     more = {
       "stdin": subprocess.DEVNULL,

@@ -14,7 +14,7 @@ import types
 
 import pytest
 import ssh_guest
-from support import ROOT, STAND_IN, end_processes, free_port, processes_of, works
+from support import PYTHON, ROOT, STAND_IN, end_processes, free_port, processes_of, works
 from support_machines import Guests
 
 import qvm as qvm_source
@@ -290,7 +290,7 @@ def test_on_arm64_kvm_runs_the_hosts_own_cpu_only(offline, guest, kvm, accel, cp
   code = ARM64_HOST.format(kvm=kvm)
   words = ["run", "--dry-run", "--qemu", sys.executable, *accel, *guest]
   run = subprocess.run(
-    [sys.executable, "-c", code, *words],
+    [PYTHON, "-c", code, *words],
     env={**offline.env, "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,

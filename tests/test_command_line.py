@@ -11,6 +11,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import PYTHON
 
 import qvm as qvm_source
 
@@ -575,7 +576,7 @@ def test_a_user_without_a_home_is_told(offline, tmp_path):
   code = "import os, sys; os.getuid = lambda: 4000000; import qvm; sys.exit(qvm.main())"
   env = {**offline.env, "PYTHONPATH": str(offline.program.parent)}
   del env["HOME"]
-  command = [sys.executable, "-c", code]
+  command = [PYTHON, "-c", code]
   run = subprocess.run(
     [*command, "config", "print-path"], env=env, cwd=tmp_path, capture_output=True, text=True
   )

@@ -15,6 +15,7 @@ import pytest
 from support import (
   DEADLINE,
   FREEBSD,
+  PYTHON,
   ROOT,
   end_processes,
   free_port,
@@ -157,7 +158,7 @@ class Machines:
   def changed(self, change, *words, timeout=DEADLINE):
     """Run qvm after a line that changes it from outside."""
     return subprocess.run(
-      [sys.executable, "-c", f"import os, qvm, sys\n{change}\nsys.exit(qvm.main())", *words],
+      [PYTHON, "-c", f"import os, qvm, sys\n{change}\nsys.exit(qvm.main())", *words],
       cwd=str(ROOT),
       env=self.qvm.env,
       stdin=subprocess.DEVNULL,
@@ -371,7 +372,7 @@ def traced(tmp_path):
   if not shutil.which("strace"):
     pytest.skip("no strace")
   program, trace = tmp_path / "traced", tmp_path / "trace"
-  strace = f"strace -f -y -qq -o {trace} -e trace=fsync {sys.executable}"
+  strace = f"strace -f -y -qq -o {trace} -e trace=fsync {PYTHON}"
   program.write_text(f'#!/bin/sh\nexec {strace} "$@"\n')
   program.chmod(0o755)
   return str(program), trace

@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from support import DEADLINE, FREEBSD, ROOT, Qvm, end_processes, furnish, snapshot
+from support import DEADLINE, FREEBSD, PYTHON, ROOT, Qvm, end_processes, furnish, snapshot
 from support_terminal import Terminal
 
 import qvm as qvm_source
@@ -453,7 +453,7 @@ def test_a_server_that_never_ends_its_answer(host, server):
   server.fault("", origin="github", times=None, stall="headers")
   code = "import qvm, sys; qvm.DOCTOR_SECONDS = 1.0; sys.exit(qvm.main())"
   result = subprocess.run(
-    [sys.executable, "-c", code, "doctor", "--json"],
+    [PYTHON, "-c", code, "doctor", "--json"],
     cwd=str(ROOT),
     env=host.env,
     stdin=subprocess.DEVNULL,

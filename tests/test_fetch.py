@@ -26,6 +26,7 @@ from support import (
   FREEBSD,
   IMAGE,
   PULL,
+  PYTHON,
   QEMU,
   ROOT,
   TOOLS,
@@ -249,7 +250,7 @@ qvm.main()
 def test_one_that_was_ended_while_data_came_is_resumed_after_a_reboot(no_image, big_server, big):
   go = threading.Event()
   fault = big_server.fault(IMAGE, times=1, pause=go, pause_at=200_000)
-  process = subprocess.Popen([sys.executable, "-c", LATE, *PULL], **of_code(no_image))
+  process = subprocess.Popen([PYTHON, "-c", LATE, *PULL], **of_code(no_image))
   hangs(process, fault)
   wait_for(lambda: has_a_block(no_image))
   process.send_signal(signal.SIGTERM)
@@ -271,7 +272,7 @@ def has_a_block(qvm):
 
 
 def check_goes_on_after_a_reboot(qvm, image):
-  again = subprocess.run([sys.executable, "-c", AFTER_A_REBOOT, *PULL], **of_code(qvm))
+  again = subprocess.run([PYTHON, "-c", AFTER_A_REBOOT, *PULL], **of_code(qvm))
   check_works(qvm, again, image)
   assert f"downloading {IMAGE} (going on at" in again.stderr
 

@@ -14,7 +14,7 @@ import pytest
 from darwin_host import put_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FREEBSD, ROOT, fails, free_port, lines, processes_of, works
+from support import FREEBSD, PYTHON, ROOT, fails, free_port, lines, processes_of, works
 from support_machines import FREEBSD_GUEST, OPENBSD_GUEST
 from support_terminal import Terminal
 
@@ -492,7 +492,7 @@ def test_a_guest_that_does_not_power_off_is_ended(guests):
   guests.play(ignore_shutdown=True)
   code = "import qvm, sys; qvm.POWER_OFF_SECONDS = 0.3; sys.exit(qvm.main())"
   words = guests.words(command=["exit 5"], rm=False)
-  result = subprocess.run([sys.executable, "-c", code, *words], cwd=str(ROOT), env=guests.qvm.env,
+  result = subprocess.run([PYTHON, "-c", code, *words], cwd=str(ROOT), env=guests.qvm.env,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
   assert result.returncode == 5
   assert "has not powered off within 0.3 s" in result.stderr

@@ -24,7 +24,7 @@ import pytest
 import ssh_guest
 from darwin_host import DARWIN, Mac, put_program, qemu_text
 from release_server import ReleaseServer
-from support import fill, free_port, obey_modes, works
+from support import PYTHON, fill, free_port, obey_modes, works
 from support_pythons import MODERN
 
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
@@ -548,7 +548,7 @@ def test_t4_nor_after_a_command(machine, tmp_path):
 
 def is_silent(qvm, *words):
   for options in (("-W", "error"), ("-X", "dev", "-W", "error")):
-    command = [sys.executable, *options, str(qvm.program), *words]
+    command = [PYTHON, *options, str(qvm.program), *words]
     run = subprocess.run(
       command, env=qvm.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
     )

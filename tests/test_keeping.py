@@ -14,6 +14,7 @@ from support import (
   FREEBSD,
   IMAGE,
   PULL,
+  PYTHON,
   QEMU,
   TOOLS,
   digest,
@@ -252,7 +253,7 @@ def test_a_kept_run_does_not_inherit_the_mark_of_a_killed_one(full, background, 
     "sys.exit(qvm.main(sys.argv[4:]))\n"
   )
   words = [*RUN, "--name", "vm"]
-  command = [sys.executable, "-c", code, str(qvm_source.__file__).rpartition("/")[0]]
+  command = [PYTHON, "-c", code, str(qvm_source.__file__).rpartition("/")[0]]
   command += [str(process.pid), str(record["pid"]), *words]
   env = {**full.env, "STAND_IN": "{}"}
   run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)

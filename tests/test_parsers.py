@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import FREEBSD, ROOT, bad_words, fails, works
+from support import FREEBSD, PYTHON, ROOT, bad_words, fails, works
 from support_pythons import every_python
 
 import qvm as qvm_source
@@ -167,7 +166,7 @@ HUGE = {
 @pytest.mark.parametrize("body", HUGE.values(), ids=list(HUGE))
 def test_huge_release_data_take_no_huge_memory(qvm, server, body):
   server.fault("freebsd-builder/releases", origin="api", times=None, body=body)
-  command = [sys.executable, "-c", LIMITED.format(root=str(ROOT)), "search", "freebsd"]
+  command = [PYTHON, "-c", LIMITED.format(root=str(ROOT)), "search", "freebsd"]
   result = subprocess.run(command, env=qvm.env, capture_output=True, text=True, timeout=60)
   assert result.returncode == 0 and re.fullmatch("(qvm: .+\n)*", result.stderr), result.stderr
   if body == HUGE["assets"]:  # it is read, and no asset in it has a name
@@ -201,7 +200,7 @@ def test_an_archive_of_a_million_members(tmp_path):
   script = LIMITED.replace(
     "sys.exit(qvm.main(sys.argv[1:]))", "qvm.unpack_aside(*sys.argv[1:], ())"
   )
-  command = [sys.executable, "-c", script.format(root=str(ROOT))]
+  command = [PYTHON, "-c", script.format(root=str(ROOT))]
   paths = [str(tmp_path / "x.tar" / "part"), str(tmp_path / "x.tmp")]
   result = subprocess.run([*command, *paths], capture_output=True, text=True, timeout=60)
   assert (

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from support import (
   FREEBSD,
+  PYTHON,
   ROOT,
   STAND_IN,
   alive,
@@ -559,7 +560,7 @@ os.path.exists = lambda path: path == rosetta or exists(path)
 import qvm
 sys.exit(qvm.main())
 """
-  return [sys.executable, "-c", code, *words], {**qvm.env, "PYTHONPATH": str(qvm.program.parent)}
+  return [PYTHON, "-c", code, *words], {**qvm.env, "PYTHONPATH": str(qvm.program.parent)}
 
 
 def on_host(qvm, *words, more=""):
@@ -845,7 +846,7 @@ qvm.signals.install()
 
 def done_by(program):
   """What a program that uses qvm as a module has written: on stdout, on stderr."""
-  command = [sys.executable, "-c", BEGIN + program]
+  command = [PYTHON, "-c", BEGIN + program]
   result = subprocess.run(command, capture_output=True, text=True, timeout=60)
   return result.stdout, result.stderr
 
@@ -933,7 +934,7 @@ def test_a_signal_where_nothing_can_be_raised():
 def test_ctrl_c_while_qvm_is_loaded(offline, program, tmp_path):
   """A traceback of an import is of no use to anybody."""
   (tmp_path / "typing.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
-  command = [sys.executable, str(program), "list"]
+  command = [PYTHON, str(program), "list"]
   env = {**offline.env, "PYTHONPATH": str(tmp_path)}
   result = subprocess.run(command, env=env, stderr=subprocess.PIPE, timeout=30)
   assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")

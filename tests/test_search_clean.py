@@ -22,6 +22,7 @@ from support import (
   DEAD,
   FREEBSD,
   PULL,
+  PYTHON,
   ROOT,
   STAND_IN,
   Qvm,
@@ -426,7 +427,7 @@ def stepped():
   started = []
 
   def start(qvm, pattern, number, action, *words):
-    command = [sys.executable, "-c", STEPS, str(qvm.cache), pattern, str(number), action]
+    command = [PYTHON, "-c", STEPS, str(qvm.cache), pattern, str(number), action]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command += qvm.command(*words)[1:]
     started.append(subprocess.Popen(command, env=qvm.env, text=True, **pipes))

@@ -8,12 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from support import DEADLINE, ROOT, ended, fails, finished, processes_of, rows, works
+from support import DEADLINE, PYTHON, ROOT, ended, fails, finished, processes_of, rows, works
 
 NO_SECONDS = "import qvm, sys; qvm.TERM_GRACE_SECONDS = 1.0; sys.exit(qvm.main())"
 
@@ -146,7 +145,7 @@ def test_what_does_not_handle_it_ends_by_it(guests, number):
 
 def patient(guests, *words):
   return subprocess.Popen(
-    [sys.executable, "-c", NO_SECONDS, *words], cwd=str(ROOT), env=guests.qvm.env, text=True,
+    [PYTHON, "-c", NO_SECONDS, *words], cwd=str(ROOT), env=guests.qvm.env, text=True,
     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 

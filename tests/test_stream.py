@@ -22,6 +22,7 @@ from support import (
   FREEBSD,
   IMAGE,
   PULL,
+  PYTHON,
   ROOT,
   Qvm,
   end_processes,
@@ -657,7 +658,7 @@ def test_a_proxy(streamer, server, tmp_path, disk, proxy):
 SCATTERED = [["read", f"{place}k", "4k"] for place in (5000, 3000, 4000, 2200, 5400, 3500, 4600)]
 
 
-def scattered(qvm, server, python=sys.executable, **fault):
+def scattered(qvm, server, python=PYTHON, **fault):
   """Read here and there while the first connection hangs; returns the counts of what that took."""
   server.fault(IMAGE, times=1, pause=threading.Event(), pause_at=200_000)
   server.fault(IMAGE, times=None, **fault)

@@ -3,11 +3,10 @@
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import fails, free_port, obey_modes, snapshot
+from support import PYTHON, fails, free_port, obey_modes, snapshot
 
 import qvm as qvm_source
 
@@ -365,7 +364,7 @@ def test_no_mask_where_kvm_is_not_tried(offline, accel, masked, needed):
   code = f"import sys, qvm; qvm.needs_cpu_mask = lambda *a: {needed}; sys.exit(qvm.main())"
   words = ["run", "--dry-run", *guest_words(("netbsd", "x86-64")), "--accel", accel]
   run = subprocess.run(
-    [sys.executable, "-c", code, *words],
+    [PYTHON, "-c", code, *words],
     env={**offline.env, "PYTHONPATH": str(offline.program.parent)},
     capture_output=True,
     text=True,

@@ -67,27 +67,9 @@ import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
 from types import FrameType, TracebackType
-from typing import (
-  IO,
-  TYPE_CHECKING,
-  Any,
-  Callable,
-  Dict,
-  Generic,
-  Iterable,
-  Iterator,
-  List,
-  Mapping,
-  Optional,
-  Sequence,
-  Set,
-  Tuple,
-  Type,
-  TypeVar,
-  Union,
-)
 
 __version__ = "0.2.0"
+TYPE_CHECKING = False  # mypy takes it for true
 
 if TYPE_CHECKING:
   import array
@@ -128,13 +110,43 @@ if TYPE_CHECKING:
   import urllib.request
   import xml.etree.ElementTree
   import zlib
-  from typing import NamedTuple
+  from typing import (
+    IO,
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+  )
 
   Process = subprocess.Popen[bytes]
   Headers = http.client.HTTPMessage
   Request = urllib.request.Request
   Response = http.client.HTTPResponse
 else:
+
+  class Unread:
+    """Stands for all of typing, which nothing reads: that takes 3 ms, or 6 %, of a cached start."""
+
+    def __getitem__(self, key):
+      return object
+
+    def __call__(self, *values, **named):
+      return self
+
+  IO = Any = Callable = Dict = Generic = Iterable = Iterator = List = Mapping = Unread()
+  Optional = Sequence = Set = Tuple = Type = TypeVar = Union = IO
 
   class NamedTuple(tuple):
     """typing's takes 0.1 ms more for each class: 3 ms, or 6 %, of a cached start."""
@@ -2424,8 +2436,8 @@ def popen_type() -> Type["Process"]:
         return super().poll()
 
     def wait(self, timeout: Optional[float] = None) -> int:
-      if timeout is None:
-        return Future(super().wait).result()
+      if timeout is None:  # no signal comes to a thread of its own
+        return super().wait() if signals.held else Future(super().wait).result()
       deadline, pause = time.monotonic() + timeout, 0.0005
       while True:
         code = self.poll()

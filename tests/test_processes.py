@@ -933,7 +933,9 @@ def test_a_signal_where_nothing_can_be_raised():
 
 def test_ctrl_c_while_qvm_is_loaded(offline, program, tmp_path):
   """A traceback of an import is of no use to anybody."""
-  (tmp_path / "typing.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
+  (tmp_path / "threading.py").write_text(
+    "import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n"
+  )
   command = [PYTHON, str(program), "list"]
   env = {**offline.env, "PYTHONPATH": str(tmp_path)}
   result = subprocess.run(command, env=env, stderr=subprocess.PIPE, timeout=30)

@@ -2884,6 +2884,8 @@ def connection_failure(url: str, error: Exception) -> Exception:
     return QvmError(problem, certificate_fix(str(cause)))
   if url.startswith("file:") and isinstance(cause, OSError):
     return NotFound(f"{redacted(url)}: {describe(cause)}")
+  if isinstance(cause, http.client.InvalidURL):  # its text may be the password of a proxy
+    return QvmError(f"{redacted(url)} leads to an address that is not valid", proxy_used(url))
   if isinstance(cause, socket.timeout):
     return Transient(f"{redacted(url)}: no answer in time")
   if isinstance(cause, (OSError, http.client.HTTPException)):

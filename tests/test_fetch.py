@@ -47,6 +47,7 @@ from support_network import (
   ranges,
   unfinished,
 )
+from support_pythons import every_python
 
 import qvm as qvm_source
 
@@ -1025,6 +1026,16 @@ def test_credentials_of_a_dead_proxy_are_never_printed(no_image, secure, server,
     check_failed(result, "(?is)proxy")
     assert "s3c" not in result.stderr
   assert server.started == secure.started == 0
+
+
+@every_python
+@pytest.mark.parametrize("address", ["http://user:s3cret", "user:s3cret/", "http://user:s3cret/x@"])
+def test_a_proxy_whose_host_is_missing_shows_no_password(no_image, python, address):
+  """What stands for its port is the password; http.client quotes that."""
+  env = {"QVM_RELEASES_URL": "http://127.0.0.1:9", "http_proxy": address}
+  result = no_image(*PULL, env=env, python=python)
+  fails(result, "proxy")
+  assert "s3c" not in result.stderr
 
 
 def test_credentials_in_the_address_are_never_printed(no_image, server):

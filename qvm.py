@@ -8896,7 +8896,7 @@ class Machine:
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
     if self.options.console_log:
-      self.log = open(self.options.console_log, "ab", buffering=0)  # noqa: SIM115
+      self.log = open(self.options.console_log, "wb", 0, opener=appending)  # noqa: SIM115
       self.log_start = os.fstat(self.log.fileno()).st_size
     elif self.options.detach or self.options.guest_command:
       if not os.path.lexists(self.paths.disk):
@@ -9193,6 +9193,11 @@ def check_backing(plan: Plan, base: Base) -> None:
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
   """How to start a QEMU whose console goes to a file, if any."""
   return Spawn(subprocess.DEVNULL, log, log, start_new_session=True)
+
+
+def appending(path: str, flags: int) -> int:
+  """Open a file for writing at its end; mode "a" of Python 3.6 cannot open a FIFO or a terminal."""
+  return os.open(path, flags & ~os.O_TRUNC | os.O_APPEND, 0o666)
 
 
 def new_console_log(paths: InstancePaths) -> IO[bytes]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import PYTHON
 
 OLDEST = (3, 6)
 
@@ -13,7 +14,7 @@ OLDEST = (3, 6)
 def interpreters():
   """Every Python on PATH and of pyenv, {"3.6": path}; shims that lead nowhere are left out."""
   found = {}
-  candidates = [sys.executable, *sorted(Path.home().glob(".pyenv/versions/*/bin/python"))]
+  candidates = [PYTHON, sys.executable, *sorted(Path.home().glob(".pyenv/versions/*/bin/python"))]
   candidates += [shutil.which(f"python{v}") for v in ["2.7", *(f"3.{n}" for n in range(6, 20))]]
   code = "import sys; print('%d.%d' % sys.version_info[:2])"
   for path in filter(None, candidates):
@@ -30,4 +31,11 @@ MODERN = {
   if tuple(map(int, version.split("."))) >= OLDEST
 }
 OUTDATED = {version: path for version, path in PYTHONS.items() if version not in MODERN}
+VERSION = next(tuple(map(int, v.split("."))) for v, path in PYTHONS.items() if path == PYTHON)
+own_python = pytest.mark.skipif(sys.executable != PYTHON, reason="for the Python of the tests only")
 every_python = pytest.mark.parametrize("python", MODERN.values(), ids=MODERN)
+
+
+def since(*version):
+  """Marks a test of what Python has only from this version on, such as audit hooks (3.8)."""
+  return pytest.mark.skipif(version > VERSION, reason=f"qvm runs with Python {VERSION}")

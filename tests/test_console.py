@@ -23,14 +23,17 @@ from support import (
   Qvm,
   end_processes,
   fails,
+  finished,
   free_port,
   furnish,
   parent_of,
   processes_of,
   qemu_pid,
   wait_for,
+  written,
 )
 from support_machines import ECHO, FLOOD, FLOODING, HANG
+from support_pythons import every_python
 from support_terminal import Terminal, unread
 
 import qvm as qvm_source
@@ -736,6 +739,15 @@ def test_console_log_in_a_pipe(player, tmp_path):
   process.stderr.close()
   assert shown.startswith(flood_bytes(1 << 20))
   assert log.read_bytes() == shown
+
+
+@every_python
+def test_console_log_in_a_fifo(player, fifo, python):
+  play(player, flood=100)
+  process = player.start(*RUN, "--console-log", str(fifo), python=python)
+  with open(written(fifo, process), "rb") as log:
+    assert log.read().startswith(flood_bytes(100))
+  assert finished(process).returncode == 0
 
 
 @pytest.mark.parametrize("path", ["missing/log", ".", "file/log"])

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import FREEBSD, PYTHON, ROOT, bad_words, fails, works
-from support_pythons import every_python
+from support_pythons import VERSION, every_python
 
 import qvm as qvm_source
 
@@ -169,7 +169,7 @@ def test_huge_release_data_take_no_huge_memory(qvm, server, body):
   command = [PYTHON, "-c", LIMITED.format(root=str(ROOT)), "search", "freebsd"]
   result = subprocess.run(command, env=qvm.env, capture_output=True, text=True, timeout=60)
   assert result.returncode == 0 and re.fullmatch("(qvm: .+\n)*", result.stderr), result.stderr
-  if body == HUGE["assets"]:  # it is read, and no asset in it has a name
+  if body == HUGE["assets"] and VERSION > (3, 6):  # it is read, and no asset in it has a name
     assert (result.stdout.split(), result.stderr) == (["OS", "VERSION", "X86-64", "ARM64"], "")
   else:
     assert "15.1" in result.stdout

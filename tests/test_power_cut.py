@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from support_power import ACTIONS, Cuts
+from support_pythons import since
 
 
 @pytest.fixture(scope="module")
@@ -11,9 +12,8 @@ def cuts(tmp_path_factory, tools_tar):
   return Cuts(tmp_path_factory.mktemp("power"), tools_tar)
 
 
-@pytest.mark.skipif(
-  sys.version_info < (3, 8) or sys.platform != "linux", reason="audit hooks, /proc"
-)
+@since(3, 8)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_power_cut_at_any_moment(cuts, action):
   """`make torture` does 100 of each."""

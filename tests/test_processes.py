@@ -36,6 +36,7 @@ from support import (
   tar_of,
   wait_for,
 )
+from support_pythons import since
 from support_terminal import Terminal
 
 import qvm as qvm_source
@@ -926,6 +927,7 @@ except qvm.Interrupted as stop:
 """
 
 
+@since(3, 8)
 def test_a_signal_where_nothing_can_be_raised():
   """It was forgotten, and all that came later were ignored: nothing but SIGKILL ended qvm."""
   assert done_by(DROPPED) == (f"{int(signal.SIGTERM)}\n", "")

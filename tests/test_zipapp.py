@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 from support import FREEBSD, ROOT, Qvm, ended, fails, free_port, obey_modes, works
-from support_pythons import OUTDATED, every_python
+from support_pythons import OUTDATED, every_python, own_python
 
 import qvm as qvm_source
 
@@ -239,6 +239,7 @@ def test_the_code_is_kept_for_the_next_start(packed, python):
   assert kept(packed) == [path] and path.read_bytes() == before
 
 
+@own_python
 def test_the_kept_code_is_what_runs(packed):
   works(packed("run", "--rm", "freebsd", "15.1"))
   (path,) = kept(packed)
@@ -334,6 +335,7 @@ def test_kept_code_of_another_user(packed, whose):
   assert "hostile" not in packed("list").stdout
 
 
+@own_python
 def test_kept_code_in_a_cache_behind_a_link(packed, tmp_path):
   """The cache itself may be a link: its owner counts."""
   works(packed("run", "--rm", "freebsd", "15.1"))

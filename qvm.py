@@ -1817,14 +1817,18 @@ def sound_record(empty: R, path: str) -> R:
     return empty
   if not isinstance(value, dict):
     return empty
-  number = value.get("format", FORMAT)
-  if not isinstance(number, int) or number > FORMAT:
+  check_format(path, value.get("format", FORMAT), FORMAT)
+  record = empty._replace(**{name: value.get(name, it) for name, it in empty._asdict().items()})
+  return record if [*map(type, record)] == [*map(type, empty)] else empty
+
+
+def check_format(path: str, number: object, known: int) -> None:
+  """Refuse a record of a newer qvm."""
+  if not isinstance(number, int) or number > known:
     raise QvmError(
       f"the record {path} has format {number}, which this qvm does not know",
       f"a newer qvm wrote it: update qvm, or {OTHER_CACHE}",
     )
-  record = empty._replace(**{name: value.get(name, it) for name, it in empty._asdict().items()})
-  return record if [*map(type, record)] == [*map(type, empty)] else empty
 
 
 def write_record(
@@ -1931,6 +1935,19 @@ def paths_in(folder: str) -> List[str]:
 def stems_in(folder: str, suffix: str) -> List[str]:
   """The names of the files in a folder with this suffix, without it, sorted by file name."""
   return [name[: -len(suffix)] for name in names_in(folder) if name.endswith(suffix)]
+
+
+def check_spelling(path: str) -> None:
+  """Refuse a qcow2's name that this disk takes for another's, as macOS does with web and Web."""
+  name = os.path.basename(path)
+  if os.path.lexists(path) and name not in names_in(os.path.dirname(path)):
+    every = [it for it in paths_in(os.path.dirname(path)) if it.endswith(".qcow2")]
+    found = [it for it in every if os.path.samestat(os.lstat(it), os.lstat(path))]
+    names = ", ".join(os.path.basename(it)[: -len(".qcow2")] for it in found)
+    raise QvmError(
+      f"this disk takes the names {name[: -len('.qcow2')]} and {names} for one",
+      "use that spelling, or another name",
+    )
 
 
 def instances(cache: Cache, suffix: str = ".qcow2") -> List[InstancePaths]:
@@ -4646,6 +4663,11 @@ def known_instance(paths: InstancePaths) -> Instance:
   return record._replace(name=paths.name)
 
 
+def is_another(path: str, other: str) -> bool:
+  """Whether there is a file at a path, and it is not the one at another path."""
+  return os.path.exists(path) and not (os.path.exists(other) and os.path.samefile(path, other))
+
+
 def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   """The names of the layers under an overlay, from the top down, and what the last one lies on.
 
@@ -4655,12 +4677,13 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   backing = backing_file(disk)
   while backing:
     match = re.match(LAYER_RE, os.path.basename(backing))
-    if not match:
+    layer = cache.layer(match.group(1)) if match else None
+    if not layer or is_another(os.path.join(os.path.dirname(disk), backing), layer.disk):
       break
-    if match.group(1) in names:
+    if layer.name in names:
       return names, None  # a circle
-    names.append(match.group(1))
-    backing = backing_file(cache.layer(names[-1]).disk)
+    names.append(layer.name)
+    disk, backing = layer.disk, backing_file(layer.disk)
   return names, backing
 
 
@@ -4683,10 +4706,9 @@ def overlay_of(paths: InstancePaths) -> Overlay:
     mine = known_instance(paths)
     recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
     base = "" if mine.image else recorded
-  elif os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
-    base = ""  # an image of the user's own
-  else:
-    base = os.path.basename(backing)
+  else:  # an absolute one is the user's own image, or leads to one of the cache
+    above, base = os.path.split(os.path.realpath(backing) if os.path.isabs(backing) else backing)
+    base = "" if os.path.isabs(above) and above != folder else base
   return Overlay(paths.name, paths.disk, names, backing, base)
 
 
@@ -5247,7 +5269,9 @@ def plan_from(options: Options, net: Net) -> Plan:
   version = "image" if options.image else chosen_version(options, net, guest, cache)
   options = options._replace(operands=(guest.os, version))
   plan = make_plan(options, host, cache, os.urandom(3).hex())
-  if plan.own_image:
+  if not plan.own_image:
+    check_spelling(plan.base)
+  else:
     try:
       check_base(plan)
     except RefusedError as error:
@@ -5370,22 +5394,10 @@ def check_here(paths: InstancePaths) -> None:
     )
 
 
-def check_spelling(paths: InstancePaths) -> None:
-  """Refuse a name that this disk takes for another instance's, as macOS does with web and Web."""
-  every = instances(paths.cache) if os.path.lexists(paths.disk) else [paths]
-  if paths.name in [it.name for it in every]:
-    return
-  found = [it.name for it in every if os.path.samefile(it.disk, paths.disk)]
-  raise QvmError(
-    f"this disk takes the names {paths.name} and {', '.join(found)} for one",
-    "use that spelling, or choose another --name",
-  )
-
-
 def take_instance(paths: InstancePaths, stack: contextlib.ExitStack) -> Lock:
   """Take an instance's lock until the stack ends; RunningError names the process that holds it."""
   lock = Lock(paths.lock)
-  check_spelling(paths)
+  check_spelling(paths.disk)
   with instances_lock(paths.cache), signals.hold():
     if not lock.try_():
       raise RunningError(
@@ -5624,11 +5636,14 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
     moved = os.path.basename(before) == os.path.basename(backing)
-    if before != backing and (is_served(before) or moved):
+    old, new = (os.path.join(plan.cache.instances, name) for name in (before, backing))
+    if before != backing and (is_served(before) or (moved and not is_another(old, new))):
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
-  remove_file(plan.paths.known_hosts)  # the host keys of a guest that is no more
+  # The host keys of a guest that is no more, and what was noted of its folders.
+  for path in (plan.paths.known_hosts, *sync_records(plan.paths)):
+    remove_file(path)
   with unfinished(plan.cache) as folder:
     create = [*options, os.path.join(folder, "disk.qcow2")]
     if not is_served(backing):  # a relative name does not resolve there: qemu-img finds no size
@@ -7297,6 +7312,8 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
   try:
     with open(path, "rb") as file:
       number, folder, name, rows = parse_json(file.read())
+    if isinstance(number, int):
+      check_format(path, number, SYNC_FORMAT)
     known = {
       str(path): Known(str(row[0]), FileStamp(*map(int, row[1:])) if row[1:] else None)
       for path, row in rows.items()
@@ -7339,7 +7356,8 @@ class Sync:
     self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     target = opened_folder(options.sync_out) if options.sync_out else self.folder
-    self.receiver = Receiver(target, self.excludes, self.known, record is None)
+    is_first = not os.path.lexists(self.path)  # else a damaged record: what is here may be newer
+    self.receiver = Receiver(target, self.excludes, self.known, is_first)
     self.outcome: Optional[Tuple[int, str]] = None  # of the session that has brought what changed
 
   def run(self, patience: float) -> int:
@@ -8813,6 +8831,9 @@ def file_stamp(path: str) -> Tuple[int, int]:
   return stat.st_size, stat.st_mtime_ns
 
 
+PASSING_RE = r"\.json\Z|-warm-[0-9a-f]{10}\.qcow2\Z"
+
+
 class Machine:
   """An instance while a command uses it: its lock, port, console log and QEMU.
 
@@ -8834,6 +8855,7 @@ class Machine:
     self.log: Optional[IO[bytes]] = None
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
+    self.below: Dict[str, Tuple[int, int]] = {}  # the stamps of the files that its disk lies on
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
@@ -8927,6 +8949,8 @@ class Machine:
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
       check_instance(plan)
       check_backing(plan, base)
+      if not is_served(base.backing):  # the image may just have been replaced
+        base = base._replace(image=cached_base(plan).image)
       ports = " ".join(map(str, options.publish))
       ssh = f"{self.address.host}:{self.address.port}"
       run = Instance(ssh=ssh, publish=self.published, ports=ports)
@@ -8938,6 +8962,9 @@ class Machine:
         write_key_disk(self.paths, plan.guest.key_disk)
       self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
       self.untouched, self.began = file_stamp(self.paths.disk), time.monotonic()
+      # A record tells of uses, and nothing is made on a checkpoint.
+      disks = [path for path in base.needs if not re.search(PASSING_RE, path)]
+      self.below = {**{path: file_stamp(path) for path in disks}, **self.below}
       self.starts += 1
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
@@ -8952,6 +8979,12 @@ class Machine:
         self.stack.callback(close_streams, self.process)
     self.tell_of_emulation()
     self.keep_awake()
+
+  def check_below(self) -> None:
+    """Refuse to make a layer of the disk if what that lies on has been replaced meanwhile."""
+    for path, before in self.below.items():
+      if file_stamp(path) != before:
+        raise QvmError(f"{path} has been replaced meanwhile", "run this command again")
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
@@ -9381,7 +9414,7 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts, layer: str) -
     *qemu_command(named, options, facts),
     *(base.sha256 or base.validator, tree, own, os.fsdecode(public)),
     *host_cpu("/proc/cpuinfo"),
-    *filter(None, [layer]),
+    *filter(None, [layer, plan.base * plan.own_image]),
   ):
     digest.update(os.fsencode(text) + b"\0")
   return str(digest.hexdigest())
@@ -9540,6 +9573,7 @@ class Checkpoint:
     end_process(machine.process)
     move(machine.paths.disk, made.disk, False)
     with instances_lock(self.plan.cache):
+      machine.check_below()
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)
       self.write_record(accelerator=accelerator, parts=layer_parts(self.layer))
@@ -9674,7 +9708,7 @@ class SetUp:
     env = guest_environment(options.env, os.environ)
     self.env = {name: value for name, value in sorted(env.items()) if name in given}
     record = base_record(plan)
-    self.digest = record.asset_sha256 or record.sha256 or record.validator
+    self.digest = record.asset_sha256 or record.sha256 or f"{record.validator} {plan.base}"
     self.stem = f"{plan.guest.os}-{plan.version}-{plan.guest.arch}"
 
   def key(self, count: int) -> str:
@@ -9854,6 +9888,7 @@ class SetUp:
       time=utc(time.time()),
     )
     with instances_lock(plan.cache):
+      machine.check_below()
       move_into_place(disk, layer.disk, 0o400)
       write_record(plan.cache, layer.record, record, 0o600, keep=True)
     say(f"the layer {layer.name} is made: {megabytes(tree_size(layer.disk))}")
@@ -10173,7 +10208,7 @@ def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePath
       lines = [line for line in last_lines(paths.console) if line.startswith("qvm: ")]
       hint = f"the end of {paths.console}: {lines[-1]}" if lines else "see qvm list"
       raise QvmError(f"there is no instance {paths.name}; nothing was {what}", hint)
-    check_spelling(paths)
+    check_spelling(paths.disk)
   return chosen
 
 
@@ -10264,13 +10299,13 @@ def cmd_clone(options: Options) -> int:
   sweep(cache)
   with contextlib.ExitStack() as stack:
     for each in (paths, new):
-      if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
-        raise QvmError(f"there is already an instance {new.name}", "choose another name")
       try:
         take_instance(each, stack)
       except RunningError as error:
         raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
-    check_spelling(new)
+      if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
+        raise QvmError(f"there is already an instance {new.name}", "choose another name")
+    check_spelling(new.disk)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
     folder = stack.enter_context(unfinished(cache))
     sources = [*sync_records(paths), paths.data, paths.disk]  # the disk, which makes it, is last
@@ -10303,8 +10338,8 @@ def cmd_rm(options: Options) -> int:
     names = [name for name in names if name not in unknown]
   chosen = existing(cache, names, "deleted")
   dropped = [frozen[name] for name in dict.fromkeys(options.operands) if name in frozen]
-  but = [paths.disk for paths in chosen] + [layer.disk for layer in dropped]
-  check_unused(cache, dropped, but)  # before anything is deleted
+  but = [layer.disk for layer in dropped]
+  check_unused(cache, dropped, but + [paths.disk for paths in chosen])  # before any is deleted
   for paths in chosen if options.force else []:
     if is_running(paths):
       stop_instance(paths, True)
@@ -10461,7 +10496,8 @@ def unneeded(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """
   found = [path for path in named_leftovers(cache, "each") if not Lock(path).is_held()]
   needed = {it.base for it in every}
-  for base in map(cache.base, stems_in(cache.path("base"), ".qcow2")):
+  images = (image.asset for name in OS_NAMES for image in cached_images(cache, name))
+  for base in (cache.path("base", image) for image in images):
     if not needed & {os.path.basename(base), None}:  # None: unknown
       beside = (base, record_path(base), record_path(base) + ".new")
       found += [path for path in beside if os.path.exists(path)]

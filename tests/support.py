@@ -429,6 +429,34 @@ class Qvm:
     return json.loads(Path(path).read_text())
 
 
+# Another qvm runs to its end just when a function of the first one has returned.
+ANOTHER = """
+import os, subprocess, sys
+sys.path.insert(0, {root!r})
+import qvm
+call = qvm.{name}
+def patched(*words, **named):
+  found = call(*words, **named)
+  if {test} and not os.path.exists({done!r}):
+    open({done!r}, "w").close()
+    subprocess.run({command!r}, check=True, stdout=2, env={{**os.environ, **{env!r}}})
+  return found
+qvm.{name} = patched
+sys.exit(qvm.main(sys.argv[1:]))
+"""
+
+
+def with_another(qvm, words, name, command, tmp_path, env=None, test="True"):
+  """Run qvm, and a command once the named function has returned; test: of its words and found."""
+  done = str(tmp_path / "done")
+  more = {"test": test, "done": done, "command": command, "env": env or {}}
+  code = ANOTHER.format(root=str(ROOT), name=name, **more)
+  pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  run = subprocess.run([PYTHON, "-c", code, *words], env=qvm.env, text=True, timeout=60, **pipes)
+  assert os.path.exists(done), run.stderr
+  return run
+
+
 def furnish(cache, program, image):
   """Fill a cache as `pull freebsd 15.1` would, with a script of the test's as QEMU."""
   tree = cache / "qemu" / "x86_64"

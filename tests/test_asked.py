@@ -32,6 +32,7 @@ from support import (
   snapshot,
   stand_in_tar,
   state,
+  with_another,
   works,
 )
 from support_terminal import Terminal, unread
@@ -681,3 +682,22 @@ def test_what_a_real_guest_sees(linux, tmp_path):
   run = linux("--name", "copy", *words, "--", "cat /mnt/kept; ls /sys/block", timeout=240)
   assert "kept" in works(run).stdout and "vdb" in run.stdout
   assert digest(own) == before
+
+
+def test_a_clone_takes_no_place_that_is_taken_meanwhile(used, tmp_path):
+  words, another = ["clone", FREEBSD, "new"], used.command(*RUN, "--name", "new")
+  test = "words[0].endswith('new.qcow2')"
+  run = with_another(used, words, "check_spelling", another, tmp_path, {}, test)
+  assert run.returncode == 1 and "already an instance new" in run.stderr
+  works(used(*RUN, "--name", "new"))
+
+
+@pytest.mark.parametrize("words", [("clean", "--all"), (*PULL, "--refresh")])
+def test_a_base_to_which_an_own_image_is_a_link_is_needed(full, server, image, tmp_path, words):
+  newer = {IMAGE: image + bytes(1 << 16)}
+  server.add_release("freebsd-builder", "v99.0.0", newer, published="2026-09-01T00:00:00Z")
+  own = tmp_path / "mine.qcow2"
+  own.symlink_to(full.cache / BASE)
+  works(full("run", "--platform", "x86-64", "--name", "vm", "--image", str(own), "freebsd"))
+  full(*words)
+  assert own.read_bytes() == image

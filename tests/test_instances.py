@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,6 +17,8 @@ from release_server import ReleaseServer
 from support import (
   BASE,
   FREEBSD,
+  IMAGE,
+  PULL,
   digest,
   disk_of,
   ended,
@@ -29,6 +32,7 @@ from support import (
   stand_in_tar,
   state,
   tar_of,
+  with_another,
   works,
 )
 
@@ -701,3 +705,22 @@ def test_a_tree_of_the_other_cpu_is_fetched_on_its_own(used, image, tools_tar):
   share = "share/qemu/uefi.fd"
   assert (used.cache / "qemu/x86_64" / share).read_bytes() == b"uefi"
   assert (used.cache / "qemu/aarch64" / share).read_bytes() == b"arm"
+
+
+def test_an_overlay_that_the_user_has_rebased_stays_there(used, tmp_path):
+  """Onto a file of the same name elsewhere: what the guest then writes fits only that."""
+  other = tmp_path / f"{FREEBSD}.qcow2"
+  shutil.copyfile(used.cache / BASE, other)
+  disk = used.cache / f"instances/{FREEBSD}.qcow2"
+  words = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", str(other), "-F", "qcow2", str(disk)]
+  subprocess.run(words, check=True)
+  works(used("run", "freebsd", "15.1"))
+  assert image_info(disk)["backing-filename"] == str(other)
+
+
+def test_an_image_that_is_replaced_while_its_first_instance_starts(full, server, image, tmp_path):
+  newer = {IMAGE: image + bytes(1 << 16)}
+  server.add_release("freebsd-builder", "v99.0.0", newer, published="2026-09-01T00:00:00Z")
+  refresh = full.command(*PULL, "--refresh")
+  works(with_another(full, ["run", "freebsd", "15.1"], "fetch_base", refresh, tmp_path))
+  works(full("run", "freebsd", "15.1"))

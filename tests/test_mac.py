@@ -796,3 +796,12 @@ def test_a_mac_without_rosetta_downloads_nothing(new_mac):
   assert "softwareupdate --install-rosetta" in result.stderr
   assert not (mac.cache / "downloads").exists()
   works(mac("run", "--dry-run", *ARM))
+
+
+def test_a_version_in_another_spelling(new_mac):
+  """The overlay named its base so, and `clean --all` deleted that under it."""
+  mac = new_mac("intel")
+  works(mac("pull", "--platform", "x86-64", "haiku", "r1beta5"))
+  run = mac("run", "--platform", "x86-64", "haiku", "R1BETA5")
+  assert run.returncode == 1
+  assert "the names haiku-R1BETA5-x86-64 and haiku-r1beta5-x86-64 for one" in run.stderr

@@ -9,7 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, heard, lines, obey_modes, processes_of, rows, works
+from support import (
+  FREEBSD,
+  fails,
+  heard,
+  lines,
+  obey_modes,
+  processes_of,
+  rows,
+  with_another,
+  works,
+)
 from support_machines import RESTORED, SAVED, small_cache, ssh_guest_as_qemu
 
 import qvm as qvm_source
@@ -794,3 +804,108 @@ def test_a_stream_is_downloaded_first(prepare, server):
   (prepare.qvm.cache / "base" / f"{FREEBSD}.qcow2").unlink()
   result = works(prepare.run("true", options=("--stream", *with_scripts(script(prepare)))))
   assert "the image is downloaded first" in result.stderr and len(layer_names(prepare)) == 1
+
+
+# --- Which disks a layer lies on -------------------------------------------------------------
+
+
+def chain(disk):
+  """The files that a disk lies on, as QEMU finds them."""
+  words = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(disk)]
+  return [each["filename"] for each in json.loads(subprocess.check_output(words))]
+
+
+def of_image(prepare, path, *words, **more):
+  return works(
+    prepare.run("true", options=("--image", str(path), *words), guest=("freebsd",), **more)
+  )
+
+
+@pytest.mark.parametrize("another", [True, False], ids=["another", "none"])
+def test_a_layer_on_an_own_image_that_has_been_moved(prepare, tmp_path, image, another):
+  """It was known by the size and the time of its image, and so taken for one on the moved file."""
+  own, old = tmp_path / "disk.qcow2", tmp_path / "old.qcow2"
+  own.write_bytes(image)
+  words = with_scripts(script(prepare))
+  of_image(prepare, own, *words)
+  own.rename(old)
+  if another:
+    own.write_bytes(image[:-1] + b"\1")  # a new build in its place
+  of_image(prepare, old, *words, "--name", "vm", rm=False)
+  assert chain(prepare.qvm.cache / "instances/vm.qcow2")[-1] == str(old)
+
+
+@pytest.mark.parametrize("way", ["prepare", "warm"])
+def test_two_own_images_of_one_size_and_time(prepare, tmp_path, image, way):
+  """As in the Nix store, and in many an archive that can be reproduced."""
+  paths = [tmp_path / "a.qcow2", tmp_path / "b.qcow2"]
+  for number, path in enumerate(paths):
+    path.write_bytes(image[:-1] + bytes([number]))
+    os.utime(path, (1, 1))
+  prepare.play(control={})
+  words = with_scripts(script(prepare)) if way == "prepare" else ("--warm",)
+  for path in paths:
+    of_image(prepare, path, *words)
+  assert {chain(path_of(prepare, name))[-1] for name in layer_names(prepare)} == set(
+    map(str, paths)
+  )
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["there", "gone"])
+def test_an_own_image_with_the_name_of_a_layer(prepare, tmp_path, there):
+  """Such as an exported layer: the overlay went back to the cache's at the second start."""
+  works(prepare.run("true", options=with_scripts(script(prepare))))
+  (name,) = layer_names(prepare)
+  own = tmp_path / f"{name}.qcow2"
+  subprocess.run(["qemu-img", "convert", "-O", "qcow2", path_of(prepare, name), own], check=True)
+  if not there:
+    works(prepare.qvm("rm", name))
+  for _ in range(2):
+    of_image(prepare, own, "--name", "vm", rm=False)
+    assert chain(prepare.qvm.cache / "instances/vm.qcow2")[1:] == [str(own)]
+
+
+def test_a_layer_is_not_replaced_below_one_that_is_being_made(prepare, tmp_path):
+  begun, go = tmp_path / "begun", tmp_path / "go"
+  os.mkfifo(begun)
+  os.mkfifo(go)
+  first, home = script(prepare, name="a"), prepare.folder
+  second = script(prepare, f"echo x >{begun}; cat {go}\n", name="b")
+  works(prepare.run("true", options=with_scripts(first)))
+  prepare.folder = home.parent / "guest1"
+  prepare.play()
+  maker = prepare.start("true", options=with_scripts(first, second))
+  begun.read_text()
+  prepare.folder = home.parent / "guest2"
+  prepare.play()
+  works(prepare.run("true", options=("--rebuild", *with_scripts(first))))
+  go.write_text("go\n")
+  _, errors = maker.communicate(timeout=60)
+  assert maker.returncode == 125 and "has been replaced meanwhile" in errors
+  assert len(layer_names(prepare)) == 1
+
+
+def test_a_layer_is_not_replaced_below_a_checkpoint_that_is_being_made(prepare, tmp_path):
+  prepare.play(control={})
+  first = script(prepare, name="a")
+  works(prepare.run("true", options=with_scripts(first)))
+  other = {
+    "SSH_GUEST": json.dumps({"folder": str(prepare.folder.parent / "guest2"), "control": {}})
+  }
+  rebuild = prepare.qvm.command(*prepare.words("--rebuild", *with_scripts(first), command=["true"]))
+  words = prepare.words("--warm", *with_scripts(first), command=["true"])
+  run = works(
+    with_another(prepare.qvm, words, "Checkpoint.wait_for_login", rebuild, tmp_path, other)
+  )
+  assert "no checkpoint is created: " in run.stderr and "replaced meanwhile" in run.stderr
+  assert not [name for name in layer_names(prepare) if "-warm-" in name]
+
+
+def test_a_layer_is_not_deleted_below_an_instance_that_begins_meanwhile(prepare, tmp_path):
+  begin = prepare.words("--name", "vm", *with_scripts(script(prepare)), rm=False, command=["true"])
+  works(prepare.qvm(*begin))
+  (name,) = layer_names(prepare)
+  run = with_another(prepare.qvm, ["rm", "vm", name], "Lock.remove", prepare.qvm.command(*begin),
+                     tmp_path, prepare.qvm.env, "words[0].path.endswith('vm.lock')")  # fmt: skip
+  assert run.returncode == 1 and "is needed: it stays" in run.stderr
+  assert path_of(prepare, name).exists(), "the new vm lies on it"

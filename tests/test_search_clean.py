@@ -1205,3 +1205,10 @@ def test_clean_while_a_run_ends(offline, monkeypatch, capfd):
   out = capfd.readouterr().out
   assert "stays.lock" in out and "ends.lock" not in out
   assert not list(folder.glob("*.lock"))
+
+
+def test_clean_all_leaves_what_no_release_has(full, image):
+  own = full.cache / "base/mine.qcow2"
+  own.write_bytes(image)
+  works(full("clean", "--all"))
+  assert own.exists()

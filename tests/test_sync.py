@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -948,7 +949,7 @@ def test_a_list_without_the_folder_itself_is_none(end):
   assert qvm_source.read_list(io.BytesIO(b"//f 644 1 1/1.5/1.5 ./x\n" + end)) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[2,"f","n",{}]', '[1,"f","n",[]]',
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[1,"f","n",[]]',
                                   '[1,"f","n",{"a":["s",1]}]', '[1,"f","n",{"a":[]}]',
                                   '[1,"f","n",{"a":["s","x","y","z",1,2]}]'])  # fmt: skip
 def test_a_damaged_record_is_none(tmp_path, text):
@@ -965,3 +966,45 @@ def test_the_record_goes_with_the_instance(guests, tmp_path):  # noqa: F811
   works(guests.qvm("stop", "vm"))
   works(guests.qvm("rm", "vm"))
   assert guests.instances() == []
+
+
+# --- A record that does not fit --------------------------------------------------------------
+
+
+@pytest.fixture
+def precious(guests, tmp_path):
+  """A guest to which a folder has gone, and the folder."""
+  (tmp_path / "work").mkdir()
+  (tmp_path / "work/a").write_text("one\n")
+  works(guests.run("true", options=("--name", "vm", "--sync", str(tmp_path / "work")), rm=False))
+  return tmp_path / "work"
+
+
+def out_of(guests, folder, command, *options):
+  options = ("--name", "vm", "--sync", str(folder), "--sync-direction", "out", *options)
+  return works(guests.run(command, options=options, rm=False))
+
+
+def test_a_record_of_another_disk_deletes_nothing(guests, precious):
+  (guests.qvm.cache / "instances/vm.qcow2").unlink()
+  shutil.rmtree(guests.folder)
+  works(guests.run("mkdir -p work/work", options=("--name", "vm"), rm=False))
+  out_of(guests, precious, "true", "--sync-delete")
+  assert (precious / "a").exists()
+
+
+def test_a_damaged_record_costs_no_edit(guests, precious):
+  (precious / "a").write_text("two hours of work\n")
+  (record,) = (guests.qvm.cache / "instances").glob("vm.sync-*")
+  record.write_text("")
+  run = out_of(guests, precious, "echo of the guest >a")
+  assert (precious / "a").read_text() == "two hours of work\n"
+  assert "a has changed here and in the guest: it stays as it is" in run.stderr
+
+
+def test_a_record_of_a_newer_qvm_is_refused(guests, precious):
+  (record,) = (guests.qvm.cache / "instances").glob("vm.sync-*")
+  record.write_text('[2, "/work", "work", {}]')
+  options = ("--name", "vm", "--sync", str(precious))
+  run = guests.run("true", options=options, rm=False)
+  assert run.returncode == 125 and "has format 2, which this qvm does not know" in run.stderr

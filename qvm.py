@@ -3139,6 +3139,8 @@ class PartFile:
 
   def open_files(self) -> None:
     """Open the part and the map."""
+    with contextlib.suppress(FileNotFoundError):  # a killed qvm was about to publish it, read-only
+      os.chmod(self.part, 0o600)
     self.part_fd = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
     self.map_fd = os.open(self.map, os.O_RDWR | os.O_CREAT, 0o666)
 

@@ -230,6 +230,12 @@ def snapshot(folder):
   return sorted((path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_mode) for path, s in stats)
 
 
+def rewrite(path, text):
+  """Put a new file with this text, or these bytes, in the place of one that may be read-only."""
+  path.unlink(missing_ok=True)
+  path.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
 def obey_modes():
   """For preexec_fn: take from root the right to read and write whatever the modes say."""
   libc = ctypes.CDLL(None)
@@ -314,7 +320,7 @@ def ended(process):
 
 def kill_if_mine(pid, mark):
   """Kill a process that has the mark in its environment."""
-  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+  with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
     if os.fsencode(mark) in Path(f"/proc/{pid}/environ").read_bytes():
       os.kill(pid, signal.SIGKILL)
 

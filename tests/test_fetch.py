@@ -36,6 +36,7 @@ from support import (
   finished,
   free_port,
   lines_until,
+  obey_modes,
   wait_for,
 )
 from support_network import (
@@ -276,6 +277,26 @@ def check_goes_on_after_a_reboot(qvm, image):
   again = subprocess.run([PYTHON, "-c", AFTER_A_REBOOT, *PULL], **of_code(qvm))
   check_works(qvm, again, image)
   assert f"downloading {IMAGE} (going on at" in again.stderr
+
+
+# qvm is killed when the image is about to get its place, and read-only already.
+KILLED = """
+import os, qvm
+move = qvm.move
+def killed(source, target, keep):
+  if target.endswith(".qcow2"):
+    os.kill(os.getpid(), 9)
+  move(source, target, keep)
+qvm.move = killed
+qvm.main()
+"""
+
+
+def test_one_that_was_killed_just_before_its_end(no_image, image):
+  """Nobody but root could go on with it."""
+  process = subprocess.run([PYTHON, "-c", KILLED, *PULL], **of_code(no_image))
+  assert process.returncode == -signal.SIGKILL
+  check_works(no_image, no_image(*PULL, preexec_fn=obey_modes), image)
 
 
 def test_what_was_installed_before_a_kill_is_not_left_over(no_image, server, image):

@@ -14,7 +14,7 @@ import pytest
 from darwin_host import put_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FREEBSD, PYTHON, ROOT, fails, free_port, lines, processes_of, works
+from support import FREEBSD, PYTHON, ROOT, fails, free_port, lines, processes_of, rewrite, works
 from support_machines import FREEBSD_GUEST, OPENBSD_GUEST
 from support_terminal import Terminal
 
@@ -416,7 +416,7 @@ def test_an_older_image_that_wants_a_key(guests):
   guests.play(login="key-mbr")
   assert "Permission denied" in guests.run("whoami").stderr
   record = guests.qvm.cache / "base" / (FREEBSD + ".json")
-  record.write_text(record.read_text().replace("v0.16.0", "v0.13.0"))
+  rewrite(record, record.read_text().replace("v0.16.0", "v0.13.0"))
   assert guests.run("whoami").stdout == "runner\n"
 
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import yaml
-from support import FREEBSD, ROOT, processes_of
+from support import FREEBSD, ROOT, processes_of, rewrite
 
 import qvm as qvm_source
 
@@ -38,7 +38,7 @@ def project(guests, server, pyz, tmp_path):
   base = guests.qvm.cache / "base"
   for name in GUESTS:
     for suffix in (".qcow2", ".json"):
-      shutil.copy(base / (FREEBSD + suffix), base / (name + suffix))
+      rewrite(base / (name + suffix), (base / (FREEBSD + suffix)).read_bytes())
   cpus = guests.qvm.cache / "qemu"
   shutil.copytree(cpus / "x86_64", cpus / "aarch64")
   program = cpus / "aarch64" / "bin" / "qemu-system-x86_64"

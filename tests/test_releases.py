@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
-from support import BASE, DEAD, FREEBSD, ROOT, Qvm, fails, fill, sha256, works
+from support import BASE, DEAD, FREEBSD, ROOT, Qvm, fails, fill, rewrite, sha256, works
 
 import qvm as qvm_source
 
@@ -410,7 +410,7 @@ def edit(qvm, path, **fields):
   """Change fields of a record; None takes one out."""
   record = {**json.loads((qvm.cache / path).read_text()), **fields}
   record = {key: value for key, value in record.items() if value is not None}
-  (qvm.cache / path).write_text(json.dumps(record))
+  rewrite(qvm.cache / path, json.dumps(record))
 
 
 def damage_and_note(qvm, path, note):
@@ -444,9 +444,9 @@ VERIFY = {
   "no digest noted": (lambda q, s, i: edit(q, NOTE, sha256=None), "image"),
   "no record": (lambda q, s, i: (q.cache / NOTE).unlink(), "image"),
   "no record of QEMU": (lambda q, s, i: (q.cache / "qemu/x86_64/release.json").unlink(), "qemu"),
-  "record no JSON": (lambda q, s, i: (q.cache / NOTE).write_text("{"), "image"),
-  "record a list": (lambda q, s, i: (q.cache / NOTE).write_text("[1]"), "image"),
-  "record binary": (lambda q, s, i: (q.cache / NOTE).write_bytes(b"\xff\0"), "image"),
+  "record no JSON": (lambda q, s, i: rewrite(q.cache / NOTE, "{"), "image"),
+  "record a list": (lambda q, s, i: rewrite(q.cache / NOTE, "[1]"), "image"),
+  "record binary": (lambda q, s, i: rewrite(q.cache / NOTE, b"\xff\0"), "image"),
   "digest edited": (lambda q, s, i: edit(q, NOTE, sha256="0" * 64), "image"),
   "digest a number": (lambda q, s, i: edit(q, NOTE, sha256=1), "image"),
   "asset's digest edited": (lambda q, s, i: edit(q, NOTE, asset_sha256="0" * 64), "image"),

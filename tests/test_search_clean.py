@@ -28,6 +28,7 @@ from support import (
   Qvm,
   fails,
   fill,
+  rewrite,
   stand_in_tar,
   state,
   tar_of,
@@ -86,7 +87,7 @@ def point(qvm, server):
   """Let records name this server instead of the one they came from: its port is another."""
   paths = [*(qvm.cache / "base").glob("*.json"), *(qvm.cache / "bin").glob("*.json")]
   for path in [*paths, *(qvm.cache / "qemu").glob("*/release.json")]:
-    path.write_text(re.sub(r"http://[^/]*", server.github_url, path.read_text()))
+    rewrite(path, re.sub(r"http://[^/]*", server.github_url, path.read_text()))
 
 
 @pytest.fixture

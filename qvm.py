@@ -4955,7 +4955,9 @@ def swap_tree(root: str, link: str) -> None:
   os.replace(link + ".new", link)
   flush(folder)
   for entry in os.listdir(folder):
-    if entry.startswith(f".{name}-") and entry not in (now, before):
+    # The tag of another release may begin with this one's.
+    mine = re.fullmatch(re.escape(f".{name}-") + "[0-9a-f]{8}", entry)
+    if mine and entry not in (now, before):
       remove_tree(os.path.join(folder, entry))
 
 

@@ -527,6 +527,13 @@ def test_releases_lie_beside_each_other(two, server, image, tmp_path):
   assert [name for name in two.files() if name.startswith(("base", "qemu", "bin"))] == []
 
 
+def test_qemus_lie_beside_each_other_whatever_their_tags(two, server, tools_tar):
+  server.add_release("resources", "v2.0.0-rc1", {QEMU: stand_in_tar(), TOOLS: tools_tar})
+  for tag in ("v2.0.0-rc1", "v2.0.0"):
+    works(two(*PULL, "--qemu-release", tag))
+  assert (two.cache / "qemu/x86_64+v2.0.0-rc1/bin/qemu-system-x86_64").exists()
+
+
 def test_a_beginning_within_a_release(two, server, image):
   server.add_release("freebsd-builder", "v0.15.0", {"freebsd-15.0-x86-64.qcow2": image})
   run = works(two("pull", "--platform", "x86-64", "--release", "v0.15.0", "freebsd", "15"))

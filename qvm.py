@@ -1518,9 +1518,10 @@ class Host(NamedTuple):
 class InstancePaths:
   """The paths of one instance's files, which are all in one folder and named after it."""
 
-  # All of them. The mark is removed last, so that a killed removal is repeated.
+  # All of them. The mark is removed last, so that a killed removal is repeated; the second disk
+  # before the first, by which `rm` knows an instance.
   SUFFIXES = (
-    ".qcow2", ".data", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys",
+    ".data", ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys",
     ".ephemeral",
   )  # fmt: skip
 
@@ -10275,7 +10276,7 @@ def cmd_clone(options: Options) -> int:
     check_spelling(new)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
     folder = stack.enter_context(unfinished(cache))
-    sources = [*sync_records(paths), paths.data, paths.disk]  # the disk, which makes it, is last
+    sources = [*sync_records(paths), paths.data, paths.disk]
     ends = [path[len(paths.stem) :] for path in sources if os.path.lexists(path)]
     for end in ends:
       aside = os.path.join(folder, new.name + end)
@@ -10285,9 +10286,12 @@ def cmd_clone(options: Options) -> int:
         raise write_failure(aside, tree_size(paths.stem + end), error)
     with instances_lock(cache), signals.hold():
       remove_instance(new)  # what there is of it without a disk
+      open(new.mark, "w").close()  # until it is whole, the next qvm deletes it
       write_record(cache, new.record, record, keep=True)
       for end in ends:
         move_into_place(os.path.join(folder, new.name + end), new.stem + end, 0o644)
+      remove_file(new.mark)
+      flush(cache.instances)  # else a power failure would bring the mark back
   emit(new.name)
   return 0
 

@@ -323,6 +323,21 @@ def test_a_machine_that_runs_is_not_cloned(used, background):
   assert not (used.cache / "instances/new.json").exists()
 
 
+def test_kill_9_of_clone_leaves_nothing(used, kill_at):
+  works(used(*RUN, "--disk", "64M"))
+  (used.cache / f"instances/{FREEBSD}.sync-0123456789abcdef").write_text("x")
+  kill_at(used, "os.rename .* instances/new.qcow2", "clone", FREEBSD, "new")
+  works(used(*RUN, "--name", "new"))
+  assert [it for it in instance_names(used) if it.startswith("new")] == ["new.json", "new.qcow2"]
+  works(used("rm", "new"))
+  works(used("clone", FREEBSD, "new"))
+  works(used("list"))
+  ends = ["data", "json", "qcow2", "sync-0123456789abcdef"]
+  assert [it for it in instance_names(used) if it.startswith("new")] == [
+    f"new.{end}" for end in ends
+  ]
+
+
 # --- A second disk ---------------------------------------------------------------------------
 
 

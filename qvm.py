@@ -10425,7 +10425,7 @@ def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
       useless = useless or (mine and not os.path.lexists(instance.disk))
     if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
       found.append(path)
-  return found
+  return sorted(found, key=lambda path: path.endswith(".ephemeral"))  # as remove_instance
 
 
 def strays(cache: Cache, every: Sequence[Overlay]) -> List[str]:

@@ -602,6 +602,14 @@ def test_clean_orphans(pulled, background):
   works(pulled(*RUN))
 
 
+def test_kill_9_of_clean_leaves_no_instance_of_an_orphan(used, kill_at):
+  for name in ("qcow2", "ephemeral"):  # of a --rm run that was killed
+    (used.cache / f"instances/a.{name}").touch()
+  kill_at(used, "os.remove instances/a.qcow2", "clean")
+  works(used("list"))
+  assert not [name for name in os.listdir(used.cache / "instances") if name.startswith("a.")]
+
+
 def test_clean_takes_a_download_that_only_an_orphan_needs(pulled):
   disk = pulled.cache / "instances" / "dead.qcow2"
   backing = f"nbd+unix:///{FREEBSD}?socket=/nowhere/nbd"

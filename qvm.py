@@ -6407,15 +6407,19 @@ def sealed(sector: bytes) -> bytes:
 
 
 def make_key(cache: Cache) -> None:
-  """Create qvm's ssh key if it does not exist; the caller holds instances_lock."""
+  """Create qvm's ssh key if it does not exist; the caller holds instances_lock.
+
+  The public half is there only beside the private one that it fits.
+  """
   path = cache.ssh_key
-  if not os.path.isfile(path) or not os.path.isfile(path + ".pub"):
+  if not all(os.path.isfile(it) and os.path.getsize(it) for it in (path, path + ".pub")):
     with unfinished(cache) as folder:
       aside = os.path.join(folder, "key")
       program = program_for_ssh("ssh-keygen")
       run_program([program, "-q", "-t", "ed25519", "-N", "", "-C", "qvm", "-f", aside])
-      os.replace(aside + ".pub", path + ".pub")
-      os.replace(aside, path)
+      remove_file(path + ".pub")
+      move(aside, path, True)
+      move(aside + ".pub", path + ".pub", True)
   os.chmod(path, 0o600)  # a copied cache may have another mode, which ssh refuses
 
 

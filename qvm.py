@@ -10435,7 +10435,8 @@ def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
 def strays(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = map(cache.base, stems_in(cache.path("base"), ".qcow2"))
-  used = {record_path(base) + end for base in bases for end in ("", ".new")}
+  cached = [*bases, *paths_in(cache.path("bin"))]
+  used = {record_path(path) + end for path in cached for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
   # A disk whose record is lost may be needed all the same.
   disks = map(cache.layer, stems_in(cache.path("layers"), ".qcow2"))

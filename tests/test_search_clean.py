@@ -761,6 +761,17 @@ def test_clean_all_takes_a_half_published_image(qvm, kill_at):
   assert qvm.files() == []
 
 
+@pytest.mark.parametrize("path", [BASE, "bin/qemu-img"])
+def test_clean_leaves_a_record_that_waits_for_its_place(pulled, server, image, kill_at, path):
+  tool = (pulled.cache / "bin/qemu-img").read_bytes() + b"# newer\n"
+  newer(server, image, tar_of({"qemu-img": tool}))
+  note = NOTE if path == BASE else "bin/qemu-img.json"
+  kill_at(pulled, f"os.rename {note}.new {note}", *REFRESH)
+  clean(pulled)
+  works(pulled(*PULL, env={"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}))
+  assert json.loads((pulled.cache / note).read_text())["release"] == "v2.17.0"
+
+
 @pytest.mark.parametrize("words", [(), ("--all",)])
 def test_clean_leaves_what_is_not_qvms(pulled, words):
   """The folder may be one that holds other things too: QVM_CACHE_DIR=~ has ~/bin and more."""

@@ -9545,8 +9545,8 @@ class Checkpoint:
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
-    move(machine.paths.disk, made.disk, False)
-    with instances_lock(self.plan.cache):
+    with publishing(self.plan.cache, self.layer):
+      move(machine.paths.disk, made.disk, False)
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)
       self.write_record(accelerator=accelerator, parts=layer_parts(self.layer))
@@ -9620,6 +9620,17 @@ def copy_sparse(source: str, target: str) -> None:
       else:
         copy.seek(len(block), os.SEEK_CUR)
     copy.truncate()
+
+
+@contextlib.contextmanager
+def publishing(cache: Cache, layer: LayerPaths) -> Iterator[None]:
+  """Give a layer its files under instances_lock, its record last; all of them or none."""
+  with instances_lock(cache):
+    try:
+      yield
+    except OSError as error:
+      remove_layer(layer)
+      raise QvmError(f"the layer {layer.name} cannot be written: {describe(error)}")
 
 
 def layer_parts(layer: LayerPaths) -> str:
@@ -9860,7 +9871,7 @@ class SetUp:
       script=title,
       time=utc(time.time()),
     )
-    with instances_lock(plan.cache):
+    with publishing(plan.cache, layer):
       move_into_place(disk, layer.disk, 0o400)
       write_record(plan.cache, layer.record, record, 0o600, keep=True)
     say(f"the layer {layer.name} is made: {megabytes(tree_size(layer.disk))}")

@@ -9,7 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, heard, lines, obey_modes, processes_of, rows, works
+from support import (
+  FREEBSD,
+  PYTHON,
+  ROOT,
+  fails,
+  heard,
+  lines,
+  obey_modes,
+  processes_of,
+  rows,
+  works,
+)
 from support_machines import RESTORED, SAVED, small_cache, ssh_guest_as_qemu
 
 import qvm as qvm_source
@@ -745,6 +756,33 @@ def test_kill_9_while_the_checkpoint_is_made(warm, order):
   warm.control()
   works(warm.run("true", options=options))
   assert ran(warm) == ["setup.sh"] * 2 and len(layer_names(warm)) == 2 and warm.nothing_left()
+
+
+# qvm on a disk that is full once a layer gets its record.
+FULL = """
+import errno, os, sys
+sys.path.insert(0, {root!r})
+import qvm
+write = qvm.write_record
+def full(cache, path, *more, **named):
+  if "/layers/" in path:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+  write(cache, path, *more, **named)
+qvm.write_record = full
+sys.exit(qvm.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("way", ["warm", "prepare"])
+def test_a_layer_without_room_for_its_record(warm, way):
+  options = ("--warm",) if way == "warm" else with_scripts(script(warm))
+  words = [PYTHON, "-c", FULL.format(root=str(ROOT)), *warm.words(*options, command=["true"])]
+  run = subprocess.run(words, env=warm.qvm.env, capture_output=True, text=True)
+  assert (run.returncode, "the disk is full" in run.stderr) == (
+    125 if way == "prepare" else 0,
+    True,
+  )
+  assert no_layer(warm)
 
 
 # --- The command line ------------------------------------------------------------------------

@@ -4943,17 +4943,16 @@ def swap_tree(root: str, link: str) -> None:
   """
   folder, name = os.path.split(link)
   before = os.readlink(link) if os.path.islink(link) else ""
-  now = f".{name}-{os.urandom(4).hex()}"
+  now, aside = (f".{name}-{os.urandom(4).hex()}" for _ in range(2))  # no tag has such a name
   os.rename(root, os.path.join(folder, now))
-  remove_file(link + ".new")
   try:
-    os.symlink(now, link + ".new")
+    os.symlink(now, os.path.join(folder, aside))
   except OSError as error:
     remove_tree(os.path.join(folder, now))
     raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
   if not os.path.islink(link):
     remove_tree(link)  # from a copy of the cache that followed links
-  os.replace(link + ".new", link)
+  os.replace(os.path.join(folder, aside), link)
   flush(folder)
   for entry in os.listdir(folder):
     # The tag of another release may begin with this one's.

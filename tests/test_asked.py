@@ -549,6 +549,13 @@ def test_qemus_lie_beside_each_other_whatever_their_tags(two, server, tools_tar)
   assert (two.cache / "qemu/x86_64+v2.0.0-rc1/bin/qemu-system-x86_64").exists()
 
 
+def test_kill_9_while_a_qemu_of_its_release_is_swapped(two, kill_at):
+  kill_at(two, "os.rename qemu/", *PULL, *OLD)
+  assert ".new" not in works(two("list")).stdout
+  works(two("clean"))
+  assert os.listdir(two.cache / "qemu") == []
+
+
 def test_a_beginning_within_a_release(two, server, image):
   server.add_release("freebsd-builder", "v0.15.0", {"freebsd-15.0-x86-64.qcow2": image})
   run = works(two("pull", "--platform", "x86-64", "--release", "v0.15.0", "freebsd", "15"))

@@ -4944,7 +4944,16 @@ def swap_tree(root: str, link: str) -> None:
   folder, name = os.path.split(link)
   before = os.readlink(link) if os.path.islink(link) else ""
   now, aside = (f".{name}-{os.urandom(4).hex()}" for _ in range(2))  # no tag has such a name
-  os.rename(root, os.path.join(folder, now))
+  try:
+    os.rename(root, os.path.join(folder, now))
+  except OSError as error:
+    if error.errno != errno.EXDEV:
+      raise
+    try:
+      shutil.copytree(root, os.path.join(folder, now), symlinks=True)
+    except shutil.Error as each:  # all that went wrong
+      raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
+    flush_tree(os.path.join(folder, now))
   try:
     os.symlink(now, os.path.join(folder, aside))
   except OSError as error:

@@ -365,7 +365,9 @@ def other_file_system(folder):
 
 
 @pytest.mark.skipif(not other_file_system("/dev/shm"), reason="there is no second file system")
-@pytest.mark.parametrize("folder", ["instances", "base", "layers"])
+@pytest.mark.parametrize(
+  "folder", ["instances", "base", "layers", "qemu", "bin", "downloads", "ssh"]
+)
 def test_a_folder_on_another_file_system(qvm, folder, image):
   (qvm.cache).mkdir(parents=True, mode=0o700)
   there = f"/dev/shm/qvm-test-{os.getpid()}-{folder}"
@@ -375,6 +377,7 @@ def test_a_folder_on_another_file_system(qvm, folder, image):
     for _ in range(2):
       works(qvm(*RUN))
       works(qvm(*RUN, "--rm"))
+    works(qvm("run", "--rm", "openbsd", "7.9"))  # which wants a key
     write_into(qvm.cache / DISK)
     works(qvm(*PULL))
     works(qvm("pull", "--verify", *PULL[1:]))

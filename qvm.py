@@ -9553,6 +9553,7 @@ class Checkpoint:
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
+    rebase_for(self.layer, self.plan, self.base)
     with publishing(self.plan.cache, self.layer):
       move(machine.paths.disk, made.disk, False)
       for source, target in zip(made.parts, self.layer.parts):
@@ -9628,6 +9629,18 @@ def copy_sparse(source: str, target: str) -> None:
       else:
         copy.seek(len(block), os.SEEK_CUR)
     copy.truncate()
+
+
+def rebase_for(layer: LayerPaths, plan: Plan, base: Base) -> None:
+  """Let an instance's disk name its base as seen from where a layer's disk is."""
+  below, beside = (
+    os.path.realpath(os.path.join(folder, base.backing))
+    for folder in (plan.cache.instances, os.path.dirname(layer.disk))
+  )
+  if below != beside:  # a folder of the cache is a link
+    backing = ["-b", backing_name(plan, below, layer.disk), "-F", "qcow2"]
+    command = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", *backing, plan.paths.disk]
+    run_program(command)
 
 
 @contextlib.contextmanager
@@ -9791,6 +9804,7 @@ class SetUp:
     if checkpoint.failures >= MAX_FAILURES or not checkpoint.make():
       return False
     copy_sparse(checkpoint.layer.disk, machine.paths.disk)
+    make_overlay(machine.plan, base.backing, machine.lock)  # names its base from here again
     return checkpoint.resume(fresh=True)
 
   def run(self, machine: Machine, patience: float, done: int) -> None:
@@ -9863,13 +9877,7 @@ class SetUp:
         f"{plan.name} has not powered itself off; no layer is made",
         DISK_FULL if disk_is_full(plan.cache.instances) else "its disk may not be sound",
       )
-    below, beside = (
-      os.path.realpath(os.path.join(folder, base.backing))
-      for folder in (plan.cache.instances, os.path.dirname(layer.disk))
-    )
-    if below != beside:  # a folder of the cache is a link
-      backing = ["-b", backing_name(plan, below, layer.disk), "-F", "qcow2"]
-      run_program([plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", *backing, disk])
+    rebase_for(layer, plan, base)
     flush(disk)  # before the lock: that takes a while
     title = self.steps[0].title if self.steps[0].again else first_line(self.steps[0].text)
     record = LayerRecord(layer.name, plan.guest.os, plan.version, plan.guest.arch, self.digest)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import (
+  BASE,
   FREEBSD,
   PYTHON,
   ROOT,
@@ -627,20 +628,31 @@ def test_pull_makes_it_and_a_moved_cache_keeps_it(prepare, tmp_path):
   assert ran(prepare) == [] and prepare.nothing_left()
 
 
-@pytest.mark.parametrize("folder", ["instances", "layers", "base"])
-def test_a_folder_of_the_cache_that_is_a_link(prepare, tmp_path, folder):
+def linked(folder, tmp_path):
+  """Put a folder elsewhere, so deep that relative paths lead astray, and a link in its place."""
   elsewhere = tmp_path / "a" / "b" / "elsewhere"
   elsewhere.parent.mkdir(parents=True)
-  (prepare.qvm.cache / folder).rename(elsewhere)
-  (prepare.qvm.cache / folder).symlink_to(elsewhere)
+  folder.mkdir(exist_ok=True)
+  folder.rename(elsewhere)
+  folder.symlink_to(elsewhere)
+
+
+def chain(disk):
+  """The files that a disk lies on, from itself on, as QEMU finds them; all must be there."""
+  command = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(disk)]
+  return [image["filename"] for image in json.loads(subprocess.check_output(command))]
+
+
+@pytest.mark.parametrize("folder", ["instances", "layers", "base"])
+def test_a_folder_of_the_cache_that_is_a_link(prepare, tmp_path, folder):
+  linked(prepare.qvm.cache / folder, tmp_path)
   one = script(prepare)
   works(prepare.run("true", options=("--name", "vm", *with_scripts(one)), rm=False))
   (name,) = layer_names(prepare)
   works(prepare.run("true", options=with_scripts(one, script(prepare, name="b"))))
   assert len(layer_names(prepare)) == 2
   for each in layer_names(prepare):
-    subprocess.run(["qemu-img", "info", "--backing-chain", str(path_of(prepare, each))], check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    assert chain(path_of(prepare, each))
   works(prepare.qvm("clean", "--all"))
   assert layer_names(prepare) == [name]
   assert (prepare.qvm.cache / "base" / f"{FREEBSD}.qcow2").exists()
@@ -722,6 +734,17 @@ def test_the_checkpoint_is_made_in_the_boot_that_sets_up(warm):
     ran(warm) == ["setup.sh"] and len(layer_names(warm)) == 3
   )  # what was of the old disk is gone
   works(warm.qvm("rm", *layer_names(warm)))
+
+
+@pytest.mark.parametrize("folder", ["instances", "layers", "base"])
+def test_a_checkpoint_where_a_folder_of_the_cache_is_a_link(warm, tmp_path, folder):
+  linked(warm.qvm.cache / folder, tmp_path)
+  for words in ((), with_scripts(script(warm)), with_scripts(script(warm))):
+    works(warm.run("true", options=("--warm", *words)))
+  assert len(layer_names(warm)) == 3
+  for name in layer_names(warm):
+    assert os.path.samefile(chain(path_of(warm, name))[-1], warm.qvm.cache / BASE)
+  assert ran(warm) == ["setup.sh"] and warm.nothing_left()
 
 
 def test_a_script_that_fails_makes_no_checkpoint(warm):

@@ -2035,6 +2035,17 @@ def flush_tree(root: str) -> None:
         flush(path)
 
 
+def copy_sparse(source: str, target: str) -> None:
+  """Copy a file; blocks of zeros become holes."""
+  with open(source, "rb") as file, open(target, "wb") as copy:
+    for block in iter(lambda: file.read(1 << 16), b""):
+      if block.strip(b"\0"):
+        copy.write(block)
+      else:
+        copy.seek(len(block), os.SEEK_CUR)
+    copy.truncate()
+
+
 def move(source: str, target: str, keep: bool) -> None:
   """Rename a file; with keep its contents are on the disk before its name, and then the name is.
 
@@ -2047,7 +2058,8 @@ def move(source: str, target: str, keep: bool) -> None:
   except OSError as error:
     if error.errno != errno.EXDEV:
       raise
-    shutil.copy2(source, target + COPIED)
+    copy_sparse(source, target + COPIED)
+    shutil.copystat(source, target + COPIED)
     flush(target + COPIED)
     os.replace(target + COPIED, target)
     os.unlink(source)
@@ -4489,10 +4501,12 @@ def publish_with_record(
   Until the file has its place, its record waits beside the old one and tells by the inode
   which of the two files it is meant for; record_of takes the one that fits.
   """
-  waiting, stat = record_path(target) + ".new", os.stat(source)
+  aside, waiting = target + COPIED, record_path(target) + ".new"
+  move(source, aside, False)  # it gets another inode on the way to another file system
+  stat = os.stat(aside)
   record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
   write_record(cache, waiting, record, 0o444, keep=True)
-  move_into_place(source, target, mode)
+  move_into_place(aside, target, mode)
   move(waiting, record_path(target), True)
 
 
@@ -9620,17 +9634,6 @@ class Checkpoint:
     return " ".join(" ".join([str(error), *output]).split())
 
 
-def copy_sparse(source: str, target: str) -> None:
-  """Copy a file; blocks of zeros become holes."""
-  with open(source, "rb") as file, open(target, "wb") as copy:
-    for block in iter(lambda: file.read(1 << 16), b""):
-      if block.strip(b"\0"):
-        copy.write(block)
-      else:
-        copy.seek(len(block), os.SEEK_CUR)
-    copy.truncate()
-
-
 def rebase_for(layer: LayerPaths, plan: Plan, base: Base) -> None:
   """Let an instance's disk name its base as seen from where a layer's disk is."""
   below, beside = (
@@ -10415,8 +10418,8 @@ def clean(cache: Cache, options: Options) -> int:
 
 # What qvm may have left, by folder. The cache may be a folder that holds other things, too.
 LEFTOVER_RES = {
-  "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
-  "bin": r"resources\.tmp|qemu-img(\+.+)?\.json\..+",
+  "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|qcow2(\.tmp){1,2}|kernel)",
+  "bin": r"resources\.tmp|qemu-img(\+.+)?(\.json\..+|(\.tmp){1,2})",
   "qemu": r"(x86_64|aarch64)(\+.+)?\.(tmp|new)|\.(x86_64|aarch64)(\+.+)?-[0-9a-f]{8}",
   "layers": r".+-(warm|prepared)-[0-9a-f]{10}\.((qcow2|memory|state)(\.tmp)?|json\.tmp)",
   "downloads": SCRATCH + r".+|.+\.(qcow2|tar(\+.+)?)",

@@ -1518,9 +1518,10 @@ class Host(NamedTuple):
 class InstancePaths:
   """The paths of one instance's files, which are all in one folder and named after it."""
 
-  # All of them. The mark is removed last, so that a killed removal is repeated.
+  # All of them. The mark is removed last, so that a killed removal is repeated; the second disk
+  # before the first, by which `rm` knows an instance.
   SUFFIXES = (
-    ".qcow2", ".data", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys",
+    ".data", ".qcow2", ".json", ".console.log", ".known_hosts", ".known_hosts.old", ".keys",
     ".ephemeral",
   )  # fmt: skip
 
@@ -2051,6 +2052,17 @@ def flush_tree(root: str) -> None:
         flush(path)
 
 
+def copy_sparse(source: str, target: str) -> None:
+  """Copy a file; blocks of zeros become holes."""
+  with open(source, "rb") as file, open(target, "wb") as copy:
+    for block in iter(lambda: file.read(1 << 16), b""):
+      if block.strip(b"\0"):
+        copy.write(block)
+      else:
+        copy.seek(len(block), os.SEEK_CUR)
+    copy.truncate()
+
+
 def move(source: str, target: str, keep: bool) -> None:
   """Rename a file; with keep its contents are on the disk before its name, and then the name is.
 
@@ -2063,7 +2075,9 @@ def move(source: str, target: str, keep: bool) -> None:
   except OSError as error:
     if error.errno != errno.EXDEV:
       raise
-    shutil.copy2(source, target + COPIED)
+    remove_file(target + COPIED)  # a killed qvm's may be read-only
+    copy_sparse(source, target + COPIED)
+    shutil.copystat(source, target + COPIED)
     flush(target + COPIED)
     os.replace(target + COPIED, target)
     os.unlink(source)
@@ -4504,8 +4518,8 @@ def publish_with_record(
 ) -> None:
   """Publish a file with its record, so that a kill at any moment leaves them matching.
 
-  Until the file has its place, its record waits beside the old one and tells by the inode
-  which of the two files it is meant for; record_of takes the one that fits.
+  Until the file has its place, its record waits beside the old one and tells by inode, or by size
+  and time, which of the two files it is meant for; record_of takes the one that fits.
   """
   waiting, stat = record_path(target) + ".new", os.stat(source)
   record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
@@ -4518,7 +4532,11 @@ def record_of(path: str) -> AssetRecord:
   """The record of a cached file; an empty one when there is none."""
   waiting = record_path(path) + ".new"
   new = sound_record(AssetRecord(), waiting)
-  if new.inode and os.path.exists(path) and new.inode == os.stat(path).st_ino:
+  stat = os.stat(path) if new.inode and os.path.exists(path) else None
+  # On its way to another file system it got another inode.
+  if stat and (
+    new.inode == stat.st_ino or (new.bytes, new.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+  ):
     with contextlib.suppress(OSError):
       os.replace(waiting, record_path(path))  # what the killed qvm was about to do
     return new
@@ -4966,20 +4984,30 @@ def swap_tree(root: str, link: str) -> None:
   """
   folder, name = os.path.split(link)
   before = os.readlink(link) if os.path.islink(link) else ""
-  now = f".{name}-{os.urandom(4).hex()}"
-  os.rename(root, os.path.join(folder, now))
-  remove_file(link + ".new")
+  now, aside = (f".{name}-{os.urandom(4).hex()}" for _ in range(2))  # no tag has such a name
   try:
-    os.symlink(now, link + ".new")
+    os.rename(root, os.path.join(folder, now))
+  except OSError as error:
+    if error.errno != errno.EXDEV:
+      raise
+    try:
+      shutil.copytree(root, os.path.join(folder, now), symlinks=True)
+    except shutil.Error as each:  # all that went wrong
+      raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
+    flush_tree(os.path.join(folder, now))
+  try:
+    os.symlink(now, os.path.join(folder, aside))
   except OSError as error:
     remove_tree(os.path.join(folder, now))
     raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
   if not os.path.islink(link):
     remove_tree(link)  # from a copy of the cache that followed links
-  os.replace(link + ".new", link)
+  os.replace(os.path.join(folder, aside), link)
   flush(folder)
   for entry in os.listdir(folder):
-    if entry.startswith(f".{name}-") and entry not in (now, before):
+    # The tag of another release may begin with this one's.
+    mine = re.fullmatch(re.escape(f".{name}-") + "[0-9a-f]{8}", entry)
+    if mine and entry not in (now, before):
       remove_tree(os.path.join(folder, entry))
 
 
@@ -6421,15 +6449,19 @@ def sealed(sector: bytes) -> bytes:
 
 
 def make_key(cache: Cache) -> None:
-  """Create qvm's ssh key if it does not exist; the caller holds instances_lock."""
+  """Create qvm's ssh key if it does not exist; the caller holds instances_lock.
+
+  The public half is there only beside the private one that it fits.
+  """
   path = cache.ssh_key
-  if not os.path.isfile(path) or not os.path.isfile(path + ".pub"):
+  if not all(os.path.isfile(it) and os.path.getsize(it) for it in (path, path + ".pub")):
     with unfinished(cache) as folder:
       aside = os.path.join(folder, "key")
       program = program_for_ssh("ssh-keygen")
       run_program([program, "-q", "-t", "ed25519", "-N", "", "-C", "qvm", "-f", aside])
-      os.replace(aside + ".pub", path + ".pub")
-      os.replace(aside, path)
+      remove_file(path + ".pub")
+      move(aside, path, True)
+      move(aside + ".pub", path + ".pub", True)
   os.chmod(path, 0o600)  # a copied cache may have another mode, which ssh refuses
 
 
@@ -9573,9 +9605,10 @@ class Checkpoint:
     with contextlib.suppress(QvmError):  # QEMU may end before it answers
       control("quit")
     end_process(machine.process)
-    move(machine.paths.disk, made.disk, False)
-    with instances_lock(self.plan.cache):
+    rebase_for(self.layer, self.plan, self.base)
+    with publishing(self.plan.cache, self.layer):
       machine.check_below()
+      move(machine.paths.disk, made.disk, False)
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)
       self.write_record(accelerator=accelerator, parts=layer_parts(self.layer))
@@ -9640,15 +9673,27 @@ class Checkpoint:
     return " ".join(" ".join([str(error), *output]).split())
 
 
-def copy_sparse(source: str, target: str) -> None:
-  """Copy a file; blocks of zeros become holes."""
-  with open(source, "rb") as file, open(target, "wb") as copy:
-    for block in iter(lambda: file.read(1 << 16), b""):
-      if block.strip(b"\0"):
-        copy.write(block)
-      else:
-        copy.seek(len(block), os.SEEK_CUR)
-    copy.truncate()
+def rebase_for(layer: LayerPaths, plan: Plan, base: Base) -> None:
+  """Let an instance's disk name its base as seen from where a layer's disk is."""
+  below, beside = (
+    os.path.realpath(os.path.join(folder, base.backing))
+    for folder in (plan.cache.instances, os.path.dirname(layer.disk))
+  )
+  if below != beside:  # a folder of the cache is a link
+    backing = ["-b", backing_name(plan, below, layer.disk), "-F", "qcow2"]
+    command = [plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", *backing, plan.paths.disk]
+    run_program(command)
+
+
+@contextlib.contextmanager
+def publishing(cache: Cache, layer: LayerPaths) -> Iterator[None]:
+  """Give a layer its files under instances_lock, its record last; all of them or none."""
+  with instances_lock(cache):
+    try:
+      yield
+    except OSError as error:
+      remove_layer(layer)
+      raise QvmError(f"the layer {layer.name} cannot be written: {describe(error)}")
 
 
 def layer_parts(layer: LayerPaths) -> str:
@@ -9801,6 +9846,7 @@ class SetUp:
     if checkpoint.failures >= MAX_FAILURES or not checkpoint.make():
       return False
     copy_sparse(checkpoint.layer.disk, machine.paths.disk)
+    make_overlay(machine.plan, base.backing, machine.lock)  # names its base from here again
     return checkpoint.resume(fresh=True)
 
   def run(self, machine: Machine, patience: float, done: int) -> None:
@@ -9873,13 +9919,7 @@ class SetUp:
         f"{plan.name} has not powered itself off; no layer is made",
         DISK_FULL if disk_is_full(plan.cache.instances) else "its disk may not be sound",
       )
-    below, beside = (
-      os.path.realpath(os.path.join(folder, base.backing))
-      for folder in (plan.cache.instances, os.path.dirname(layer.disk))
-    )
-    if below != beside:  # a folder of the cache is a link
-      backing = ["-b", backing_name(plan, below, layer.disk), "-F", "qcow2"]
-      run_program([plan.qemu_img, "rebase", "-q", "-u", "-f", "qcow2", *backing, disk])
+    rebase_for(layer, plan, base)
     flush(disk)  # before the lock: that takes a while
     title = self.steps[0].title if self.steps[0].again else first_line(self.steps[0].text)
     record = LayerRecord(layer.name, plan.guest.os, plan.version, plan.guest.arch, self.digest)
@@ -9889,7 +9929,7 @@ class SetUp:
       script=title,
       time=utc(time.time()),
     )
-    with instances_lock(plan.cache):
+    with publishing(plan.cache, layer):
       machine.check_below()
       move_into_place(disk, layer.disk, 0o400)
       write_record(plan.cache, layer.record, record, 0o600, keep=True)
@@ -10310,7 +10350,7 @@ def cmd_clone(options: Options) -> int:
     check_spelling(new.disk)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
     folder = stack.enter_context(unfinished(cache))
-    sources = [*sync_records(paths), paths.data, paths.disk]  # the disk, which makes it, is last
+    sources = [*sync_records(paths), paths.data, paths.disk]
     ends = [path[len(paths.stem) :] for path in sources if os.path.lexists(path)]
     for end in ends:
       aside = os.path.join(folder, new.name + end)
@@ -10320,9 +10360,12 @@ def cmd_clone(options: Options) -> int:
         raise write_failure(aside, tree_size(paths.stem + end), error)
     with instances_lock(cache), signals.hold():
       remove_instance(new)  # what there is of it without a disk
+      open(new.mark, "w").close()  # until it is whole, the next qvm deletes it
       write_record(cache, new.record, record, keep=True)
       for end in ends:
         move_into_place(os.path.join(folder, new.name + end), new.stem + end, 0o644)
+      remove_file(new.mark)
+      flush(cache.instances)  # else a power failure would bring the mark back
   emit(new.name)
   return 0
 
@@ -10415,8 +10458,8 @@ def clean(cache: Cache, options: Options) -> int:
 
 # What qvm may have left, by folder. The cache may be a folder that holds other things, too.
 LEFTOVER_RES = {
-  "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|kernel)",
-  "bin": r"resources\.tmp|qemu-img(\+.+)?\.json\..+",
+  "base": r".+-(x86-64|arm64)\.(json(\.new)?(\.tmp)?|qcow2\.tmp|kernel)",
+  "bin": r"resources\.tmp|qemu-img(\+.+)?(\.json\..+|\.tmp)",
   "qemu": r"(x86_64|aarch64)(\+.+)?\.(tmp|new)|\.(x86_64|aarch64)(\+.+)?-[0-9a-f]{8}",
   "layers": r".+-(warm|prepared)-[0-9a-f]{10}\.((qcow2|memory|state)(\.tmp)?|json\.tmp)",
   "downloads": SCRATCH + r".+|.+\.(qcow2|tar(\+.+)?)",
@@ -10456,13 +10499,14 @@ def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
       useless = useless or (mine and not os.path.lexists(instance.disk))
     if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
       found.append(path)
-  return found
+  return sorted(found, key=lambda path: path.endswith(".ephemeral"))  # as remove_instance
 
 
 def strays(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   """What belongs to no image, layer, QEMU or qvm that is there: of former use, or cut off."""
   bases = map(cache.base, stems_in(cache.path("base"), ".qcow2"))
-  used = {record_path(base) + end for base in bases for end in ("", ".new")}
+  cached = [*bases, *paths_in(cache.path("bin"))]
+  used = {record_path(path) + end for path in cached for end in ("", ".new")}
   used.update(path for layer in layers(cache) for path in layer_files(layer))
   # A disk whose record is lost may be needed all the same.
   disks = map(cache.layer, stems_in(cache.path("layers"), ".qcow2"))

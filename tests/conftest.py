@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from support import (
   PULL,
   PYTHON,
   ROOT,
+  STEPS,
   Qvm,
   default_signals,
   end_processes,
@@ -28,6 +30,7 @@ from support import (
 )
 from support_machines import Guests, make_real_cache, ssh_guest_as_qemu
 from support_network import Proxy, served
+from support_pythons import VERSION
 from support_terminal import Terminal
 
 default_signals()
@@ -204,6 +207,38 @@ def used(offline, prepared):
   """qvm in a copy of that home, with no server to reach."""
   shutil.copytree(prepared, offline.home, dirs_exist_ok=True, symlinks=True)
   return offline
+
+
+@pytest.fixture
+def stepped():
+  """Start qvm so that it is killed, or waits, at a step; see STEPS."""
+  if VERSION < (3, 8):
+    pytest.skip("no audit hooks")
+  started = []
+
+  def start(qvm, pattern, number, action, *words):
+    command = [PYTHON, "-c", STEPS, str(qvm.cache), pattern, str(number), action]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command += qvm.command(*words)[1:]
+    started.append(subprocess.Popen(command, env=qvm.env, text=True, **pipes))
+    return started[-1]
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def kill_at(stepped):
+  """Run qvm, which kills itself just before it does what the pattern says; see STEPS."""
+
+  def kill(qvm, pattern, *words):
+    process = stepped(qvm, pattern, 1, "kill", *words)
+    errors = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, errors
+
+  return kill
 
 
 @pytest.fixture(scope="session")

@@ -364,6 +364,38 @@ def lines_until(stream, text):
 # --- qvm and its cache ----------------------------------------------------------------------------
 
 
+# qvm that kills itself, or waits, just before the Nth of the steps that match a pattern. A step is
+# a change to the cache, as "EVENT PATH", with two paths when a file is renamed.
+STEPS = """
+import os, re, runpy, signal, sys, threading
+folder, pattern, number, action = sys.argv[1:5]
+events = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.chmod")
+lock, count = threading.RLock(), 0
+def hook(event, words):
+  global count
+  if event not in events:
+    return
+  if event == "open" and not words[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    return
+  paths = [word[len(folder) + 1 :] for word in words if str(word).startswith(folder + "/")]
+  if paths and ".tmp/" not in paths[-1] and re.search(pattern, " ".join([event, *paths])):
+    with lock:
+      count += 1
+      if count == int(number):
+        stop(" ".join([event, *paths]))
+def stop(step):
+  if action == "kill":
+    os.write(1, step.encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+  for name in ("reached", "go"):
+    open(action + name, "w").close()
+sys.addaudithook(hook)
+sys.argv = sys.argv[5:]
+sys.dont_write_bytecode = True
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Qvm:
   """Runs the program in a home of its own, against a release server."""
 

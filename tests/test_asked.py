@@ -324,6 +324,21 @@ def test_a_machine_that_runs_is_not_cloned(used, background):
   assert not (used.cache / "instances/new.json").exists()
 
 
+def test_kill_9_of_clone_leaves_nothing(used, kill_at):
+  works(used(*RUN, "--disk", "64M"))
+  (used.cache / f"instances/{FREEBSD}.sync-0123456789abcdef").write_text("x")
+  kill_at(used, "os.rename .* instances/new.qcow2", "clone", FREEBSD, "new")
+  works(used(*RUN, "--name", "new"))
+  assert [it for it in instance_names(used) if it.startswith("new")] == ["new.json", "new.qcow2"]
+  works(used("rm", "new"))
+  works(used("clone", FREEBSD, "new"))
+  works(used("list"))
+  ends = ["data", "json", "qcow2", "sync-0123456789abcdef"]
+  assert [it for it in instance_names(used) if it.startswith("new")] == [
+    f"new.{end}" for end in ends
+  ]
+
+
 # --- A second disk ---------------------------------------------------------------------------
 
 
@@ -526,6 +541,20 @@ def test_releases_lie_beside_each_other(two, server, image, tmp_path):
     works(two("rm", name))
   works(two("clean", "--all"))
   assert [name for name in two.files() if name.startswith(("base", "qemu", "bin"))] == []
+
+
+def test_qemus_lie_beside_each_other_whatever_their_tags(two, server, tools_tar):
+  server.add_release("resources", "v2.0.0-rc1", {QEMU: stand_in_tar(), TOOLS: tools_tar})
+  for tag in ("v2.0.0-rc1", "v2.0.0"):
+    works(two(*PULL, "--qemu-release", tag))
+  assert (two.cache / "qemu/x86_64+v2.0.0-rc1/bin/qemu-system-x86_64").exists()
+
+
+def test_kill_9_while_a_qemu_of_its_release_is_swapped(two, kill_at):
+  kill_at(two, "os.rename qemu/", *PULL, *OLD)
+  assert ".new" not in works(two("list")).stdout
+  works(two("clean"))
+  assert os.listdir(two.cache / "qemu") == []
 
 
 def test_a_beginning_within_a_release(two, server, image):

@@ -411,6 +411,31 @@ def test_linked_instances_and_a_key(guests, tmp_path):
   assert guests.run("whoami", guest=OPENBSD_GUEST).stdout == "runner\n"
 
 
+@pytest.mark.parametrize("killed_at", ["", "id_ed25519", "id_ed25519.pub"])
+@pytest.mark.parametrize("emptied", ["id_ed25519", "id_ed25519.pub"])
+def test_the_two_halves_of_the_key_always_fit(tmp_path, monkeypatch, emptied, killed_at):
+  """After a power failure, and when the qvm that makes another key is killed."""
+  cache, replace, flush = qvm_source.Cache(str(tmp_path / "cache")), os.replace, qvm_source.flush
+  flushed = []
+  monkeypatch.setattr(qvm_source, "flush", lambda path: flushed.append(path) or flush(path))
+  qvm_source.make_folders(cache)
+  qvm_source.make_key(cache)
+  assert len(set(flushed)) == 3, "two files and their folder"
+  (tmp_path / "cache/ssh" / emptied).write_bytes(b"")
+
+  def killed(source, target):
+    if os.path.basename(target) == killed_at:
+      raise KeyboardInterrupt
+    replace(source, target)
+
+  with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+    patch.setattr(os, "replace", killed)
+    qvm_source.make_key(cache)
+  qvm_source.make_key(cache)
+  public = subprocess.check_output(["ssh-keygen", "-y", "-f", cache.ssh_key])
+  assert public.split()[:2] == qvm_source.public_key(cache).split()[:2]
+
+
 def test_an_older_image_that_wants_a_key(guests):
   """FreeBSD's, before v0.14.0, in the first partition of an MBR; what is newer gets no key."""
   guests.play(login="key-mbr")

@@ -588,6 +588,14 @@ def test_rm_of_a_running_one_removes_none(several, background, names):
   assert process.poll() is None
 
 
+def test_kill_9_of_rm_can_be_made_good(used, kill_at):
+  """A second disk without the first would be the next instance's of that name."""
+  works(used(*RUN, "--name", "vm", "--disk", "64M"))
+  kill_at(used, "os.remove instances/vm.data", "rm", "vm")
+  works(used("rm", "vm"))
+  assert not [name for name in instance_names(used) if name.startswith("vm.")]
+
+
 def test_rm_without_a_cache(offline):
   fails(offline("rm", "x"), "no instance x")
   assert list(offline.home.iterdir()) == []

@@ -1,16 +1,19 @@
 """Nothing that a user has is lost: what is unknown, damaged, gone, moved, or cut off by a power
 failure (issue 17, D1 to D11)."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import (
   BASE,
+  DEAD,
   FREEBSD,
   IMAGE,
   PULL,
@@ -20,7 +23,6 @@ from support import (
   digest,
   ended,
   fails,
-  instance_names,
   rows,
   sha256,
   state,
@@ -364,26 +366,70 @@ def other_file_system(folder):
     os.stat(folder).st_dev != os.stat("/tmp").st_dev)  # fmt: skip
 
 
-@pytest.mark.skipif(not other_file_system("/dev/shm"), reason="there is no second file system")
-@pytest.mark.parametrize("folder", ["instances", "base", "layers"])
-def test_a_folder_on_another_file_system(qvm, folder, image):
-  (qvm.cache).mkdir(parents=True, mode=0o700)
-  there = f"/dev/shm/qvm-test-{os.getpid()}-{folder}"
-  os.mkdir(there, 0o700)
+@contextlib.contextmanager
+def elsewhere(folder):
+  """Have a folder of the cache on another file system, by a link."""
+  there = Path(f"/dev/shm/qvm-test-{os.getpid()}-{folder.name}")
+  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  folder.parent.chmod(0o700)
+  shutil.copytree(folder, there)
   try:
-    (qvm.cache / folder).symlink_to(there)
+    shutil.rmtree(folder)
+    folder.symlink_to(there)
+    yield
+  finally:
+    shutil.rmtree(there)
+
+
+two_file_systems = pytest.mark.skipif(
+  not other_file_system("/dev/shm"), reason="there is no second file system"
+)
+
+
+@two_file_systems
+@pytest.mark.parametrize(
+  "folder", ["instances", "base", "layers", "qemu", "bin", "downloads", "ssh"]
+)
+def test_a_folder_on_another_file_system(qvm, folder, image):
+  with elsewhere(qvm.cache / folder):
     for _ in range(2):
       works(qvm(*RUN))
       works(qvm(*RUN, "--rm"))
+    works(qvm("run", "--rm", "openbsd", "7.9"))  # which wants a key
     write_into(qvm.cache / DISK)
     works(qvm(*PULL))
     works(qvm("pull", "--verify", *PULL[1:]))
     assert read_from(qvm.cache / DISK) and (qvm.cache / BASE).read_bytes() == image
-    (qvm.cache / f"{DISK}.tmp").write_bytes(b"half")
+    for path in (DISK, BASE, "bin/qemu-img"):
+      for end in (".tmp", ".tmp.tmp"):
+        (qvm.cache / (path + end)).write_bytes(b"half")
     works(qvm("clean"))
-    assert instance_names(qvm) == [f"{FREEBSD}.json", f"{FREEBSD}.qcow2"]
-  finally:
-    shutil.rmtree(there)
+    assert not list(qvm.cache.glob("*/*.tmp"))
+
+
+@two_file_systems
+@pytest.mark.parametrize("step", [f" {BASE}.tmp$", f" {BASE}$", ".new base"])
+def test_kill_9_of_a_refresh_with_base_on_another_file_system(full, server, image, kill_at, step):
+  server.add_release("freebsd-builder", "v99.0.0", {IMAGE: image + bytes(1 << 16)})
+  with elsewhere(full.cache / "base"):
+    kill_at(full, step, *PULL, "--refresh")
+    offline = {"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}
+    works(full(*RUN, "--rm", env=offline))
+    works(full(*PULL, "--refresh"))
+    assert (full.cache / BASE).stat().st_size == len(image) + (1 << 16)
+
+
+@two_file_systems
+def test_holes_stay_holes_on_the_way_to_another_file_system(tmp_path):
+  (tmp_path / "cache").mkdir()
+  with elsewhere(tmp_path / "cache" / "layers"), open(tmp_path / "memory", "wb") as file:
+    file.truncate(64 << 20)
+    os.fchmod(file.fileno(), 0o400)
+    target = tmp_path / "cache/layers/memory"
+    qvm_source.move(file.name, str(target), True)
+    stat = target.stat()
+  assert (stat.st_size, stat.st_mode & 0o777) == (64 << 20, 0o400)
+  assert stat.st_blocks * 512 < 1 << 20
 
 
 # --- Newer versions ----------------------------------------------------------------------------

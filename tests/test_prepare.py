@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from support import (
+  BASE,
   FREEBSD,
+  PYTHON,
+  ROOT,
   fails,
   heard,
   lines,
@@ -626,20 +629,31 @@ def test_pull_makes_it_and_a_moved_cache_keeps_it(prepare, tmp_path):
   assert ran(prepare) == [] and prepare.nothing_left()
 
 
-@pytest.mark.parametrize("folder", ["instances", "layers", "base"])
-def test_a_folder_of_the_cache_that_is_a_link(prepare, tmp_path, folder):
+def linked(folder, tmp_path):
+  """Put a folder elsewhere, so deep that relative paths lead astray, and a link in its place."""
   elsewhere = tmp_path / "a" / "b" / "elsewhere"
   elsewhere.parent.mkdir(parents=True)
-  (prepare.qvm.cache / folder).rename(elsewhere)
-  (prepare.qvm.cache / folder).symlink_to(elsewhere)
+  folder.mkdir(exist_ok=True)
+  folder.rename(elsewhere)
+  folder.symlink_to(elsewhere)
+
+
+def chain(disk):
+  """The files that a disk lies on, from itself on, as QEMU finds them; all must be there."""
+  command = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(disk)]
+  return [image["filename"] for image in json.loads(subprocess.check_output(command))]
+
+
+@pytest.mark.parametrize("folder", ["instances", "layers", "base"])
+def test_a_folder_of_the_cache_that_is_a_link(prepare, tmp_path, folder):
+  linked(prepare.qvm.cache / folder, tmp_path)
   one = script(prepare)
   works(prepare.run("true", options=("--name", "vm", *with_scripts(one)), rm=False))
   (name,) = layer_names(prepare)
   works(prepare.run("true", options=with_scripts(one, script(prepare, name="b"))))
   assert len(layer_names(prepare)) == 2
   for each in layer_names(prepare):
-    subprocess.run(["qemu-img", "info", "--backing-chain", str(path_of(prepare, each))], check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    assert chain(path_of(prepare, each))
   works(prepare.qvm("clean", "--all"))
   assert layer_names(prepare) == [name]
   assert (prepare.qvm.cache / "base" / f"{FREEBSD}.qcow2").exists()
@@ -723,6 +737,17 @@ def test_the_checkpoint_is_made_in_the_boot_that_sets_up(warm):
   works(warm.qvm("rm", *layer_names(warm)))
 
 
+@pytest.mark.parametrize("folder", ["instances", "layers", "base"])
+def test_a_checkpoint_where_a_folder_of_the_cache_is_a_link(warm, tmp_path, folder):
+  linked(warm.qvm.cache / folder, tmp_path)
+  for words in ((), with_scripts(script(warm)), with_scripts(script(warm))):
+    works(warm.run("true", options=("--warm", *words)))
+  assert len(layer_names(warm)) == 3
+  for name in layer_names(warm):
+    assert os.path.samefile(chain(path_of(warm, name))[-1], warm.qvm.cache / BASE)
+  assert ran(warm) == ["setup.sh"] and warm.nothing_left()
+
+
 def test_a_script_that_fails_makes_no_checkpoint(warm):
   result = warm.run(
     "true", options=("--warm", *with_scripts(script(warm, f"echo x >>{warm.log}; exit 4\n")))
@@ -755,6 +780,33 @@ def test_kill_9_while_the_checkpoint_is_made(warm, order):
   warm.control()
   works(warm.run("true", options=options))
   assert ran(warm) == ["setup.sh"] * 2 and len(layer_names(warm)) == 2 and warm.nothing_left()
+
+
+# qvm on a disk that is full once a layer gets its record.
+FULL = """
+import errno, os, sys
+sys.path.insert(0, {root!r})
+import qvm
+write = qvm.write_record
+def full(cache, path, *more, **named):
+  if "/layers/" in path:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+  write(cache, path, *more, **named)
+qvm.write_record = full
+sys.exit(qvm.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("way", ["warm", "prepare"])
+def test_a_layer_without_room_for_its_record(warm, way):
+  options = ("--warm",) if way == "warm" else with_scripts(script(warm))
+  words = [PYTHON, "-c", FULL.format(root=str(ROOT)), *warm.words(*options, command=["true"])]
+  run = subprocess.run(words, env=warm.qvm.env, capture_output=True, text=True)
+  assert (run.returncode, "the disk is full" in run.stderr) == (
+    125 if way == "prepare" else 0,
+    True,
+  )
+  assert no_layer(warm)
 
 
 # --- The command line ------------------------------------------------------------------------
@@ -807,12 +859,6 @@ def test_a_stream_is_downloaded_first(prepare, server):
 
 
 # --- Which disks a layer lies on -------------------------------------------------------------
-
-
-def chain(disk):
-  """The files that a disk lies on, as QEMU finds them."""
-  words = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(disk)]
-  return [each["filename"] for each in json.loads(subprocess.check_output(words))]
 
 
 def of_image(prepare, path, *words, **more):

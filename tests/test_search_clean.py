@@ -22,7 +22,6 @@ from support import (
   DEAD,
   FREEBSD,
   PULL,
-  PYTHON,
   ROOT,
   STAND_IN,
   Qvm,
@@ -35,44 +34,12 @@ from support import (
   works,
   written,
 )
-from support_pythons import VERSION
 
 import qvm as qvm_source
 
 NOTE = f"base/{FREEBSD}.json"
 RUN = ("run", *PULL[1:])
 REFRESH = ("pull", "--refresh", *PULL[1:])
-
-# qvm that kills itself, or waits, just before the Nth of the steps that match a pattern. A step is
-# a change to the cache, as "EVENT PATH", with two paths when a file is renamed.
-STEPS = """
-import os, re, runpy, signal, sys, threading
-folder, pattern, number, action = sys.argv[1:5]
-events = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.chmod")
-lock, count = threading.RLock(), 0
-def hook(event, words):
-  global count
-  if event not in events:
-    return
-  if event == "open" and not words[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-    return
-  paths = [word[len(folder) + 1 :] for word in words if str(word).startswith(folder + "/")]
-  if paths and ".tmp/" not in paths[-1] and re.search(pattern, " ".join([event, *paths])):
-    with lock:
-      count += 1
-      if count == int(number):
-        stop(" ".join([event, *paths]))
-def stop(step):
-  if action == "kill":
-    os.write(1, step.encode())
-    os.kill(os.getpid(), signal.SIGKILL)
-  for name in ("reached", "go"):
-    open(action + name, "w").close()
-sys.addaudithook(hook)
-sys.argv = sys.argv[5:]
-sys.dont_write_bytecode = True
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def kill_both(process, record):
@@ -423,26 +390,6 @@ def test_qemu_is_replaced_while_others_start(pulled, server, tools_tar):
   assert (pulled.cache / FIRMWARE).read_text() == "v14"
 
 
-@pytest.fixture
-def stepped():
-  """Start qvm so that it is killed, or waits, at a step; see STEPS."""
-  if VERSION < (3, 8):
-    pytest.skip("no audit hooks")
-  started = []
-
-  def start(qvm, pattern, number, action, *words):
-    command = [PYTHON, "-c", STEPS, str(qvm.cache), pattern, str(number), action]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command += qvm.command(*words)[1:]
-    started.append(subprocess.Popen(command, env=qvm.env, text=True, **pipes))
-    return started[-1]
-
-  yield start
-  for process in started:
-    process.kill()
-    process.communicate()
-
-
 @pytest.mark.parametrize("place", ["base", "bin", "qemu"])
 def test_refresh_is_killed_at_any_step(tmp_path, filled, server, image, stepped, place):
   """What was there still runs, no record lies, and the next refresh makes good."""
@@ -656,6 +603,14 @@ def test_clean_orphans(pulled, background):
   works(pulled(*RUN))
 
 
+def test_kill_9_of_clean_leaves_no_instance_of_an_orphan(used, kill_at):
+  for name in ("qcow2", "ephemeral"):  # of a --rm run that was killed
+    (used.cache / f"instances/a.{name}").touch()
+  kill_at(used, "os.remove instances/a.qcow2", "clean")
+  works(used("list"))
+  assert not [name for name in os.listdir(used.cache / "instances") if name.startswith("a.")]
+
+
 def test_clean_takes_a_download_that_only_an_orphan_needs(pulled):
   disk = pulled.cache / "instances" / "dead.qcow2"
   backing = f"nbd+unix:///{FREEBSD}?socket=/nowhere/nbd"
@@ -801,12 +756,21 @@ def test_clean_all_while_something_runs(pulled, background):
   assert pulled.files() == [], "an orphan needs no image"
 
 
-def test_clean_all_takes_a_half_published_image(qvm, stepped):
-  process = stepped(qvm, "os.rename .*base/.*qcow2$", 1, "kill", *PULL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+def test_clean_all_takes_a_half_published_image(qvm, kill_at):
+  kill_at(qvm, "os.rename .*base/.*qcow2$", *PULL)
   clean(qvm, "--all")
   assert qvm.files() == []
+
+
+@pytest.mark.parametrize("path", [BASE, "bin/qemu-img"])
+def test_clean_leaves_a_record_that_waits_for_its_place(pulled, server, image, kill_at, path):
+  tool = (pulled.cache / "bin/qemu-img").read_bytes() + b"# newer\n"
+  newer(server, image, tar_of({"qemu-img": tool}))
+  note = NOTE if path == BASE else "bin/qemu-img.json"
+  kill_at(pulled, f"os.rename {note}.new {note}", *REFRESH)
+  clean(pulled)
+  works(pulled(*PULL, env={"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}))
+  assert json.loads((pulled.cache / note).read_text())["release"] == "v2.17.0"
 
 
 @pytest.mark.parametrize("words", [(), ("--all",)])

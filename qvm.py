@@ -252,6 +252,12 @@ def describe(error: BaseException) -> str:
   return re.sub(r"\S*@", "", brief(str(text)))
 
 
+def describe_at(error: BaseException) -> str:
+  """The same with the path, if there is one, on which it failed."""
+  path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+  return f"{path}: {describe(error)}" if path else describe(error)
+
+
 def brief(text: str) -> str:
   """A text that may be a server's, cut after a word if it is longer than a message."""
   return text if len(text) < 400 else text[:400].rpartition(" ")[0] + " ..."
@@ -2095,13 +2101,19 @@ def make_folder(path: str) -> bool:
   return False
 
 
+def nearest(path: str) -> str:
+  """The path, or what there is above it."""
+  while not os.path.exists(path) and os.path.dirname(path) != path:
+    path = os.path.dirname(path)
+  return path
+
+
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
 
 
 def owner_fix(path: str) -> str:
   """What to do about a folder of the cache that cannot be made: such as one made with sudo."""
-  while not os.path.exists(path) and os.path.dirname(path) != path:
-    path = os.path.dirname(path)
+  path = nearest(path)
   with contextlib.suppress(OSError):
     if os.stat(path).st_uid != os.getuid() and not os.access(path, os.W_OK):
       return f"if it is to be yours: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}"
@@ -2374,9 +2386,12 @@ def resolve(options: Options) -> Options:
   for name in ("mirror", "logs"):
     if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
       raise UsageError(f"--{name}: not a folder: '{getattr(options, name)}'")
+  if options.logs and not os.access(nearest(paths["logs"]), os.W_OK | os.X_OK):
+    raise UsageError(f"--logs: no file can be written in '{options.logs}'")
   for name in ("console_log", "junit"):
     path = paths.get(name, os.devnull)
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+    there = path if os.path.exists(path) else os.path.join(os.path.dirname(path), "")
+    if os.path.isdir(path) or not os.access(there, os.W_OK):
       flag = "--" + name.replace("_", "-")
       raise UsageError(f"{flag}: no file can be written at '{getattr(options, name)}'")
   if options.image and not os.path.isfile(paths["image"]):
@@ -10640,8 +10655,8 @@ class Team:
     """Run all; however that ends, no machine and no qvm stays."""
     try:
       self.loop()
-    except BaseException:
-      self.end("was interrupted")
+    except BaseException as error:
+      self.end("was interrupted" if isinstance(error, Interrupted) else describe_at(error))
       signals.again()  # a second Ctrl-C does not wait for what is ending
       self.loop()
       raise
@@ -10760,11 +10775,19 @@ def junit(rows: Sequence[Child]) -> bytes:
   return bytes(tree.tostring(suites, "utf-8"))
 
 
+def write_junit(rows: Sequence[Child], path: str) -> str:
+  """Write the results to a file, if one is wanted; why that failed, for the table comes first."""
+  try:
+    if path:
+      with open(path, "wb") as file:
+        file.write(junit(rows))
+  except OSError as error:
+    return f"--junit: {path}: {describe(error)}"
+  return ""
+
+
 def show_results(rows: Sequence[Child], options: Options) -> None:
   """Print the last lines of what failed, and the table; or all of it as JSON."""
-  if options.junit:
-    with open(options.junit, "wb") as file:
-      file.write(junit(rows))
   if options.json:
     fields = ("guest", "result", "code", "seconds", "reason", "log", "output")
     return emit_json([{name: getattr(row, name) for name in fields} for row in rows])
@@ -10789,10 +10812,14 @@ def cmd_each(options: Options) -> int:
     try:
       Team(children, options).run()
     finally:
+      problem = write_junit(children, options.junit)
       show_results(children, options)
-      say(f"the logs are in {folder}")
+      if any(child.began for child in children):
+        say(f"the logs are in {folder}")
+      if problem:
+        say(problem)
   codes = [child.code for child in children]
-  return EXIT_FAILED if any(codes) else EXIT_OWN if None in codes else 0
+  return EXIT_FAILED if any(codes) else EXIT_OWN if None in codes or problem else 0
 
 
 # ---- Doctor -------------------------------------------------------------------------------------
@@ -10902,11 +10929,10 @@ def refusal(cache: Cache) -> Optional[Check]:
 
 def check_cache(cache: Cache) -> Check:
   """Whether the cache folder, or where it will be created, is writable and has space."""
-  root = there = cache.root
+  root = cache.root
   if os.path.lexists(root) and not os.path.isdir(root):
     return Check("fault", "cache", f"{root} is not a folder", "move it out of the way")
-  while not os.path.isdir(there) and os.path.dirname(there) != there:
-    there = os.path.dirname(there)
+  there = nearest(root)
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
     return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
@@ -11259,8 +11285,8 @@ def outcome(words: Optional[Sequence[str]]) -> int:
     code = 128 + signal.SIGPIPE
   except OSError as error:
     path = error.filename2 or error.filename
-    say(f"{path}: {describe(error)}" if path else describe(error))
-    report.phase("error", f"{path or ''} {describe(error)}")
+    say(describe_at(error))
+    report.phase("error", describe_at(error))
     if error.errno == errno.EPERM and sys.platform == "darwin":
       say("does your terminal have access? System Settings, Privacy & Security, Files and Folders")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):

@@ -790,3 +790,11 @@ def test_last_lines_of_a_long_log(tmp_path):
 
 def test_last_lines_of_no_log(tmp_path):
   assert qvm_source.last_lines(str(tmp_path / "none")) == []
+
+
+def test_last_lines_of_what_has_no_end():
+  """With a bound to its memory, a reader of all fails rather than to take the machine's."""
+  code = "import qvm, resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)); "
+  code += "print(qvm.last_lines('/dev/zero'))"
+  words = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+  assert subprocess.run([sys.executable, "-c", code], **words).stdout == "[]\n"

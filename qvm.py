@@ -4689,19 +4689,23 @@ class Overlay(NamedTuple):
   base: Optional[str]  # the file name of the base image that an instance needs; empty: none
 
 
+def base_name(cache: Cache, backing: str) -> str:
+  """The file name of the base image that a backing is; empty: it is an image of the user's own."""
+  folder = os.path.dirname(os.path.realpath(backing))
+  mine = not os.path.isabs(backing) or folder == os.path.realpath(cache.path("base"))
+  return os.path.basename(backing) if mine else ""
+
+
 def overlay_of(paths: InstancePaths) -> Overlay:
   """The disk of an instance."""
   names, backing = layers_under(paths.cache, paths.disk)
-  folder = os.path.realpath(paths.cache.path("base"))
   base: Optional[str]
   if backing is None or is_served(backing):
     mine = known_instance(paths)
     recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
     base = "" if mine.image else recorded
-  elif os.path.isabs(backing) and os.path.dirname(os.path.realpath(backing)) != folder:
-    base = ""  # an image of the user's own
   else:
-    base = os.path.basename(backing)
+    base = base_name(paths.cache, backing)
   return Overlay(paths.name, paths.disk, names, backing, base)
 
 
@@ -4796,7 +4800,7 @@ def remove_layer(layer: LayerPaths) -> None:
 def drop_layers(plan: Plan, new: AssetRecord) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
   every, name = overlays(plan.cache), os.path.basename(plan.base)
-  mine = [it.disk for it in every if os.path.basename(it.backing or "") == name]
+  mine = [it.disk for it in every if base_name(plan.cache, it.backing or "") == name]
   digests = (new.sha256, new.asset_sha256)
   old = [it for it in layers(plan.cache) if layer_record(it).base_sha256 not in digests]
   old = [it for it in old if it.disk in mine]

@@ -5514,15 +5514,18 @@ def check_instance(plan: Plan) -> None:
     raise QvmError(
       f"the instance {paths.name} is {instance.os} {instance.version} on {instance.arch}, "
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
-      "choose another --name",
+      f"to start it, add --image {shlex.quote(instance.image)} and name no version; "
+      * bool(instance.image and not plan.own_image)
+      + "choose another --name for a new one",
     )
   here = plan.own_image and (plan.base, image_record(plan).validator)
   if here and here != (instance.image, instance.validator):
-    changed = f"{instance.image} has changed since {paths.name} was created on it"
+    changed = f"{instance.image} has another size or time than when {paths.name} was created on it"
     raise QvmError(
       changed if instance.image == plan.base
       else f"the instance {paths.name} was created on {instance.image}, not on {plan.base}",
-      f"restore it, or choose another --name; qvm rm {paths.name} deletes what its guest wrote",
+      "restore it (cp -p and touch -r keep the time; contents are not compared), or choose another "
+      f"--name; qvm rm {paths.name} deletes what its guest wrote",
     )  # fmt: skip
   if instance != sound_record(Instance(), paths.record):
     write_record(paths.cache, paths.record, instance, keep=True)

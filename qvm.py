@@ -5490,10 +5490,11 @@ def scratch_folders(cache: Cache) -> List[str]:
   return [path for path in paths_in(cache.downloads) if os.path.basename(path).startswith(SCRATCH)]
 
 
-def check_instance(plan: Plan) -> None:
+def check_instance(plan: Plan, writes: bool = True) -> None:
   """Refuse to run an existing instance as another OS, or on another base image.
 
-  A missing or damaged record is rebuilt from the name of the disk's base image.
+  A missing or damaged record is rebuilt from the name of the disk's base image. A check that writes
+  nothing does not look at what is in the cached image.
   """
   paths = plan.paths
   if not os.path.lexists(paths.disk):
@@ -5527,6 +5528,8 @@ def check_instance(plan: Plan) -> None:
       "restore it (cp -p and touch -r keep the time; contents are not compared), or choose another "
       f"--name; qvm rm {paths.name} deletes what its guest wrote",
     )  # fmt: skip
+  if not writes:
+    return
   if instance != sound_record(Instance(), paths.record):
     write_record(paths.cache, paths.record, instance, keep=True)
     say(f"the record of the instance {paths.name} was missing or damaged; "
@@ -9260,7 +9263,9 @@ def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> 
 
 
 def print_command(plan: Plan, options: Options) -> int:
-  """Print the QEMU command that `run` would execute."""
+  """Print the QEMU command that `run` would execute, unless the instance is another one."""
+  check_disks(plan, options.disk)
+  check_instance(plan, writes=False)
   options = kept_options(plan.paths, options)
   facts = host_facts(plan, options, options.ssh, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))

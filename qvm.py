@@ -1065,8 +1065,9 @@ OPTIONS = (
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
   Option(("--prepare",), "prepare", "SCRIPT", parse_text,
-         "set the guest up with SCRIPT first, for /bin/sh, and keep its\n"
-         "disk as a layer, on which later runs start; may be repeated", True),
+         "set the guest up with SCRIPT first, for a /bin/sh that ends at\n"
+         "the first failure, and keep its disk as a layer for later runs\n"
+         "with the same scripts, packages and variables; may be repeated", True),
   Option(("--install",), "install", "'PKG...'", parse_packages,
          "the same with the guest's package manager, before any SCRIPT", True),
   Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
@@ -1082,7 +1083,8 @@ OPTIONS = (
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
   Option(("--sync-out",), "sync_out", "DIR", parse_text,
-         "bring what the command changed to DIR/GUEST/"),
+         "bring the whole folder as it is afterwards to DIR/GUEST/;\n"
+         "other files there stay"),
   Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_count(text, "machines", 999),
          "machines at once (default: as many as there are cores, and\nas free memory carries)"),
   Option(("--fail-fast",), "fail_fast", "", bool, "end the others once one has failed"),
@@ -1255,6 +1257,8 @@ def parse_command_line(words: Sequence[str]) -> Options:
   fields = {option.field for option, _ in given}
   form = COMMANDS.get(operands[0]) if operands else None
   for_guest = form and "COMMAND" in form.operands and len(operands) > form.least
+  if operands == ["each"] and rest[1:]:
+    raise UsageError("no guests before --; usage: qvm each " + COMMANDS["each"].operands)
   if not for_guest:
     operands += rest[1:]
   elif rest == ["--"]:
@@ -11001,6 +11005,9 @@ FULL_SPEED = (
 )
 
 
+FALLS_BACK = "runs fall back to emulation, which is much slower; --accel tcg goes there at once"
+
+
 def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
   """Whether guests of the host's own CPU can run at full speed."""
   if system == "darwin":
@@ -11019,7 +11026,7 @@ def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
     text = f"{kvm} cannot create a virtual machine: {describe(error)}"
-    return [Check("warning", "KVM", text, TCG_FIX)]
+    return [Check("warning", "KVM", text, FALLS_BACK)]
   finally:
     os.close(fd)
   if not os.path.isfile(qemu):
@@ -11027,7 +11034,8 @@ def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
   code, output = try_accelerator(qemu, "kvm")
   if code:
     cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
-    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
+    fix = FALLS_BACK if re.search(KVM_RE, output) else cause[1]
+    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", fix)]
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
 
@@ -11120,7 +11128,7 @@ def check_quota(net: Net) -> Check:
 def check_instances(cache: Cache) -> Check:
   """The number of instances, and those that are running."""
   try:
-    rows = list_instances(cache)
+    rows = [row for row in list_instances(cache) if row.state in ("running", "stopped")]
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
     return Check("fault", "instances", text, "restore your ownership of the folder")

@@ -496,6 +496,15 @@ def test_sync_out_has_a_folder_for_each(each, tmp_path):
       assert guest in (work / "out" / guest / "src/main.c").read_text()
 
 
+def test_a_reason_names_the_path_as_errors_do(each, tmp_path):
+  work, out = folder_with_files(tmp_path / "work"), tmp_path / "out"
+  out.mkdir()
+  (out / "netbsd-10.1").touch()
+  words = ("--sync", str(work), "--sync-out", str(out), "netbsd-10.1")
+  result = each("--json", *words, "--", "true")
+  assert json.loads(result.stdout)[0]["reason"] == f"{out}/netbsd-10.1: File exists"
+
+
 def test_logs_of_the_last_ten_runs(each, tmp_path):
   (each.qvm.cache / "each" / "mine").mkdir(parents=True)
   for n in range(12):

@@ -6136,10 +6136,16 @@ def fell_back(output: str) -> List[str]:
 class Relay:
   """Passes bytes between QEMU's pipes, our terminal and the console log until QEMU ends."""
 
+  interactive = False  # whether the terminal is raw, and qvm's own keys are obeyed
+
   def __init__(
-    self, process: "Process", interactive: bool, log: Optional[IO[bytes]], full: Callable[[], bool]
+    self,
+    process: "Process",
+    take_terminal: Optional[Callable[[], None]],
+    log: Optional[IO[bytes]],
+    full: Callable[[], bool],
   ) -> None:
-    self.process, self.interactive, self.log, self.full = process, interactive, log, full
+    self.process, self.take_terminal, self.log, self.full = process, take_terminal, log, full
     self.keys = process.stdin.fileno() if process.stdin else -1
     self.keyboard, self.screen = Keyboard(), Screen()
     self.on_terminal = os.isatty(1)
@@ -6159,6 +6165,9 @@ class Relay:
     told = False
     while sources:
       ended = self.process.poll() is not None
+      if self.take_terminal and os.isatty(0) and may_read_stdin():  # also when `fg` comes later
+        self.take_terminal()
+        self.take_terminal = None
       writers = [self.keys] if self.pending and self.keys >= 0 else []
       more = self.reading and len(self.pending) < CHUNK_BYTES and may_read_stdin()
       readers = [*sources, 0] if more else list(sources)
@@ -8944,7 +8953,7 @@ class Machine:
     if self.options.detach or self.options.guest_command:
       return in_background(self.log)
     pipe = subprocess.PIPE
-    return Spawn(pipe if may_read_stdin() else subprocess.DEVNULL, pipe, pipe)
+    return Spawn(pipe, pipe, pipe)
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
     """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
@@ -9101,15 +9110,18 @@ class Machine:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
     self.greet()
     process, folder = self.process, self.plan.cache.instances
-    raw = is_interactive() and not self.facts.display  # a window has the keys
-    relay = Relay(process, raw, self.log, lambda: disk_is_full(folder))
-    try:
+
+    def take_terminal() -> None:
+      self.stack.enter_context(terminal_kept())
+      relay.interactive = is_interactive()
+      go_raw(signals=not relay.interactive)
       if relay.interactive:
-        go_raw()
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
         relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
-      elif process.stdin and os.isatty(0) and not self.facts.display:
-        go_raw(signals=True)
+
+    take = None if self.facts.display else take_terminal  # a window has the keys
+    relay = Relay(process, take, self.log, lambda: disk_is_full(folder))
+    try:
       relay.run()
       process.wait()
     finally:

@@ -252,6 +252,12 @@ def describe(error: BaseException) -> str:
   return re.sub(r"\S*@", "", brief(str(text)))
 
 
+def describe_at(error: BaseException) -> str:
+  """The same with the path, if there is one, on which it failed."""
+  path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+  return f"{path}: {describe(error)}" if path else describe(error)
+
+
 def brief(text: str) -> str:
   """A text that may be a server's, cut after a word if it is longer than a message."""
   return text if len(text) < 400 else text[:400].rpartition(" ")[0] + " ..."
@@ -1059,8 +1065,9 @@ OPTIONS = (
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
   Option(("--prepare",), "prepare", "SCRIPT", parse_text,
-         "set the guest up with SCRIPT first, for /bin/sh, and keep its\n"
-         "disk as a layer, on which later runs start; may be repeated", True),
+         "set the guest up with SCRIPT first, for a /bin/sh that ends at\n"
+         "the first failure, and keep its disk as a layer for later runs\n"
+         "with the same scripts, packages and variables; may be repeated", True),
   Option(("--install",), "install", "'PKG...'", parse_packages,
          "the same with the guest's package manager, before any SCRIPT", True),
   Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
@@ -1076,7 +1083,8 @@ OPTIONS = (
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
   Option(("--sync-out",), "sync_out", "DIR", parse_text,
-         "bring what the command changed to DIR/GUEST/"),
+         "bring the whole folder as it is afterwards to DIR/GUEST/;\n"
+         "other files there stay"),
   Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_count(text, "machines", 999),
          "machines at once (default: as many as there are cores, and\nas free memory carries)"),
   Option(("--fail-fast",), "fail_fast", "", bool, "end the others once one has failed"),
@@ -1249,6 +1257,8 @@ def parse_command_line(words: Sequence[str]) -> Options:
   fields = {option.field for option, _ in given}
   form = COMMANDS.get(operands[0]) if operands else None
   for_guest = form and "COMMAND" in form.operands and len(operands) > form.least
+  if operands == ["each"] and rest[1:]:
+    raise UsageError("no guests before --; usage: qvm each " + COMMANDS["each"].operands)
   if not for_guest:
     operands += rest[1:]
   elif rest == ["--"]:
@@ -2126,13 +2136,19 @@ def make_folder(path: str) -> bool:
   return False
 
 
+def nearest(path: str) -> str:
+  """The path, or what there is above it."""
+  while not os.path.exists(path) and os.path.dirname(path) != path:
+    path = os.path.dirname(path)
+  return path
+
+
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
 
 
 def owner_fix(path: str) -> str:
   """What to do about a folder of the cache that cannot be made: such as one made with sudo."""
-  while not os.path.exists(path) and os.path.dirname(path) != path:
-    path = os.path.dirname(path)
+  path = nearest(path)
   with contextlib.suppress(OSError):
     if os.stat(path).st_uid != os.getuid() and not os.access(path, os.W_OK):
       return f"if it is to be yours: sudo chown -R $(id -u) {path}; or {OTHER_CACHE}"
@@ -2405,9 +2421,12 @@ def resolve(options: Options) -> Options:
   for name in ("mirror", "logs"):
     if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
       raise UsageError(f"--{name}: not a folder: '{getattr(options, name)}'")
+  if options.logs and not os.access(nearest(paths["logs"]), os.W_OK | os.X_OK):
+    raise UsageError(f"--logs: no file can be written in '{options.logs}'")
   for name in ("console_log", "junit"):
     path = paths.get(name, os.devnull)
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+    there = path if os.path.exists(path) else os.path.join(os.path.dirname(path), "")
+    if os.path.isdir(path) or not os.access(there, os.W_OK):
       flag = "--" + name.replace("_", "-")
       raise UsageError(f"{flag}: no file can be written at '{getattr(options, name)}'")
   if options.image and not os.path.isfile(paths["image"]):
@@ -4717,18 +4736,24 @@ class Overlay(NamedTuple):
   base: Optional[str]  # the file name of the base image that an instance needs; empty: none
 
 
+def base_name(cache: Cache, backing: str) -> str:
+  """The file name of the base image that a backing is; empty: it is an image of the user's own."""
+  if not os.path.isabs(backing):
+    return os.path.basename(backing)
+  folder, name = os.path.split(os.path.realpath(backing))  # a user's own may be a link to it
+  return name if folder == os.path.realpath(cache.path("base")) else ""
+
+
 def overlay_of(paths: InstancePaths) -> Overlay:
   """The disk of an instance."""
   names, backing = layers_under(paths.cache, paths.disk)
-  folder = os.path.realpath(paths.cache.path("base"))
   base: Optional[str]
   if backing is None or is_served(backing):
     mine = known_instance(paths)
     recorded = f"{mine.os}-{mine.version}-{mine.arch}.qcow2" if mine.arch else None
     base = "" if mine.image else recorded
-  else:  # an absolute one is the user's own image, or leads to one of the cache
-    above, base = os.path.split(os.path.realpath(backing) if os.path.isabs(backing) else backing)
-    base = "" if os.path.isabs(above) and above != folder else base
+  else:
+    base = base_name(paths.cache, backing)
   return Overlay(paths.name, paths.disk, names, backing, base)
 
 
@@ -4823,7 +4848,7 @@ def remove_layer(layer: LayerPaths) -> None:
 def drop_layers(plan: Plan, new: AssetRecord) -> None:
   """Remove the layers on another base image than the one that is about to take its place."""
   every, name = overlays(plan.cache), os.path.basename(plan.base)
-  mine = [it.disk for it in every if os.path.basename(it.backing or "") == name]
+  mine = [it.disk for it in every if base_name(plan.cache, it.backing or "") == name]
   digests = (new.sha256, new.asset_sha256)
   old = [it for it in layers(plan.cache) if layer_record(it).base_sha256 not in digests]
   old = [it for it in old if it.disk in mine]
@@ -5513,10 +5538,11 @@ def scratch_folders(cache: Cache) -> List[str]:
   return [path for path in paths_in(cache.downloads) if os.path.basename(path).startswith(SCRATCH)]
 
 
-def check_instance(plan: Plan) -> None:
+def check_instance(plan: Plan, writes: bool = True) -> None:
   """Refuse to run an existing instance as another OS, or on another base image.
 
-  A missing or damaged record is rebuilt from the name of the disk's base image.
+  A missing or damaged record is rebuilt from the name of the disk's base image. A check that writes
+  nothing does not look at what is in the cached image.
   """
   paths = plan.paths
   if not os.path.lexists(paths.disk):
@@ -5537,16 +5563,21 @@ def check_instance(plan: Plan) -> None:
     raise QvmError(
       f"the instance {paths.name} is {instance.os} {instance.version} on {instance.arch}, "
       f"not {plan.guest.os} {plan.version} on {plan.guest.arch}",
-      "choose another --name",
+      f"to start it, add --image {shlex.quote(instance.image)} and name no version; "
+      * bool(instance.image and not plan.own_image)
+      + "choose another --name for a new one",
     )
   here = plan.own_image and (plan.base, image_record(plan).validator)
   if here and here != (instance.image, instance.validator):
-    changed = f"{instance.image} has changed since {paths.name} was created on it"
+    changed = f"{instance.image} has another size or time than when {paths.name} was created on it"
     raise QvmError(
       changed if instance.image == plan.base
       else f"the instance {paths.name} was created on {instance.image}, not on {plan.base}",
-      f"restore it, or choose another --name; qvm rm {paths.name} deletes what its guest wrote",
+      "restore it (cp -p and touch -r keep the time; contents are not compared), or choose another "
+      f"--name; qvm rm {paths.name} deletes what its guest wrote",
     )  # fmt: skip
+  if not writes:
+    return
   if instance != sound_record(Instance(), paths.record):
     write_record(paths.cache, paths.record, instance, keep=True)
     say(f"the record of the instance {paths.name} was missing or damaged; "
@@ -6152,10 +6183,16 @@ def fell_back(output: str) -> List[str]:
 class Relay:
   """Passes bytes between QEMU's pipes, our terminal and the console log until QEMU ends."""
 
+  interactive = False  # whether the terminal is raw, and qvm's own keys are obeyed
+
   def __init__(
-    self, process: "Process", interactive: bool, log: Optional[IO[bytes]], full: Callable[[], bool]
+    self,
+    process: "Process",
+    take_terminal: Optional[Callable[[], None]],
+    log: Optional[IO[bytes]],
+    full: Callable[[], bool],
   ) -> None:
-    self.process, self.interactive, self.log, self.full = process, interactive, log, full
+    self.process, self.take_terminal, self.log, self.full = process, take_terminal, log, full
     self.keys = process.stdin.fileno() if process.stdin else -1
     self.keyboard, self.screen = Keyboard(), Screen()
     self.on_terminal = os.isatty(1)
@@ -6175,6 +6212,9 @@ class Relay:
     told = False
     while sources:
       ended = self.process.poll() is not None
+      if self.take_terminal and os.isatty(0) and may_read_stdin():  # also when `fg` comes later
+        self.take_terminal()
+        self.take_terminal = None
       writers = [self.keys] if self.pending and self.keys >= 0 else []
       more = self.reading and len(self.pending) < CHUNK_BYTES and may_read_stdin()
       readers = [*sources, 0] if more else list(sources)
@@ -6293,9 +6333,9 @@ def plain(line: bytes) -> str:
 def last_lines(path: str, count: int = 20, start: int = 0) -> List[str]:
   """The last lines of a console log, skipping its first `start` bytes and control characters."""
   try:
-    with open(path, "rb") as file:
+    with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # others have no end
       file.seek(max(start, os.path.getsize(path) - 65536))
-      data = file.read()
+      data = file.read(65536)
   except OSError:
     return []
   return [line for line in map(plain, data.split(b"\n")) if line.strip()][-count:]
@@ -8971,7 +9011,7 @@ class Machine:
     if self.options.detach or self.options.guest_command:
       return in_background(self.log)
     pipe = subprocess.PIPE
-    return Spawn(pipe if may_read_stdin() else subprocess.DEVNULL, pipe, pipe)
+    return Spawn(pipe, pipe, pipe)
 
   def start(self, base: Base, spawn: Optional[Spawn] = None) -> None:
     """Create the overlay on a base and start QEMU; QvmError if a file they need is gone."""
@@ -9139,15 +9179,18 @@ class Machine:
     """Relay the console until QEMU ends; returns its exit code, or 128+N after signal N."""
     self.greet()
     process, folder = self.process, self.plan.cache.instances
-    raw = is_interactive() and not self.facts.display  # a window has the keys
-    relay = Relay(process, raw, self.log, lambda: disk_is_full(folder))
-    try:
+
+    def take_terminal() -> None:
+      self.stack.enter_context(terminal_kept())
+      relay.interactive = is_interactive()
+      go_raw(signals=not relay.interactive)
       if relay.interactive:
-        go_raw()
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
         relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
-      elif process.stdin and os.isatty(0) and not self.facts.display:
-        go_raw(signals=True)
+
+    take = None if self.facts.display else take_terminal  # a window has the keys
+    relay = Relay(process, take, self.log, lambda: disk_is_full(folder))
+    try:
       relay.run()
       process.wait()
     finally:
@@ -9310,7 +9353,9 @@ def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> 
 
 
 def print_command(plan: Plan, options: Options) -> int:
-  """Print the QEMU command that `run` would execute."""
+  """Print the QEMU command that `run` would execute, unless the instance is another one."""
+  check_disks(plan, options.disk)
+  check_instance(plan, writes=False)
   options = kept_options(plan.paths, options)
   facts = host_facts(plan, options, options.ssh, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
@@ -10727,8 +10772,8 @@ class Team:
     """Run all; however that ends, no machine and no qvm stays."""
     try:
       self.loop()
-    except BaseException:
-      self.end("was interrupted")
+    except BaseException as error:
+      self.end("was interrupted" if isinstance(error, Interrupted) else describe_at(error))
       signals.again()  # a second Ctrl-C does not wait for what is ending
       self.loop()
       raise
@@ -10847,11 +10892,19 @@ def junit(rows: Sequence[Child]) -> bytes:
   return bytes(tree.tostring(suites, "utf-8"))
 
 
+def write_junit(rows: Sequence[Child], path: str) -> str:
+  """Write the results to a file, if one is wanted; why that failed, for the table comes first."""
+  try:
+    if path:
+      with open(path, "wb") as file:
+        file.write(junit(rows))
+  except OSError as error:
+    return f"--junit: {path}: {describe(error)}"
+  return ""
+
+
 def show_results(rows: Sequence[Child], options: Options) -> None:
   """Print the last lines of what failed, and the table; or all of it as JSON."""
-  if options.junit:
-    with open(options.junit, "wb") as file:
-      file.write(junit(rows))
   if options.json:
     fields = ("guest", "result", "code", "seconds", "reason", "log", "output")
     return emit_json([{name: getattr(row, name) for name in fields} for row in rows])
@@ -10876,10 +10929,14 @@ def cmd_each(options: Options) -> int:
     try:
       Team(children, options).run()
     finally:
+      problem = write_junit(children, options.junit)
       show_results(children, options)
-      say(f"the logs are in {folder}")
+      if any(child.began for child in children):
+        say(f"the logs are in {folder}")
+      if problem:
+        say(problem)
   codes = [child.code for child in children]
-  return EXIT_FAILED if any(codes) else EXIT_OWN if None in codes else 0
+  return EXIT_FAILED if any(codes) else EXIT_OWN if None in codes or problem else 0
 
 
 # ---- Doctor -------------------------------------------------------------------------------------
@@ -10989,11 +11046,10 @@ def refusal(cache: Cache) -> Optional[Check]:
 
 def check_cache(cache: Cache) -> Check:
   """Whether the cache folder, or where it will be created, is writable and has space."""
-  root = there = cache.root
+  root = cache.root
   if os.path.lexists(root) and not os.path.isdir(root):
     return Check("fault", "cache", f"{root} is not a folder", "move it out of the way")
-  while not os.path.isdir(there) and os.path.dirname(there) != there:
-    there = os.path.dirname(there)
+  there = nearest(root)
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
     return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
@@ -11050,6 +11106,9 @@ FULL_SPEED = (
 )
 
 
+FALLS_BACK = "runs fall back to emulation, which is much slower; --accel tcg goes there at once"
+
+
 def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
   """Whether guests of the host's own CPU can run at full speed."""
   if system == "darwin":
@@ -11068,7 +11127,7 @@ def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
     text = f"{kvm} cannot create a virtual machine: {describe(error)}"
-    return [Check("warning", "KVM", text, TCG_FIX)]
+    return [Check("warning", "KVM", text, FALLS_BACK)]
   finally:
     os.close(fd)
   if not os.path.isfile(qemu):
@@ -11076,7 +11135,8 @@ def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
   code, output = try_accelerator(qemu, "kvm")
   if code:
     cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
-    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", cause[1])]
+    fix = FALLS_BACK if re.search(KVM_RE, output) else cause[1]
+    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", fix)]
   return [Check("ok", "KVM", f"{kvm} works, API {version}")]
 
 
@@ -11169,7 +11229,7 @@ def check_quota(net: Net) -> Check:
 def check_instances(cache: Cache) -> Check:
   """The number of instances, and those that are running."""
   try:
-    rows = list_instances(cache)
+    rows = [row for row in list_instances(cache) if row.state in ("running", "stopped")]
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
     return Check("fault", "instances", text, "restore your ownership of the folder")
@@ -11346,8 +11406,8 @@ def outcome(words: Optional[Sequence[str]]) -> int:
     code = 128 + signal.SIGPIPE
   except OSError as error:
     path = error.filename2 or error.filename
-    say(f"{path}: {describe(error)}" if path else describe(error))
-    report.phase("error", f"{path or ''} {describe(error)}")
+    say(describe_at(error))
+    report.phase("error", describe_at(error))
     if error.errno == errno.EPERM and sys.platform == "darwin":
       say("does your terminal have access? System Settings, Privacy & Security, Files and Folders")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):

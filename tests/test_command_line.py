@@ -226,7 +226,7 @@ BAD += [
   (("each",), ["missing argument", "qvm each GUEST..."]),
   (("each", "freebsd"), ["needs a command"]),
   (("each", "freebsd", "--"), ["no command after"]),
-  (("each", "--", "freebsd"), ["needs a command"]),
+  (("each", "--", "uname", "-a"), ["no guests before --", "qvm each GUEST..."]),
   (("each", "plan9", "--", "true"), ["'plan9'", "freebsd, openbsd"]),
   (("each", "freebsd", "-15", "--", "true"), ["-1"]),
   (("each", "freebsd-", "--", "true"), ["freebsd-", "OS[-VERSION][-ARCH]"]),

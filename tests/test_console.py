@@ -232,6 +232,36 @@ def test_the_help_names_each_key_on_lines_of_their_own(real):
   assert b"\n" not in b"".join(lines)  # on a raw terminal that would make stairs
 
 
+# Starts a command in the background of its terminal, and brings it to the foreground once it reads
+# a line, as a shell does for `COMMAND &` and `fg`.
+SHELL = """
+import os, signal, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+sys.stdin.readline()
+os.tcsetpgrp(0, process.pid)
+sys.exit(process.wait() & 255)
+"""
+
+
+def test_keys_reach_a_guest_that_comes_to_the_foreground(player, opened):
+  play(player, pieces=["in the background", "one key", "two keys"], exit=5)
+  terminal = opened(player, *RUN, shell=(sys.executable, "-c", SHELL))
+  terminal.until(b"in the background")
+  assert terminal.shown.count(b"Ctrl-A") == 0
+  terminal.type(b"fg\n")
+  terminal.until(b"all other keys go to the guest\r\n")
+  terminal.type(b"a")
+  terminal.until(b"one key")
+  terminal.type(b"\x01h")
+  terminal.until(b"every other key")
+  terminal.type(b"b")
+  terminal.until(b"two keys")
+  terminal.type(b"\x03")
+  assert terminal.end() == 5
+  assert terminal.state() == terminal.before
+
+
 def test_start_line(player, opened):
   play(player, pieces=["Hello from within"])
   terminal = opened(player, *RUN)
@@ -802,3 +832,11 @@ def test_last_lines_of_a_long_log(tmp_path):
 
 def test_last_lines_of_no_log(tmp_path):
   assert qvm_source.last_lines(str(tmp_path / "none")) == []
+
+
+def test_last_lines_of_what_has_no_end():
+  """With a bound to its memory, a reader of all fails rather than to take the machine's."""
+  code = "import qvm, resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)); "
+  code += "print(qvm.last_lines('/dev/zero'))"
+  words = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+  assert subprocess.run([sys.executable, "-c", code], **words).stdout == "[]\n"

@@ -282,7 +282,13 @@ def test_kvm_that_may_not_be_opened(tmp_path):
 def test_kvm_that_makes_no_machine(tmp_path):
   (tmp_path / "kvm").write_bytes(b"")
   (check,) = qvm_source.check_accelerators("linux", str(tmp_path / "kvm"), "")
-  assert check.state == "warning" and "--accel tcg" in check.fix
+  assert check.state == "warning" and check.fix.startswith("runs fall back to emulation")
+
+
+def test_kvm_with_which_qemu_fails(host, kvm, monkeypatch):
+  monkeypatch.setenv("DOCTOR", json.dumps({"exit": 1, "stdout": "kvm run failed Bad address"}))
+  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
+  assert check.state == "warning" and check.fix.startswith("runs fall back to emulation")
 
 
 def test_kvm_is_not_tried_without_qemu(tmp_path, kvm):
@@ -418,6 +424,9 @@ def test_running_instances(host):
     (folder / f"{name}.qcow2").write_bytes(b"")
     record = {"name": name, "os": "freebsd", "version": "15.1", "arch": "x86-64", "ssh": ssh}
     (folder / f"{name}.json").write_text(json.dumps(record))
+  layer = {**record, "name": f"{FREEBSD}-prepared-0123456789"}  # which is no instance
+  (host.cache / "layers").mkdir(mode=0o700)
+  (host.cache / f"layers/{layer['name']}.json").write_text(json.dumps(layer))
   with open(folder / "web.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     text = doctor(host, "--offline")["instances"]["text"]

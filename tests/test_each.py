@@ -21,7 +21,9 @@ from support import (
   contents,
   end_processes,
   ended,
+  fails,
   forget_sizes,
+  obey_modes,
   parent_of,
   processes_of,
   wait_for,
@@ -200,6 +202,38 @@ def test_json_and_junit_whatever_the_output_is(each, tmp_path):
     "message"
   )
   assert "]]> ? <&" in found["netbsd-10.1"].text
+
+
+@pytest.mark.parametrize("script, codes", [("exit 0", (0, 125)), ("exit 7", (7, 1))])
+def test_junit_on_a_full_disk_costs_no_result(each, script, codes):
+  result = each("--json", "--junit", "/dev/full", "netbsd-10.1", "--", script)
+  assert (json.loads(result.stdout)[0]["code"], result.returncode) == codes
+  logs, problem = result.stderr.splitlines()[-2:]
+  assert "the logs are in" in logs
+  assert problem == "qvm: --junit: /dev/full: the disk is full: No space left on device"
+
+
+@pytest.mark.parametrize("option, path", [
+  ("--logs", ""), ("--logs", "a/b"), ("--junit", "x"), ("--junit", "there")
+])  # fmt: skip
+def test_results_that_cannot_be_written_are_refused_at_once(each, tmp_path, option, path):
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  (folder / "there").touch()
+  for name in (folder / "there", folder):
+    name.chmod(0o555)
+  words = (option, str(folder / path), "netbsd-10.1", "--", "true")
+  fails(each(*words, preexec_fn=obey_modes), f"{option}: no file can be written", code=2)
+
+
+def test_a_log_that_cannot_be_written_is_told(each, tmp_path):
+  (tmp_path / "netbsd-10.1.log").mkdir()
+  result = each("--json", "--logs", str(tmp_path), "netbsd-10.1", "--", "true")
+  assert result.returncode == 125
+  problem = f"{tmp_path}/netbsd-10.1.log: Is a directory"
+  assert json.loads(result.stdout)[0]["reason"] == problem
+  assert result.stderr == f"qvm: {problem}\n"
+  assert each.nothing_left()
 
 
 def test_the_first_failure_ends_the_others(each, tmp_path):
@@ -460,6 +494,15 @@ def test_sync_out_has_a_folder_for_each(each, tmp_path):
       assert found.pop("src/main.c").decode().startswith(turn + " ")
       assert found == {"src": None, "new": None, "new/n": b"n\n"}
       assert guest in (work / "out" / guest / "src/main.c").read_text()
+
+
+def test_a_reason_names_the_path_as_errors_do(each, tmp_path):
+  work, out = folder_with_files(tmp_path / "work"), tmp_path / "out"
+  out.mkdir()
+  (out / "netbsd-10.1").touch()
+  words = ("--sync", str(work), "--sync-out", str(out), "netbsd-10.1")
+  result = each("--json", *words, "--", "true")
+  assert json.loads(result.stdout)[0]["reason"] == f"{out}/netbsd-10.1: File exists"
 
 
 def test_logs_of_the_last_ten_runs(each, tmp_path):

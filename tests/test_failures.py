@@ -225,7 +225,7 @@ def test_falling_back_is_said_while_it_runs(stand_in):
 def test_falling_back_is_said_once_however_it_comes(capfd):
   text = (FELL_BACK + ME + "warning: more\n").encode()
   for cut in range(0, len(text), 7):
-    relay = qvm_source.Relay(SimpleNamespace(stdin=None), False, None, lambda: False)
+    relay = qvm_source.Relay(SimpleNamespace(stdin=None), None, None, lambda: False)
     for piece in (text[:cut], text[cut:], text[:cut]):
       relay.complain(piece)
     captured = capfd.readouterr().err
@@ -577,7 +577,7 @@ def test_a_full_disk_is_said_once_while_nothing_comes(capfd):
   source, sink = os.pipe()
   process = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE, bufsize=0)
   os.close(source)
-  relay = qvm_source.Relay(process, False, None, full)
+  relay = qvm_source.Relay(process, None, None, full)
   thread = threading.Thread(target=relay.run)
   thread.start()
   assert asked.wait(DEADLINE)

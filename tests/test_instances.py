@@ -286,7 +286,22 @@ OTHER = [
 @pytest.mark.parametrize("words, wanted", OTHER, ids=[other[1] for other in OTHER])
 def test_a_name_of_something_else_is_refused(used, words, wanted):
   before = state(used.cache)
-  fails(used(*words, "--name", FREEBSD), f"is freebsd 15.1 on x86-64, not {wanted}", "--name")
+  for more in ((), ("--dry-run",)):
+    found = used(*words, "--name", FREEBSD, *more)
+    fails(found, f"is freebsd 15.1 on x86-64, not {wanted}", "--name")
+  assert state(used.cache) == before
+
+
+def test_a_dry_run_tells_what_rm_would_delete(used):
+  before = state(used.cache)
+  fails(used(*RUN, "--dry-run", "--rm", "--name", FREEBSD), "--rm would delete it")
+  assert state(used.cache) == before
+
+
+def test_a_dry_run_repairs_no_record(used):
+  (used.cache / f"instances/{FREEBSD}.json").write_text("damaged")
+  before = state(used.cache)
+  works(used(*RUN, "--dry-run"))
   assert state(used.cache) == before
 
 

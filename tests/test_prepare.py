@@ -572,6 +572,20 @@ def test_a_newer_image_makes_layers_stale(prepare, server, image):
   assert ran(prepare) == ["setup.sh"] and layer_names(prepare) != [name]
 
 
+def test_a_newer_image_leaves_the_layers_on_an_own_one_of_its_name(
+  prepare, server, image, tmp_path
+):
+  own = tmp_path / "mine" / f"{FREEBSD}.qcow2"
+  own.parent.mkdir()
+  own.write_bytes(image)
+  words = ("--image", str(own), *with_scripts(script(prepare)))
+  works(prepare.run("true", options=words, guest=("freebsd",)))
+  before = layer_names(prepare)
+  server.add_release("freebsd-builder", "v0.17.0", {f"{FREEBSD}.qcow2": image + bytes(512)})
+  works(prepare.qvm("pull", "--refresh", "freebsd", "15.1"))
+  assert layer_names(prepare) == before != []
+
+
 def test_another_image_leaves_the_layers_that_instances_need(prepare):
   works(prepare.run("true", options=("--name", "vm", *with_scripts(script(prepare))), rm=False))
   works(prepare.run("true", options=with_scripts(script(prepare, name="b"))))

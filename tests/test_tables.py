@@ -476,7 +476,7 @@ def test_dry_run_asks_nobody_and_touches_nothing(qvm, server, tmp_path, home, mo
   if home == "absent":
     qvm.home.rmdir()
   if home == "used":
-    put(qvm.cache / "instances/x.qcow2", b"mine")
+    put(qvm.cache / "instances/w.qcow2", b"mine")
     put(qvm.cache / "instances/y.ephemeral", b"")
     put(qvm.cache / "downloads/z.part", b"z")
   before = snapshot(tmp_path)

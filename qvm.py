@@ -9790,6 +9790,8 @@ class Step(NamedTuple):
 class SetUp:
   """What --install and --prepare ask for, and the layers on which it is kept."""
 
+  checkpoint = ""  # the name of the one that has been made in the same boot
+
   def __init__(self, plan: Plan, options: Options, base: Base) -> None:
     self.plan, self.options, self.base = plan, options, base
     packages = " ".join(options.install)
@@ -9826,13 +9828,15 @@ class SetUp:
   def ready_base(self) -> Base:
     """The prepared disk, which is made first if there is none; whoever comes meanwhile waits."""
     layer, count = self.layer(len(self.steps)), len(self.steps)
+    before = file_stamp(layer.disk)
     if self.options.rebuild or not self.is_whole(count):
       text = f"another qvm is making the layer {layer.name}: waiting for it"
       waits = functools.lru_cache(None)(lambda: say(text))  # said once
       with Lock(os.path.join(self.plan.cache.downloads, SCRATCH + layer.name), folder=True) as lock:
         lock.hold(waits=waits)
         try:
-          if self.options.rebuild or not self.is_whole(count):
+          anew = self.options.rebuild and file_stamp(layer.disk) == before  # no other has made it
+          if anew or not self.is_whole(count):
             self.make(layer)
         finally:
           remove_tree(lock.path)
@@ -9840,7 +9844,8 @@ class SetUp:
 
   def make(self, layer: LayerPaths) -> None:
     """Make the layer, on the one with most of the first steps, in a machine of its own."""
-    self.drop(layer)
+    with instances_lock(self.plan.cache):
+      self.old(layer)  # before the work
     counts = [] if self.options.rebuild else range(len(self.steps) - 1, 0, -1)
     done = next(filter(self.is_whole, counts), 0)
     name = f"{self.stem}-prepare-{os.urandom(3).hex()}"
@@ -9855,20 +9860,21 @@ class SetUp:
             self.boot(machine, base, done)
           return self.freeze(machine, base, layer)
 
-  def drop(self, layer: LayerPaths) -> None:
-    """Remove an old layer of this name with its checkpoints; QvmError if anything else needs it."""
+  def old(self, layer: LayerPaths) -> List[LayerPaths]:
+    """What a layer made anew replaces: its older checkpoints, and the layer of its name.
+
+    The caller holds instances_lock. QvmError if anything else needs it.
+    """
     cache = self.plan.cache
-    with instances_lock(cache):
-      mine = [it for it in layers(cache) if layer_record(it).layer == layer.name]
-      users = users_of(layer, overlays(cache, ephemeral=False), [each.disk for each in mine])
-      if users:
-        raise QvmError(
-          f"the layer {layer.name} cannot be made anew: these lie on what was there, or may: "
-          f"{', '.join(users)}",
-          "qvm rm deletes them, with all that their guests wrote",
-        )
-      for each in (*mine, layer):
-        remove_layer(each)
+    mine = [it for it in layers(cache) if layer_record(it).layer == layer.name]
+    users = users_of(layer, overlays(cache, ephemeral=False), [each.disk for each in mine])
+    if users:
+      raise QvmError(
+        f"the layer {layer.name} cannot be made anew: these lie on what was there, or may: "
+        f"{', '.join(users)}",
+        "qvm rm deletes them, with all that their guests wrote",
+      )
+    return [*(it for it in mine if it.name != self.checkpoint), layer]
 
   def boot(self, machine: Machine, base: Base, done: int) -> None:
     """Boot the machine and set its guest up."""
@@ -9890,6 +9896,7 @@ class SetUp:
     checkpoint = Checkpoint(machine, base, lambda: self.run(machine, 0.0, done))
     if checkpoint.failures >= MAX_FAILURES or not checkpoint.make():
       return False
+    self.checkpoint = checkpoint.name
     copy_sparse(checkpoint.layer.disk, machine.paths.disk)
     make_overlay(machine.plan, base.backing, machine.lock)  # names its base from here again
     return checkpoint.resume(fresh=True)
@@ -9976,6 +9983,8 @@ class SetUp:
     )
     with publishing(plan.cache, layer):
       machine.check_below()
+      for each in self.old(layer):
+        remove_layer(each)
       move_into_place(disk, layer.disk, 0o400)
       write_record(plan.cache, layer.record, record, 0o600, keep=True)
     say(f"the layer {layer.name} is made: {megabytes(tree_size(layer.disk))}")

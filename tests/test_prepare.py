@@ -627,6 +627,37 @@ def test_rebuild(prepare):
   assert ran(prepare) == ["setup.sh", "b"]
 
 
+def test_a_rebuild_that_fails_leaves_the_layer(prepare):
+  flag = prepare.scripts / "fail"
+  one = with_scripts(script(prepare, f"[ ! -e {flag} ]\n"))
+  works(prepare.run("true", options=one))
+  (name,) = layer_names(prepare)
+  before = path_of(prepare, name).stat().st_ino
+  flag.touch()
+  assert prepare.run("true", options=(*one, "--rebuild")).returncode == 125
+  works(prepare.run("true", options=one))
+  assert path_of(prepare, name).stat().st_ino == before
+
+
+def test_two_rebuilds_at_once(prepare, tmp_path):
+  """Who waited for the other's takes that; to make it anew would take it from the other."""
+  (prepare.scripts / "go").touch()
+  options = ("--rebuild", *with_scripts(waiting(prepare)))
+  works(prepare.run("true", options=options))
+  assert ran(prepare) == ["x"]
+  (prepare.scripts / "go").unlink()
+  first = prepare.start("echo 1", options=options)
+  until_it_runs(prepare, first)
+  prepare.play(folder=str(tmp_path / "second"))
+  second = prepare.start("echo 2", options=options)
+  assert "another qvm is making the layer" in second.stderr.readline()
+  (prepare.scripts / "go").touch()
+  for number, process in enumerate([first, second], 1):
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{number}\n"), err
+  assert ran(prepare) == [] and prepare.nothing_left()
+
+
 def test_pull_makes_it_and_a_moved_cache_keeps_it(prepare, tmp_path):
   package_manager(prepare, "exit 0\n")
   words = ("--install", "git", *with_scripts(script(prepare)))

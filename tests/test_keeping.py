@@ -401,8 +401,7 @@ def test_a_folder_on_another_file_system(qvm, folder, image):
     works(qvm("pull", "--verify", *PULL[1:]))
     assert read_from(qvm.cache / DISK) and (qvm.cache / BASE).read_bytes() == image
     for path in (DISK, BASE, "bin/qemu-img"):
-      for end in (".tmp", ".tmp.tmp"):
-        (qvm.cache / (path + end)).write_bytes(b"half")
+      (qvm.cache / (path + ".tmp")).write_bytes(b"half")
     works(qvm("clean"))
     assert not list(qvm.cache.glob("*/*.tmp"))
 

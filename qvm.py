@@ -6809,8 +6809,9 @@ def boot_of(login: Login) -> str:
   """What tells a guest's boot from others; QvmError if it cannot be asked."""
   output: List[bytes] = []
 
-  def read(process: "Process") -> None:
-    output.append(process.communicate(timeout=BOOT_ANSWER_SECONDS)[0])
+  def read(process: Any) -> None:
+    process.wait(BOOT_ANSWER_SECONDS)  # an answer fits into the pipe; a flood fills it, no memory
+    output.append(os.read(process.stdout.fileno(), TAIL_BYTES))
 
   spawn = silent()._replace(stdout=subprocess.PIPE)
   patience = KEY_LOGIN_SECONDS if os.path.exists(login.paths.key_disk) else 0.0

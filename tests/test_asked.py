@@ -227,6 +227,16 @@ def test_restart_waits_for_another_boot(guests):
   fails(guests.qvm("restart", "none"), "no instance none")
 
 
+def test_a_guest_that_floods_when_asked_for_its_boot_takes_no_memory(guests, monkeypatch):
+  guests.up("vm")
+  (guests.folder / "bin" / "sysctl").write_text("#!/bin/sh\nexec head -c 1000000 /dev/zero\n")
+  monkeypatch.setattr(qvm_source, "BOOT_ANSWER_SECONDS", 1.0)
+  paths = qvm_source.Cache(str(guests.qvm.cache)).instance("vm")
+  with pytest.raises(qvm_source.QvmError, match="guest of vm does not answer"):
+    qvm_source.boot_of(qvm_source.login_of(paths, 10.0))
+  works(guests.qvm("stop", "vm"))
+
+
 def test_all_names_are_looked_at_before_any_guest_reboots(guests):
   guests.up("other")
   works(guests.qvm("stop", "other"))

@@ -6649,11 +6649,14 @@ def wait_for(process: "Process") -> None:
   process.wait()
 
 
-def wait_up_to(seconds: float) -> Callable[["Process"], None]:
-  """A function that waits this long for ssh to end, then raises subprocess.TimeoutExpired."""
+def wait_up_to(login: Login, seconds: float) -> Callable[["Process"], None]:
+  """A function that waits this long for ssh to end, then raises QvmError."""
 
   def wait(process: "Process") -> None:
-    process.wait(seconds)
+    try:
+      process.wait(seconds)
+    except subprocess.TimeoutExpired:
+      raise QvmError(f"the guest of {login.paths.name} has not answered within {seconds:g} s")
 
   return wait
 
@@ -6737,7 +6740,8 @@ def refresh_script(guest: Guest) -> str:
 def refresh_guest(login: Login) -> None:
   """Give a guest from a checkpoint the time and a random seed; report a failure and go on."""
   try:
-    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for)
+    line = shell_line(refresh_script(login.guest))
+    code = in_guest(login, line, wait_up_to(login, login.patience))
     problem = ending(code) if code else ""
   except QvmError as error:
     problem = str(error)
@@ -6775,16 +6779,14 @@ def power_off(login: Login) -> bool:
   name, command = login.paths.name, login.guest.power_off
   try:
     say(f"asking {name} to power off")
-    code = in_guest(login, command, wait_up_to(60))
-  except subprocess.TimeoutExpired:
-    return True  # ssh can hang when the guest goes down
+    code = in_guest(login, command, wait_up_to(login, 60))
   except HostKeyError:
     raise
   except LoginError as error:
     say(f"cannot ask {name} to power off: {error}")
     return False
   except QvmError:
-    return True  # the connection can end before the command does
+    return True  # ssh can hang when the guest goes down, or end before the command does
   if code not in (0, 255):
     say(f"{name} does not power off: {command} failed (exit code {code})")
   return code in (0, 255)
@@ -6810,15 +6812,13 @@ def boot_of(login: Login) -> str:
   output: List[bytes] = []
 
   def read(process: Any) -> None:
-    process.wait(BOOT_ANSWER_SECONDS)  # an answer fits into the pipe; a flood fills it, no memory
+    wait_up_to(login, BOOT_ANSWER_SECONDS)(process)
+    # An answer fits into the pipe; a flood fills it, and takes no memory.
     output.append(os.read(process.stdout.fileno(), TAIL_BYTES))
 
   spawn = silent()._replace(stdout=subprocess.PIPE)
   patience = KEY_LOGIN_SECONDS if os.path.exists(login.paths.key_disk) else 0.0
-  try:
-    code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
-  except subprocess.TimeoutExpired:
-    raise QvmError(f"the guest of {login.paths.name} does not answer")
+  code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
   text = output[-1].decode("utf-8", "replace").strip()
   if code or not text:
     raise QvmError(f"the guest of {login.paths.name} does not tell its boot")
@@ -6830,8 +6830,8 @@ def reboot(login: Login) -> None:
   before, deadline = boot_of(login), time.monotonic() + login.patience
   line = REBOOTS.get(login.guest.power_off, HAIKU_REBOOT)
   say(f"asking {login.paths.name} to reboot")
-  with contextlib.suppress(subprocess.TimeoutExpired, QvmError):  # it may cut the connection
-    if in_guest(login, line, wait_up_to(60)) not in (0, 255):
+  with contextlib.suppress(QvmError):  # it may cut the connection
+    if in_guest(login, line, wait_up_to(login, 60)) not in (0, 255):
       say(f"{login.paths.name}: {line} failed")
   while time.monotonic() < deadline:
     try:
@@ -8068,8 +8068,8 @@ def hand_on(login: Login, pid_file: str, number: int) -> int:
   elif number == signal.SIGHUP:
     script += f"rm -f {pid_file}"  # its shell may be killed with it
   try:
-    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
-  except (QvmError, subprocess.TimeoutExpired):
+    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
+  except QvmError:
     return 2
 
 
@@ -9528,7 +9528,8 @@ class Checkpoint:
         "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
     if find_program("ssh"):
-      in_guest(machine.login, "true", wait_for, machine.log_in(began))
+      answered = wait_up_to(machine.login, machine.patience)
+      in_guest(machine.login, "true", answered, machine.log_in(began))
 
   def freeze(self, control: Control, made: LayerPaths) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""

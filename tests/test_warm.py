@@ -329,6 +329,23 @@ def test_a_slow_moment_is_forgotten(warm):
       path.unlink()  # so that the next run makes another
 
 
+@pytest.mark.parametrize("when, words", [
+  ("made", "no checkpoint is created: the guest of vm has not answered within 5 s"),
+  ("resumed", "still has the time of its checkpoint: the guest of vm has not answered within 5 s"),
+])  # fmt: skip
+def test_a_shell_that_hangs_does_not_hang_a_warm_start(warm, tmp_path, when, words):
+  if when == "resumed":
+    works(run(warm))
+  shell = tmp_path / "shell"
+  shell.write_text("#!/bin/sh\nexec sleep 1000\n")
+  shell.chmod(0o755)
+  warm.play(control={}, shell=str(shell))
+  options = ("-d", "--warm", "--boot-timeout", "5", "--name", "vm")
+  result = works(warm.qvm(*[word for word in warm.words(*options) if word != "--"]))
+  assert words in result.stderr
+  works(warm.qvm("stop", "--force", "vm"))
+
+
 def test_a_machine_that_never_answers(warm):
   warm.play(listen=False)
   result = run(warm, options=("--boot-timeout", "0.5"))

@@ -9467,6 +9467,8 @@ class Checkpoint:
         if not lock.try_():
           say(f"another qvm is creating the checkpoint {self.name}; this run boots normally")
           return False
+        if not self.problem():
+          return True  # another qvm has just made it
         remove_layer(self.layer)
       try:
         return self.boot_and_freeze(lock)
@@ -9553,7 +9555,12 @@ class Checkpoint:
     """
     machine = self.machine
     begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
-    with self.start(self.layer.memory, "off", ()) as ours:
+    try:
+      ours = self.start(self.layer.memory, "off", ())
+    except QvmError as error:  # it was deleted just now; anything else stops a normal boot, too
+      say(f"the checkpoint {self.name} cannot be used: {error}")
+      return False
+    with ours:
       try:
         self.go_on(Control(ours))
       except QvmError as error:

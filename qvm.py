@@ -34,7 +34,8 @@ downloads/ (shared by whoever fetches or starts something, alone by `clean --all
 (whoever makes that unfinished thing; an image's may wait for qemu-img's, and who makes a layer then
 takes the lock of a new instance of its own, and a checkpoint's); instances/
 (instances_lock, for moments only: every look at an instance's lock, and every change of what
-instances lie on). The lock of an ssh port is the UDP port of the same number.
+instances lie on). The lock of an ssh port, or a published TCP port, is the UDP port of the same
+number.
 
 Publishing: everything unfinished is made in downloads/ under a lock; what lies there unlocked is a
 leftover. A file is flushed, then renamed to its place; a base image's record waits beside it until
@@ -8636,6 +8637,19 @@ def reserve_port(
   )
 
 
+def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> Iterator[int]:
+  """Lock the published TCP ports as reserve_port() locks ssh's: QEMU may bind them much later.
+
+  A UDP port that is published, too, or that another program has, is no lock: then there is none.
+  """
+  udp = [forward.port for forward in forwards if forward.kind == "udp"]
+  for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
+    lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
+    if lock:
+      stack.callback(lock.close)
+      yield lock.fileno()
+
+
 def has_linaro(share: str) -> bool:
   """Whether there is a real Linaro firmware: release v1.1.0 has an HTML page in its place."""
   path = os.path.join(share, "linaro_uefi.fd")
@@ -8831,7 +8845,7 @@ class Machine:
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
     self.address = options.ssh
-    self.port_lock = -1
+    self.port_locks: List[int] = []
     self.log: Optional[IO[bytes]] = None
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
@@ -8887,12 +8901,13 @@ class Machine:
     return self.options.console_log or self.paths.console
 
   def reserve_port(self, stack: contextlib.ExitStack) -> None:
-    """Reserve the ssh port and look at those to publish, unless that has already been done."""
-    if self.port_lock < 0:
+    """Reserve the ssh port and those to publish, unless that has already been done."""
+    if not self.port_locks:
       others = [forward.port for forward in self.options.publish]
-      self.address, self.port_lock = reserve_port(self.options.ssh, stack, others)
+      self.address, lock = reserve_port(self.options.ssh, stack, others)
       forwards = tuple(map(free_forward, self.options.publish))
       self.options = self.options._replace(publish=forwards)
+      self.port_locks = [lock, *lock_forwards(forwards, stack)]
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
@@ -8942,7 +8957,7 @@ class Machine:
       self.starts += 1
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
-        fds = (self.lock.fd, self.port_lock, *base.fds)
+        fds = (self.lock.fd, *self.port_locks, *base.fds)
         # Noted by QEMU's own process: qvm may be killed at any moment after it has started that.
         note = functools.partial(note_holder, self.lock, "QEMU")
         spawn = (spawn or self.spawn())._replace(pass_fds=fds, preexec_fn=note)

@@ -194,6 +194,24 @@ def test_the_ssh_port_is_none_of_those_published(used, background):
   assert published == "tcp:127.0.0.1:2847-:80" and ":2847-" not in ssh
 
 
+def test_a_published_port_is_no_other_machines_ssh_port(used, background):
+  """From before QEMU has bound it, which this one never does."""
+  port = str(free_port())
+  background(used, *RUN, "-p", f"{port}:80")
+  run = used(*RUN, "--name", "other", "--ssh-port", port)
+  fails(run, f"port {port} on 127.0.0.1 is taken (--ssh-port)", "by which qvm locks it")
+
+
+def test_a_port_is_published_beside_its_udp_port(used, background):
+  port = free_port()
+  with socket.socket(type=socket.SOCK_DGRAM) as other:  # another program's
+    other.bind(("127.0.0.1", port))
+    works(used(*RUN, "-p", f"{port}:80"))
+  background(used, *RUN, "-p", f"{port}:53", "-p", f"{port}:53/udp")
+  with socket.socket(type=socket.SOCK_DGRAM) as qemus:
+    qemus.bind(("127.0.0.1", port))
+
+
 def test_a_port_that_qemu_cannot_bind_is_named(used):
   message = "Could not set up host forwarding rule 'tcp:127.0.0.1:8080-:80'"
   used.play(stderr=f"qemu: {message}\n", exit=1)

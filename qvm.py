@@ -9745,7 +9745,8 @@ class SetUp:
     plan = self.plan._replace(paths=self.plan.cache.instance(name), ephemeral=True)
     base = layer_base(plan, self.base, self.layer(done).name) if done else self.base
     base = base._replace(layer=layer.name, adjust=with_discard)
-    options = self.options._replace(rm=True, detach=True, guest_command=(), ssh=Address())
+    options = self.options._replace(rm=True, detach=True, guest_command=())
+    options = options._replace(ssh=Address(), publish=(), disk="")  # those are the user's machine's
     with Machine(plan, options) as machine:
       while True:
         with contextlib.suppress(StartAgain):

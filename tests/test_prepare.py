@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, heard, lines, obey_modes, processes_of, rows, works
+from support import FREEBSD, fails, free_port, heard, lines, obey_modes, processes_of, rows, works
 from support_machines import RESTORED, SAVED, small_cache, ssh_guest_as_qemu
 
 import qvm as qvm_source
@@ -69,6 +69,16 @@ def no_layer(prepare):
   left = [name for name in prepare.qvm.files() if name.startswith(("layers/", "downloads/"))]
   assert left == [] and prepare.nothing_left()
   return True
+
+
+def test_published_ports_and_a_second_disk_are_not_for_the_machine_that_sets_up(prepare):
+  there = f"{prepare.qvm.cache}/instances/*-prepare-*"
+  one = script(prepare, f"(cat {there}.json; ls {there}) >>{prepare.log}\n")
+  ports = ("-p", f"{free_port()}:80")
+  works(prepare.run("true", options=("--disk", "64M", *ports, *with_scripts(one)), rm=False))
+  found = " ".join(ran(prepare))
+  assert '"ports": "",' in found and '"publish": "",' in found
+  assert ".data" not in found and (prepare.qvm.cache / f"instances/{FREEBSD}.data").exists()
 
 
 # --- Which layer -----------------------------------------------------------------------------

@@ -871,15 +871,6 @@ def parse_name(text: str) -> str:
   return text
 
 
-def parse_version(text: str) -> str:
-  """A version, which becomes part of file names and URLs."""
-  if not re.match(VERSION_RE, text):
-    raise UsageError(
-      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
-    )
-  return text
-
-
 PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
 
 
@@ -887,6 +878,17 @@ def parse_tag(text: str) -> str:
   """The tag of a release."""
   if not re.match(PINNED_RE, text):
     raise UsageError(f"invalid release '{text}': use its tag, as in v0.14.0")
+  return text
+
+
+def parse_version(text: str) -> str:
+  """A version, which becomes part of file names and URLs."""
+  if not re.match(VERSION_RE, text):
+    raise UsageError(
+      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
+    )
+  for tag in text.split("+", 1)[1:]:  # as `search` shows what is cached of just one release
+    parse_tag(tag)
   return text
 
 
@@ -1273,6 +1275,11 @@ def parse_command_line(words: Sequence[str]) -> Options:
   for option, text in given:
     value = option.read(text) if option.metavar else True
     values[option.field] = values.get(option.field, ()) + (value,) if option.many else value
+  if command in ("run", "pull") and "+" in "".join(operands[2:]):
+    whole = operands[2]
+    operands[2], _, tag = whole.partition("+")
+    if values.setdefault("release", tag) != tag:
+      raise UsageError(f"--release {values['release']} and {whole} name two releases")
   options = Options(command, tuple(operands[1:]), **values)
   check_together(options, fields)
   return options
@@ -1719,8 +1726,7 @@ def image_repo(os_name: str) -> str:
 def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm instance unique."""
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  named, _, tag = parse_version(options.operands[1]).partition("+")  # as `search` shows them
-  tag, pin = options.release or tag, options.qemu_release
+  named, tag, pin = parse_version(options.operands[1]), options.release, options.qemu_release
   version = pinned_name(named, tag)
   check_host(host, guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
@@ -5274,7 +5280,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   if options.release:
     tag = pinned_name("", options.release)
     cached = [each[: -len(tag)] for each in cached if each.endswith(tag)]
-  elif "+" not in wanted:
+  else:
     cached = [each for each in cached if "+" not in each]
   if wanted in cached:
     return wanted
@@ -9949,7 +9955,7 @@ def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
   """What to say when a newer version, which the user did not name, makes another instance."""
-  named = options.name or plan.own_image or plan.version in options.operands
+  named = options.name or plan.own_image or plan.release or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
   return [

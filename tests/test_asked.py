@@ -572,6 +572,21 @@ def test_what_a_release_does_not_have(two):
   fails(two(*PULL, *OLD, "--refresh"), "--refresh gets the newest", code=2)
 
 
+def test_the_release_in_a_version_is_that_of_the_option(two, server, image):
+  for version in ("15.1+..", "15.1+", "15.1+a+b"):
+    for words in (
+      ("run", "--dry-run", "freebsd", version),
+      ("each", f"freebsd-{version}", "--", "x"),
+    ):
+      fails(two(*words), "invalid release", code=2)
+  fails(two(*PULL[:-1], "15.1+v0.16.0", "--refresh"), "--refresh gets the newest", code=2)
+  run = two(*PULL[:-1], "15.1+v0.16.0", "--release", "v0.15.0")
+  fails(run, "--release v0.15.0 and 15.1+v0.16.0 name two releases", code=2)
+  server.add_release("freebsd-builder", "v0.15.0", {"freebsd-15.0-x86-64.qcow2": image})
+  works(two(*PULL[:-1], "15+v0.15.0", "--release", "v0.15.0"))
+  assert bases(two) == ["base/freebsd-15.0+v0.15.0-x86-64.qcow2"]
+
+
 def test_streaming_just_this_release(two):
   run = works(two(*RUN, "--rm", "--stream", *OLD))
   assert "the guest runs while its image comes" in run.stderr

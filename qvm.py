@@ -4714,11 +4714,12 @@ def users_of(layer: LayerPaths, every: Iterable[Overlay], but: Sequence[str] = (
 
 
 def dependants(plan: Plan) -> List[Instance]:
-  """The instances that need the base image, or may: unknown counts as needed.
+  """The instances that need the base image, or may: unknown counts as needed while it is there.
 
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
-  mine = [it for it in overlays(plan.cache) if it.base in (os.path.basename(plan.base), None)]
+  names = (os.path.basename(plan.base), *[None] * (not is_missing(plan, plan.base)))
+  mine = [it for it in overlays(plan.cache) if it.base in names]
   return [known_instance(plan.cache.instance(it.name)) for it in mine]
 
 

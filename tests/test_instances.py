@@ -16,6 +16,7 @@ from release_server import ReleaseServer
 from support import (
   BASE,
   FREEBSD,
+  PULL,
   digest,
   disk_of,
   ended,
@@ -46,6 +47,12 @@ def write_into(disk):
   """Change a disk as a guest does."""
   command = ["qemu-io", "-f", "qcow2", "-c", "write -P 0x55 1M 64k", str(disk)]
   subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_an_overlay_without_a_record_stops_no_download_of_an_image(no_image):
+  (no_image.cache / "instances").mkdir(mode=0o700, exist_ok=True)
+  (no_image.cache / "instances" / "unknown.qcow2").write_bytes(b"unreadable")
+  works(no_image(*PULL))
 
 
 # --- Overlays --------------------------------------------------------------------------------

@@ -2392,6 +2392,8 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
+  if options.sync_out and os.path.realpath(paths["sync_out"]) == os.path.realpath(paths["sync"]):
+    raise UsageError("--sync-out: what comes back needs another folder than that of --sync")
   paths["scripts"] = tuple(map(read_script, options.prepare))
   name, program = "--qemu", options.qemu
   if not program and {"qemu", "platform"} <= set(COMMANDS[options.command].fields):
@@ -10750,8 +10752,11 @@ def handed_on(options: Options) -> List[str]:
     if option.field in HANDED_ON and value != getattr(Options(), option.field):
       values = value if option.many else (value,)
       words += [f"{flag}={each}" if option.metavar else flag for each in values]
-  inside = os.path.relpath(options.sync_out or "/", options.sync or "/")
-  return words if inside.startswith(".") else [*words, f"--sync-exclude=/{inside}"]
+  if options.sync_out:
+    inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
+    pattern = re.sub(r"([*?[])", r"[\1]", inside)
+    words += [] if inside.split("/")[0] == ".." else [f"--sync-exclude=/{pattern}"]
+  return words
 
 
 def chosen_guests(options: Options) -> Dict[str, List[str]]:
@@ -10777,7 +10782,7 @@ def logs_folder(cache: Cache, wanted: str) -> Iterator[str]:
   name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
   with Lock(cache.path("each", name), folder=True).hold() as lock:
     yield lock.path
-  for path in sorted(named_leftovers(cache, "each"))[:-KEPT_RUNS]:
+  for path in {*sorted(named_leftovers(cache, "each"))[:-KEPT_RUNS]} - {lock.path}:
     remove_unlocked(path)
 
 

@@ -10025,7 +10025,8 @@ def cmd_pull(options: Options) -> int:
     say(f"these cannot be verified; delete them and pull again: {', '.join(bad)}")
     return EXIT_FAILED
   if options.sets_up:
-    SetUp(plan, options, cached_base(plan)).ready_base()
+    with downloads_lock(plan.cache.downloads):
+      SetUp(plan, options, cached_base(plan)).ready_base()
   say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
   return 0
 

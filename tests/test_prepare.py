@@ -610,6 +610,13 @@ def test_rebuild(prepare):
   assert ran(prepare) == ["setup.sh", "b"]
 
 
+def test_pull_keeps_clean_out_while_it_sets_up(prepare):
+  downloads = prepare.qvm.cache / "downloads"
+  one = script(prepare, f"flock -n {downloads} true || echo locked >>{prepare.log}\n")
+  works(prepare.qvm("pull", *with_scripts(one), "freebsd", "15.1"))
+  assert ran(prepare) == ["locked"]
+
+
 def test_pull_makes_it_and_a_moved_cache_keeps_it(prepare, tmp_path):
   package_manager(prepare, "exit 0\n")
   words = ("--install", "git", *with_scripts(script(prepare)))

@@ -10306,7 +10306,7 @@ def cmd_clone(options: Options) -> int:
       except RunningError as error:
         raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
     check_spelling(new)
-    record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
+    record = read_instance(paths)._replace(name=new.name, ssh="", ports="", words="")
     folder = stack.enter_context(unfinished(cache))
     sources = [*sync_records(paths), paths.data, paths.disk]  # the disk, which makes it, is last
     ends = [path[len(paths.stem) :] for path in sources if os.path.lexists(path)]

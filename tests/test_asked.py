@@ -333,7 +333,7 @@ def test_a_clone_has_all_that_the_guest_wrote(used):
   )
   record = json.loads((used.cache / "instances/new.json").read_text())
   old = json.loads((used.cache / "instances/old.json").read_text())
-  assert record == {**old, "name": "new", "ssh": ""} and old["ssh"]
+  assert record == {**old, "name": "new", "ssh": "", "words": ""} and old["ssh"]
   works(used(*RUN, "--name", "new"))
   assert list((used.cache / "downloads").iterdir()) == []
   before = state(used.cache)
@@ -343,6 +343,13 @@ def test_a_clone_has_all_that_the_guest_wrote(used):
   fails(used("clone", "old"), "missing argument", code=2)
   fails(used("clone", "old", "a/b"), "invalid instance name", code=2)
   assert state(used.cache) == before
+
+
+def test_logs_of_a_clone_are_not_those_of_the_original(used, tmp_path):
+  used.play(stdout="the original's\n")
+  works(used(*RUN, "--console-log", str(tmp_path / "log")))
+  works(used("clone", FREEBSD, "new"))
+  fails(used("logs", "new"), "there is no ", "instances/new.console.log")
 
 
 def test_a_machine_that_runs_is_not_cloned(used, background):

@@ -1957,9 +1957,12 @@ def layer_record(layer: LayerPaths) -> LayerRecord:
 
 def tree_size(path: str) -> int:
   """The bytes on disk of a file, or of a folder with its contents."""
-  folders = [] if os.path.islink(path) else os.walk(path)
-  inside = [os.path.join(folder, name) for folder, _, names in folders for name in names]
-  return sum(os.lstat(p).st_blocks * 512 for p in [path, *inside])
+  total = os.lstat(path).st_blocks
+  for folder, _, names in [] if os.path.islink(path) else os.walk(path):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):  # it has just been deleted
+        total += os.lstat(os.path.join(folder, name)).st_blocks
+  return total * 512
 
 
 def free_space(folder: str) -> int:
@@ -5698,8 +5701,10 @@ def list_instances(cache: Cache) -> List[Row]:
 
 
 def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
-  """A layer's line of `qvm list`."""
-  record = layer_record(layer)
+  """A layer's line of `qvm list`, with question marks if its record is damaged."""
+  record = LayerRecord()
+  with contextlib.suppress(QvmError):  # a newer qvm's
+    record = layer_record(layer)
   size = sum(map(tree_size, layer_files(layer)))
   kind = (record.os or "?", record.version or "?", record.arch or "?")
   state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
@@ -10194,10 +10199,12 @@ def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
   for link in filter(os.path.isdir, qemu_links(cache)):
     name = "qemu-system-" + os.path.basename(link)
     found.append((name, os.path.realpath(link), os.path.join(link, "release.json")))
-  return [
-    (name, sound_record(AssetRecord(), record).release or "-", megabytes(tree_size(path)))
-    for name, path, record in found
-  ]
+  rows: List[Tuple[str, ...]] = []
+  for name, path, record in found:
+    with contextlib.suppress(FileNotFoundError):  # it has just been deleted
+      release = sound_record(AssetRecord(), record).release or "-"
+      rows.append((name, release, megabytes(tree_size(path))))
+  return rows
 
 
 def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:

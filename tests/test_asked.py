@@ -683,6 +683,29 @@ def test_what_is_cached_and_how_large(full):
   assert table[2].startswith("qemu-system-x86_64  ") and " v2.0.0 " in table[2]
 
 
+def test_a_layer_of_a_newer_qvm_is_listed_with_question_marks(used):
+  (used.cache / "layers").mkdir(exist_ok=True)
+  (used.cache / f"layers/{FREEBSD}-prepared-0123456789.qcow2").touch()
+  (used.cache / f"layers/{FREEBSD}-prepared-0123456789.json").write_text('{"format": 2}')
+  found = rows(used)
+  assert found[FREEBSD]["os"] == "freebsd"
+  assert found[f"{FREEBSD}-prepared-0123456789"]["os"] == "?"
+
+
+@pytest.mark.parametrize("gone", [BASE, "qemu/x86_64/share/qemu/uefi.fd"])
+def test_what_vanishes_meanwhile_is_not_listed(full, monkeypatch, gone):
+  lstat = os.lstat
+
+  def after_the_look(path):
+    if str(path).endswith(os.path.basename(gone)):
+      (full.cache / gone).unlink()
+    return lstat(path)
+
+  monkeypatch.setattr(os, "lstat", after_the_look)
+  found = qvm_source.cached_things(qvm_source.Cache(str(full.cache)))
+  assert [name for name, *_ in found] == [IMAGE] * (gone != BASE) + ["qemu-system-x86_64"]
+
+
 def test_rm_goes_on_after_an_unknown_name(used):
   works(used(*RUN, "--name", "other"))
   run = used("rm", "none", FREEBSD, "none", "nil", "other")

@@ -7318,7 +7318,7 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
       for path, row in rows.items()
     }
     return SyncRecord(str(folder), str(name), known) if number == SYNC_FORMAT else None
-  except (OSError, ValueError, TypeError, AttributeError, LookupError):
+  except Exception:  # json and what is in it can fail in many ways, down to RecursionError
     return None
 
 

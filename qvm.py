@@ -10391,7 +10391,8 @@ def clean(cache: Cache, options: Options) -> int:
   """Delete what `clean` may delete, or with --dry-run only list it; returns its bytes."""
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
-    alone = idle.try_()  # whether nothing is being downloaded
+    # Whether nothing is being downloaded.
+    alone = not idle.is_held() if options.dry_run else idle.try_()
     marked = instances(cache, ".ephemeral")
     orphans = {it.disk: it.name for it in marked if not Lock(it.lock).is_held()}
     every = [it for it in overlays(cache) if it.disk not in orphans]

@@ -34,7 +34,8 @@ downloads/ (shared by whoever fetches or starts something, alone by `clean --all
 (whoever makes that unfinished thing; an image's may wait for qemu-img's, and who makes a layer then
 takes the lock of a new instance of its own, and a checkpoint's); instances/
 (instances_lock, for moments only: every look at an instance's lock, and every change of what
-instances lie on). The lock of an ssh port is the UDP port of the same number.
+instances lie on). The lock of an ssh port, or a published TCP port, is the UDP port of the same
+number.
 
 Publishing: everything unfinished is made in downloads/ under a lock; what lies there unlocked is a
 leftover. A file is flushed, then renamed to its place; a base image's record waits beside it until
@@ -876,15 +877,6 @@ def parse_name(text: str) -> str:
   return text
 
 
-def parse_version(text: str) -> str:
-  """A version, which becomes part of file names and URLs."""
-  if not re.match(VERSION_RE, text):
-    raise UsageError(
-      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
-    )
-  return text
-
-
 PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
 
 
@@ -892,6 +884,17 @@ def parse_tag(text: str) -> str:
   """The tag of a release."""
   if not re.match(PINNED_RE, text):
     raise UsageError(f"invalid release '{text}': use its tag, as in v0.14.0")
+  return text
+
+
+def parse_version(text: str) -> str:
+  """A version, which becomes part of file names and URLs."""
+  if not re.match(VERSION_RE, text):
+    raise UsageError(
+      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
+    )
+  for tag in text.split("+", 1)[1:]:  # as `search` shows what is cached of just one release
+    parse_tag(tag)
   return text
 
 
@@ -1282,6 +1285,11 @@ def parse_command_line(words: Sequence[str]) -> Options:
   for option, text in given:
     value = option.read(text) if option.metavar else True
     values[option.field] = values.get(option.field, ()) + (value,) if option.many else value
+  if command in ("run", "pull") and "+" in "".join(operands[2:]):
+    whole = operands[2]
+    operands[2], _, tag = whole.partition("+")
+    if values.setdefault("release", tag) != tag:
+      raise UsageError(f"--release {values['release']} and {whole} name two releases")
   options = Options(command, tuple(operands[1:]), **values)
   check_together(options, fields)
   return options
@@ -1729,8 +1737,7 @@ def image_repo(os_name: str) -> str:
 def make_plan(options: Options, host: Host, cache: Cache, suffix: str) -> Plan:
   """Name everything that a run needs; suffix makes the name of a --rm instance unique."""
   guest = find_guest(options.operands[0].lower(), options.platform or host.arch)
-  named, _, tag = parse_version(options.operands[1]).partition("+")  # as `search` shows them
-  tag, pin = options.release or tag, options.qemu_release
+  named, tag, pin = parse_version(options.operands[1]), options.release, options.qemu_release
   version = pinned_name(named, tag)
   check_host(host, guest, options.qemu)
   stem = f"{guest.os}-{version}-{guest.arch}"
@@ -1978,9 +1985,12 @@ def layer_record(layer: LayerPaths) -> LayerRecord:
 
 def tree_size(path: str) -> int:
   """The bytes on disk of a file, or of a folder with its contents."""
-  folders = [] if os.path.islink(path) else os.walk(path)
-  inside = [os.path.join(folder, name) for folder, _, names in folders for name in names]
-  return sum(os.lstat(p).st_blocks * 512 for p in [path, *inside])
+  total = os.lstat(path).st_blocks
+  for folder, _, names in [] if os.path.islink(path) else os.walk(path):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):  # it has just been deleted
+        total += os.lstat(os.path.join(folder, name)).st_blocks
+  return total * 512
 
 
 def free_space(folder: str) -> int:
@@ -2435,6 +2445,8 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
+  if options.sync_out and os.path.realpath(paths["sync_out"]) == os.path.realpath(paths["sync"]):
+    raise UsageError("--sync-out: what comes back needs another folder than that of --sync")
   paths["scripts"] = tuple(map(read_script, options.prepare))
   name, program = "--qemu", options.qemu
   if not program and {"qemu", "platform"} <= set(COMMANDS[options.command].fields):
@@ -4774,11 +4786,12 @@ def users_of(layer: LayerPaths, every: Iterable[Overlay], but: Sequence[str] = (
 
 
 def dependants(plan: Plan) -> List[Instance]:
-  """The instances that need the base image, or may: unknown counts as needed.
+  """The instances that need the base image, or may: unknown counts as needed while it is there.
 
   They lie on it, or on a layer on it, or will lie on it once it is complete.
   """
-  mine = [it for it in overlays(plan.cache) if it.base in (os.path.basename(plan.base), None)]
+  names = (os.path.basename(plan.base), *[None] * (not is_missing(plan, plan.base)))
+  mine = [it for it in overlays(plan.cache) if it.base in names]
   return [known_instance(plan.cache.instance(it.name)) for it in mine]
 
 
@@ -5352,7 +5365,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   if options.release:
     tag = pinned_name("", options.release)
     cached = [each[: -len(tag)] for each in cached if each.endswith(tag)]
-  elif "+" not in wanted:
+  else:
     cached = [each for each in cached if "+" not in each]
   if wanted in cached:
     return wanted
@@ -5764,8 +5777,10 @@ def list_instances(cache: Cache) -> List[Row]:
 
 
 def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
-  """A layer's line of `qvm list`."""
-  record = layer_record(layer)
+  """A layer's line of `qvm list`, with question marks if its record is damaged."""
+  record = LayerRecord()
+  with contextlib.suppress(QvmError):  # a newer qvm's
+    record = layer_record(layer)
   size = sum(map(tree_size, layer_files(layer)))
   kind = (record.os or "?", record.version or "?", record.arch or "?")
   state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
@@ -6738,11 +6753,14 @@ def wait_for(process: "Process") -> None:
   process.wait()
 
 
-def wait_up_to(seconds: float) -> Callable[["Process"], None]:
-  """A function that waits this long for ssh to end, then raises subprocess.TimeoutExpired."""
+def wait_up_to(login: Login, seconds: float) -> Callable[["Process"], None]:
+  """A function that waits this long for ssh to end, then raises QvmError."""
 
   def wait(process: "Process") -> None:
-    process.wait(seconds)
+    try:
+      process.wait(seconds)
+    except subprocess.TimeoutExpired:
+      raise QvmError(f"the guest of {login.paths.name} has not answered within {seconds:g} s")
 
   return wait
 
@@ -6826,7 +6844,8 @@ def refresh_script(guest: Guest) -> str:
 def refresh_guest(login: Login) -> None:
   """Give a guest from a checkpoint the time and a random seed; report a failure and go on."""
   try:
-    code = in_guest(login, shell_line(refresh_script(login.guest)), wait_for)
+    line = shell_line(refresh_script(login.guest))
+    code = in_guest(login, line, wait_up_to(login, login.patience))
     problem = ending(code) if code else ""
   except QvmError as error:
     problem = str(error)
@@ -6864,16 +6883,14 @@ def power_off(login: Login) -> bool:
   name, command = login.paths.name, login.guest.power_off
   try:
     say(f"asking {name} to power off")
-    code = in_guest(login, command, wait_up_to(60))
-  except subprocess.TimeoutExpired:
-    return True  # ssh can hang when the guest goes down
+    code = in_guest(login, command, wait_up_to(login, 60))
   except HostKeyError:
     raise
   except LoginError as error:
     say(f"cannot ask {name} to power off: {error}")
     return False
   except QvmError:
-    return True  # the connection can end before the command does
+    return True  # ssh can hang when the guest goes down, or end before the command does
   if code not in (0, 255):
     say(f"{name} does not power off: {command} failed (exit code {code})")
   return code in (0, 255)
@@ -6898,15 +6915,14 @@ def boot_of(login: Login) -> str:
   """What tells a guest's boot from others; QvmError if it cannot be asked."""
   output: List[bytes] = []
 
-  def read(process: "Process") -> None:
-    output.append(process.communicate(timeout=BOOT_ANSWER_SECONDS)[0])
+  def read(process: Any) -> None:
+    wait_up_to(login, BOOT_ANSWER_SECONDS)(process)
+    # An answer fits into the pipe; a flood fills it, and takes no memory.
+    output.append(os.read(process.stdout.fileno(), TAIL_BYTES))
 
   spawn = silent()._replace(stdout=subprocess.PIPE)
   patience = KEY_LOGIN_SECONDS if os.path.exists(login.paths.key_disk) else 0.0
-  try:
-    code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
-  except subprocess.TimeoutExpired:
-    raise QvmError(f"the guest of {login.paths.name} does not answer")
+  code = in_guest(login, shell_line(BOOT_SCRIPT), read, patience, spawn)
   text = output[-1].decode("utf-8", "replace").strip()
   if code or not text:
     raise QvmError(f"the guest of {login.paths.name} does not tell its boot")
@@ -6918,8 +6934,8 @@ def reboot(login: Login) -> None:
   before, deadline = boot_of(login), time.monotonic() + login.patience
   line = REBOOTS.get(login.guest.power_off, HAIKU_REBOOT)
   say(f"asking {login.paths.name} to reboot")
-  with contextlib.suppress(subprocess.TimeoutExpired, QvmError):  # it may cut the connection
-    if in_guest(login, line, wait_up_to(60)) not in (0, 255):
+  with contextlib.suppress(QvmError):  # it may cut the connection
+    if in_guest(login, line, wait_up_to(login, 60)) not in (0, 255):
       say(f"{login.paths.name}: {line} failed")
   while time.monotonic() < deadline:
     try:
@@ -7393,7 +7409,9 @@ def read_sync_record(path: str) -> Optional[SyncRecord]:
       for path, row in rows.items()
     }
     return SyncRecord(str(folder), str(name), known) if number == SYNC_FORMAT else None
-  except (OSError, ValueError, TypeError, AttributeError, LookupError):
+  except QvmError:
+    raise
+  except Exception:  # json and what is in it can fail in many ways, down to RecursionError
     return None
 
 
@@ -8159,8 +8177,8 @@ def hand_on(login: Login, pid_file: str, number: int) -> int:
   elif number == signal.SIGHUP:
     script += f"rm -f {pid_file}"  # its shell may be killed with it
   try:
-    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(30))
-  except (QvmError, subprocess.TimeoutExpired):
+    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
+  except QvmError:
     return 2
 
 
@@ -8727,6 +8745,19 @@ def reserve_port(
   )
 
 
+def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> Iterator[int]:
+  """Lock the published TCP ports as reserve_port() locks ssh's: QEMU may bind them much later.
+
+  A UDP port that is published, too, or that another program has, is no lock: then there is none.
+  """
+  udp = [forward.port for forward in forwards if forward.kind == "udp"]
+  for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
+    lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
+    if lock:
+      stack.callback(lock.close)
+      yield lock.fileno()
+
+
 def has_linaro(share: str) -> bool:
   """Whether there is a real Linaro firmware: release v1.1.0 has an HTML page in its place."""
   path = os.path.join(share, "linaro_uefi.fd")
@@ -8925,7 +8956,7 @@ class Machine:
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
     self.address = options.ssh
-    self.port_lock = -1
+    self.port_locks: List[int] = []
     self.log: Optional[IO[bytes]] = None
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
@@ -8982,12 +9013,13 @@ class Machine:
     return self.options.console_log or self.paths.console
 
   def reserve_port(self, stack: contextlib.ExitStack) -> None:
-    """Reserve the ssh port and look at those to publish, unless that has already been done."""
-    if self.port_lock < 0:
+    """Reserve the ssh port and those to publish, unless that has already been done."""
+    if not self.port_locks:
       others = [forward.port for forward in self.options.publish]
-      self.address, self.port_lock = reserve_port(self.options.ssh, stack, others)
+      self.address, lock = reserve_port(self.options.ssh, stack, others)
       forwards = tuple(map(free_forward, self.options.publish))
       self.options = self.options._replace(publish=forwards)
+      self.port_locks = [lock, *lock_forwards(forwards, stack)]
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
@@ -9042,7 +9074,7 @@ class Machine:
       self.starts += 1
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
-        fds = (self.lock.fd, self.port_lock, *base.fds)
+        fds = (self.lock.fd, *self.port_locks, *base.fds)
         # Noted by QEMU's own process: qvm may be killed at any moment after it has started that.
         note = functools.partial(note_holder, self.lock, "QEMU")
         spawn = (spawn or self.spawn())._replace(pass_fds=fds, preexec_fn=note)
@@ -9578,6 +9610,8 @@ class Checkpoint:
         if not lock.try_():
           say(f"another qvm is creating the checkpoint {self.name}; this run boots normally")
           return False
+        if not self.problem():
+          return True  # another qvm has just made it
         remove_layer(self.layer)
       try:
         return self.boot_and_freeze(lock)
@@ -9639,7 +9673,8 @@ class Checkpoint:
         "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
       )
     if find_program("ssh"):
-      in_guest(machine.login, "true", wait_for, machine.log_in(began))
+      answered = wait_up_to(machine.login, machine.patience)
+      in_guest(machine.login, "true", answered, machine.log_in(began))
 
   def freeze(self, control: Control, made: LayerPaths) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
@@ -9665,7 +9700,12 @@ class Checkpoint:
     """
     machine = self.machine
     begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
-    with self.start(self.layer.memory, "off", ()) as ours:
+    try:
+      ours = self.start(self.layer.memory, "off", ())
+    except QvmError as error:  # it was deleted just now; anything else stops a normal boot, too
+      say(f"the checkpoint {self.name} cannot be used: {error}")
+      return False
+    with ours:
       try:
         self.go_on(Control(ours))
       except QvmError as error:
@@ -9852,7 +9892,8 @@ class SetUp:
     plan = self.plan._replace(paths=self.plan.cache.instance(name), ephemeral=True)
     base = layer_base(plan, self.base, self.layer(done).name) if done else self.base
     base = base._replace(layer=layer.name, adjust=with_discard)
-    options = self.options._replace(rm=True, detach=True, guest_command=(), ssh=Address())
+    options = self.options._replace(rm=True, detach=True, guest_command=())
+    options = options._replace(ssh=Address(), publish=(), disk="")  # those are the user's machine's
     with Machine(plan, options) as machine:
       while True:
         with contextlib.suppress(StartAgain):
@@ -10055,7 +10096,7 @@ def run_machine(machine: Machine, base: Base, keep: Lock) -> int:
 
 def other_instances(plan: Plan, options: Options) -> List[str]:
   """What to say when a newer version, which the user did not name, makes another instance."""
-  named = options.name or plan.own_image or plan.version in options.operands
+  named = options.name or plan.own_image or plan.release or plan.version in options.operands
   if named or plan.ephemeral or os.path.lexists(plan.paths.disk):
     return []
   return [
@@ -10122,7 +10163,8 @@ def cmd_pull(options: Options) -> int:
     say(f"these cannot be verified; delete them and pull again: {', '.join(bad)}")
     return EXIT_FAILED
   if options.sets_up:
-    SetUp(plan, options, cached_base(plan)).ready_base()
+    with downloads_lock(plan.cache.downloads):
+      SetUp(plan, options, cached_base(plan)).ready_base()
   say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
   return 0
 
@@ -10290,10 +10332,12 @@ def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
   for link in filter(os.path.isdir, qemu_links(cache)):
     name = "qemu-system-" + os.path.basename(link)
     found.append((name, os.path.realpath(link), os.path.join(link, "release.json")))
-  return [
-    (name, sound_record(AssetRecord(), record).release or "-", megabytes(tree_size(path)))
-    for name, path, record in found
-  ]
+  rows: List[Tuple[str, ...]] = []
+  for name, path, record in found:
+    with contextlib.suppress(FileNotFoundError):  # it has just been deleted
+      release = sound_record(AssetRecord(), record).release or "-"
+      rows.append((name, release, megabytes(tree_size(path))))
+  return rows
 
 
 def existing(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths]:
@@ -10402,7 +10446,7 @@ def cmd_clone(options: Options) -> int:
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
     check_spelling(new.disk)
-    record = read_instance(paths)._replace(name=new.name, ssh="", ports="")
+    record = read_instance(paths)._replace(name=new.name, ssh="", ports="", words="")
     folder = stack.enter_context(unfinished(cache))
     sources = [*sync_records(paths), paths.data, paths.disk]
     ends = [path[len(paths.stem) :] for path in sources if os.path.lexists(path)]
@@ -10483,7 +10527,8 @@ def clean(cache: Cache, options: Options) -> int:
   """Delete what `clean` may delete, or with --dry-run only list it; returns its bytes."""
   total = 0
   with Lock(cache.downloads, folder=True) as idle, instances_lock(cache):
-    alone = idle.try_()  # whether nothing is being downloaded
+    # Whether nothing is being downloaded.
+    alone = not idle.is_held() if options.dry_run else idle.try_()
     marked = instances(cache, ".ephemeral")
     orphans = {it.disk: it.name for it in marked if not Lock(it.lock).is_held()}
     every = [it for it in overlays(cache) if it.disk not in orphans]
@@ -10854,8 +10899,11 @@ def handed_on(options: Options) -> List[str]:
     if option.field in HANDED_ON and value != getattr(Options(), option.field):
       values = value if option.many else (value,)
       words += [f"{flag}={each}" if option.metavar else flag for each in values]
-  inside = os.path.relpath(options.sync_out or "/", options.sync or "/")
-  return words if inside.startswith(".") else [*words, f"--sync-exclude=/{inside}"]
+  if options.sync_out:
+    inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
+    pattern = re.sub(r"([*?[])", r"[\1]", inside)
+    words += [] if inside.split("/")[0] == ".." else [f"--sync-exclude=/{pattern}"]
+  return words
 
 
 def chosen_guests(options: Options) -> Dict[str, List[str]]:
@@ -10881,7 +10929,7 @@ def logs_folder(cache: Cache, wanted: str) -> Iterator[str]:
   name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
   with Lock(cache.path("each", name), folder=True).hold() as lock:
     yield lock.path
-  for path in sorted(named_leftovers(cache, "each"))[:-KEPT_RUNS]:
+  for path in {*sorted(named_leftovers(cache, "each"))[:-KEPT_RUNS]} - {lock.path}:
     remove_unlocked(path)
 
 

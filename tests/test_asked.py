@@ -195,6 +195,24 @@ def test_the_ssh_port_is_none_of_those_published(used, background):
   assert published == "tcp:127.0.0.1:2847-:80" and ":2847-" not in ssh
 
 
+def test_a_published_port_is_no_other_machines_ssh_port(used, background):
+  """From before QEMU has bound it, which this one never does."""
+  port = str(free_port())
+  background(used, *RUN, "-p", f"{port}:80")
+  run = used(*RUN, "--name", "other", "--ssh-port", port)
+  fails(run, f"port {port} on 127.0.0.1 is taken (--ssh-port)", "by which qvm locks it")
+
+
+def test_a_port_is_published_beside_its_udp_port(used, background):
+  port = free_port()
+  with socket.socket(type=socket.SOCK_DGRAM) as other:  # another program's
+    other.bind(("127.0.0.1", port))
+    works(used(*RUN, "-p", f"{port}:80"))
+  background(used, *RUN, "-p", f"{port}:53", "-p", f"{port}:53/udp")
+  with socket.socket(type=socket.SOCK_DGRAM) as qemus:
+    qemus.bind(("127.0.0.1", port))
+
+
 def test_a_port_that_qemu_cannot_bind_is_named(used):
   message = "Could not set up host forwarding rule 'tcp:127.0.0.1:8080-:80'"
   used.play(stderr=f"qemu: {message}\n", exit=1)
@@ -226,6 +244,16 @@ def test_restart_waits_for_another_boot(guests):
   works(guests.qvm("stop", "vm"))
   fails(guests.qvm("restart", "vm"), "vm is not running")
   fails(guests.qvm("restart", "none"), "no instance none")
+
+
+def test_a_guest_that_floods_when_asked_for_its_boot_takes_no_memory(guests, monkeypatch):
+  guests.up("vm")
+  (guests.folder / "bin" / "sysctl").write_text("#!/bin/sh\nexec head -c 1000000 /dev/zero\n")
+  monkeypatch.setattr(qvm_source, "BOOT_ANSWER_SECONDS", 1.0)
+  paths = qvm_source.Cache(str(guests.qvm.cache)).instance("vm")
+  with pytest.raises(qvm_source.QvmError, match="guest of vm has not answered within 1 s"):
+    qvm_source.boot_of(qvm_source.login_of(paths, 10.0))
+  works(guests.qvm("stop", "vm"))
 
 
 def test_all_names_are_looked_at_before_any_guest_reboots(guests):
@@ -306,7 +334,7 @@ def test_a_clone_has_all_that_the_guest_wrote(used):
   )
   record = json.loads((used.cache / "instances/new.json").read_text())
   old = json.loads((used.cache / "instances/old.json").read_text())
-  assert record == {**old, "name": "new", "ssh": ""} and old["ssh"]
+  assert record == {**old, "name": "new", "ssh": "", "words": ""} and old["ssh"]
   works(used(*RUN, "--name", "new"))
   assert list((used.cache / "downloads").iterdir()) == []
   before = state(used.cache)
@@ -316,6 +344,13 @@ def test_a_clone_has_all_that_the_guest_wrote(used):
   fails(used("clone", "old"), "missing argument", code=2)
   fails(used("clone", "old", "a/b"), "invalid instance name", code=2)
   assert state(used.cache) == before
+
+
+def test_logs_of_a_clone_are_not_those_of_the_original(used, tmp_path):
+  used.play(stdout="the original's\n")
+  works(used(*RUN, "--console-log", str(tmp_path / "log")))
+  works(used("clone", FREEBSD, "new"))
+  fails(used("logs", "new"), "there is no ", "instances/new.console.log")
 
 
 def test_a_machine_that_runs_is_not_cloned(used, background):
@@ -575,6 +610,21 @@ def test_what_a_release_does_not_have(two):
   fails(two(*PULL, *OLD, "--refresh"), "--refresh gets the newest", code=2)
 
 
+def test_the_release_in_a_version_is_that_of_the_option(two, server, image):
+  for version in ("15.1+..", "15.1+", "15.1+a+b"):
+    for words in (
+      ("run", "--dry-run", "freebsd", version),
+      ("each", f"freebsd-{version}", "--", "x"),
+    ):
+      fails(two(*words), "invalid release", code=2)
+  fails(two(*PULL[:-1], "15.1+v0.16.0", "--refresh"), "--refresh gets the newest", code=2)
+  run = two(*PULL[:-1], "15.1+v0.16.0", "--release", "v0.15.0")
+  fails(run, "--release v0.15.0 and 15.1+v0.16.0 name two releases", code=2)
+  server.add_release("freebsd-builder", "v0.15.0", {"freebsd-15.0-x86-64.qcow2": image})
+  works(two(*PULL[:-1], "15+v0.15.0", "--release", "v0.15.0"))
+  assert bases(two) == ["base/freebsd-15.0+v0.15.0-x86-64.qcow2"]
+
+
 def test_streaming_just_this_release(two):
   run = works(two(*RUN, "--rm", "--stream", *OLD))
   assert "the guest runs while its image comes" in run.stderr
@@ -662,6 +712,29 @@ def test_what_is_cached_and_how_large(full):
   assert table[0].split() == ["CACHED", "RELEASE", "SIZE"]
   assert re.split("  +", table[1]) == [IMAGE, "v0.16.0", cell]
   assert table[2].startswith("qemu-system-x86_64  ") and " v2.0.0 " in table[2]
+
+
+def test_a_layer_of_a_newer_qvm_is_listed_with_question_marks(used):
+  (used.cache / "layers").mkdir(exist_ok=True)
+  (used.cache / f"layers/{FREEBSD}-prepared-0123456789.qcow2").touch()
+  (used.cache / f"layers/{FREEBSD}-prepared-0123456789.json").write_text('{"format": 2}')
+  found = rows(used)
+  assert found[FREEBSD]["os"] == "freebsd"
+  assert found[f"{FREEBSD}-prepared-0123456789"]["os"] == "?"
+
+
+@pytest.mark.parametrize("gone", [BASE, "qemu/x86_64/share/qemu/uefi.fd"])
+def test_what_vanishes_meanwhile_is_not_listed(full, monkeypatch, gone):
+  lstat = os.lstat
+
+  def after_the_look(path):
+    if str(path).endswith(os.path.basename(gone)):
+      (full.cache / gone).unlink()
+    return lstat(path)
+
+  monkeypatch.setattr(os, "lstat", after_the_look)
+  found = qvm_source.cached_things(qvm_source.Cache(str(full.cache)))
+  assert [name for name, *_ in found] == [IMAGE] * (gone != BASE) + ["qemu-system-x86_64"]
 
 
 def test_rm_goes_on_after_an_unknown_name(used):

@@ -505,6 +505,34 @@ def test_a_reason_names_the_path_as_errors_do(each, tmp_path):
   assert json.loads(result.stdout)[0]["reason"] == f"{out}/netbsd-10.1: File exists"
 
 
+@pytest.mark.parametrize("work", ["work", "link"])
+@pytest.mark.parametrize("out", ["out", ".out", "out[1]", "..out/in it"])
+def test_what_has_come_back_does_not_go_to_the_guests(tmp_path, work, out):
+  (tmp_path / "work" / out).mkdir(parents=True)
+  (tmp_path / "work" / out / "result").touch()
+  (tmp_path / "link").symlink_to("work")  # as /tmp is one on macOS
+  words = ("--sync", str(tmp_path / work), "--sync-out", str(tmp_path / "work" / out))
+  options = qvm_source.parse_command_line(["each", *words, "freebsd", "--", "x"])
+  given = qvm_source.handed_on(qvm_source.resolve(options))
+  child = qvm_source.parse_command_line(["run", "--rm", *given, "freebsd", "--", "x"])
+  folder, excludes = qvm_source.Folder(words[1]), qvm_source.Excludes(child.sync_exclude)
+  assert not [path for path in qvm_source.walk_folder(folder, excludes) if "result" in path]
+
+
+def test_what_comes_back_goes_to_another_folder(offline, tmp_path):
+  (tmp_path / "link").symlink_to(tmp_path)
+  words = ("each", "--sync", str(tmp_path), "--sync-out", str(tmp_path / "link"), "freebsd")
+  fails(offline(*words, "--", "x"), "--sync-out: ", "--sync", code=2)
+
+
+def test_the_logs_of_a_run_stay_when_the_clock_has_gone_back(tmp_path):
+  for n in range(10):
+    (tmp_path / "each" / f"20991231-0000{n:02}-abcdef").mkdir(parents=True)
+  with qvm_source.logs_folder(qvm_source.Cache(str(tmp_path)), "") as folder:
+    pass
+  assert os.path.isdir(folder)
+
+
 def test_logs_of_the_last_ten_runs(each, tmp_path):
   (each.qvm.cache / "each" / "mine").mkdir(parents=True)
   for n in range(12):

@@ -52,6 +52,12 @@ def write_into(disk):
   subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def test_an_overlay_without_a_record_stops_no_download_of_an_image(no_image):
+  (no_image.cache / "instances").mkdir(mode=0o700, exist_ok=True)
+  (no_image.cache / "instances" / "unknown.qcow2").write_bytes(b"unreadable")
+  works(no_image(*PULL))
+
+
 # --- Overlays --------------------------------------------------------------------------------
 
 

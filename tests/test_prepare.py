@@ -15,6 +15,7 @@ from support import (
   PYTHON,
   ROOT,
   fails,
+  free_port,
   heard,
   lines,
   obey_modes,
@@ -82,6 +83,16 @@ def no_layer(prepare):
   left = [name for name in prepare.qvm.files() if name.startswith(("layers/", "downloads/"))]
   assert left == [] and prepare.nothing_left()
   return True
+
+
+def test_published_ports_and_a_second_disk_are_not_for_the_machine_that_sets_up(prepare):
+  there = f"{prepare.qvm.cache}/instances/*-prepare-*"
+  one = script(prepare, f"(cat {there}.json; ls {there}) >>{prepare.log}\n")
+  ports = ("-p", f"{free_port()}:80")
+  works(prepare.run("true", options=("--disk", "64M", *ports, *with_scripts(one)), rm=False))
+  found = " ".join(ran(prepare))
+  assert '"ports": "",' in found and '"publish": "",' in found
+  assert ".data" not in found and (prepare.qvm.cache / f"instances/{FREEBSD}.data").exists()
 
 
 # --- Which layer -----------------------------------------------------------------------------
@@ -656,6 +667,13 @@ def test_two_rebuilds_at_once(prepare, tmp_path):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, f"{number}\n"), err
   assert ran(prepare) == [] and prepare.nothing_left()
+
+
+def test_pull_keeps_clean_out_while_it_sets_up(prepare):
+  downloads = prepare.qvm.cache / "downloads"
+  one = script(prepare, f"flock -n {downloads} true || echo locked >>{prepare.log}\n")
+  works(prepare.qvm("pull", *with_scripts(one), "freebsd", "15.1"))
+  assert ran(prepare) == ["locked"]
 
 
 def test_pull_makes_it_and_a_moved_cache_keeps_it(prepare, tmp_path):

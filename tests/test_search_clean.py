@@ -464,6 +464,12 @@ def test_nothing_to_clean(qvm, pulled):
   assert state(pulled.cache) == before
 
 
+def test_a_dry_run_makes_no_folder(pulled):
+  (pulled.cache / "downloads").rmdir()
+  works(pulled("clean", "--all", "--dry-run"))
+  assert not (pulled.cache / "downloads").exists()
+
+
 def test_clean_without_a_cache(offline):
   for words in ((), ("--all",), ("--dry-run",)):
     assert cleaned(offline("clean", *words)) == ([], "0 B")

@@ -951,7 +951,9 @@ def test_a_list_without_the_folder_itself_is_none(end):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[1,"f","n",[]]',
                                   '[1,"f","n",{"a":["s",1]}]', '[1,"f","n",{"a":[]}]',
-                                  '[1,"f","n",{"a":["s","x","y","z",1,2]}]'])  # fmt: skip
+                                  '[1,"f","n",{"a":["s","x","y","z",1,2]}]',
+                                  '[1,"f","n",{"a":["s",Infinity,1,1,1,1]}]',
+                                  pytest.param("[" * 100000, id="deep")])  # fmt: skip
 def test_a_damaged_record_is_none(tmp_path, text):
   (tmp_path / "r").write_text(text)
   assert qvm_source.read_sync_record(str(tmp_path / "r")) is None

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, heard, lines, processes_of, rows, works
+from support import FREEBSD, PYTHON, ROOT, fails, heard, lines, processes_of, rows, works
 from support_machines import OPENBSD_GUEST, RESTORED, SAVED
 
 import qvm as qvm_source
@@ -329,6 +330,23 @@ def test_a_slow_moment_is_forgotten(warm):
       path.unlink()  # so that the next run makes another
 
 
+@pytest.mark.parametrize("when, words", [
+  ("made", "no checkpoint is created: the guest of vm has not answered within 5 s"),
+  ("resumed", "still has the time of its checkpoint: the guest of vm has not answered within 5 s"),
+])  # fmt: skip
+def test_a_shell_that_hangs_does_not_hang_a_warm_start(warm, tmp_path, when, words):
+  if when == "resumed":
+    works(run(warm))
+  shell = tmp_path / "shell"
+  shell.write_text("#!/bin/sh\nexec sleep 1000\n")
+  shell.chmod(0o755)
+  warm.play(control={}, shell=str(shell))
+  options = ("-d", "--warm", "--boot-timeout", "5", "--name", "vm")
+  result = works(warm.qvm(*[word for word in warm.words(*options) if word != "--"]))
+  assert words in result.stderr
+  works(warm.qvm("stop", "--force", "vm"))
+
+
 def test_a_machine_that_never_answers(warm):
   warm.play(listen=False)
   result = run(warm, options=("--boot-timeout", "0.5"))
@@ -408,6 +426,49 @@ def test_a_signal_while_it_boots(warm, fifo, number, code):
   process.communicate(timeout=30)
   assert process.returncode == code
   assert frozen(warm) == [] and warm.nothing_left()
+
+
+# --- Beside another qvm ----------------------------------------------------------------------
+
+MEANWHILE = """
+import os, subprocess, sys
+sys.path.insert(0, {root!r})
+import qvm
+look = qvm.Checkpoint.problem
+def patched(checkpoint):
+  found = look(checkpoint)
+  if not os.path.exists({done!r}):
+    open({done!r}, "w").close()
+    subprocess.run({command!r}, check=True, stdout=2)
+  return found
+qvm.Checkpoint.problem = patched
+sys.exit(qvm.main(sys.argv[1:]))
+"""
+
+
+def run_beside(warm, command, tmp_path):
+  """A warm run; when it has first looked at its checkpoint, another qvm runs to its end."""
+  done = tmp_path / "done"
+  code = MEANWHILE.format(root=str(ROOT), done=str(done), command=warm.qvm.command(*command))
+  words = [PYTHON, "-c", code, *warm.words("--warm", command=["true"])]
+  result = subprocess.run(
+    words, env=warm.qvm.env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+  )
+  assert done.exists(), result.stderr
+  return works(result)
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_not_needed(warm, tmp_path):
+  works(run(warm))
+  result = run_beside(warm, ("rm", *rows(warm.qvm)), tmp_path)
+  assert "is gone" in result.stderr and "is booting to create the checkpoint" in result.stderr
+  assert frozen(warm) == WHOLE and warm.nothing_left()
+
+
+def test_a_checkpoint_that_is_made_meanwhile_is_used(warm, tmp_path):
+  result = run_beside(warm, warm.words("--warm", command=["true"]), tmp_path)
+  assert result.stderr.count("is booting to create the checkpoint") == 1
+  assert frozen(warm) == WHOLE and warm.nothing_left()
 
 
 # --- The command line ------------------------------------------------------------------------

@@ -9610,11 +9610,12 @@ class Checkpoint:
         if not lock.try_():
           say(f"another qvm is creating the checkpoint {self.name}; this run boots normally")
           return False
-        if not self.problem():
-          return True  # another qvm has just made it
-        remove_layer(self.layer)
+        # By another qvm, just now; whoever has something to set up must do that.
+        made = self.set_up is bool and not self.problem()
+        if not made:
+          remove_layer(self.layer)
       try:
-        return self.boot_and_freeze(lock)
+        return made or self.boot_and_freeze(lock)
       finally:
         remove_tree(lock.path)
         remove_file(machine.paths.disk)

@@ -8936,6 +8936,8 @@ def file_stamp(path: str) -> Tuple[int, int]:
   return stat.st_size, stat.st_mtime_ns
 
 
+# What may change below a machine of which a layer is made: a record also tells of uses, and nothing
+# is made on a checkpoint.
 PASSING_RE = r"\.json\Z|-warm-[0-9a-f]{10}\.qcow2\Z"
 
 
@@ -9068,7 +9070,6 @@ class Machine:
         write_key_disk(self.paths, plan.guest.key_disk)
       self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
       self.untouched, self.began = file_stamp(self.paths.disk), time.monotonic()
-      # A record tells of uses, and nothing is made on a checkpoint.
       disks = [path for path in base.needs if not re.search(PASSING_RE, path)]
       self.below = {**{path: file_stamp(path) for path in disks}, **self.below}
       self.starts += 1
@@ -9705,6 +9706,7 @@ class Checkpoint:
       ours = self.start(self.layer.memory, "off", ())
     except QvmError as error:  # it was deleted just now; anything else stops a normal boot, too
       say(f"the checkpoint {self.name} cannot be used: {error}")
+      remove_file(machine.paths.disk)  # it may lie on the checkpoint's
       return False
     with ours:
       try:

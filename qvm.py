@@ -1957,13 +1957,13 @@ def stems_in(folder: str, suffix: str) -> List[str]:
 
 def check_spelling(path: str) -> None:
   """Refuse a qcow2's name that this disk takes for another's, as macOS does with web and Web."""
-  name = os.path.basename(path)
-  if os.path.lexists(path) and name not in names_in(os.path.dirname(path)):
-    every = [it for it in paths_in(os.path.dirname(path)) if it.endswith(".qcow2")]
-    found = [it for it in every if os.path.samestat(os.lstat(it), os.lstat(path))]
-    names = ", ".join(os.path.basename(it)[: -len(".qcow2")] for it in found)
+  folder, name = os.path.split(path)
+  if os.path.lexists(path) and name not in names_in(folder):
+    here, stem = os.lstat(path), name[: -len(".qcow2")]
+    every = stems_in(folder, ".qcow2")
+    found = [it for it in every if os.path.samestat(os.lstat(f"{folder}/{it}.qcow2"), here)]
     raise QvmError(
-      f"this disk takes the names {name[: -len('.qcow2')]} and {names} for one",
+      f"this disk takes the names {stem} and {', '.join(found)} for one",
       "use that spelling, or another name",
     )
 
@@ -5551,17 +5551,16 @@ def scratch_folders(cache: Cache) -> List[str]:
   return [path for path in paths_in(cache.downloads) if os.path.basename(path).startswith(SCRATCH)]
 
 
-def check_instance(plan: Plan, writes: bool = True) -> None:
-  """Refuse to run an existing instance as another OS, or on another base image.
+def planned_instance(plan: Plan) -> Optional[Instance]:
+  """The instance, if there is one; QvmError if it cannot be run as planned, by what its files say.
 
-  A missing or damaged record is rebuilt from the name of the disk's base image. A check that writes
-  nothing does not look at what is in the cached image.
+  It writes nothing, and does not look at what is in the cached image.
   """
   paths = plan.paths
   if not os.path.lexists(paths.disk):
-    return
-  backing, instance = backing_file(paths.disk), read_instance(paths)
-  if backing is None:
+    return None
+  instance = read_instance(paths)
+  if backing_file(paths.disk) is None:
     raise QvmError(
       f"the disk of the instance {paths.name} cannot be read, or is damaged: {paths.disk}",
       "is it on a disk that is not mounted, or another user's? nothing has been changed",
@@ -5589,7 +5588,16 @@ def check_instance(plan: Plan, writes: bool = True) -> None:
       "restore it (cp -p and touch -r keep the time; contents are not compared), or choose another "
       f"--name; qvm rm {paths.name} deletes what its guest wrote",
     )  # fmt: skip
-  if not writes:
+  return instance
+
+
+def check_instance(plan: Plan) -> None:
+  """Refuse to run an existing instance as another OS, or on another base image.
+
+  A missing or damaged record is rebuilt from the name of the disk's base image.
+  """
+  paths, instance = plan.paths, planned_instance(plan)
+  if not instance:
     return
   if instance != sound_record(Instance(), paths.record):
     write_record(paths.cache, paths.record, instance, keep=True)
@@ -5597,7 +5605,7 @@ def check_instance(plan: Plan, writes: bool = True) -> None:
         "it has been rebuilt from its disk")  # fmt: skip
   if plan.own_image or is_missing(plan, plan.base):
     return  # in the second case it is downloaded, and then compared
-  known = instance.base_sha256 or is_served(backing)  # else the record had to be rebuilt
+  known = instance.base_sha256 or is_streamed(paths.disk)  # else the record had to be rebuilt
   if known and not fits(instance, base_record(plan)):
     raise other_base(paths, plan.base, instance)
 
@@ -8936,9 +8944,12 @@ def file_stamp(path: str) -> Tuple[int, int]:
   return stat.st_size, stat.st_mtime_ns
 
 
-# What may change below a machine of which a layer is made: a record also tells of uses, and nothing
-# is made on a checkpoint.
-PASSING_RE = r"\.json\Z|-warm-[0-9a-f]{10}\.qcow2\Z"
+Stamps = Dict[str, Tuple[int, int]]  # by path, as file_stamp() has them
+
+
+def stamps_below(base: Base) -> Stamps:
+  """The stamps of the files that a base is made of."""
+  return {path: file_stamp(path) for path in base.needs}
 
 
 class Machine:
@@ -8962,7 +8973,6 @@ class Machine:
     self.log: Optional[IO[bytes]] = None
     self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
-    self.below: Dict[str, Tuple[int, int]] = {}  # the stamps of the files that its disk lies on
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
@@ -9070,8 +9080,6 @@ class Machine:
         write_key_disk(self.paths, plan.guest.key_disk)
       self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
       self.untouched, self.began = file_stamp(self.paths.disk), time.monotonic()
-      disks = [path for path in base.needs if not re.search(PASSING_RE, path)]
-      self.below = {**{path: file_stamp(path) for path in disks}, **self.below}
       self.starts += 1
       with signals.hold():
         command = base.adjust(qemu_command(plan, options, facts))
@@ -9086,12 +9094,6 @@ class Machine:
         self.stack.callback(close_streams, self.process)
     self.tell_of_emulation()
     self.keep_awake()
-
-  def check_below(self) -> None:
-    """Refuse to make a layer of the disk if what that lies on has been replaced meanwhile."""
-    for path, before in self.below.items():
-      if file_stamp(path) != before:
-        raise QvmError(f"{path} has been replaced meanwhile", "run this command again")
 
   def start_qemu(self, command: Sequence[str], spawn: Spawn) -> "Process":
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
@@ -9388,7 +9390,7 @@ def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> 
 def print_command(plan: Plan, options: Options) -> int:
   """Print the QEMU command that `run` would execute, unless the instance is another one."""
   check_disks(plan, options.disk)
-  check_instance(plan, writes=False)
+  planned_instance(plan)
   options = kept_options(plan.paths, options)
   facts = host_facts(plan, options, options.ssh, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
@@ -9623,7 +9625,7 @@ class Checkpoint:
 
   def boot_and_freeze(self, lock: Lock) -> bool:
     """Boot the guest with its memory in the locked folder, then freeze it, as make() does."""
-    machine, made = self.machine, LayerPaths(lock.path, self.name)
+    machine, made, below = self.machine, LayerPaths(lock.path, self.name), stamps_below(self.base)
     with contextlib.ExitStack() as stack:
       log = machine.log or stack.enter_context(new_console_log(machine.paths))
       say(f"{machine.plan.name} is booting to create the checkpoint {self.name}; "
@@ -9632,7 +9634,7 @@ class Checkpoint:
       try:
         self.wait_for_login()
         self.set_up()
-        self.freeze(Control(ours), made)
+        self.freeze(Control(ours), made, below)
       except (BootError, StartAgain):
         raise
       except QvmError as error:
@@ -9678,7 +9680,7 @@ class Checkpoint:
       answered = wait_up_to(machine.login, machine.patience)
       in_guest(machine.login, "true", answered, machine.log_in(began))
 
-  def freeze(self, control: Control, made: LayerPaths) -> None:
+  def freeze(self, control: Control, made: LayerPaths, below: Stamps) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
     machine, accelerator = self.machine, control.accelerator()
     if accelerator == "hvf":
@@ -9688,8 +9690,7 @@ class Checkpoint:
       control("quit")
     end_process(machine.process)
     rebase_for(self.layer, self.plan, self.base)
-    with publishing(self.plan.cache, self.layer):
-      machine.check_below()
+    with publishing(self.plan.cache, self.layer, below):
       move(machine.paths.disk, made.disk, False)
       for source, target in zip(made.parts, self.layer.parts):
         move_into_place(source, target, 0o600)
@@ -9774,9 +9775,15 @@ def rebase_for(layer: LayerPaths, plan: Plan, base: Base) -> None:
 
 
 @contextlib.contextmanager
-def publishing(cache: Cache, layer: LayerPaths) -> Iterator[None]:
-  """Give a layer its files under instances_lock, its record last; all of them or none."""
+def publishing(cache: Cache, layer: LayerPaths, below: Stamps) -> Iterator[None]:
+  """Give a layer its files under instances_lock, its record last; all of them or none.
+
+  QvmError if what it lies on, which had these stamps before the work, has been replaced meanwhile.
+  """
   with instances_lock(cache):
+    for path, before in below.items():
+      if file_stamp(path) != before:
+        raise QvmError(f"{path} has been replaced meanwhile", "run this command again")
     try:
       yield
     except OSError as error:
@@ -9894,7 +9901,7 @@ class SetUp:
     name = f"{self.stem}-prepare-{os.urandom(3).hex()}"
     plan = self.plan._replace(paths=self.plan.cache.instance(name), ephemeral=True)
     base = layer_base(plan, self.base, self.layer(done).name) if done else self.base
-    base = base._replace(layer=layer.name, adjust=with_discard)
+    base, below = base._replace(layer=layer.name, adjust=with_discard), stamps_below(base)
     options = self.options._replace(rm=True, detach=True, guest_command=())
     options = options._replace(ssh=Address(), publish=(), disk="")  # those are the user's machine's
     with Machine(plan, options) as machine:
@@ -9902,7 +9909,7 @@ class SetUp:
         with contextlib.suppress(StartAgain):
           if not options.warm or not self.boot_warm(machine, base, done):
             self.boot(machine, base, done)
-          return self.freeze(machine, base, layer)
+          return self.freeze(machine, base, layer, below)
 
   def old(self, layer: LayerPaths) -> List[LayerPaths]:
     """What a layer made anew replaces: its older checkpoints, and the layer of its name.
@@ -10001,7 +10008,7 @@ class SetUp:
     last = [each.strip() for each in lines if each.strip()][-SCRIPT_LINES:]
     return code, brief(" / ".join(last))
 
-  def freeze(self, machine: Machine, base: Base, layer: LayerPaths) -> None:
+  def freeze(self, machine: Machine, base: Base, layer: LayerPaths, below: Stamps) -> None:
     """Power the guest off and make a layer of its disk.
 
     As all has to be done again if that fails, it may take as long as a boot.
@@ -10025,8 +10032,7 @@ class SetUp:
       script=title,
       time=utc(time.time()),
     )
-    with publishing(plan.cache, layer):
-      machine.check_below()
+    with publishing(plan.cache, layer, below):
       for each in self.old(layer):
         remove_layer(each)
       move_into_place(disk, layer.disk, 0o400)

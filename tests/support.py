@@ -544,11 +544,9 @@ def replace_qemu_img(qvm, content):
   path, note = qvm.cache / "bin" / "qemu-img", qvm.cache / "bin" / "qemu-img.json"
   old, record = path.read_bytes(), json.loads(note.read_text())
   content = content.encode() if isinstance(content, str) else content
-  for each in (path, note):
-    each.unlink()
-  path.write_bytes(content)
+  rewrite(path, content)
   path.chmod(0o755)
-  note.write_text(json.dumps({**record, "bytes": len(content)}))
+  rewrite(note, json.dumps({**record, "bytes": len(content)}))
   return old
 
 
@@ -556,5 +554,4 @@ def forget_sizes(cache):
   """Let qvm take the cached programs for undamaged whatever their size: they are stand-ins."""
   for note in [*cache.glob("qemu/*/release.json"), *cache.glob("bin/qemu-img.json")]:
     record = json.loads(note.read_text())
-    note.unlink()
-    note.write_text(json.dumps({**record, "bytes": 0}))
+    rewrite(note, json.dumps({**record, "bytes": 0}))

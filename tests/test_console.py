@@ -19,6 +19,7 @@ import pytest
 from support import (
   DEADLINE,
   FREEBSD,
+  PYTHON,
   ROOT,
   Qvm,
   end_processes,
@@ -839,4 +840,4 @@ def test_last_lines_of_what_has_no_end():
   code = "import qvm, resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)); "
   code += "print(qvm.last_lines('/dev/zero'))"
   words = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
-  assert subprocess.run([sys.executable, "-c", code], **words).stdout == "[]\n"
+  assert subprocess.run([PYTHON, "-c", code], **words).stdout == "[]\n"

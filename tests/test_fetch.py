@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
 from support import (
+  BASE,
   DEAD,
   FREEBSD,
   IMAGE,
@@ -279,23 +280,9 @@ def check_goes_on_after_a_reboot(qvm, image):
   assert f"downloading {IMAGE} (going on at" in again.stderr
 
 
-# qvm is killed when the image is about to get its place, and read-only already.
-KILLED = """
-import os, qvm
-move = qvm.move
-def killed(source, target, keep):
-  if target.endswith(".qcow2"):
-    os.kill(os.getpid(), 9)
-  move(source, target, keep)
-qvm.move = killed
-qvm.main()
-"""
-
-
-def test_one_that_was_killed_just_before_its_end(no_image, image):
-  """Nobody but root could go on with it."""
-  process = subprocess.run([PYTHON, "-c", KILLED, *PULL], **of_code(no_image))
-  assert process.returncode == -signal.SIGKILL
+def test_one_that_was_killed_just_before_its_end(no_image, image, kill_at):
+  """Nobody but root could go on with it: it was read-only already."""
+  kill_at(no_image, f"os.rename .*/part {BASE}$", *PULL)
   check_works(no_image, no_image(*PULL, preexec_fn=obey_modes), image)
 
 

@@ -7,12 +7,15 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import re
 import select
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -325,13 +328,20 @@ def kill_if_mine(pid, mark):
       os.kill(pid, signal.SIGKILL)
 
 
-def free_port():
-  """A port that nobody listens on."""
-  import socket
+# Below what Linux and macOS give to outgoing connections: those take a port at any moment. Each
+# process goes on from a place of its own, so that two do not choose the same at a time.
+PORTS = range(15000, 32768)
+numbers = itertools.count(random.SystemRandom().randrange(len(PORTS)))
 
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
+
+def free_port():
+  """A TCP and UDP port that nobody uses."""
+  for number in numbers:
+    port = PORTS[number % len(PORTS)]
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+      for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        stack.enter_context(socket.socket(type=kind)).bind(("", port))
+      return port
 
 
 def finished(process, before=""):

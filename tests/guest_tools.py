@@ -15,7 +15,8 @@ guest_small.py.
 
 The fixture `bsd_guest` gives running guests with a real sshd.
 
-Needs Linux and root (for the mount), and Debian's libarchive-tools, pax, mksh, ksh93u+m, tcsh.
+Needs Linux, Debian's libarchive-tools, pax, mksh, ksh93u+m, tcsh, and for the mount root or user
+namespaces, in which whoever is let in is root.
 """
 
 import contextlib
@@ -111,7 +112,8 @@ SHELL={shown}; export SHELL
 unset POSIXLY_CORRECT LANGUAGE
 {mount} {setpriv} {shell} "$@"
 """
-MOUNT = """exec /usr/bin/unshare --mount {dash} -c '/bin/mount --bind "$0" "$1" || exit 99
+UNSHARE = ["/usr/bin/unshare", "--mount"] + (["--map-root-user"] if os.geteuid() else [])
+MOUNT = """exec {unshare} {dash} -c '/bin/mount --bind "$0" "$1" || exit 99
 shift
 exec "$@"' {sh} {place}"""
 SETPRIV = """/usr/bin/setpriv --bounding-set=-dac_override,-dac_read_search,-fowner \
@@ -151,9 +153,10 @@ TOUCH_CHECK = '-d) case "$*" in *@*) echo "touch: bad time" >&2; exit 1 ;; esac 
 
 
 def missing():
-  """The Debian packages that are wanted, and a word where it must be root."""
+  """The Debian packages that are wanted, and a word where nothing can be mounted."""
   wanted = [package for name, package in PACKAGES.items() if not shutil.which(name)]
-  return wanted + ssh_guest.missing() + ([] if os.geteuid() == 0 else ["(root)"])
+  mounts = subprocess.run([*UNSHARE, "true"], stderr=subprocess.DEVNULL).returncode == 0
+  return wanted + ssh_guest.missing() + ([] if mounts else ["(root or user namespaces)"])
 
 
 def write(path, text, mode=0o755):
@@ -267,7 +270,7 @@ def put_shells(folder, system, words):
   if system.login == "csh":
     login = os.path.join(tools, "csh")
     os.symlink(shutil.which("tcsh"), login)
-  mount = MOUNT.format(sh=sh, place=os.path.realpath("/bin/sh"), **words)
+  mount = MOUNT.format(unshare=" ".join(UNSHARE), sh=sh, place=os.path.realpath("/bin/sh"), **words)
   path = ":".join((tools, os.path.join(folder, "bin")))
   shell = os.path.join(folder, "real", "login")
   # Haiku's only user is root, whom no mode keeps out; GNU tar counts on that.

@@ -9159,7 +9159,8 @@ class Machine:
     if known:
       problem = " ".join(printable(after[known.start() :][:300]).split())
       record = FailedAccelerator(name, self.plan.qemu, problem, utc(time.time()))
-      write_record(self.plan.cache, accelerator_path(self.plan.cache, self.plan.qemu), record)
+      with contextlib.suppress(OSError):  # a full disk: the next run finds out again
+        write_record(self.plan.cache, accelerator_path(self.plan.cache, self.plan.qemu), record)
     raise self.start_again(f"{name.upper()} does not work here: starting with tcg, which is slower")
 
   def start_again(self, reason: str) -> StartAgain:
@@ -9725,19 +9726,20 @@ class Checkpoint:
       remove_layer(self.layer)
       if fresh:
         self.failures += 1
-        self.write_record(problem=problem)
+        with contextlib.suppress(OSError):  # a full disk: then it does not count
+          self.write_record(problem=problem)
     return False
 
   def has_worked(self) -> None:
     """Note that it is used, and forget earlier failures: only so many in a row count."""
     with contextlib.suppress(OSError):
       os.utime(self.layer.record)
-    if self.failures:
-      with instances_lock(self.plan.cache):
-        record = self.record
-        if record.key == self.key:
-          cleared = record._replace(failures=0)
-          write_record(self.plan.cache, self.layer.record, cleared, 0o600)
+      if self.failures:
+        with instances_lock(self.plan.cache):
+          record = self.record
+          if record.key == self.key:
+            cleared = record._replace(failures=0)
+            write_record(self.plan.cache, self.layer.record, cleared, 0o600)
 
   def go_on(self, control: Control) -> None:
     """Load the state; QvmError if ssh does not answer in time."""

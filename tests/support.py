@@ -505,6 +505,28 @@ def with_another(qvm, words, name, command, tmp_path, env=None, test="True"):
   return run
 
 
+# qvm on a disk that is full once a record in this folder is to be written that is so.
+FULL = """
+import errno, os, sys
+sys.path.insert(0, {root!r})
+import qvm
+write = qvm.write_record
+def full(cache, path, record, *more, **named):
+  if path.startswith(cache.path({folder!r})) and {test}:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+  write(cache, path, record, *more, **named)
+qvm.write_record = full
+sys.exit(qvm.main(sys.argv[1:]))
+"""
+
+
+def on_full_disk(qvm, words, folder, test="True"):
+  """Run qvm where a folder of the cache takes no record of which the test is true."""
+  code = FULL.format(root=str(ROOT), folder=folder, test=test)
+  run = [PYTHON, "-c", code, *words]
+  return subprocess.run(run, env=qvm.env, capture_output=True, text=True, timeout=60)
+
+
 def furnish(cache, program, image):
   """Fill a cache as `pull freebsd 15.1` would, with a script of the test's as QEMU."""
   tree = cache / "qemu" / "x86_64"

@@ -14,7 +14,16 @@ import types
 
 import pytest
 import ssh_guest
-from support import PYTHON, ROOT, STAND_IN, end_processes, free_port, processes_of, works
+from support import (
+  PYTHON,
+  ROOT,
+  STAND_IN,
+  end_processes,
+  free_port,
+  on_full_disk,
+  processes_of,
+  works,
+)
 from support_machines import Guests
 
 import qvm as qvm_source
@@ -138,6 +147,12 @@ def test_an_accelerator_that_fails_is_passed_over(picky, failure):
   assert any("doctor" in line for line in own(again)) == known
   assert len(picky.remembered()) == known
   assert list((picky.qvm.cache / "instances").iterdir()) == []
+
+
+def test_no_room_to_remember_it(picky):
+  first = works(on_full_disk(picky.qvm, RUN, "accelerators"))
+  assert first.stdout == "it boots\n" and picky.starts() == [TABLE, "tcg"]
+  assert picky.remembered() == []
 
 
 def test_dry_run_shows_what_is_remembered(picky):

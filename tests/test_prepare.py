@@ -12,13 +12,12 @@ import pytest
 from support import (
   BASE,
   FREEBSD,
-  PYTHON,
-  ROOT,
   fails,
   free_port,
   heard,
   lines,
   obey_modes,
+  on_full_disk,
   processes_of,
   rows,
   with_another,
@@ -845,31 +844,27 @@ def test_kill_9_while_the_checkpoint_is_made(warm, order):
   assert ran(warm) == ["setup.sh"] * 2 and len(layer_names(warm)) == 2 and warm.nothing_left()
 
 
-# qvm on a disk that is full once a layer gets its record.
-FULL = """
-import errno, os, sys
-sys.path.insert(0, {root!r})
-import qvm
-write = qvm.write_record
-def full(cache, path, *more, **named):
-  if "/layers/" in path:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-  write(cache, path, *more, **named)
-qvm.write_record = full
-sys.exit(qvm.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("way", ["warm", "prepare"])
 def test_a_layer_without_room_for_its_record(warm, way):
-  options = ("--warm",) if way == "warm" else with_scripts(script(warm))
-  words = [PYTHON, "-c", FULL.format(root=str(ROOT)), *warm.words(*options, command=["true"])]
-  run = subprocess.run(words, env=warm.qvm.env, capture_output=True, text=True)
+  options = ["--warm"] if way == "warm" else with_scripts(script(warm))
+  run = on_full_disk(warm.qvm, warm.words(*options, command=["true"]), "layers")
   assert (run.returncode, "the disk is full" in run.stderr) == (
     125 if way == "prepare" else 0,
     True,
   )
   assert no_layer(warm)
+
+
+def test_no_room_to_note_how_a_checkpoint_did(warm):
+  """That it failed, or that it works after a failure, is no reason to end the run."""
+  words = warm.words("--warm", command=["true"])
+  warm.control(fail="cont")
+  run = works(on_full_disk(warm.qvm, words, "layers", "record.problem"))
+  assert "told to fail" in run.stderr
+  works(warm.qvm(*words))
+  warm.control()
+  run = works(on_full_disk(warm.qvm, words, "layers", "not record.failures"))
+  assert "resumes from the checkpoint" in run.stderr
 
 
 # --- The command line ------------------------------------------------------------------------

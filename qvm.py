@@ -10421,8 +10421,8 @@ def cmd_logs(options: Options) -> int:
   screen, place = Screen(), 0
   own = re.search(r"--console-log=([^\0]+)", sound_record(Instance(), paths.record).words)
   path = own.group(1) if own else paths.console
-  if not os.path.exists(path):
-    raise QvmError(f"there is no {path}", "only runs with --detach or a command write it")
+  if not os.path.isfile(path):
+    raise QvmError(f"there is no file {path}", "only runs with --detach or a command write it")
   running, on_terminal, raw = True, os.isatty(1), is_interactive()
   with terminal_kept(), open(path, "rb") as file:
     if raw:

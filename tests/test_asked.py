@@ -353,6 +353,18 @@ def test_logs_of_a_clone_are_not_those_of_the_original(used, tmp_path):
   fails(used("logs", "new"), "there is no ", "instances/new.console.log")
 
 
+@pytest.mark.parametrize("kind", ["device", "fifo"])
+def test_a_console_that_goes_where_nothing_stays(used, fifo, kind):
+  """What a FIFO gets is its reader's; `qvm logs` took it, and waited for more without end."""
+  path = str(fifo) if kind == "fifo" else "/dev/null"
+  reader = os.open(fifo, os.O_RDWR)
+  used.play(stdout="one\n")
+  works(used(*RUN, "--console-log", path))
+  fails(used("logs", FREEBSD, timeout=10), f"there is no file {path}")
+  assert kind == "device" or os.read(reader, 100) == b"one\n"
+  os.close(reader)
+
+
 def test_a_machine_that_runs_is_not_cloned(used, background):
   background(used, *RUN)
   fails(used("clone", FREEBSD, "new"), "already running", "qvm stop")

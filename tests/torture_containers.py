@@ -86,7 +86,7 @@ HONEST = (
   r"/\S*\.qcow2 cannot be (refreshed|replaced by another image): these instances depend on it: .*",
   r"/\S* loses files as soon as they are there",
   r"cannot log in to d as .*",
-  r"there is no /\S*/d\.console\.log",
+  r"there is no file /\S*/d\.console\.log",
   r"the machine d ended before ssh answered .*",  # another qvm has stopped it
   r"something other than qvm killed QEMU \(signal (9|15)\)",
   ELSEWHERE,

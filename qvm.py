@@ -7174,26 +7174,25 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
     above, inner = waiting.pop(), []
     try:
       fd = folder.enter(above)
-      names = sorted(os.listdir(fd))
+      for name in sorted(os.listdir(fd)):
+        path = os.path.join(above, name)
+        if excludes.has_itself(path) or is_git(name):
+          continue
+        with contextlib.suppress(FileNotFoundError):
+          stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
+          if S_ISDIR(stat.st_mode):
+            if (stat.st_dev, stat.st_ino) == cache:
+              continue
+            inner.append(path)
+          elif S_ISREG(stat.st_mode) and not (
+            stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
+          ):
+            raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
+          found[path] = stat
     except (FileNotFoundError, NotADirectoryError):
-      continue  # it has just vanished
+      pass  # it has just vanished
     except OSError as error:
       raise unreadable(folder, above, error)
-    for name in names:
-      path = os.path.join(above, name)
-      if excludes.has_itself(path) or is_git(name):
-        continue
-      with contextlib.suppress(FileNotFoundError):
-        stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if S_ISDIR(stat.st_mode):
-          if (stat.st_dev, stat.st_ino) == cache:
-            continue
-          inner.append(path)
-        elif S_ISREG(stat.st_mode) and not (
-          stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
-        ):
-          raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
-        found[path] = stat
     waiting += reversed(inner)
   return found
 
@@ -7452,7 +7451,7 @@ class Sync:
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
-    self.before: Dict[str, Entry] = {}  # how the guest had what it gets anew
+    self.before: Dict[str, Optional[Entry]] = {}  # how the guest had what it gets anew
     self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     target = opened_folder(options.sync_out) if options.sync_out else self.folder
@@ -7542,13 +7541,14 @@ class Sync:
       before = self.list.entries
       lines, changed = self.plan_in(before)
       if lines:
-        self.list, self.before = None, {path: before[path] for path in changed if path in before}
+        self.list, self.before = None, {path: before.get(path) for path in changed}
         stdin.write(os.fsencode("\n".join([*lines, "", ""])))
         self.write_files(changed, stdin)
         stdin.close()
         self.list = read_list(stdout)
       elif self.options.sync_direction == "both":
         self.remember()
+        self.list = None  # this session may end before the command does: then it brings nothing
         self.code = self.command(0.0)
         stdin.write(b"all\n")
         stdin.flush()
@@ -7684,7 +7684,7 @@ class Sync:
     missing = []
     for path, stat in self.mine.items():
       entry = there.get(path)
-      if not entry or not is_listed(stat, entry):
+      if not entry or (path in self.before and not is_listed(stat, entry)):
         missing.append(path)
       elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
         missing.append(path)  # its tar has not written it
@@ -7698,17 +7698,18 @@ class Sync:
   def remember(self) -> None:
     """Note how both sides are, now that they are the same.
 
-    What is in the guest alone and was there before need not come; the rest of that still will.
+    What is in the guest alone and was there before need not come; the rest of that still will, and
+    what something else in the guest has changed while other files went there.
     """
     known = {}
     for path, entry in (self.list.entries if self.list else {}).items():
       before, stat = self.known.get(path), self.mine.get(path)
-      if stat:
+      if stat and path in self.before:
         there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
         known[path] = Known(there, None if path in self.short else stamp_of(stat))
       elif self.receiver.take_all:
         known[path] = Known(entry.stamp, None)
-      elif before and not before.here:
+      elif before and (stat or not before.here):
         known[path] = before
     self.known.clear()
     self.known.update(known)
@@ -7779,7 +7780,7 @@ class Receiver:
     self.asked: Dict[str, None] = {}  # and what its tar is to send; also what may be there
     self.done: Set[str] = set()  # what has been dealt with,
     self.landed: Set[str] = set()  # of that, what is the same on both sides now,
-    self.held: List[str] = []  # what stays in the guest,
+    self.held: Set[str] = set()  # what stays in the guest,
     self.failed: List[str] = []  # and what could not be written here
     self.cut, self.is_empty = "", True  # what was wrong with the stream; whether there was none
     self.ready = {""}  # folders that are there, in this spelling
@@ -7805,7 +7806,7 @@ class Receiver:
         self.changed[path] = entry
     say_each(git, "stays in the guest: some file systems take it for .git")
     say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
-    self.held += large
+    self.held.update(git, large)
     folders = [path for path, entry in self.changed.items() if entry.kind == "d"]
     for path in sorted(folders):
       self.attempt(path, self.put_folder)
@@ -7857,7 +7858,7 @@ class Receiver:
         self.failed.append(f"{where}: {describe(error)}")
         say(self.failed[-1])
     if reason:
-      self.held.append(path)
+      self.held.add(path)
       say(f"{shown(path)} stays in the guest: {reason}")
     self.done.add(path)
 
@@ -7869,9 +7870,11 @@ class Receiver:
       self.known[path] = Known(entry.stamp if is_listed(here, entry) else "", stamp_of(here))
 
   def keep(self, path: str, reason: str) -> None:
-    """Leave what is here as it is, and say why."""
+    """Leave what is here as it is, and say why, once."""
     self.known.pop(path, None)
-    say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
+    if path not in self.held:
+      say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
+    self.held.add(path)
     raise Kept
 
   def check_unchanged(self, path: str, there: os.stat_result) -> None:

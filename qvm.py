@@ -6441,7 +6441,7 @@ def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool
   """
   deadline = time.monotonic() + seconds
   while time.monotonic() < deadline:
-    if has_banner(address, min(PROBE_SECONDS, deadline - time.monotonic())):
+    if has_banner(address, max(0.1, min(PROBE_SECONDS, deadline - time.monotonic()))):
       return True
     if ended(0.3):
       return False
@@ -6691,12 +6691,14 @@ def ssh_once(
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
-def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> None:
+def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> str:
   """Copy bytes until one side has ended, then close our end of the pipe; `stop` ends it early.
 
   With `stop` the source is stdin, which is left alone while another process group may read it.
+  Returns why stdout, if that is the target, has not got all, unless its reader has gone.
   """
-  with contextlib.suppress(OSError):  # EPIPE; EBADF for nohup's stdin, which can only be written
+  problem = ""
+  try:
     while True:
       if stop:
         readers = [stop.fileno(), *([source] if may_read_stdin() else [])]
@@ -6709,8 +6711,11 @@ def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]]
       if not data:
         break
       write_all(target, data)
+  except OSError as error:  # EPIPE; EBADF for nohup's stdin, which can only be written
+    problem = describe(error) * (target == 1 and error.errno != errno.EPIPE)
   for end in filter(None, (ours, stop)):
     end.close()
+  return problem
 
 
 class RelayedStreams:
@@ -6720,9 +6725,11 @@ class RelayedStreams:
   terminal it leaves as it is, and gets. What a failed login has not read waits for the next one.
   """
 
+  problem = ""  # why stdout has not got all
+
   def __init__(self, terminal: bool) -> None:
     self.theirs: List[IO[bytes]] = []  # closed once ssh has ended
-    self.outputs: List[Future[None]] = []
+    self.outputs: List[Future[str]] = []
     stdin = self.input() if not terminal else None
     stdout = self.output(1) if not terminal else None
     stderr = self.output(2) if not terminal or not os.isatty(2) else None
@@ -6746,19 +6753,14 @@ class RelayedStreams:
     self.outputs.append(Future(lambda: pass_on(ours.fileno(), fd, ours)))
     return theirs
 
-  def __enter__(self) -> Spawn:
-    return self.spawn
+  def __enter__(self) -> "RelayedStreams":
+    return self
 
   def __exit__(self, kind: Optional[Type[BaseException]], *error: object) -> None:
     for end in self.theirs:
       end.close()
     for output in self.outputs if kind is not Interrupted else ():
-      output.result()
-
-
-def wait_for(process: "Process") -> None:
-  """Wait until ssh ends."""
-  process.wait()
+      self.problem += output.result()
 
 
 def wait_up_to(login: Login, seconds: float) -> Callable[["Process"], None]:
@@ -6838,13 +6840,13 @@ def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[
 
 def refresh_script(guest: Guest) -> str:
   """The script that gives a guest from a checkpoint the time and a random seed of its own."""
-  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
+  seed = "".join(f"\\0{byte or 1:03o}" for byte in os.urandom(64))  # FreeBSD's %b ends at a zero
   root = "sudo " if guest.set_clock.startswith("sudo ") else ""
   clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
   problem = "qvm: cannot set the clock of the guest"
   lines = [
     f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
-    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
+    f"{clock} >/dev/null 2>&1 || {{ echo '{problem}' >&2; false; }}",
   ]
   return "\n".join(lines)
 
@@ -8095,16 +8097,16 @@ class Receiver:
 FOLDER_STAYS = "is a folder here, but not in the guest: it stays"
 
 
-def run_command(login: Login, options: Options, patience: float, first: str = "") -> int:
+def run_command(login: Login, options: Options, patience: float, resumed: bool = False) -> int:
   """Run the command of `run` or `ssh` in the guest, or a shell; returns its exit code.
 
-  The folder of --sync goes there before and comes back afterwards, however the command ends. The
-  script first, if any, runs before all.
+  The folder of --sync goes there before and comes back afterwards, however the command ends. A
+  guest resumed from a checkpoint gets the time before all.
   """
   if not options.sync:
-    return run_line(login, options, patience, first)
-  if first:  # the time must be right before files get their times
-    in_guest(login, shell_line(first), wait_for, patience)
+    return run_line(login, options, patience, refresh_script(login.guest) if resumed else "")
+  if resumed:  # the time must be right before files get their times
+    refresh_guest(login)
   return Sync(login, options).run(patience)
 
 
@@ -8137,14 +8139,17 @@ def run_line(
       except subprocess.TimeoutExpired:
         raise stop
 
-  with RelayedStreams(terminal) as spawn:
-    code = in_guest(login, line, wait, patience, spawn)
+  with RelayedStreams(terminal) as streams:
+    code = in_guest(login, line, wait, patience, streams.spawn)
   # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
   has_file = line and not terminal  # else ssh has said on the terminal what happened
   if code == 255 and (
     login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
   ):
     raise lost(login, "no answer any more")
+  if streams.problem:
+    say(f"stdout: {streams.problem}")
+    return code or EXIT_OWN
   return code
 
 
@@ -9288,21 +9293,22 @@ class Machine:
     if not self.resumed and not self.greeted:
       self.greeted = True
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
-    answers = self.wait_for_ssh()
+    if not self.wait_for_ssh():
+      problem = f"ssh has not answered within {self.patience:g} s; ending the machine"
+      raise self.explained(QvmError(problem, "--boot-timeout allows more time"))
+    report.phase("running")
+    login, failure = self.login, None
     try:
-      if not answers:
-        raise QvmError(
-          f"ssh has not answered within {self.patience:g} s; ending the machine",
-          "--boot-timeout allows more time",
-        )
-      first = refresh_script(self.plan.guest) if self.resumed else ""
-      report.phase("running")
-      code = run_command(self.login, self.options, self.log_in(began), first)
-    except QvmError as error:
+      code = run_command(login, self.options, self.log_in(began), self.resumed)
+    except LoginError as error:
       raise self.explained(error)
-    asked = not self.plan.ephemeral and not self.has_ended() and power_off(self.login)
+    except QvmError as error:  # results that cannot come are still in the guest
+      failure, login = self.explained(error), login._replace(patience=10.0)
+    asked = not self.plan.ephemeral and not self.has_ended() and power_off(login)
     if asked and not self.has_ended(POWER_OFF_SECONDS):
       say(f"{self.plan.name} has not powered off within {POWER_OFF_SECONDS:g} s; ending it")
+    if failure:
+      raise failure
     return code
 
   def explained(self, error: QvmError) -> QvmError:

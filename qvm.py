@@ -5985,10 +5985,7 @@ def may_read_stdin() -> bool:
 
 def is_interactive() -> bool:
   """Whether qvm runs in the foreground of a terminal, for input and output."""
-  try:
-    return os.isatty(0) and os.isatty(1) and os.tcgetpgrp(0) == os.getpgrp()
-  except OSError:
-    return False
+  return os.isatty(0) and os.isatty(1) and may_read_stdin()
 
 
 class Keyboard:
@@ -6112,18 +6109,17 @@ class Screen:
     return held
 
   def leave(self) -> None:
-    """Give the terminal, which is raw, back as it was."""
+    """Give the terminal, which is raw if it is our stdin, too, back as it was."""
     with contextlib.suppress(OSError):
       write_all(1, self.modes.undo())
-    self.swallow_answers()
+    if self.asked and is_interactive():
+      self.swallow_answers()
 
   def swallow_answers(self) -> None:
     """Read the answers that are still to come, which the user's shell would take for typed words.
 
     Terminals answer in order: one more question, for device attributes, shows where they end.
     """
-    if not self.asked:
-      return
     typed, deadline = b"", time.monotonic() + ANSWER_SECONDS
     with contextlib.suppress(OSError, termios.error):
       write_all(1, b"\x1b[c")
@@ -9229,15 +9225,17 @@ class Machine:
       go_raw(signals=not relay.interactive)
       if relay.interactive:
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
-        relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
+        relay.pending += b"\r" * self.resumed  # makes the guest show its prompt again
 
     take = None if self.facts.display else take_terminal  # a window has the keys
     relay = Relay(process, take, self.log, lambda: disk_is_full(folder))
+    # While qvm was stopped, the shell had the terminal.
+    signal.signal(signal.SIGCONT, lambda *_: setattr(relay, "take_terminal", take))
     try:
       relay.run()
       process.wait()
     finally:
-      if relay.interactive:
+      if relay.on_terminal:
         relay.screen.leave()
     words, code = relay.words.decode("utf-8", "replace"), process.returncode
     if relay.stuck and not code:
@@ -10444,7 +10442,7 @@ def cmd_logs(options: Options) -> int:
         place = file.tell()
         time.sleep(0.2 if running else 0)
     finally:
-      if raw:
+      if on_terminal:
         screen.leave()
   return 0
 
@@ -10695,7 +10693,7 @@ def cmd_config(options: Options) -> int:
 
 CHILD = "--child"
 STOP_SECONDS = 3.0  # until a child that was to end is killed; it may need two for its programs
-LINE_BYTES = 1 << 16  # a longer line of output is broken
+OUTPUT_LINE_BYTES = 1 << 16  # a longer line of output is broken
 TAIL_LINES = 40
 KEPT_RUNS = 10  # whose logs the cache holds
 
@@ -10791,7 +10789,7 @@ class Child:
       chunk = os.read(fd, CHUNK_BYTES)
       data = self.rest[fd] + chunk
       end = data.rfind(b"\n") + 1
-      end = end if chunk and len(data) - end < LINE_BYTES else len(data)
+      end = end if chunk and len(data) - end < OUTPUT_LINE_BYTES else len(data)
       self.rest[fd] = data[end:]
       (self.take_phases if fd == self.tells else self.take_output)(data[:end])
       if not chunk:
@@ -11034,17 +11032,13 @@ def cmd_doctor(options: Options) -> int:
   """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
-  refused = refusal(cache)
-  checks = [
-    check_system(),
-    check_python(),
-    check_ssh(),
-    refused or check_cache(cache),
-    check_zstd(),
-  ]
+  refused = attempted("cache", check_owners, cache)  # then no command uses it
+  checks = [check_system(), check_python(), check_ssh()]
+  checks += [*(refused or [check_cache(cache)]), check_zstd()]
   checks += [] if refused else check_qemu(cache)  # it runs QEMU
   checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
-  checks += [] if refused else [*check_failed(cache), check_instances(cache)]
+  if not refused:
+    checks += [*attempted("remembered", check_failed, cache), check_instances(cache)]
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -11056,6 +11050,16 @@ def cmd_doctor(options: Options) -> int:
   return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
 
 
+def attempted(
+  name: str, check: Callable[..., Optional[List[Check]]], *about: object
+) -> List[Check]:
+  """What a check of something has to say; its error is a fault."""
+  try:
+    return check(*about) or []
+  except QvmError as error:
+    return [Check("fault", name, str(error), error.hint or "correct it, or unset it")]
+
+
 def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
   """The result of the network checks, or a fault if they take longer."""
   later.thread.join(seconds)
@@ -11065,10 +11069,7 @@ def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
         "fault", "network", f"no answer within {seconds:g} s", "is a proxy needed? set https_proxy"
       )
     ]
-  try:
-    return list(later.result())
-  except QvmError as error:
-    return [Check("fault", "network", str(error), error.hint or "correct it, or unset it")]
+  return attempted("network", later.result)
 
 
 def check_system() -> Check:
@@ -11110,15 +11111,6 @@ def check_ssh() -> Check:
   return Check("ok", "ssh", output)
 
 
-def refusal(cache: Cache) -> Optional[Check]:
-  """The fault of a cache that others can change, which no command uses."""
-  try:
-    check_owners(cache)
-  except QvmError as error:
-    return Check("fault", "cache", str(error), error.hint)
-  return None
-
-
 def check_cache(cache: Cache) -> Check:
   """Whether the cache folder, or where it will be created, is writable and has space."""
   root = cache.root
@@ -11152,24 +11144,26 @@ def file_system(path: str, mounts: str) -> str:
 
 def check_qemu(cache: Cache) -> List[Check]:
   """The cached programs: whether they start, and which accelerators the QEMUs offer."""
-  checks = []
-  programs = {
-    "QEMU " + cpu: (cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
-  }
-  for name, words in {**programs, "qemu-img": (cache.qemu_img, "--version")}.items():
-    if not os.path.isfile(words[0]):
-      checks.append(Check("ok", name, "not downloaded yet"))
-      continue
-    release = record_of(words[0]).release or "unknown release"
-    code, output = ask_program(words)
-    offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
-    if code:
-      text = f"{release} does not start: {output}"
-      fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
-      checks.append(Check("fault", name, text, fix))
-    else:
-      checks.append(Check("ok", name, release + (offers if words[-1] == "help" else "")))
+  programs = [
+    ("QEMU " + cpu, cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
+  ]
+  checks: List[Check] = []
+  for name, *words in [*programs, ("qemu-img", cache.qemu_img, "--version")]:
+    checks += attempted(name, check_program, name, words)
   return checks
+
+
+def check_program(name: str, words: Sequence[str]) -> List[Check]:
+  """Whether a cached program starts, and which accelerators it offers if it is asked."""
+  if not os.path.isfile(words[0]):
+    return [Check("ok", name, "not downloaded yet")]
+  release = record_of(words[0]).release or "unknown release"
+  code, output = ask_program(words)
+  if code:
+    fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
+    return [Check("fault", name, f"{release} does not start: {output}", fix)]
+  offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
+  return [Check("ok", name, release + offers * (words[-1] == "help"))]
 
 
 # Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
@@ -11224,7 +11218,8 @@ def check_hvf(qemu: str) -> Check:
     return Check("ok", "HVF", "kern.hv_support is 1: x86-64 guests run at full speed")
   own = find_program(os.environ.get("QVM_QEMU_AARCH64", ""))
   if not is_intel_program(own or qemu):
-    return Check("ok", "HVF", f"kern.hv_support is 1: arm64 guests run at full speed ({own})")
+    text = f"kern.hv_support is 1: arm64 guests run at full speed ({own or qemu})"
+    return Check("ok", "HVF", text)
   text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
   return Check("warning", "HVF", text, FULL_SPEED)
 
@@ -11271,9 +11266,8 @@ def check_zstd() -> Check:
 
 def check_network(net: Net) -> List[Check]:
   """The proxies, the release server, and the quota of the API."""
-  proxies = {
-    name: proxy_name(url) for name, url in urllib.request.getproxies().items() if "://" in url
-  }
+  known = urllib.request.getproxies().items()
+  proxies = {name: proxy_name(url) for name, url in known if name != "no"}
   checks = [Check("ok", "proxy", ", ".join(f"{k}: {v}" for k, v in proxies.items()) or "none")]
   one = impatient(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_SECONDS / 2))
   try:

@@ -6881,24 +6881,24 @@ def login_of(paths: InstancePaths, patience: float) -> Login:
   return Login(paths, guest, address, patience, lambda pause: wait_released(paths, pause))
 
 
-def power_off(login: Login) -> bool:
+def power_off(paths: InstancePaths, find_login: Callable[[], Login]) -> bool:
   """Ask the guest over ssh to power itself off; returns whether it accepted.
 
   HostKeyError is raised: then a guest that has new keys would be cut off while ssh answers.
   """
-  name, command = login.paths.name, login.guest.power_off
   try:
-    say(f"asking {name} to power off")
-    code = in_guest(login, command, wait_up_to(login, 60))
+    login = find_login()
+    say(f"asking {paths.name} to power off")
+    code = in_guest(login, login.guest.power_off, wait_up_to(login, 60))
   except HostKeyError:
     raise
   except LoginError as error:
-    say(f"cannot ask {name} to power off: {error}")
+    say(f"cannot ask {paths.name} to power off: {error}")
     return False
   except QvmError:
     return True  # ssh can hang when the guest goes down, or end before the command does
   if code not in (0, 255):
-    say(f"{name} does not power off: {command} failed (exit code {code})")
+    say(f"{paths.name} does not power off: {login.guest.power_off} failed (exit code {code})")
   return code in (0, 255)
 
 
@@ -6956,20 +6956,10 @@ def reboot(login: Login) -> None:
   raise QvmError(f"{login.paths.name} has not rebooted within {login.patience:g} s; it still runs")
 
 
-def is_powering_off(paths: InstancePaths, patience: float) -> bool:
-  """Ask a running instance to power itself off; returns whether it accepted."""
-  try:
-    login = login_of(paths, patience)
-  except LoginError as error:
-    say(f"cannot ask {paths.name} to power off: {error}")
-    return False
-  return power_off(login)
-
-
 def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> None:
   """End a running machine and report how: by its own power-off, else SIGTERM, else SIGKILL."""
   check_here(paths)
-  if not force and is_powering_off(paths, patience):
+  if not force and power_off(paths, lambda: login_of(paths, patience)):
     if wait_released(paths, POWER_OFF_SECONDS):
       return say(f"{paths.name} has powered off")
     say(f"{paths.name} has not powered off within {POWER_OFF_SECONDS:g} s")
@@ -9302,7 +9292,8 @@ class Machine:
       raise self.explained(error)
     except QvmError as error:  # results that cannot come are still in the guest
       failure, login = self.explained(error), login._replace(patience=10.0)
-    asked = not self.plan.ephemeral and not self.has_ended() and power_off(login)
+    stays = not self.plan.ephemeral and not self.has_ended()
+    asked = stays and power_off(self.paths, lambda: login)
     if asked and not self.has_ended(POWER_OFF_SECONDS):
       say(f"{self.plan.name} has not powered off within {POWER_OFF_SECONDS:g} s; ending it")
     if failure:
@@ -10021,7 +10012,8 @@ class SetUp:
     As all has to be done again if that fails, it may take as long as a boot.
     """
     plan, disk = machine.plan, machine.paths.disk
-    waits, until = power_off(machine.login), time.monotonic() + machine.patience
+    waits = power_off(machine.paths, lambda: machine.login)
+    until = time.monotonic() + machine.patience
     while waits and not machine.has_ended(POLL_SECONDS):
       waits = time.monotonic() < until and not disk_is_full(plan.cache.instances)
     if not waits or machine.process.returncode:

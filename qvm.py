@@ -6261,6 +6261,8 @@ class Relay:
     """Handle typed bytes, or the end of the input."""
     try:
       data = os.read(0, CHUNK_BYTES)
+    except BlockingIOError:  # another process has read it
+      return
     except OSError:  # such as nohup's stdin, which can only be written
       data = b""
     self.screen.typed(data)
@@ -6382,7 +6384,6 @@ QUIET_SECONDS = 3.0  # of failed logins before they are reported
 # For one look at whether ssh answers while a guest boots. QEMU's libslirp goes on trying to reach
 # the guest for connections that we have closed; each that gets through later costs 1 s of penalty.
 PROBE_SECONDS = 5.0
-
 
 SSH_FIX = "install the OpenSSH client (Debian: apt-get install openssh-client)"
 
@@ -6568,9 +6569,6 @@ def ssh_command(login: Login, log: str) -> List[str]:
   return [*argv, f"{login.guest.user}@{reachable(login.address)}"]
 
 
-HOST_ALIAS = "qvm"
-
-
 def knows_host_key(paths: InstancePaths) -> bool:
   """Whether an earlier login has noted the guest's host key, which must then be the same.
 
@@ -6583,8 +6581,7 @@ def knows_host_key(paths: InstancePaths) -> bool:
 
 KEY_HINT = "if its image needs a key: only machines started with --detach or a command get qvm's"
 LOGGED_IN = "qvm-has-logged-in"
-
-
+HOST_ALIAS = "qvm"
 # What ssh says of a login that will not succeed later either, and of a connection that has ended.
 FINAL_RE = r"no matching|command-line|No user exists"
 LOST_RE = r"Timeout, server|closed by|[Rr]eset by peer|Broken pipe|disconnect|ssh_dispatch_run"
@@ -6703,7 +6700,10 @@ def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]]
           break
         if not ready:
           continue
-      data = os.read(source, CHUNK_BYTES)
+      try:
+        data = os.read(source, CHUNK_BYTES)
+      except BlockingIOError:  # another process has read it
+        continue
       if not data:
         break
       write_all(target, data)
@@ -6911,8 +6911,6 @@ sysctl -n kern.boot_id 2>/dev/null || sysctl -n kern.boottime 2>/dev/null ||
 kstat -p unix:0:system_misc:boot_time 2>/dev/null ||
 cat /proc/sys/kernel/random/boot_id 2>/dev/null || stat -c %Z /dev
 """
-
-
 # A connection to a guest that goes down is not closed: ssh would wait for three minutes.
 BOOT_ANSWER_SECONDS = 30.0
 
@@ -7459,7 +7457,10 @@ class Sync:
       try:
         self.fetch()
       except QvmError as error:
-        raise QvmError(str(error), f"the command itself ended with exit code {self.code}")
+        hint = f"the command itself ended with exit code {self.code}"
+        if not os.path.exists(self.login.paths.mark):
+          hint += "; use --sync-direction out next, or what is here replaces what is in the guest"
+        raise QvmError(str(error), hint)
     return self.code
 
   def command(self, patience: float) -> int:
@@ -7686,8 +7687,8 @@ class Sync:
   def remember(self) -> None:
     """Note how both sides are, now that they are the same.
 
-    What is in the guest alone and was there before need not come; the rest of that still will, and
-    what something else in the guest has changed while other files went there.
+    What is in the guest alone and was there before need not come, nor what has vanished here while
+    it was sent; the rest of that still will, and what something else has changed there meanwhile.
     """
     known = {}
     for path, entry in (self.list.entries if self.list else {}).items():
@@ -7695,7 +7696,7 @@ class Sync:
       if stat and path in self.before:
         there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
         known[path] = Known(there, None if path in self.short else stamp_of(stat))
-      elif self.receiver.take_all:
+      elif self.receiver.take_all or (not stat and path in self.before):
         known[path] = Known(entry.stamp, None)
       elif before and (stat or not before.here):
         known[path] = before
@@ -8163,8 +8164,6 @@ while [ -e {file} ]; do
   sleep 1
 done
 """
-
-
 KILLED = 9
 
 
@@ -11165,8 +11164,6 @@ FULL_SPEED = (
   "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
   "export QVM_QEMU_AARCH64=qemu-system-aarch64"
 )
-
-
 FALLS_BACK = "runs fall back to emulation, which is much slower; --accel tcg goes there at once"
 
 

@@ -14,6 +14,7 @@ import sys
 import termios
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,21 @@ def test_typed_ahead(player, opened):
   terminal.type(b"early")
   assert terminal.end() == 0
   assert hashlib.sha256(b"early").hexdigest().encode() in terminal.shown
+
+
+def test_keys_that_somebody_else_has_read(monkeypatch):
+  """On a non-blocking stdin, what select has seen there may be gone: that is not its end."""
+
+  def read(fd, size):
+    raise BlockingIOError
+
+  process = types.SimpleNamespace(stdin=None, stdout=None, stderr=None)
+  relay = qvm_source.Relay(process, None, None, bool)
+  relay.reading = True
+  with monkeypatch.context() as patch:
+    patch.setattr(qvm_source.os, "read", read)
+    relay.read_keys()
+  assert relay.reading
 
 
 # --- Ends ------------------------------------------------------------------------------------

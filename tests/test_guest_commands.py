@@ -73,6 +73,26 @@ def test_all_bytes_pass_both_ways(guests, tmp_path):
   assert (tmp_path / "out").read_bytes() == data
 
 
+def test_a_stdin_of_which_somebody_else_reads(monkeypatch):
+  """It is non-blocking, and what select has seen there may be gone: that is not its end."""
+  (source, feed), (taken, target), stop = os.pipe(), os.pipe(), os.pipe()
+  reads = iter((BlockingIOError(), b"data", b""))
+
+  def read(fd, size):
+    found = next(reads)
+    if isinstance(found, Exception):
+      raise found
+    return found
+
+  os.write(feed, b"data")
+  with monkeypatch.context() as patch, os.fdopen(stop[0], "rb") as end:
+    patch.setattr(qvm_source.os, "read", read)
+    qvm_source.pass_on(source, target, os.fdopen(target, "wb"), end)
+  assert os.read(taken, 100) == b"data"
+  for fd in (source, feed, taken, stop[1]):
+    os.close(fd)
+
+
 @pytest.mark.parametrize("sync", [False, True])
 def test_output_that_finds_no_room(guests, tmp_path, sync):
   """As `make >log` on a full disk: what was lost must not look like success."""

@@ -1266,6 +1266,32 @@ def test_what_another_command_writes_while_the_folder_goes_there(guest, project)
   assert contents(project) == contents(guest.there(project)) == {"a": b"2", "log": b"new\n"}
 
 
+@on("freebsd", "omnios")
+def test_a_file_that_is_deleted_while_the_folder_is_read(guest, project):
+  """The guest's older copy does not bring it back."""
+  put(project, z="old")
+  works(guest.sync(project, "true"))
+  put(project, z="newer")
+  with open(project / "a", "wb") as file:
+    file.truncate(40 << 20)  # does not fit into what lies between qvm and tar
+  with at_reading(guest, f"/bin/rm -f {project}/z"):
+    result = works(guest.sync(project, "true"))
+  assert is_said(result, "z has vanished")
+  assert os.listdir(project) == ["a"]
+
+
+@on("freebsd")
+def test_how_to_get_results_that_could_not_come(guest, project):
+  """The same command once more would replace them by what is here."""
+  put(project, a="old")
+  project.chmod(0o555)
+  result = guest.sync(project, *script("echo new >a"), preexec_fn=obey_modes)
+  assert result.returncode == 125 and "--sync-direction out" in result.stderr, result.stderr
+  project.chmod(0o755)
+  works(guest.sync(project, "true", options=OUT))
+  assert contents(project) == {"a": b"new\n"}
+
+
 @on("omnios", "haiku")
 def test_a_shell_that_does_not_wait_for_long(guest, project):
   """TMOUT, which the environment of all sessions may have, ends a read of bash and of ksh93."""

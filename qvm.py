@@ -8736,8 +8736,9 @@ def reserve_port(
       if probe:
         probe.close()  # not before: a connection to a port that nobody has can be one to itself
       if probe and not answered:
-        stack.callback(lock.close)
-        return address, lock.fileno()
+        fd = lock.detach()
+        stack.callback(os.close, fd)
+        return address, fd
       lock.close()
   raise QvmError(
     f"port {wanted.port} on {wanted.host} is taken (--ssh-port): something uses its {kind} port"
@@ -8755,8 +8756,9 @@ def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> I
   for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
     lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
     if lock:
-      stack.callback(lock.close)
-      yield lock.fileno()
+      fd = lock.detach()
+      stack.callback(os.close, fd)
+      yield fd
 
 
 def has_linaro(share: str) -> bool:
@@ -9263,7 +9265,10 @@ class Machine:
     self.tell_ports()
     answers = self.wait_for_ssh()
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
-    self.process.returncode = 0  # so that nothing complains that nobody waits for it
+    for process in filter(None, (self.process, self.keeper)):
+      process.returncode = 0  # so that nothing complains that nobody waits for it
+    if self.log:
+      self.log.close()
     if not answers:
       say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
     try:

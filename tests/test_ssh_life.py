@@ -344,6 +344,18 @@ def test_a_machine_in_the_background_whose_name_cannot_be_told(guests, way):
   works(guests.qvm("stop", "vm"))
 
 
+def test_python_warns_of_nothing(guests, tmp_path):
+  """Under python -X dev: of no process, file or thread that was left over."""
+  guests.qvm.env["PYTHONDEVMODE"] = "1"
+  (tmp_path / "p").mkdir()
+  said = works(guests.run("true", options=("--sync", str(tmp_path / "p")))).stderr
+  words = guests.words("--name", "vm", rm=False)[:-1]
+  said += works(guests.qvm(words[0], "-d", *words[1:])).stderr
+  for words in (("ssh", "vm", "--", "true"), ("logs", "vm"), ("list",), ("stop", "vm")):
+    said += works(guests.qvm(*words)).stderr
+  assert "Warning" not in said, said
+
+
 def test_the_note_of_a_machine(guests):
   guests.up()
   lines = (guests.qvm.cache / "instances" / "vm.lock").read_text().split("\n")

@@ -9094,6 +9094,7 @@ class Machine:
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
     if not spawn.start_new_session:
       return start(command, spawn)
+    self.console_written()  # of an earlier start
     with open(self.paths.disk, "rb") as disk:
       fds = (disk.fileno(),) if self.options.detach and not self.plan.ephemeral else ()
       self.keeper = start_keeper(spawn.stdout, not self.options.console_log, fds)

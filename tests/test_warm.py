@@ -86,6 +86,12 @@ def test_the_guest_is_told_the_time_and_something_random_before_the_command(warm
   assert script.split("'")[1].count("\\0") == 64
 
 
+def test_nothing_of_the_machine_that_became_the_checkpoint_is_left(warm):
+  """Under python -X dev: the keeper of its console has ended, to which the next one appends."""
+  warm.qvm.env["PYTHONDEVMODE"] = "1"
+  assert "Warning" not in works(run(warm)).stderr + works(run(warm)).stderr
+
+
 @pytest.mark.parametrize("way", ["command", "sync", "detach"])
 def test_a_clock_that_cannot_be_set_is_said(warm, tmp_path, way):
   works(run(warm))

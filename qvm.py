@@ -5985,10 +5985,7 @@ def may_read_stdin() -> bool:
 
 def is_interactive() -> bool:
   """Whether qvm runs in the foreground of a terminal, for input and output."""
-  try:
-    return os.isatty(0) and os.isatty(1) and os.tcgetpgrp(0) == os.getpgrp()
-  except OSError:
-    return False
+  return os.isatty(0) and os.isatty(1) and may_read_stdin()
 
 
 class Keyboard:
@@ -6112,18 +6109,17 @@ class Screen:
     return held
 
   def leave(self) -> None:
-    """Give the terminal, which is raw, back as it was."""
+    """Give the terminal, which is raw if it is our stdin, too, back as it was."""
     with contextlib.suppress(OSError):
       write_all(1, self.modes.undo())
-    self.swallow_answers()
+    if self.asked and is_interactive():
+      self.swallow_answers()
 
   def swallow_answers(self) -> None:
     """Read the answers that are still to come, which the user's shell would take for typed words.
 
     Terminals answer in order: one more question, for device attributes, shows where they end.
     """
-    if not self.asked:
-      return
     typed, deadline = b"", time.monotonic() + ANSWER_SECONDS
     with contextlib.suppress(OSError, termios.error):
       write_all(1, b"\x1b[c")
@@ -6265,6 +6261,8 @@ class Relay:
     """Handle typed bytes, or the end of the input."""
     try:
       data = os.read(0, CHUNK_BYTES)
+    except BlockingIOError:  # another process has read it
+      return
     except OSError:  # such as nohup's stdin, which can only be written
       data = b""
     self.screen.typed(data)
@@ -6387,7 +6385,6 @@ QUIET_SECONDS = 3.0  # of failed logins before they are reported
 # the guest for connections that we have closed; each that gets through later costs 1 s of penalty.
 PROBE_SECONDS = 5.0
 
-
 SSH_FIX = "install the OpenSSH client (Debian: apt-get install openssh-client)"
 
 
@@ -6441,7 +6438,7 @@ def wait_for_ssh(address: Address, seconds: float, ended: Callable[[float], bool
   """
   deadline = time.monotonic() + seconds
   while time.monotonic() < deadline:
-    if has_banner(address, min(PROBE_SECONDS, deadline - time.monotonic())):
+    if has_banner(address, max(0.1, min(PROBE_SECONDS, deadline - time.monotonic()))):
       return True
     if ended(0.3):
       return False
@@ -6572,9 +6569,6 @@ def ssh_command(login: Login, log: str) -> List[str]:
   return [*argv, f"{login.guest.user}@{reachable(login.address)}"]
 
 
-HOST_ALIAS = "qvm"
-
-
 def knows_host_key(paths: InstancePaths) -> bool:
   """Whether an earlier login has noted the guest's host key, which must then be the same.
 
@@ -6587,8 +6581,7 @@ def knows_host_key(paths: InstancePaths) -> bool:
 
 KEY_HINT = "if its image needs a key: only machines started with --detach or a command get qvm's"
 LOGGED_IN = "qvm-has-logged-in"
-
-
+HOST_ALIAS = "qvm"
 # What ssh says of a login that will not succeed later either, and of a connection that has ended.
 FINAL_RE = r"no matching|command-line|No user exists"
 LOST_RE = r"Timeout, server|closed by|[Rr]eset by peer|Broken pipe|disconnect|ssh_dispatch_run"
@@ -6691,12 +6684,14 @@ def ssh_once(
   return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
-def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> None:
+def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> str:
   """Copy bytes until one side has ended, then close our end of the pipe; `stop` ends it early.
 
   With `stop` the source is stdin, which is left alone while another process group may read it.
+  Returns why stdout, if that is the target, has not got all, unless its reader has gone.
   """
-  with contextlib.suppress(OSError):  # EPIPE; EBADF for nohup's stdin, which can only be written
+  problem = ""
+  try:
     while True:
       if stop:
         readers = [stop.fileno(), *([source] if may_read_stdin() else [])]
@@ -6705,12 +6700,18 @@ def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]]
           break
         if not ready:
           continue
-      data = os.read(source, CHUNK_BYTES)
+      try:
+        data = os.read(source, CHUNK_BYTES)
+      except BlockingIOError:  # another process has read it
+        continue
       if not data:
         break
       write_all(target, data)
+  except OSError as error:  # EPIPE; EBADF for nohup's stdin, which can only be written
+    problem = describe(error) * (target == 1 and error.errno != errno.EPIPE)
   for end in filter(None, (ours, stop)):
     end.close()
+  return problem
 
 
 class RelayedStreams:
@@ -6720,9 +6721,11 @@ class RelayedStreams:
   terminal it leaves as it is, and gets. What a failed login has not read waits for the next one.
   """
 
+  problem = ""  # why stdout has not got all
+
   def __init__(self, terminal: bool) -> None:
     self.theirs: List[IO[bytes]] = []  # closed once ssh has ended
-    self.outputs: List[Future[None]] = []
+    self.outputs: List[Future[str]] = []
     stdin = self.input() if not terminal else None
     stdout = self.output(1) if not terminal else None
     stderr = self.output(2) if not terminal or not os.isatty(2) else None
@@ -6746,19 +6749,14 @@ class RelayedStreams:
     self.outputs.append(Future(lambda: pass_on(ours.fileno(), fd, ours)))
     return theirs
 
-  def __enter__(self) -> Spawn:
-    return self.spawn
+  def __enter__(self) -> "RelayedStreams":
+    return self
 
   def __exit__(self, kind: Optional[Type[BaseException]], *error: object) -> None:
     for end in self.theirs:
       end.close()
     for output in self.outputs if kind is not Interrupted else ():
-      output.result()
-
-
-def wait_for(process: "Process") -> None:
-  """Wait until ssh ends."""
-  process.wait()
+      self.problem += output.result()
 
 
 def wait_up_to(login: Login, seconds: float) -> Callable[["Process"], None]:
@@ -6838,13 +6836,13 @@ def guest_environment(given: Sequence[str], environ: Mapping[str, str]) -> Dict[
 
 def refresh_script(guest: Guest) -> str:
   """The script that gives a guest from a checkpoint the time and a random seed of its own."""
-  seed = "".join(f"\\0{byte:03o}" for byte in os.urandom(64))
+  seed = "".join(f"\\0{byte or 1:03o}" for byte in os.urandom(64))  # FreeBSD's %b ends at a zero
   root = "sudo " if guest.set_clock.startswith("sudo ") else ""
   clock = time.strftime(guest.set_clock, time.gmtime(time.time() + 0.5))
   problem = "qvm: cannot set the clock of the guest"
   lines = [
     f"printf %b '{seed}' | {root}sh -c 'cat >/dev/random' 2>/dev/null",
-    f"{clock} >/dev/null 2>&1 || echo '{problem}' >&2",
+    f"{clock} >/dev/null 2>&1 || {{ echo '{problem}' >&2; false; }}",
   ]
   return "\n".join(lines)
 
@@ -6883,24 +6881,24 @@ def login_of(paths: InstancePaths, patience: float) -> Login:
   return Login(paths, guest, address, patience, lambda pause: wait_released(paths, pause))
 
 
-def power_off(login: Login) -> bool:
+def power_off(paths: InstancePaths, find_login: Callable[[], Login]) -> bool:
   """Ask the guest over ssh to power itself off; returns whether it accepted.
 
   HostKeyError is raised: then a guest that has new keys would be cut off while ssh answers.
   """
-  name, command = login.paths.name, login.guest.power_off
   try:
-    say(f"asking {name} to power off")
-    code = in_guest(login, command, wait_up_to(login, 60))
+    login = find_login()
+    say(f"asking {paths.name} to power off")
+    code = in_guest(login, login.guest.power_off, wait_up_to(login, 60))
   except HostKeyError:
     raise
   except LoginError as error:
-    say(f"cannot ask {name} to power off: {error}")
+    say(f"cannot ask {paths.name} to power off: {error}")
     return False
   except QvmError:
     return True  # ssh can hang when the guest goes down, or end before the command does
   if code not in (0, 255):
-    say(f"{name} does not power off: {command} failed (exit code {code})")
+    say(f"{paths.name} does not power off: {login.guest.power_off} failed (exit code {code})")
   return code in (0, 255)
 
 
@@ -6913,8 +6911,6 @@ sysctl -n kern.boot_id 2>/dev/null || sysctl -n kern.boottime 2>/dev/null ||
 kstat -p unix:0:system_misc:boot_time 2>/dev/null ||
 cat /proc/sys/kernel/random/boot_id 2>/dev/null || stat -c %Z /dev
 """
-
-
 # A connection to a guest that goes down is not closed: ssh would wait for three minutes.
 BOOT_ANSWER_SECONDS = 30.0
 
@@ -6958,20 +6954,10 @@ def reboot(login: Login) -> None:
   raise QvmError(f"{login.paths.name} has not rebooted within {login.patience:g} s; it still runs")
 
 
-def is_powering_off(paths: InstancePaths, patience: float) -> bool:
-  """Ask a running instance to power itself off; returns whether it accepted."""
-  try:
-    login = login_of(paths, patience)
-  except LoginError as error:
-    say(f"cannot ask {paths.name} to power off: {error}")
-    return False
-  return power_off(login)
-
-
 def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> None:
   """End a running machine and report how: by its own power-off, else SIGTERM, else SIGKILL."""
   check_here(paths)
-  if not force and is_powering_off(paths, patience):
+  if not force and power_off(paths, lambda: login_of(paths, patience)):
     if wait_released(paths, POWER_OFF_SECONDS):
       return say(f"{paths.name} has powered off")
     say(f"{paths.name} has not powered off within {POWER_OFF_SECONDS:g} s")
@@ -7174,26 +7160,25 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
     above, inner = waiting.pop(), []
     try:
       fd = folder.enter(above)
-      names = sorted(os.listdir(fd))
+      for name in sorted(os.listdir(fd)):
+        path = os.path.join(above, name)
+        if excludes.has_itself(path) or is_git(name):
+          continue
+        with contextlib.suppress(FileNotFoundError):
+          stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
+          if S_ISDIR(stat.st_mode):
+            if (stat.st_dev, stat.st_ino) == cache:
+              continue
+            inner.append(path)
+          elif S_ISREG(stat.st_mode) and not (
+            stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
+          ):
+            raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
+          found[path] = stat
     except (FileNotFoundError, NotADirectoryError):
-      continue  # it has just vanished
+      pass  # it has just vanished
     except OSError as error:
       raise unreadable(folder, above, error)
-    for name in names:
-      path = os.path.join(above, name)
-      if excludes.has_itself(path) or is_git(name):
-        continue
-      with contextlib.suppress(FileNotFoundError):
-        stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if S_ISDIR(stat.st_mode):
-          if (stat.st_dev, stat.st_ino) == cache:
-            continue
-          inner.append(path)
-        elif S_ISREG(stat.st_mode) and not (
-          stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
-        ):
-          raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
-        found[path] = stat
     waiting += reversed(inner)
   return found
 
@@ -7452,7 +7437,7 @@ class Sync:
     self.list: Optional[Listing] = None  # the guest's newest
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
-    self.before: Dict[str, Entry] = {}  # how the guest had what it gets anew
+    self.before: Dict[str, Optional[Entry]] = {}  # how the guest had what it gets anew
     self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     target = opened_folder(options.sync_out) if options.sync_out else self.folder
@@ -7472,7 +7457,10 @@ class Sync:
       try:
         self.fetch()
       except QvmError as error:
-        raise QvmError(str(error), f"the command itself ended with exit code {self.code}")
+        hint = f"the command itself ended with exit code {self.code}"
+        if not os.path.exists(self.login.paths.mark):
+          hint += "; use --sync-direction out next, or what is here replaces what is in the guest"
+        raise QvmError(str(error), hint)
     return self.code
 
   def command(self, patience: float) -> int:
@@ -7542,13 +7530,14 @@ class Sync:
       before = self.list.entries
       lines, changed = self.plan_in(before)
       if lines:
-        self.list, self.before = None, {path: before[path] for path in changed if path in before}
+        self.list, self.before = None, {path: before.get(path) for path in changed}
         stdin.write(os.fsencode("\n".join([*lines, "", ""])))
         self.write_files(changed, stdin)
         stdin.close()
         self.list = read_list(stdout)
       elif self.options.sync_direction == "both":
         self.remember()
+        self.list = None  # this session may end before the command does: then it brings nothing
         self.code = self.command(0.0)
         stdin.write(b"all\n")
         stdin.flush()
@@ -7684,7 +7673,7 @@ class Sync:
     missing = []
     for path, stat in self.mine.items():
       entry = there.get(path)
-      if not entry or not is_listed(stat, entry):
+      if not entry or (path in self.before and not is_listed(stat, entry)):
         missing.append(path)
       elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
         missing.append(path)  # its tar has not written it
@@ -7698,17 +7687,18 @@ class Sync:
   def remember(self) -> None:
     """Note how both sides are, now that they are the same.
 
-    What is in the guest alone and was there before need not come; the rest of that still will.
+    What is in the guest alone and was there before need not come, nor what has vanished here while
+    it was sent; the rest of that still will, and what something else has changed there meanwhile.
     """
     known = {}
     for path, entry in (self.list.entries if self.list else {}).items():
       before, stat = self.known.get(path), self.mine.get(path)
-      if stat:
+      if stat and path in self.before:
         there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
         known[path] = Known(there, None if path in self.short else stamp_of(stat))
-      elif self.receiver.take_all:
+      elif self.receiver.take_all or (not stat and path in self.before):
         known[path] = Known(entry.stamp, None)
-      elif before and not before.here:
+      elif before and (stat or not before.here):
         known[path] = before
     self.known.clear()
     self.known.update(known)
@@ -7779,7 +7769,7 @@ class Receiver:
     self.asked: Dict[str, None] = {}  # and what its tar is to send; also what may be there
     self.done: Set[str] = set()  # what has been dealt with,
     self.landed: Set[str] = set()  # of that, what is the same on both sides now,
-    self.held: List[str] = []  # what stays in the guest,
+    self.held: Set[str] = set()  # what stays in the guest,
     self.failed: List[str] = []  # and what could not be written here
     self.cut, self.is_empty = "", True  # what was wrong with the stream; whether there was none
     self.ready = {""}  # folders that are there, in this spelling
@@ -7805,7 +7795,7 @@ class Receiver:
         self.changed[path] = entry
     say_each(git, "stays in the guest: some file systems take it for .git")
     say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
-    self.held += large
+    self.held.update(git, large)
     folders = [path for path, entry in self.changed.items() if entry.kind == "d"]
     for path in sorted(folders):
       self.attempt(path, self.put_folder)
@@ -7857,7 +7847,7 @@ class Receiver:
         self.failed.append(f"{where}: {describe(error)}")
         say(self.failed[-1])
     if reason:
-      self.held.append(path)
+      self.held.add(path)
       say(f"{shown(path)} stays in the guest: {reason}")
     self.done.add(path)
 
@@ -7869,9 +7859,11 @@ class Receiver:
       self.known[path] = Known(entry.stamp if is_listed(here, entry) else "", stamp_of(here))
 
   def keep(self, path: str, reason: str) -> None:
-    """Leave what is here as it is, and say why."""
+    """Leave what is here as it is, and say why, once."""
     self.known.pop(path, None)
-    say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
+    if path not in self.held:
+      say(f"{shown(os.path.join(self.folder.path, path))} {reason}")
+    self.held.add(path)
     raise Kept
 
   def check_unchanged(self, path: str, there: os.stat_result) -> None:
@@ -8092,16 +8084,16 @@ class Receiver:
 FOLDER_STAYS = "is a folder here, but not in the guest: it stays"
 
 
-def run_command(login: Login, options: Options, patience: float, first: str = "") -> int:
+def run_command(login: Login, options: Options, patience: float, resumed: bool = False) -> int:
   """Run the command of `run` or `ssh` in the guest, or a shell; returns its exit code.
 
-  The folder of --sync goes there before and comes back afterwards, however the command ends. The
-  script first, if any, runs before all.
+  The folder of --sync goes there before and comes back afterwards, however the command ends. A
+  guest resumed from a checkpoint gets the time before all.
   """
   if not options.sync:
-    return run_line(login, options, patience, first)
-  if first:  # the time must be right before files get their times
-    in_guest(login, shell_line(first), wait_for, patience)
+    return run_line(login, options, patience, refresh_script(login.guest) if resumed else "")
+  if resumed:  # the time must be right before files get their times
+    refresh_guest(login)
   return Sync(login, options).run(patience)
 
 
@@ -8134,14 +8126,17 @@ def run_line(
       except subprocess.TimeoutExpired:
         raise stop
 
-  with RelayedStreams(terminal) as spawn:
-    code = in_guest(login, line, wait, patience, spawn)
+  with RelayedStreams(terminal) as streams:
+    code = in_guest(login, line, wait, patience, streams.spawn)
   # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
   has_file = line and not terminal  # else ssh has said on the terminal what happened
   if code == 255 and (
     login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
   ):
     raise lost(login, "no answer any more")
+  if streams.problem:
+    say(f"stdout: {streams.problem}")
+    return code or EXIT_OWN
   return code
 
 
@@ -8169,8 +8164,6 @@ while [ -e {file} ]; do
   sleep 1
 done
 """
-
-
 KILLED = 9
 
 
@@ -8743,8 +8736,9 @@ def reserve_port(
       if probe:
         probe.close()  # not before: a connection to a port that nobody has can be one to itself
       if probe and not answered:
-        stack.callback(lock.close)
-        return address, lock.fileno()
+        fd = lock.detach()
+        stack.callback(os.close, fd)
+        return address, fd
       lock.close()
   raise QvmError(
     f"port {wanted.port} on {wanted.host} is taken (--ssh-port): something uses its {kind} port"
@@ -8762,8 +8756,9 @@ def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> I
   for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
     lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
     if lock:
-      stack.callback(lock.close)
-      yield lock.fileno()
+      fd = lock.detach()
+      stack.callback(os.close, fd)
+      yield fd
 
 
 def has_linaro(share: str) -> bool:
@@ -9099,6 +9094,7 @@ class Machine:
     """Start QEMU; if its console goes to a file, with a keeper for that and for its disk."""
     if not spawn.start_new_session:
       return start(command, spawn)
+    self.console_written()  # of an earlier start
     with open(self.paths.disk, "rb") as disk:
       fds = (disk.fileno(),) if self.options.detach and not self.plan.ephemeral else ()
       self.keeper = start_keeper(spawn.stdout, not self.options.console_log, fds)
@@ -9222,15 +9218,17 @@ class Machine:
       go_raw(signals=not relay.interactive)
       if relay.interactive:
         say("Ctrl-A x ends the machine, Ctrl-A h shows help; all other keys go to the guest")
-        relay.pending = b"\r" if self.resumed else b""  # makes the guest show its prompt again
+        relay.pending += b"\r" * self.resumed  # makes the guest show its prompt again
 
     take = None if self.facts.display else take_terminal  # a window has the keys
     relay = Relay(process, take, self.log, lambda: disk_is_full(folder))
+    # While qvm was stopped, the shell had the terminal.
+    signal.signal(signal.SIGCONT, lambda *_: setattr(relay, "take_terminal", take))
     try:
       relay.run()
       process.wait()
     finally:
-      if relay.interactive:
+      if relay.on_terminal:
         relay.screen.leave()
     words, code = relay.words.decode("utf-8", "replace"), process.returncode
     if relay.stuck and not code:
@@ -9269,7 +9267,10 @@ class Machine:
     self.tell_ports()
     answers = self.wait_for_ssh()
     self.stack.pop_all()  # QEMU holds the locks now, as does the server of its base image
-    self.process.returncode = 0  # so that nothing complains that nobody waits for it
+    for process in filter(None, (self.process, self.keeper)):
+      process.returncode = 0  # so that nothing complains that nobody waits for it
+    if self.log:
+      self.log.close()
     if not answers:
       say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
     try:
@@ -9286,21 +9287,23 @@ class Machine:
     if not self.resumed and not self.greeted:
       self.greeted = True
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
-    answers = self.wait_for_ssh()
+    if not self.wait_for_ssh():
+      problem = f"ssh has not answered within {self.patience:g} s; ending the machine"
+      raise self.explained(QvmError(problem, "--boot-timeout allows more time"))
+    report.phase("running")
+    login, failure = self.login, None
     try:
-      if not answers:
-        raise QvmError(
-          f"ssh has not answered within {self.patience:g} s; ending the machine",
-          "--boot-timeout allows more time",
-        )
-      first = refresh_script(self.plan.guest) if self.resumed else ""
-      report.phase("running")
-      code = run_command(self.login, self.options, self.log_in(began), first)
-    except QvmError as error:
+      code = run_command(login, self.options, self.log_in(began), self.resumed)
+    except LoginError as error:
       raise self.explained(error)
-    asked = not self.plan.ephemeral and not self.has_ended() and power_off(self.login)
+    except QvmError as error:  # results that cannot come are still in the guest
+      failure, login = self.explained(error), login._replace(patience=10.0)
+    stays = not self.plan.ephemeral and not self.has_ended()
+    asked = stays and power_off(self.paths, lambda: login)
     if asked and not self.has_ended(POWER_OFF_SECONDS):
       say(f"{self.plan.name} has not powered off within {POWER_OFF_SECONDS:g} s; ending it")
+    if failure:
+      raise failure
     return code
 
   def explained(self, error: QvmError) -> QvmError:
@@ -10016,7 +10019,8 @@ class SetUp:
     As all has to be done again if that fails, it may take as long as a boot.
     """
     plan, disk = machine.plan, machine.paths.disk
-    waits, until = power_off(machine.login), time.monotonic() + machine.patience
+    waits = power_off(machine.paths, lambda: machine.login)
+    until = time.monotonic() + machine.patience
     while waits and not machine.has_ended(POLL_SECONDS):
       waits = time.monotonic() < until and not disk_is_full(plan.cache.instances)
     if not waits or machine.process.returncode:
@@ -10437,7 +10441,7 @@ def cmd_logs(options: Options) -> int:
         place = file.tell()
         time.sleep(0.2 if running else 0)
     finally:
-      if raw:
+      if on_terminal:
         screen.leave()
   return 0
 
@@ -10688,7 +10692,7 @@ def cmd_config(options: Options) -> int:
 
 CHILD = "--child"
 STOP_SECONDS = 3.0  # until a child that was to end is killed; it may need two for its programs
-LINE_BYTES = 1 << 16  # a longer line of output is broken
+OUTPUT_LINE_BYTES = 1 << 16  # a longer line of output is broken
 TAIL_LINES = 40
 KEPT_RUNS = 10  # whose logs the cache holds
 
@@ -10784,7 +10788,7 @@ class Child:
       chunk = os.read(fd, CHUNK_BYTES)
       data = self.rest[fd] + chunk
       end = data.rfind(b"\n") + 1
-      end = end if chunk and len(data) - end < LINE_BYTES else len(data)
+      end = end if chunk and len(data) - end < OUTPUT_LINE_BYTES else len(data)
       self.rest[fd] = data[end:]
       (self.take_phases if fd == self.tells else self.take_output)(data[:end])
       if not chunk:
@@ -11027,17 +11031,13 @@ def cmd_doctor(options: Options) -> int:
   """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
-  refused = refusal(cache)
-  checks = [
-    check_system(),
-    check_python(),
-    check_ssh(),
-    refused or check_cache(cache),
-    check_zstd(),
-  ]
+  refused = attempted("cache", check_owners, cache)  # then no command uses it
+  checks = [check_system(), check_python(), check_ssh()]
+  checks += [*(refused or [check_cache(cache)]), check_zstd()]
   checks += [] if refused else check_qemu(cache)  # it runs QEMU
   checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
-  checks += [] if refused else [*check_failed(cache), check_instances(cache)]
+  if not refused:
+    checks += [*attempted("remembered", check_failed, cache), check_instances(cache)]
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -11049,6 +11049,16 @@ def cmd_doctor(options: Options) -> int:
   return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
 
 
+def attempted(
+  name: str, check: Callable[..., Optional[List[Check]]], *about: object
+) -> List[Check]:
+  """What a check of something has to say; its error is a fault."""
+  try:
+    return check(*about) or []
+  except QvmError as error:
+    return [Check("fault", name, str(error), error.hint or "correct it, or unset it")]
+
+
 def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
   """The result of the network checks, or a fault if they take longer."""
   later.thread.join(seconds)
@@ -11058,10 +11068,7 @@ def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
         "fault", "network", f"no answer within {seconds:g} s", "is a proxy needed? set https_proxy"
       )
     ]
-  try:
-    return list(later.result())
-  except QvmError as error:
-    return [Check("fault", "network", str(error), error.hint or "correct it, or unset it")]
+  return attempted("network", later.result)
 
 
 def check_system() -> Check:
@@ -11103,15 +11110,6 @@ def check_ssh() -> Check:
   return Check("ok", "ssh", output)
 
 
-def refusal(cache: Cache) -> Optional[Check]:
-  """The fault of a cache that others can change, which no command uses."""
-  try:
-    check_owners(cache)
-  except QvmError as error:
-    return Check("fault", "cache", str(error), error.hint)
-  return None
-
-
 def check_cache(cache: Cache) -> Check:
   """Whether the cache folder, or where it will be created, is writable and has space."""
   root = cache.root
@@ -11145,24 +11143,26 @@ def file_system(path: str, mounts: str) -> str:
 
 def check_qemu(cache: Cache) -> List[Check]:
   """The cached programs: whether they start, and which accelerators the QEMUs offer."""
-  checks = []
-  programs = {
-    "QEMU " + cpu: (cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
-  }
-  for name, words in {**programs, "qemu-img": (cache.qemu_img, "--version")}.items():
-    if not os.path.isfile(words[0]):
-      checks.append(Check("ok", name, "not downloaded yet"))
-      continue
-    release = record_of(words[0]).release or "unknown release"
-    code, output = ask_program(words)
-    offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
-    if code:
-      text = f"{release} does not start: {output}"
-      fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
-      checks.append(Check("fault", name, text, fix))
-    else:
-      checks.append(Check("ok", name, release + (offers if words[-1] == "help" else "")))
+  programs = [
+    ("QEMU " + cpu, cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
+  ]
+  checks: List[Check] = []
+  for name, *words in [*programs, ("qemu-img", cache.qemu_img, "--version")]:
+    checks += attempted(name, check_program, name, words)
   return checks
+
+
+def check_program(name: str, words: Sequence[str]) -> List[Check]:
+  """Whether a cached program starts, and which accelerators it offers if it is asked."""
+  if not os.path.isfile(words[0]):
+    return [Check("ok", name, "not downloaded yet")]
+  release = record_of(words[0]).release or "unknown release"
+  code, output = ask_program(words)
+  if code:
+    fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
+    return [Check("fault", name, f"{release} does not start: {output}", fix)]
+  offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
+  return [Check("ok", name, release + offers * (words[-1] == "help"))]
 
 
 # Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
@@ -11172,8 +11172,6 @@ FULL_SPEED = (
   "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
   "export QVM_QEMU_AARCH64=qemu-system-aarch64"
 )
-
-
 FALLS_BACK = "runs fall back to emulation, which is much slower; --accel tcg goes there at once"
 
 
@@ -11217,7 +11215,8 @@ def check_hvf(qemu: str) -> Check:
     return Check("ok", "HVF", "kern.hv_support is 1: x86-64 guests run at full speed")
   own = find_program(os.environ.get("QVM_QEMU_AARCH64", ""))
   if not is_intel_program(own or qemu):
-    return Check("ok", "HVF", f"kern.hv_support is 1: arm64 guests run at full speed ({own})")
+    text = f"kern.hv_support is 1: arm64 guests run at full speed ({own or qemu})"
+    return Check("ok", "HVF", text)
   text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
   return Check("warning", "HVF", text, FULL_SPEED)
 
@@ -11264,9 +11263,8 @@ def check_zstd() -> Check:
 
 def check_network(net: Net) -> List[Check]:
   """The proxies, the release server, and the quota of the API."""
-  proxies = {
-    name: proxy_name(url) for name, url in urllib.request.getproxies().items() if "://" in url
-  }
+  known = urllib.request.getproxies().items()
+  proxies = {name: proxy_name(url) for name, url in known if name != "no"}
   checks = [Check("ok", "proxy", ", ".join(f"{k}: {v}" for k, v in proxies.items()) or "none")]
   one = impatient(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_SECONDS / 2))
   try:

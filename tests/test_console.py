@@ -11,8 +11,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -263,6 +265,52 @@ def test_keys_reach_a_guest_that_comes_to_the_foreground(player, opened):
   assert terminal.state() == terminal.before
 
 
+# As a shell that controls jobs: when the job has stopped it takes its terminal back, as it was.
+STOPPER = """
+import os, signal, subprocess, sys, termios
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+modes = termios.tcgetattr(0)
+process = subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp)
+os.tcsetpgrp(0, process.pid)
+os.killpg(process.pid, signal.SIGCONT)  # it may have been stopped already
+assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+os.tcsetpgrp(0, os.getpgrp())
+termios.tcsetattr(0, termios.TCSADRAIN, modes)
+os.write(2, b"stopped")
+sys.stdin.readline()
+os.tcsetpgrp(0, process.pid)
+os.killpg(process.pid, signal.SIGCONT)
+sys.exit(process.wait() & 255)
+"""
+
+
+@pytest.mark.parametrize("ours", ["terminal", "stdin"])
+def test_keys_reach_a_guest_that_was_stopped(player, opened, tmp_path, ours):
+  play(player, pieces=["first", "second", "third"], exit=5)
+  with open(tmp_path / "out", "w+b") as out:
+    streams = {} if ours == "terminal" else {"stdout": out}
+    terminal = opened(player, *RUN, shell=(sys.executable, "-c", STOPPER), **streams)
+
+    def has_shown(text):
+      terminal.pump(lambda: text in terminal.shown + (tmp_path / "out").read_bytes())
+
+    has_shown(b"first")
+    if ours == "stdin":
+      terminal.type(b"\x1a")
+    else:
+      os.killpg(os.getpgid(qemu_pid(player, "vm")), signal.SIGTSTP)
+    terminal.until(b"stopped")
+    terminal.type(b"fg\n")
+    terminal.pump(lambda: not termios.tcgetattr(terminal.inside)[3] & termios.ICANON)
+    terminal.type(b"a")
+    has_shown(b"second")
+    terminal.type(b"b")
+    has_shown(b"third")
+    terminal.type(b"c")
+    assert terminal.end() == 5
+  assert terminal.state() == terminal.before
+
+
 def test_start_line(player, opened):
   play(player, pieces=["Hello from within"])
   terminal = opened(player, *RUN)
@@ -287,6 +335,21 @@ def test_typed_ahead(player, opened):
   terminal.type(b"early")
   assert terminal.end() == 0
   assert hashlib.sha256(b"early").hexdigest().encode() in terminal.shown
+
+
+def test_keys_that_somebody_else_has_read(monkeypatch):
+  """On a non-blocking stdin, what select has seen there may be gone: that is not its end."""
+
+  def read(fd, size):
+    raise BlockingIOError
+
+  process = types.SimpleNamespace(stdin=None, stdout=None, stderr=None)
+  relay = qvm_source.Relay(process, None, None, bool)
+  relay.reading = True
+  with monkeypatch.context() as patch:
+    patch.setattr(qvm_source.os, "read", read)
+    relay.read_keys()
+  assert relay.reading
 
 
 # --- Ends ------------------------------------------------------------------------------------
@@ -488,6 +551,16 @@ def test_only_what_was_changed_is_undone(player, opened):
     terminal.type(b" ")
   assert terminal.end() == 0
   assert modes_in(terminal.shown.partition(b"done")[2].decode()) == ["?25h"]
+
+
+def test_modes_are_undone_where_only_stdout_is_a_terminal(player, opened):
+  play(player, pieces=["\x1b[?25lhidden"])
+  terminal = opened(player, *RUN, stdin=subprocess.PIPE)
+  terminal.until(b"hidden")
+  terminal.process.stdin.write(b" ")
+  terminal.process.stdin.close()
+  assert terminal.end() == 0
+  assert modes_in(terminal.shown.partition(b"hidden")[2].decode()) == ["?25h"]
 
 
 class Tmux:

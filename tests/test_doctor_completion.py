@@ -435,6 +435,20 @@ def test_running_instances(host):
   assert "web" not in doctor(host, "--offline")["instances"]["text"]
 
 
+@pytest.mark.parametrize("path", ["qemu/x86_64/release.json", "bin/qemu-img.json",
+                                  "instances/web.json", "accelerators/a.json"])  # fmt: skip
+def test_a_record_of_a_newer_qvm(host, path):
+  """All checks are there, whatever is wrong with one."""
+  (host.cache / path).parent.mkdir(mode=0o700, exist_ok=True)
+  (host.cache / "instances").mkdir(mode=0o700, exist_ok=True)
+  (host.cache / "instances/web.qcow2").write_bytes(b"")
+  (host.cache / path).write_text('{"format": 99}')
+  checks = doctor(host, "--offline")
+  assert {"host", "Python", "ssh", "cache", "zstd", "instances"} <= set(checks)
+  faults = [check["text"] for check in checks.values() if "has format 99" in check["text"]]
+  assert bool(faults) == (path != "instances/web.json")
+
+
 # --- The network -----------------------------------------------------------------------------
 
 
@@ -511,6 +525,8 @@ def test_a_proxy_is_named_without_its_password(host, name):
     assert "127.0.0.1:9" in result.stdout
     for secret in ("someone", "s3cret", "t0ken"):
       assert secret not in result.stdout + result.stderr
+  host.env[name] = "127.0.0.1:9"  # which urllib takes for the same
+  assert "127.0.0.1:9" in checks_of(host("doctor", "--json"))["proxy"]["text"]
   if name == "http_proxy":  # the only one that the server here is asked through
     assert checks_of(result)["releases"]["state"] == "fault"
     assert result.returncode == 1

@@ -14,7 +14,18 @@ import pytest
 from darwin_host import put_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FREEBSD, PYTHON, ROOT, fails, free_port, lines, processes_of, rewrite, works
+from support import (
+  FREEBSD,
+  PYTHON,
+  ROOT,
+  fails,
+  free_port,
+  lines,
+  obey_modes,
+  processes_of,
+  rewrite,
+  works,
+)
 from support_machines import FREEBSD_GUEST, OPENBSD_GUEST
 from support_terminal import Terminal
 
@@ -60,6 +71,39 @@ def test_all_bytes_pass_both_ways(guests, tmp_path):
                         stderr=subprocess.DEVNULL)  # fmt: skip
   assert result.returncode == 0
   assert (tmp_path / "out").read_bytes() == data
+
+
+def test_a_stdin_of_which_somebody_else_reads(monkeypatch):
+  """It is non-blocking, and what select has seen there may be gone: that is not its end."""
+  (source, feed), (taken, target), stop = os.pipe(), os.pipe(), os.pipe()
+  reads = iter((BlockingIOError(), b"data", b""))
+
+  def read(fd, size):
+    found = next(reads)
+    if isinstance(found, Exception):
+      raise found
+    return found
+
+  os.write(feed, b"data")
+  with monkeypatch.context() as patch, os.fdopen(stop[0], "rb") as end:
+    patch.setattr(qvm_source.os, "read", read)
+    qvm_source.pass_on(source, target, os.fdopen(target, "wb"), end)
+  assert os.read(taken, 100) == b"data"
+  for fd in (source, feed, taken, stop[1]):
+    os.close(fd)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_output_that_finds_no_room(guests, tmp_path, sync):
+  """As `make >log` on a full disk: what was lost must not look like success."""
+  (tmp_path / "p").mkdir()
+  options = ("--sync", str(tmp_path / "p")) if sync else ()
+  with open("/dev/full", "w") as full:
+    result = guests.run("echo out; : >made || :", options=options, stdout=full)
+  assert result.returncode == 125, result.stderr
+  assert "stdout: the disk is full" in result.stderr
+  assert (tmp_path / "p" / "made").exists() == sync
+  assert guests.nothing_left()
 
 
 def test_the_end_of_stdin_is_seen(guests):
@@ -511,6 +555,17 @@ def test_a_persistent_instance_is_powered_off(guests):
   assert guests.run("exit 4", rm=False).returncode == 4
   works(guests.qvm("rm", FREEBSD))
   assert guests.nothing_left()
+
+
+def test_a_persistent_instance_whose_results_cannot_come_is_powered_off(guests, tmp_path):
+  """They are in its memory, perhaps not yet on its disk, and will be wanted."""
+  project = tmp_path / "p"
+  project.mkdir(mode=0o555)
+  options = ("--sync", str(project))
+  result = guests.run("echo x >new", options=options, rm=False, preexec_fn=obey_modes)
+  assert result.returncode == 125 and "Permission denied" in result.stderr
+  log = guests.qvm.cache / "instances" / (FREEBSD + ".console.log")
+  assert log.read_text() == "ssh guest boots\nguest powers off\n"
 
 
 def test_a_guest_that_does_not_power_off_is_ended(guests):

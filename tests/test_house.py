@@ -254,6 +254,17 @@ def long_functions(tree):
   ]
 
 
+def names_given_twice(tree):
+  """No name of the module is given to two things: the second would count for both."""
+  broken, known = [], set()
+  for statement in tree.body.body:
+    if not isinstance(statement, (ast.AugAssign, ast.Import, ast.ImportFrom)):
+      names = bound_names(statement)
+      broken += [f"line {statement.lineno}: {name}" for name in sorted(names & known)]
+      known |= names
+  return broken
+
+
 def imports_in_functions(tree):
   """No function but those of a short list holds an import statement."""
   return [
@@ -307,6 +318,7 @@ def program_tree():
   addresses_opened,
   ends_of_the_process,
   long_functions,
+  names_given_twice,
   imports_in_functions,
   without_docstrings,
   dictionaries_passed,
@@ -375,6 +387,8 @@ BROKEN = [
     program("def f():", "  import os", "class C:", " def g(self):", "  from os import path"),
     2,
   ),
+  (names_given_twice, program("N = 1", "def f(): pass", "N = f = 2"), 2),
+  (names_given_twice, program("def f(): pass", "def f(): pass"), 1),
   (without_docstrings, program("def f(): pass", "class C:", "  pass"), 2),
   (dictionaries_passed, program("def f(x: Dict[str, Any]) -> Optional[Dict[str, Any]]: 1"), 1),
   (dictionaries_passed, program("class C:", "  def f(self) -> 'List[Dict[str, Any]]': 1"), 1),
@@ -400,6 +414,8 @@ KEPT = [
   (ends_of_the_process, program("def main():", "  os._exit(1)", "sys.exit(main())")),
   (long_functions, program("def f():", *["  pass"] * (LONGEST - 1))),
   (imports_in_functions, program("import os", "if x:", "  import re")),
+  (names_given_twice, program("N = 1", "N += 1", "if N:", "  M = 1", "else:", "  M = 2")),
+  (names_given_twice, program("N = 1", "def f(N):", "  M = N", "def g():", "  M = 2")),
   (without_docstrings, program("def _f(): pass", "class C:", "  'good'", "  def g(self): pass")),
   (dictionaries_passed, program("def f(x: Dict[str, str], **more: Any) -> None: pass")),
 ]

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support import DEADLINE, PYTHON, ROOT, ended, fails, finished, processes_of, rows, works
 
+import qvm as qvm_source
+
 NO_SECONDS = "import qvm, sys; qvm.TERM_GRACE_SECONDS = 1.0; sys.exit(qvm.main())"
 
 
@@ -39,6 +41,14 @@ def gone_in_the_guest(guests):
   while left_in_the_guest(guests):
     assert time.monotonic() < deadline, left_in_the_guest(guests)
     time.sleep(0.01)
+
+
+def test_a_process_that_stops_while_it_waits_for_ssh(monkeypatch):
+  """As with kill -STOP: the time is over between two looks at the clock."""
+  seconds = iter((0.0, 1.0, 1000.0, 1001.0))
+  monkeypatch.setattr(qvm_source.time, "monotonic", lambda: next(seconds))
+  nowhere = qvm_source.Address("127.0.0.1", 9)
+  assert qvm_source.wait_for_ssh(nowhere, 10.0, lambda pause: False) is False
 
 
 # --- A server that punishes -------------------------------------------------------------------
@@ -332,6 +342,18 @@ def test_a_machine_in_the_background_whose_name_cannot_be_told(guests, way):
   if way != "closed":
     assert "vm runs in the background (ssh -p " in result.stderr
   works(guests.qvm("stop", "vm"))
+
+
+def test_python_warns_of_nothing(guests, tmp_path):
+  """Under python -X dev: of no process, file or thread that was left over."""
+  guests.qvm.env["PYTHONDEVMODE"] = "1"
+  (tmp_path / "p").mkdir()
+  said = works(guests.run("true", options=("--sync", str(tmp_path / "p")))).stderr
+  words = guests.words("--name", "vm", rm=False)[:-1]
+  said += works(guests.qvm(words[0], "-d", *words[1:])).stderr
+  for words in (("ssh", "vm", "--", "true"), ("logs", "vm"), ("list",), ("stop", "vm")):
+    said += works(guests.qvm(*words)).stderr
+  assert "Warning" not in said, said
 
 
 def test_the_note_of_a_machine(guests):

@@ -23,7 +23,7 @@ import pytest
 from guest_tools import bsd_guest  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support import ended, free_port, obey_modes
+from support import ended, free_port, obey_modes, processes_of, wait_for
 
 pytestmark = pytest.mark.skipif(
   guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"
@@ -766,14 +766,23 @@ def test_deleted_there_is_deleted_here(guest, project):
 
 
 def test_what_changes_here_meanwhile_stays(guest, project):
-  put(project, both="old", here="old", gone="old", d__x="old", late="old")
-  with running(guest, project, "echo theirs >both; echo new >n; rm -r here gone d", BOTH) as step:
-    put(project, both="mine", here="mine", d__new="mine", added="mine", n="mine")
+  put(project, both="old", d__x="old", late="old")
+  with running(guest, project, "echo theirs >both; echo new >n; rm -r d", BOTH) as step:
+    put(project, both="mine", d__new="mine", added="mine", n="mine")
     result = works(step())
   found = contents(project)
-  assert found == {"both": b"mine", "here": b"mine", "d/new": b"mine", "added": b"mine",
+  assert found == {"both": b"mine", "d/x": b"old", "d/new": b"mine", "added": b"mine",
                    "n": b"mine", "late": b"old"}  # fmt: skip
-  assert all(is_said(result, name) for name in ("both", "here", "n"))
+  assert all(is_said(result, name) for name in ("both", "n"))
+
+
+def test_what_changes_here_while_it_is_deleted_there_stays(guest, project):
+  put(project, here="old", gone="old", d__x="old", late="old")
+  with running(guest, project, "rm -r here gone d", BOTH) as step:
+    put(project, here="mine", d__new="mine")
+    result = works(step())
+  assert contents(project) == {"here": b"mine", "d/new": b"mine", "late": b"old"}
+  assert is_said(result, "here")
 
 
 def test_only_what_was_there_is_deleted(guest, project):
@@ -1211,6 +1220,96 @@ def test_a_command_that_sigterm_ends(guest, project):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
   assert process.returncode == 143, err
+
+
+# --- what two do at the same time ------------------------------------------------------------
+
+
+@on("freebsd", "netbsd")
+def test_what_moved_onto_a_file_that_was_changed_here(guest, project):
+  """The guest's only copy of it stays there, so that the one here must stay, too."""
+  put(project, moved="only copy", onto="old")
+  works(guest.sync(project, "true"))
+  with running(guest, project, "mv moved onto", options=BOTH) as step:
+    (project / "onto").write_text("my own")
+    result = works(step())
+  assert contents(project) == {"moved": b"only copy", "onto": b"my own"}
+  assert "onto has changed here and in the guest" in result.stderr
+
+
+@on("freebsd", "netbsd")
+def test_what_moved_into_a_folder_that_may_not_come(guest, project):
+  put(project, moved="only copy", z="z")
+  result = works(guest.sync(project, *script("mkdir .GIT && mv moved .GIT/x"), options=BOTH))
+  assert contents(project) == {"moved": b"only copy", "z": b"z"}
+  assert ".GIT stays in the guest" in result.stderr
+
+
+@on("freebsd", "openbsd")
+def test_a_file_in_the_way_of_a_folder_is_said_once(guest, project):
+  put(project, f="old")
+  works(guest.sync(project, "true"))
+  with running(guest, project, "rm f; mkdir f; for n in 1 2 3 4 5 6; do : >f/$n; done") as step:
+    (project / "f").write_text("my own")
+    result = works(step())
+  assert contents(project) == {"f": b"my own"}
+  assert result.stderr.count("has changed here and in the guest") == 1, result.stderr
+
+
+@on("freebsd", "omnios")
+def test_what_another_command_writes_while_the_folder_goes_there(guest, project):
+  """Both sides must not be taken for the same because the guest listed it afterwards."""
+  put(project, a="1", log="old")
+  works(guest.sync(project, "true"))
+  (project / "a").write_text("2")
+  log = guest.there(project, "log")
+  with guest.tool("tar", f'{{real}} "$@" || exit\ncase $1 in -x*) echo new >"{log}" ;; esac\n'):
+    works(guest.sync(project, "true"))
+  works(guest.sync(project, "true"))
+  assert contents(project) == contents(guest.there(project)) == {"a": b"2", "log": b"new\n"}
+
+
+@on("freebsd", "omnios")
+def test_a_file_that_is_deleted_while_the_folder_is_read(guest, project):
+  """The guest's older copy does not bring it back."""
+  put(project, z="old")
+  works(guest.sync(project, "true"))
+  put(project, z="newer")
+  with open(project / "a", "wb") as file:
+    file.truncate(40 << 20)  # does not fit into what lies between qvm and tar
+  with at_reading(guest, f"/bin/rm -f {project}/z"):
+    result = works(guest.sync(project, "true"))
+  assert is_said(result, "z has vanished")
+  assert os.listdir(project) == ["a"]
+
+
+@on("freebsd")
+def test_how_to_get_results_that_could_not_come(guest, project):
+  """The same command once more would replace them by what is here."""
+  put(project, a="old")
+  project.chmod(0o555)
+  result = guest.sync(project, *script("echo new >a"), preexec_fn=obey_modes)
+  assert result.returncode == 125 and "--sync-direction out" in result.stderr, result.stderr
+  project.chmod(0o755)
+  works(guest.sync(project, "true", options=OUT))
+  assert contents(project) == {"a": b"new\n"}
+
+
+@on("omnios", "haiku")
+def test_a_shell_that_does_not_wait_for_long(guest, project):
+  """TMOUT, which the environment of all sessions may have, ends a read of bash and of ksh93."""
+  put(project, a="1")
+  works(guest.sync(project, "true"))
+  login, sessions = guest.folder / "real" / "login", guest.qvm.env["TMPDIR"] + "/qvm-ssh-"
+  text = login.read_text()
+  try:
+    login.write_text(text.replace("unset ", "TMOUT=1; export TMOUT\nunset ", 1))
+    with running(guest, project, "echo 2 >a; : >made", options=("-e", "TMOUT=0")) as step:
+      wait_for(lambda: len(processes_of(sessions)) == 1)  # the command's own
+      works(step())
+  finally:
+    login.write_text(text)
+  assert contents(project) == {"a": b"2\n", "made": b""}
 
 
 # --- anything at all -------------------------------------------------------------------------

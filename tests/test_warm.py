@@ -72,14 +72,38 @@ def test_exit_codes_and_streams_are_those_of_the_command(warm):
   assert result.stderr.endswith("err\n") and "clock" not in result.stderr
 
 
-def test_the_guest_is_told_the_time_and_something_random_before_the_command(warm):
+def test_the_guest_is_told_the_time_and_something_random_before_the_command(warm, monkeypatch):
   works(run(warm))
   assert re.fullmatch(r"-u \d{12}\.\d\d\n", (warm.folder / "dates").read_text())
+  monkeypatch.setattr(qvm_source.os, "urandom", bytes)  # zeros, which end FreeBSD's %b
+  script = qvm_source.refresh_script(qvm_source.find_guest("freebsd", "x86-64"))
+  assert "\\0001" in script and "\\0000" not in script
+  monkeypatch.undo()
   script = qvm_source.refresh_script(qvm_source.find_guest("freebsd", "x86-64"))
   assert "sudo date -u " in script and " | sudo sh -c 'cat >/dev/random'" in script
   other = qvm_source.refresh_script(qvm_source.find_guest("freebsd", "x86-64"))
   assert script.split("'")[1] != other.split("'")[1]
   assert script.split("'")[1].count("\\0") == 64
+
+
+def test_nothing_of_the_machine_that_became_the_checkpoint_is_left(warm):
+  """Under python -X dev: the keeper of its console has ended, to which the next one appends."""
+  warm.qvm.env["PYTHONDEVMODE"] = "1"
+  assert "Warning" not in works(run(warm)).stderr + works(run(warm)).stderr
+
+
+@pytest.mark.parametrize("way", ["command", "sync", "detach"])
+def test_a_clock_that_cannot_be_set_is_said(warm, tmp_path, way):
+  works(run(warm))
+  (warm.folder / "dates").unlink()
+  (warm.folder / "dates").mkdir()  # its date writes there
+  if way == "detach":
+    words = [word for word in warm.words("--warm", "-d", "--name", "vm") if word != "--"]
+    result = works(warm.qvm(*words))
+    works(warm.qvm("stop", "vm"))
+  else:
+    result = works(run(warm, options=("--sync", str(tmp_path)) if way == "sync" else ()))
+  assert "the clock of " in result.stderr
 
 
 @pytest.mark.parametrize("guest, words", [

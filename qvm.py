@@ -3010,6 +3010,8 @@ def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
       raise connection_failure(url, error)
   if len(body) > MAX_RELEASE_DATA_BYTES:
     raise QvmError(f"{redacted(url)}: the answer is larger than any release data")
+  if getattr(response, "length", None):  # read() takes what there is; a file has no such field
+    raise Transient(f"{redacted(url)}: the connection ended before the answer did")
   return body, ""
 
 

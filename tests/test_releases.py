@@ -249,6 +249,22 @@ def test_asset_that_is_listed_only(no_image, server, image):
   assert (no_image.cache / "base" / f"{STEM}.qcow2").read_bytes() == contents["v1"]
 
 
+PAGES_OF = ("releases/latest", "releases.atom", "releases/expanded_assets")
+
+
+@pytest.mark.parametrize("place", [2, 400, 900])
+@pytest.mark.parametrize("page", PAGES_OF)
+def test_a_page_that_is_cut_short_is_asked_for_again(no_image, server, image, page, place):
+  """What a connection that ends lacks is not taken for what there is not."""
+  publish_world(server, image)
+  set_api(no_image, server, "none")
+  more = {"status": 200, "body": "v2" + " " * 1000} if page == "releases/latest" else {}
+  server.fault(f"netbsd-builder/{page}", origin="github", cut=place, **more)
+  run = works(no_image("pull", "netbsd", "--platform", "x86-64"))
+  assert bases(no_image) == ["base/netbsd-11.0-x86-64.qcow2"]
+  assert "no digest" not in run.stderr and "trying again" in run.stderr
+
+
 def test_a_pull_from_nothing_asks_the_api_for_two_releases(qvm, server):
   works(qvm("pull", "freebsd", "15.1"))
   paths = sorted(path.partition("actions/")[2] for path in server.paths(origin="api"))

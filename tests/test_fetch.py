@@ -305,6 +305,45 @@ def test_what_was_installed_before_a_kill_is_not_left_over(no_image, server, ima
   assert server.requests(TOOLS) == []
 
 
+def test_a_record_that_another_qvm_has_put_in_place(tmp_path, monkeypatch):
+  """Who looks at an image between its own rename and its record's ends the publishing."""
+  cache = qvm_source.Cache(str(tmp_path))
+  qvm_source.make_folders(cache)
+  source, target = tmp_path / "part", cache.base("freebsd-15.1-x86-64")
+  source.write_bytes(b"image")
+  move_into_place, seen = qvm_source.move_into_place, []
+
+  def moved(*words):
+    move_into_place(*words)
+    seen.append(qvm_source.record_of(target))
+
+  monkeypatch.setattr(qvm_source, "move_into_place", moved)
+  record = qvm_source.AssetRecord(release="v1")
+  qvm_source.publish_with_record(cache, str(source), target, record, 0o444)
+  assert seen == [qvm_source.record_of(target)] and seen[0].release == "v1"
+  assert sorted(os.listdir(cache.path("base"))) == [
+    "freebsd-15.1-x86-64.json", "freebsd-15.1-x86-64.qcow2",
+  ]  # fmt: skip
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing_beside_its_target(tmp_path, monkeypatch):
+  """Where a folder of the cache is a link to another, full disk."""
+
+  def another_disk(source, target):
+    raise OSError(errno.EXDEV, "another disk")
+
+  def full(source, target):
+    Path(target).write_bytes(b"some")
+    raise OSError(errno.ENOSPC, "full")
+
+  monkeypatch.setattr(qvm_source.os, "replace", another_disk)
+  monkeypatch.setattr(qvm_source, "copy_sparse", full)
+  (tmp_path / "part").write_bytes(b"something")
+  with pytest.raises(OSError, match="full"):
+    qvm_source.move_into_place(str(tmp_path / "part"), str(tmp_path / "base"), 0o444)
+  assert os.listdir(tmp_path) == ["part"]
+
+
 def test_two_cpus_at_once(qvm, server, image):
   go = threading.Event()
   faults = [server.fault(f"qemu-system-{cpu}", pause=go) for cpu in ("x86_64", "aarch64")]

@@ -3234,10 +3234,10 @@ class PartFile:
 
   # Who fetches what.
 
-  def claim(self) -> Optional[Span]:
-    """All of an object whose length is not known yet, else the first gap that nobody fills."""
+  def claim(self, lead: bool = False) -> Optional[Span]:
+    """The first gap that nobody fills; for the lead all of an object of unknown length."""
     with self.lock:
-      if self.total is None:
+      if lead and self.total is None:
         self.spans.append(Span(0, UNKNOWN))
         return self.spans[-1]
       first = self.blocks.find(MISSING)
@@ -3258,9 +3258,10 @@ class PartFile:
   def steal(self, split: bool) -> Optional[Span]:
     """What is left of a span whose connection is silent; with split, else half of the largest."""
     with self.lock:
-      old = max(self.spans, key=lambda span: span.left, default=None)
+      spans = self.spans if self.blocks else []  # what has no length is the lead's
+      old = max(spans, key=lambda span: span.left, default=None)
       silent = time.monotonic() - STALL_SECONDS
-      stalled = [span for span in self.spans if span.left and span.moved < silent]
+      stalled = [span for span in spans if span.left and span.moved < silent]
       if stalled:
         old, start = stalled[0], stalled[0].position
       elif split and old and old.left >= MIN_SPLIT_BLOCKS * BLOCK_BYTES:
@@ -3336,6 +3337,8 @@ class PartFile:
     end = self.done if self.total is None else min(end, self.total)
     end = min(end, self.hashed + HASH_STEP_BYTES)
     while self.hashed < end:
+      if self.part_fd < 0:  # closed since the caller wrote to it
+        raise Cancelled()
       chunk = os.pread(self.part_fd, min(CHUNK_BYTES, end - self.hashed), self.hashed)
       if not chunk:
         raise QvmError(f"{self.part} became shorter while it was read")
@@ -3526,22 +3529,21 @@ class Download:
 
   def fetch_rest(self) -> None:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
-    span = self.file.claim()
+    span = self.file.claim(lead=True)
     while span:
       self.fetch_span(span, lead=True)
       span = self.next_span()
 
   def next_span(self) -> Optional[Span]:
     """What is left to fetch, if need be once the others are done; None when there is nothing."""
-    while True:
-      busy = any(span.left for span in self.file.spans)  # asked first: they may leave a gap
-      span = self.file.claim() or self.file.steal(split=not self.streamed)
-      if span or not busy:
-        return span
-      with self.file.lock:
+    with self.file.lock:  # one that ends meanwhile leaves a gap, or hides another
+      while True:
+        span = self.file.claim() or self.file.steal(split=not self.streamed)
+        if span or not any(each.left for each in self.file.spans):
+          return span
         self.file.lock.wait(0.1)
-      if self.net.cancelled.is_set():
-        raise Cancelled()
+        if self.net.cancelled.is_set():
+          raise Cancelled()
 
   def fetch_span(self, span: Span, lead: bool) -> None:
     """Request a span and write all of it; Transient when less arrives, Cancelled when none should.
@@ -3615,7 +3617,7 @@ class Download:
     self.check_space(0, total or 0)
     validator = etag if strong else headers.get("Last-Modified") or ""
     self.file.create(DownloadNote(self.url, validator, total))
-    return self.file.claim() or Span(0, 0)
+    return self.file.claim(lead=True) or Span(0, 0)
 
   def check_range(self, body: "Response", span: Span) -> None:
     """Transient unless an answer is just the bytes asked for, of the same object."""

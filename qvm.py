@@ -3972,9 +3972,11 @@ class Releases:
     return self.once((repo,), lambda: newest_tag(self.net, repo))
 
   def digest(self, asset: Asset) -> str:
-    """The SHA-256 of an asset; empty if the release data does not include it."""
-    release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
-    return release.assets.get(asset.name, "")
+    """The SHA-256 of an asset; empty if no release data includes it, or none can be had."""
+    with contextlib.suppress(QvmError):
+      release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
+      return release.assets.get(asset.name, "")
+    return ""
 
   def forget(self, asset: Asset) -> None:
     """Request the data of an asset's release again when it is next needed."""
@@ -3982,14 +3984,17 @@ class Releases:
       self.asked.pop(asset[:2], None)
 
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page, else empty: downloads do not wait long."""
+    """A release's data from the API, else from its page; empty where there is none.
+
+    Few attempts are made, as downloads do not wait for it.
+    """
     net = impatient(self.net)
     if net.api:
       with contextlib.suppress(QvmError):
         release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
         if release:
           return release
-    with contextlib.suppress(QvmError):
+    with contextlib.suppress(NotFound):
       return page_release(net, repo, tag)
     return Release(tag, {})
 
@@ -5391,7 +5396,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
     say(f"{error}; taking the newest cached version, {fallback}")
     return fallback
   known = [image.version for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  found = newest_of(known, wanted)
+  found = newest_of(known, wanted) or fallback
   if not found and not wanted:
     raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
   if found and found != wanted:

@@ -686,6 +686,19 @@ def test_run_takes_the_cached_version_when_the_network_is_away(no_image, server,
   assert sorted(instances) == ["netbsd-10.0-x86-64.json", "netbsd-10.0-x86-64.qcow2"]
 
 
+@pytest.mark.parametrize("words", [(), ("15",)])
+def test_run_takes_the_cached_version_of_a_named_release(no_image, server, image, words):
+  """Its pages cannot be asked either: that it has no image for this CPU is not known."""
+  named = ("--platform", "x86-64", "--release", "v0.16.0", "freebsd", *words)
+  away(no_image)
+  fails(no_image("pull", *named), DEAD)
+  cache_images(no_image, image, "freebsd-15.1+v0.16.0-x86-64")
+  no_image.play(exit=7)
+  run = no_image("run", *named)
+  assert run.returncode == 7, run.stderr
+  assert "taking the newest cached version, 15.1" in run.stderr
+
+
 def test_what_the_cache_is_no_answer_for(no_image, image):
   cache_images(no_image, image, *CACHED)
   away(no_image)

@@ -4073,6 +4073,7 @@ MAX_PATH_BYTES = 4095  # what Linux lets a path have; no system of ours allows m
 MAX_DISK_BYTES = 1 << 40  # bytes of a bundle's disk, holes included
 MAX_HEADER_BYTES = 1 << 20  # of one member; names and a map of holes take some kilobytes
 MAX_HEADERS = 8  # of one member: honest tars write at most three before the real one
+MAX_DIGITS = 1000  # in a row in a header: a name has 255 at most
 MAX_REST_BYTES = 1 << 30  # what may come behind the end of an archive: padding
 BAD_NAME_ERRORS = (
   errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -4189,8 +4190,23 @@ class Tape:
       size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
       if not 0 <= size <= MAX_HEADER_BYTES:
         raise ValueError(f"it has a header of {size} bytes")
+      if block[156:157] not in b"LK":
+        check_pax(self.peek(place + BLOCK, size))
       place += BLOCK + size + -size % BLOCK
     raise ValueError("it has headers without end")
+
+
+def check_pax(data: bytes) -> None:
+  """ValueError for what is no pax header, or one for which tarfile's patterns take hours."""
+  place = 0
+  while place < len(data):
+    match = re.compile(rb"([0-9]{1,7}) [^=\n]{1,2000}=").match(data, place)
+    end = place + int(match.group(1)) if match else 0
+    if not match or end <= match.end() or data[end - 1 : end] != b"\n":
+      raise ValueError("it has a damaged header")
+    place = end
+  if any(len(each.group()) > MAX_DIGITS for each in re.finditer(rb"[0-9]+", data)):
+    raise ValueError(f"it has a header with a number of more than {MAX_DIGITS} digits")
 
 
 def tar_members(

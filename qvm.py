@@ -2838,7 +2838,7 @@ def proxy_for(url: str) -> str:
   """The address of the proxy for a URL; empty when there is none, or no_proxy names the host."""
   parts = urllib.parse.urlsplit(url)
   proxy, host = urllib.request.getproxies().get(parts.scheme, ""), parts.hostname or ""
-  if not proxy or urllib.request.proxy_bypass(host):
+  if not proxy or any(map(urllib.request.proxy_bypass, (host, parts.netloc.split("@")[-1]))):
     return ""
   networks = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
   for network in [word.strip() for word in networks.split(",") if "/" in word]:

@@ -1118,6 +1118,16 @@ def test_no_proxy(no_image, server, image):
   check_works(no_image, no_image(*PULL, env=env), image)
 
 
+@pytest.mark.parametrize("form", ["{0}:{1}", "127.0.0.0/8", "{0}"])
+def test_a_proxy_that_is_not_used_is_not_blamed(no_image, server, form):
+  server.fault("", origin=None, times=None, status=403)
+  address = form.format("127.0.0.1", server.url.split("/")[2].rpartition(":")[2])
+  proxy = f"http://127.0.0.1:{free_port()}"
+  result = no_image(*PULL, env={"http_proxy": proxy, "no_proxy": address})
+  fails(result, "403")
+  assert "proxy" not in result.stderr
+
+
 def test_credentials_of_a_proxy_stay_with_it(no_image, server, proxy, image):
   """The host of the assets is asked directly: it gets no password of the proxy."""
   env = {"http_proxy": f"http://user:s3cret@127.0.0.1:{proxy.port}", "no_proxy": "localhost"}

@@ -2096,10 +2096,12 @@ def move(source: str, target: str, keep: bool) -> None:
     if error.errno != errno.EXDEV:
       raise
     remove_file(target + COPIED)  # a killed qvm's may be read-only
-    copy_sparse(source, target + COPIED)
-    shutil.copystat(source, target + COPIED)
-    flush(target + COPIED)
-    os.replace(target + COPIED, target)
+    with contextlib.ExitStack() as stack:
+      stack.callback(remove_file, target + COPIED)  # where the disk is full
+      copy_sparse(source, target + COPIED)
+      shutil.copystat(source, target + COPIED)
+      flush(target + COPIED)
+      os.replace(target + COPIED, target)
     os.unlink(source)
   if keep:
     flush(os.path.dirname(target))
@@ -3199,7 +3201,7 @@ class PartFile:
         if fd >= 0:
           os.close(fd)
       self.part_fd = self.map_fd = -1
-      if remove:
+      if remove or (self.note.url and self.total is None):  # it could not be resumed
         for path in (self.part, self.map, os.path.join(self.folder, "note.json")):
           remove_file(path)
       elif self.note.boot and self.done and self.hashed != self.total:
@@ -3585,7 +3587,7 @@ class Download:
   def accept(self, body: "Response", span: Span, restart: bool) -> Span:
     """Look at an answer's headers; returns the span that its body is."""
     if body.getcode() != 206 and restart:
-      span = self.start_over(body.headers)
+      span = self.start_over(body)
     else:
       self.check_range(body, span)
       self.check_space(self.file.done, self.file.total or 0)
@@ -3601,9 +3603,11 @@ class Download:
         self.file.lock.notify_all()
     return span
 
-  def start_over(self, headers: "Headers") -> Span:
+  def start_over(self, body: "Response") -> Span:
     """A 200 brings the whole object: forget what there was; returns what to fetch."""
+    headers = body.headers
     if self.file.done:
+      self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
     self.resumed = 0
@@ -3650,7 +3654,7 @@ class Download:
     looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
-      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.left))
+      chunk = self.read_chunk(body.read1, min(CHUNK_BYTES, span.left))
       if not chunk:
         if span.end == UNKNOWN:
           span.end = span.position
@@ -3666,24 +3670,28 @@ class Download:
         self.add_helpers(body.headers)
     raise Cancelled()
 
-  def read_chunk(self, body: "Response", most: int) -> bytes:
+  def read_chunk(self, read: Callable[[int], bytes], most: int) -> bytes:
     """The next bytes of a body, as many as there are: a time-out loses none of them."""
     try:
-      return body.read1(most) if most else b""
+      return read(most) if most else b""
     except socket.timeout:
       raise Transient(f"{redacted(self.url)}: no more data for {self.net.timeout:g} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
       raise Transient(f"{redacted(self.url)}: the connection broke: {describe(error)}")
 
-  def check_kind(self, head: bytes) -> None:
-    """Refuse what is visibly not the file asked for, before more of it comes."""
+  def check_kind(self, head: bytes, keep: bool = False) -> None:
+    """Refuse what is visibly not the file asked for, before more of it comes.
+
+    With keep only a web page: what has come before it stays.
+    """
     problem = ""
     if looks_like_html(head):
       problem = "is an HTML page instead of the file"
-    elif self.name.endswith(".qcow2") and head[:4] != b"QFI\xfb":
+    elif self.name.endswith(".qcow2") and head[:4] != b"QFI\xfb" and not keep:
       problem = "is not a qcow2 image"
     if problem:
-      self.file.discard()
+      if not keep:
+        self.file.discard()
       raise QvmError(
         f"{redacted(self.url)} {problem}",
         "does a proxy or a login page of this network stand in between?",

@@ -1,6 +1,7 @@
 """`qvm pull` and `run` against a release server that breaks in every way; the cache after it."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -666,6 +668,24 @@ def test_resume_within_a_run(qvm, server, image):
     assert result.stderr.count(f"downloaded {name}") == 1
   record = json.loads((qvm.cache / "base" / f"{FREEBSD}.json").read_text())
   assert record["sha256"] == hashlib.sha256(image).hexdigest()
+
+
+def test_a_login_page_in_the_middle_costs_nothing_of_what_has_come(no_image, big_server, big):
+  there = broken_off(no_image, big_server, signal.SIGKILL)
+  big_server.fault(IMAGE, html=True)
+  fails(no_image(*PULL), "HTML page")
+  assert kept(no_image) == there
+  check_works(no_image, no_image(*PULL), big)
+  assert ranges(big_server) == [f"bytes={there}-"] * 2
+
+
+def test_nothing_is_kept_that_cannot_be_resumed(no_image, server, image):
+  """A part of unknown length would only take space: the next run starts anew."""
+  server.fault(IMAGE, times=None, chunked=True, cut=200_000)
+  check_failed(no_image(*PULL), "5 attempts")
+  assert not unfinished(no_image)[0].exists()
+  server.clear_faults()
+  check_works(no_image, no_image(*PULL), image)
 
 
 def test_what_came_before_a_stall_is_kept(no_image, server, image):

@@ -2905,7 +2905,7 @@ def http_failure(url: str, error: "urllib.error.HTTPError") -> Exception:
     return QvmError(f"{message}: the quota of GitHub's API is used up", QUOTA_HINT)
   expired = code == 403 and redacted(final) != redacted(url)  # a signed address: ask for a new one
   if code in RETRY_CODES or expired or code == NO_SUCH_RANGE:
-    return Transient(message, retry_after(error.headers.get("Retry-After")), code)
+    return Transient(message, retry_after(error.headers.get("Retry-After", "")), code)
   return NotFound(message) if code in (404, 410) else QvmError(message, proxy_used(url))
 
 
@@ -3605,21 +3605,20 @@ class Download:
 
   def start_over(self, body: "Response") -> Span:
     """A 200 brings the whole object: forget what there was; returns what to fetch."""
-    headers = body.headers
+    length = body.headers.get("Content-Length") or ""
+    chunked = (body.headers.get("Transfer-Encoding") or "").lower() == "chunked"
+    sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
+    if not sized and not chunked:  # the connection may have ended before it did
+      raise Transient(f"{redacted(self.url)}: the server does not say how long the file is")
     if self.file.done:
       self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
     self.resumed = 0
-    length = headers.get("Content-Length") or ""
-    chunked = (headers.get("Transfer-Encoding") or "").lower() == "chunked"
-    sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
-    if not sized and not chunked:  # the connection may have ended before it did
-      raise Transient(f"{redacted(self.url)}: the server does not say how long the file is")
-    etag, total = headers.get("ETag") or "", int(length) if sized else None
+    etag, total = body.headers.get("ETag") or "", int(length) if sized else None
     strong = re.match(STRONG_ETAG_RE, etag)
     self.check_space(0, total or 0)
-    validator = etag if strong else headers.get("Last-Modified") or ""
+    validator = etag if strong else body.headers.get("Last-Modified") or ""
     self.file.create(DownloadNote(self.url, validator, total))
     return self.file.claim(lead=True) or Span(0, 0)
 
@@ -3631,9 +3630,10 @@ class Download:
     fits = place and [int(text) for text in place.groups()] == [span.position, self.file.total]
     same = validator in (etag, body.headers.get("Last-Modified"))
     if body.getcode() != 206 or not fits or not same:
+      code = CHANGED if etag and etag != validator else NO_SUCH_RANGE
       raise Transient(
         f"{redacted(self.url)}: the server sends another part than asked for",
-        code=CHANGED if etag and etag != validator else NO_SUCH_RANGE,
+        code=code if self.read_chunk(body.peek, 1) else 0,  # it may have ended in its headers
       )
 
   def gives_ranges(self, headers: "Headers") -> bool:

@@ -679,6 +679,20 @@ def test_a_login_page_in_the_middle_costs_nothing_of_what_has_come(no_image, big
   assert ranges(big_server) == [f"bytes={there}-"] * 2
 
 
+NO_LENGTH = ({"cut": "headers"}, {"ignore_range": True, "no_length": True})
+
+
+@pytest.mark.parametrize("fault", NO_LENGTH, ids=str)
+def test_an_answer_of_unknown_length_costs_nothing_of_what_has_come(
+  no_image, big_server, big, fault
+):
+  """As when the connection ends in the headers."""
+  there = broken_off(no_image, big_server, signal.SIGKILL)
+  big_server.fault(IMAGE, **fault)
+  check_works(no_image, no_image(*PULL), big)
+  assert ranges(big_server) == [f"bytes={there}-"] * 2
+
+
 def test_nothing_is_kept_that_cannot_be_resumed(no_image, server, image):
   """A part of unknown length would only take space: the next run starts anew."""
   server.fault(IMAGE, times=None, chunked=True, cut=200_000)

@@ -4206,9 +4206,9 @@ class Tape:
 
 def check_pax(data: bytes) -> None:
   """ValueError for what is no pax header, or one for which tarfile's patterns take hours."""
-  place = 0
-  while place < len(data):
-    match = re.compile(rb"([0-9]{1,7}) [^=\n]{1,2000}=").match(data, place)
+  place, record = 0, re.compile(rb"([0-9]{1,7}) [^=\n]{1,2000}=")
+  while place < len(data) and data[place]:  # tarfile takes zeros for the end
+    match = record.match(data, place)
     end = place + int(match.group(1)) if match else 0
     if not match or end <= match.end() or data[end - 1 : end] != b"\n":
       raise ValueError("it has a damaged header")

@@ -507,6 +507,12 @@ def test_memory(tmp_path, what):
   assert list(tmp_path.rglob("*")) == [tmp_path / "x.tar"]
 
 
+def test_zeros_behind_a_header(unpacker):
+  """tarfile takes them for its end."""
+  unpacker(hostile(entry("x", b"9 path=a\n" + bytes(9), tarfile.XHDTYPE), file("./b")))
+  assert (unpacker.folder / "a").read_bytes() == b"x"
+
+
 DIGITS = b"comment=" + b"1" * 1_000_000 + b"\n"
 HEADERS = {
   "a value of digits": b"1000017 " + DIGITS,

@@ -2749,7 +2749,6 @@ def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
   """
 
   class Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = 10
     max_repeats = 3
     inf_msg = "redirect loop: "
 
@@ -2765,8 +2764,7 @@ def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
         return None
       fp.close()  # or else urllib reads the whole body, however long
       kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
-      origin = req.origin_req_host
-      return urllib.request.Request(newurl, None, kept, origin, True, req.get_method())
+      return urllib.request.Request(newurl, None, kept, req.origin_req_host, True, req.get_method())
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
@@ -2909,10 +2907,8 @@ def http_failure(url: str, error: "urllib.error.HTTPError") -> Exception:
   return NotFound(message) if code in (404, 410) else QvmError(message, proxy_used(url))
 
 
-def retry_after(text: Optional[str]) -> Optional[float]:
+def retry_after(text: str) -> Optional[float]:
   """The seconds that a Retry-After header asks for (a number or an HTTP date), at most 60."""
-  if not text:
-    return None
   if re.match(r"[0-9]{1,9}\Z", text.strip()):
     return min(float(text), MAX_RETRY_AFTER_SECONDS)
   try:
@@ -2952,9 +2948,8 @@ def connection_failure(url: str, error: Exception) -> Exception:
     return QvmError(f"{redacted(url)} leads to an address that is not valid", proxy_used(url))
   if isinstance(cause, socket.timeout):
     return Transient(f"{redacted(url)}: no answer in time")
-  if isinstance(cause, (OSError, http.client.HTTPException)):
-    return Transient(f"{redacted(url)}: {describe(cause)}")
-  return QvmError(f"{redacted(url)}: {describe(cause)}")
+  kind = Transient if isinstance(cause, (OSError, http.client.HTTPException)) else QvmError
+  return kind(f"{redacted(url)}: {describe(cause)}")
 
 
 def proxy_used(url: str) -> str:
@@ -2973,19 +2968,19 @@ def proxy_name(proxy: str) -> str:
   return f"{match.group(2)}{match.group(3) or ''}" if match else "(an address that is not one)"
 
 
-def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callable[[], int]) -> T:
+def with_retries(net: Net, url: str, attempt: Callable[[], T], done: Callable[[], int] = int) -> T:
   """Call attempt until it raises no Transient; net.attempts in a row without progress fail.
 
-  progress tells how many bytes there are. The pauses double each time and are spread at random,
+  done tells how many bytes there are. The pauses double each time and are spread at random,
   so that a fleet of runners does not come back all at once.
   """
-  left, reached = net.attempts, progress()
+  left, reached = net.attempts, done()
   while True:
     try:
       return attempt()
     except Transient as error:
-      if progress() >= reached + PROGRESS_BYTES:
-        left, reached = net.attempts, progress()
+      if done() >= reached + PROGRESS_BYTES:
+        left, reached = net.attempts, done()
       left -= 1
       if not left:
         raise QvmError(
@@ -3019,13 +3014,12 @@ def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
 
 def get_page(net: Net, url: str) -> str:
   """The text of a page, with retries."""
-  body = with_retries(net, url, lambda: fetch_bytes(net, url)[0], lambda: 0)
-  return body.decode("utf-8", "replace")
+  return with_retries(net, url, lambda: fetch_bytes(net, url)[0]).decode("utf-8", "replace")
 
 
 def check_exists(net: Net, url: str) -> None:
   """NotFound unless a URL can be fetched, asked by fetching its first byte."""
-  with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close(), lambda: 0)
+  with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close())
 
 
 def looks_like_html(head: bytes) -> bool:
@@ -3211,10 +3205,6 @@ class PartFile:
           self.write_note(self.note._replace(boot=""), keep=True)
       if forget:
         self.forget()
-
-  def remove(self) -> None:
-    """Remove the files, now that the bytes are elsewhere; what is in memory stays."""
-    self.close(remove=True)
 
   def discard(self) -> None:
     """Give up the bytes there are."""
@@ -3680,10 +3670,7 @@ class Download:
       raise Transient(f"{redacted(self.url)}: the connection broke: {describe(error)}")
 
   def check_kind(self, head: bytes, keep: bool = False) -> None:
-    """Refuse what is visibly not the file asked for, before more of it comes.
-
-    With keep only a web page: what has come before it stays.
-    """
+    """Refuse what is visibly not the file asked for; with keep a web page, and what came stays."""
     problem = ""
     if looks_like_html(head):
       problem = "is an HTML page instead of the file"
@@ -3711,15 +3698,13 @@ class Download:
   def helper_loop(self) -> None:
     """Fetch gaps beside the lead until there are none, or the server wants no more."""
     with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
-      span = self.file.claim() or self.file.steal(split=True)
-      while span:
+      for span in iter(lambda: self.file.claim() or self.file.steal(split=True), None):
         start = span.position
         try:
           self.fetch_span(span, lead=False)
         except Transient:
           if span.position == start:
             return
-        span = self.file.claim() or self.file.steal(split=True)
 
   # Readers.
 
@@ -3848,11 +3833,6 @@ class Release(NamedTuple):
   assets: Dict[str, str]
 
 
-def unquoted(text: str) -> str:
-  """Text from a URL, percent-decoded."""
-  return urllib.parse.unquote(text)
-
-
 def newest_tag(net: Net, repo: str) -> str:
   """The tag of a repository's newest release, read from the redirect of releases/latest.
 
@@ -3860,9 +3840,9 @@ def newest_tag(net: Net, repo: str) -> str:
   file server releases/latest is a file that contains the tag.
   """
   url, mark = f"{net.releases}/{repo}/releases/latest", "/releases/tag/"
-  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark), lambda: 0)
+  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark))
   if location:
-    tag = unquoted(location.split("?")[0].split("#")[0].rpartition(mark)[2])
+    tag = urllib.parse.unquote(location.split("?")[0].split("#")[0].rpartition(mark)[2])
   else:
     tag = body[:200].decode("ascii", "replace").strip()
   if not re.match(TAG_RE, tag):
@@ -3931,9 +3911,9 @@ def page_release(net: Net, repo: str, tag: str) -> Release:
   text = get_page(net, f"{net.releases}/{repo}/releases/expanded_assets/{urllib.parse.quote(tag)}")
   assets: Dict[str, str] = {}
   pieces = re.split(r'href="[^"]*/releases/download/[^"/]+/([^"/]+)"', text)
-  for name, after in zip(pieces[1::2], pieces[2::2]):
+  for name, after in zip(map(urllib.parse.unquote, pieces[1::2]), pieces[2::2]):
     digest = re.search(r"\bsha256:([0-9a-f]{64})\b", after)
-    assets[unquoted(name)] = digest.group(1) if digest else assets.get(unquoted(name), "")
+    assets[name] = digest.group(1) if digest else assets.get(name, "")
   return Release(tag, assets)
 
 
@@ -3947,8 +3927,8 @@ def page_releases(net: Net, repo: str) -> List[Release]:
   tags = [newest]
   with contextlib.suppress(NotFound):
     feed = get_page(net, f"{net.releases}/{repo}/releases.atom")
-    listed = [unquoted(tag) for tag in re.findall(r'/releases/tag/([^"<>/\s]+)"', feed)]
-    listed = [tag for tag in dict.fromkeys(listed) if re.match(TAG_RE, tag)]
+    found = map(urllib.parse.unquote, re.findall(r'/releases/tag/([^"<>/\s]+)"', feed))
+    listed = [tag for tag in dict.fromkeys(found) if re.match(TAG_RE, tag)]
     tags = listed[listed.index(newest) :] if newest in listed else [newest, *listed]
   releases = []
   for tag in tags:
@@ -3986,16 +3966,8 @@ class Releases:
       return release.assets.get(asset.name, "")
     return ""
 
-  def forget(self, asset: Asset) -> None:
-    """Request the data of an asset's release again when it is next needed."""
-    with self.lock:
-      self.asked.pop(asset[:2], None)
-
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page; empty where there is none.
-
-    Few attempts are made, as downloads do not wait for it.
-    """
+    """A release's data from the API, else its page, in few attempts; empty where there is none."""
     net = impatient(self.net)
     if net.api:
       with contextlib.suppress(QvmError):
@@ -4446,9 +4418,7 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
   except OSError as error:
     if error.errno is not None:
-      failure = write_failure(folder, os.path.getsize(path), error)  # a plain tar is no smaller
-      remove_tree(folder)
-      raise failure
+      raise write_failure(folder, os.path.getsize(path), error)  # a plain tar is no smaller
     problem = describe(error)  # of a damaged gzip or bzip2 file
   remove_tree(folder)
   remove_file(path)
@@ -4934,7 +4904,7 @@ def fetch_asset(
       if last:
         raise
       say(f"{problem}; fetching it once more")
-      releases.forget(asset)
+      releases.asked.pop(asset[:2], None)  # it is asked for again
   return result
 
 
@@ -4976,7 +4946,7 @@ def installing(download: Download) -> Iterator[str]:
   aside = os.path.join(download.file.folder, "unpacked")
   try:
     yield aside
-    download.file.remove()
+    download.file.close(remove=True)
   except RefusedError:
     download.file.discard()
     raise
@@ -5395,12 +5365,8 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   wanted = "" if wanted.lower() == "latest" else wanted
   if wanted and len(version_key(wanted)[:-1]) >= VERSION_PARTS.get(guest.os, 2):
     return wanted
-  cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
-  if options.release:
-    tag = pinned_name("", options.release)
-    cached = [each[: -len(tag)] for each in cached if each.endswith(tag)]
-  else:
-    cached = [each for each in cached if "+" not in each]
+  mine = [it.version for it in cached_images(cache, guest.os) if it.arch == guest.arch]
+  cached = [name for name, _, tag in (it.partition("+") for it in mine) if tag == options.release]
   if wanted in cached:
     return wanted
   newest = newest_of(cached, wanted)
@@ -8323,15 +8289,14 @@ def streamed_base(
   fds are those of the instance's lock and of the console log, or -1.
   """
   ours, life = os.pipe()
-  lock, log = fds
-  command = [*own_program(), SERVE, f"{lock},{ours},{log}", "run", "--stream"]
+  command = [*own_program(), SERVE, f"{fds[0]},{ours},{fds[1]}", "run", "--stream"]
   command += ["--platform", plan.guest.arch, "--name", plan.name]
   command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
   command += [f"--qemu-release={plan.qemu_release}"] * bool(plan.qemu_release)
   command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
-      kept = tuple(fd for fd in (lock, ours, log) if fd >= 0)
+      kept = tuple(fd for fd in (*fds, ours) if fd >= 0)
       streams = (subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT)
       process = start(command, Spawn(*streams, pass_fds=kept, start_new_session=True))
     finally:
@@ -10236,7 +10201,7 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   digest = tree_sha256(tree_of(path)) if tree_of(path) else file_sha256(path)
   if digest != record.sha256:
     return "DAMAGED: its digest is not the one recorded at download"
-  tag, name = record.release, unquoted(record.url.rpartition("/")[2])
+  tag, name = record.release, urllib.parse.unquote(record.url.rpartition("/")[2])
   if name.endswith(".qcow2") and record.asset_sha256 != digest:
     return "DAMAGED: its record contradicts itself"
   named = releases.digest(Asset(repo, tag, name)) if re.match(TAG_RE, tag) else ""
@@ -10269,7 +10234,7 @@ def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
       with open(page, "a") as file:
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
-      download.file.remove()
+      download.file.close(remove=True)
   with download_lock(folder, repo + ".download") as place:
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)

@@ -617,7 +617,6 @@ def test_headway_gives_new_attempts():
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
     ("Wed, 21 Oct 2115 07:28:00 GMT", 60),
     ("", None),
-    (None, None),
     ("-1", None),
     ("1.5", None),
     ("soon", None),

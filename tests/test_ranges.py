@@ -305,7 +305,7 @@ def test_a_body_of_unknown_length(tmp_path_factory, sizes):
   file.set_total(span.position)
   file.hash_all(threading.Event())
   assert file.complete() and file.hash.hexdigest() == sha256(content)
-  file.remove()
+  file.close(remove=True)
   assert os.listdir(str(folder)) == []
 
 

@@ -2674,6 +2674,7 @@ class Net(NamedTuple):
   retry_delay: float  # seconds before the first retry
   attempts: int  # in a row without progress
   cancelled: threading.Event  # set when nobody wants the result any more
+  patience: float = MAX_RETRY_AFTER_SECONDS  # with a server that asks for a pause
 
 
 class Transient(Exception):
@@ -2738,7 +2739,7 @@ def seconds_from(environ: Mapping[str, str], name: str, default: float, least: f
 
 def impatient(net: Net) -> Net:
   """For requests that qvm can do without: a short time, few attempts."""
-  return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
+  return net._replace(timeout=min(net.timeout, 10.0), attempts=2, patience=10.0)
 
 
 def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
@@ -2982,9 +2983,10 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], done: Callable[[]
       if done() >= reached + PROGRESS_BYTES:
         left, reached = net.attempts, done()
       left -= 1
-      if not left:
+      if not left or (error.wait or 0.0) > net.patience:
+        made = net.attempts - left
         raise QvmError(
-          f"{error} ({net.attempts} attempts)" if net.attempts > 1 else str(error),
+          f"{error} ({made} attempts)" if made > 1 else str(error),
           proxy_used(url) or "is the network up? what has been downloaded is kept, try again",
         )
       pause = error.wait

@@ -2096,12 +2096,13 @@ def move(source: str, target: str, keep: bool) -> None:
     if error.errno != errno.EXDEV:
       raise
     remove_file(target + COPIED)  # a killed qvm's may be read-only
-    with contextlib.ExitStack() as stack:
-      stack.callback(remove_file, target + COPIED)  # where the disk is full
+    with contextlib.ExitStack() as unless_moved:
+      unless_moved.callback(remove_file, target + COPIED)  # as where the disk is full
       copy_sparse(source, target + COPIED)
       shutil.copystat(source, target + COPIED)
       flush(target + COPIED)
       os.replace(target + COPIED, target)
+      unless_moved.pop_all()
     os.unlink(source)
   if keep:
     flush(os.path.dirname(target))
@@ -3878,9 +3879,8 @@ def api_release(data: Any) -> Optional[Release]:
   found = {}
   for asset in assets:
     if isinstance(asset, dict) and isinstance(asset.get("name"), str):
-      digest = asset.get("digest")
-      sound = isinstance(digest, str) and re.match(DIGEST_RE, digest)
-      found[asset["name"]] = str(digest)[7:] if sound else ""
+      digest = str(asset.get("digest"))
+      found[asset["name"]] = digest[7:] if re.match(DIGEST_RE, digest) else ""
   return Release(tag, found)
 
 
@@ -8412,12 +8412,10 @@ class Server:
     self.digest = Future(lambda: self.releases.digest(asset))
     file = self.download.file
     with file.lock:
-      while not self.download.error:
-        if (self.download.accepted or file.complete()) and file.first_missing(0, 0) < 0:
-          break
+      while not ((self.download.accepted or file.complete()) and file.first_missing(0, 0) < 0):
+        if self.download.error:
+          raise self.download.error
         file.lock.wait(POLL_SECONDS)
-      if self.download.error:
-        raise self.download.error
       self.size, self.fd = file.total or 0, os.open(file.part, os.O_RDONLY)
 
   def fill(self) -> None:

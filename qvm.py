@@ -3879,8 +3879,9 @@ def api_release(data: Any) -> Optional[Release]:
   found = {}
   for asset in assets:
     if isinstance(asset, dict) and isinstance(asset.get("name"), str):
-      digest = str(asset.get("digest"))
-      found[asset["name"]] = digest[7:] if re.match(DIGEST_RE, digest) else ""
+      digest = asset.get("digest")
+      sound = isinstance(digest, str) and re.match(DIGEST_RE, digest)
+      found[asset["name"]] = str(digest)[7:] if sound else ""
   return Release(tag, found)
 
 
@@ -4102,9 +4103,7 @@ def check_link(path: str, target: str) -> None:
   if not target or target.startswith("/") or "\0" in target or len(target) > MAX_PATH_BYTES:
     raise ValueError(f"is a link to {target[:100]}")
   words = [word for word in target.split("/") if word not in ("", ".")]
-  climbs = 0
-  while climbs < len(words) and words[climbs] == "..":
-    climbs += 1
+  climbs = len(list(itertools.takewhile(lambda word: word == "..", words)))
   if climbs > path.count("/") or ".." in words[climbs:]:
     raise ValueError(f"is a link out of its folder, to {target[:100]}")
 

@@ -1938,11 +1938,21 @@ def temporary_folder(cache: Cache) -> str:
 
 
 def names_in(folder: str) -> List[str]:
-  """The sorted names in a folder; none if it does not exist."""
+  """The sorted names in a folder; none if it does not exist, QvmError if it may be elsewhere."""
   try:
     return sorted(os.listdir(folder))
   except (FileNotFoundError, NotADirectoryError):
+    check_mounted(folder)
     return []
+
+
+def check_mounted(path: str) -> None:
+  """Refuse a link to what is not there: nobody knows what is at its end."""
+  if os.path.islink(path) and not os.path.exists(path):
+    raise QvmError(
+      f"{path} is a link to {os.readlink(path)}, which is not there",
+      "is its disk mounted? or delete the link",
+    )
 
 
 def paths_in(folder: str) -> List[str]:
@@ -2127,6 +2137,7 @@ def make_folders(cache: Cache) -> None:
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
     for path in (cache.root, *map(cache.path, FOLDERS)):
       make_folder(path)
+      check_mounted(path)
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
@@ -2353,6 +2364,7 @@ class Lock:
         os.mkdir(self.path, 0o700)
       with contextlib.suppress(FileNotFoundError):  # a holder has just removed it
         return os.open(self.path, os.O_RDONLY)
+      check_mounted(self.path)
     return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
   def _flock(self, fd: int, how: int) -> bool:
@@ -4977,11 +4989,7 @@ def is_newest(path: str, net: Net, asset: Asset) -> bool:
 
 def is_missing(plan: Plan, path: str) -> bool:
   """Whether a cached file must be downloaded; QvmError if it may be somewhere else."""
-  if os.path.islink(path) and not os.path.exists(path):
-    raise QvmError(
-      f"{path} is a link to {os.readlink(path)}, which is not there",
-      "is its disk mounted? or delete the link",
-    )
+  check_mounted(path)
   return path in plan.damaged or not os.path.isfile(path)
 
 
@@ -5773,6 +5781,7 @@ def list_instances(cache: Cache) -> List[Row]:
   try:
     os.stat(cache.instances)
   except (FileNotFoundError, NotADirectoryError):
+    check_mounted(cache.instances)
     return []
   rows = []
   with instances_lock(cache):
@@ -10527,7 +10536,7 @@ def check_unused(cache: Cache, dropped: Sequence[LayerPaths], but: Sequence[str]
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
   cache = cache_from(os.environ)
-  total = clean(cache, options) if os.path.isdir(cache.instances) else 0
+  total = clean(cache, options) if os.path.lexists(cache.instances) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 

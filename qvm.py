@@ -2925,11 +2925,10 @@ def retry_after(text: str) -> Optional[float]:
   """The seconds that a Retry-After header asks for (a number or an HTTP date), at most 60."""
   if re.match(r"[0-9]{1,9}\Z", text.strip()):
     return min(float(text), MAX_RETRY_AFTER_SECONDS)
-  try:
+  with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
     wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-  except (TypeError, ValueError, OverflowError, IndexError):
-    return None
-  return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
+    return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
+  return None
 
 
 # What OpenSSL says of certificates that RFC 5280 does not allow (its X509_V_FLAG_X509_STRICT).
@@ -2971,8 +2970,7 @@ def proxy_used(url: str) -> str:
   proxy, name = proxy_for(url), urllib.parse.urlsplit(url).scheme + "_proxy"
   if not proxy:
     return ""
-  given = name in os.environ or name.upper() in os.environ  # else it is in macOS' settings
-  origin = name if given else "System Settings"
+  origin = name if {name, name.upper()} & set(os.environ) else "System Settings"  # of macOS
   return f"the request goes through the proxy {proxy_name(proxy)} ({origin})"
 
 
@@ -3373,8 +3371,7 @@ class OtherDownload:
 
   @property
   def total(self) -> Optional[int]:
-    note = read_note(self.folder)
-    return note.total if note else None
+    return (read_note(self.folder) or DownloadNote("", "", None)).total
 
   @property
   def done(self) -> int:
@@ -3838,7 +3835,6 @@ def download_lock(downloads: str, name: str) -> Iterator[str]:
 
 MAX_PAGES = 10  # of 100 releases each: limits what a server whose list never ends can cost
 TAG_RE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
-DIGEST_RE = r"sha256:[0-9a-f]{64}\Z"
 
 
 class Release(NamedTuple):
@@ -3892,7 +3888,7 @@ def api_release(data: Any) -> Optional[Release]:
   for asset in assets:
     if isinstance(asset, dict) and isinstance(asset.get("name"), str):
       digest = asset.get("digest")
-      sound = isinstance(digest, str) and re.match(DIGEST_RE, digest)
+      sound = isinstance(digest, str) and re.match(r"sha256:[0-9a-f]{64}\Z", digest)
       found[asset["name"]] = str(digest)[7:] if sound else ""
   return Release(tag, found)
 
@@ -4068,7 +4064,6 @@ MAX_PATH_BYTES = 4095  # what Linux lets a path have; no system of ours allows m
 MAX_DISK_BYTES = 1 << 40  # bytes of a bundle's disk, holes included
 MAX_HEADER_BYTES = 1 << 20  # of one member; names and a map of holes take some kilobytes
 MAX_HEADERS = 8  # of one member: honest tars write at most three before the real one
-MAX_DIGITS = 1000  # in a row in a header: a name has 255 at most
 MAX_REST_BYTES = 1 << 30  # what may come behind the end of an archive: padding
 BAD_NAME_ERRORS = (
   errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -4198,8 +4193,8 @@ def check_pax(data: bytes) -> None:
     if not match or end <= match.end() or data[end - 1 : end] != b"\n":
       raise ValueError("it has a damaged header")
     place = end
-  if any(len(each.group()) > MAX_DIGITS for each in re.finditer(rb"[0-9]+", data)):
-    raise ValueError(f"it has a header with a number of more than {MAX_DIGITS} digits")
+  if re.search(rb"[0-9]{1000}", data):  # a name has 255 at most
+    raise ValueError("it has a header with a number without end")
 
 
 def tar_members(
@@ -4535,10 +4530,7 @@ def unpack_by_program(path: str, folder: str, name: str) -> None:
 def unpack_disk(stream: IO[bytes], folder: str) -> None:
   """Unpack the tar stream of a bundle, and look at all that follows: the checksum comes last."""
   unpack(stream, folder, BUNDLE_LIMITS, ("disk.img", "kernel"))
-  for _ in range(MAX_REST_BYTES // CHUNK_BYTES):
-    if not stream.read(CHUNK_BYTES):
-      break
-  else:
+  if all(stream.read(CHUNK_BYTES) for _ in range(MAX_REST_BYTES // CHUNK_BYTES)):
     raise ValueError("it does not end")
   if not os.path.isfile(os.path.join(folder, "disk.img")):
     raise ValueError("it holds no disk.img")
@@ -8654,8 +8646,7 @@ class Export:
       if self.server.has(start, count):
         self.answer_read(handle, start, count)
       else:
-        args = (handle, start, count)
-        threading.Thread(target=self.answer_read, args=args, daemon=True).start()
+        threading.Thread(target=self.answer_read, args=(handle, start, count), daemon=True).start()
     else:
       self.send(handle, 0 if kind == NBD_FLUSH else errno.EINVAL)
     return True

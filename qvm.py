@@ -5770,10 +5770,7 @@ class Row(NamedTuple):
 
 def list_instances(cache: Cache) -> List[Row]:
   """All instances that have a disk, by name; then the layers."""
-  try:
-    os.stat(cache.instances)
-  except (FileNotFoundError, NotADirectoryError):
-    check_mounted(cache.instances)
+  if not names_in(cache.instances) and not os.path.isdir(cache.instances):
     return []
   rows = []
   with instances_lock(cache):
@@ -11299,6 +11296,8 @@ def check_instances(cache: Cache) -> Check:
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
     return Check("fault", "instances", text, "restore your ownership of the folder")
+  except QvmError as error:
+    return Check("fault", "instances", str(error), error.hint)
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 

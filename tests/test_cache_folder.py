@@ -280,6 +280,15 @@ def test_a_folder_on_a_disk_that_is_not_mounted(full, tmp_path, folder, words):
   assert full.files() == before
 
 
+def test_doctor_shows_a_disk_that_is_not_mounted_among_the_rest(full, tmp_path):
+  (full.cache / "instances").rename(tmp_path / "elsewhere")
+  (full.cache / "instances").symlink_to(tmp_path / "nowhere")
+  result = full("doctor", "--offline")
+  assert result.returncode == 1
+  assert f"instances:    {full.cache / 'instances'} is a link to" in result.stdout
+  assert "is its disk mounted?" in result.stdout and "network:" in result.stdout
+
+
 def test_a_home_that_is_not_there_is_made(qvm):
   qvm.home.rmdir()
   works(qvm(*RUN))

@@ -1938,11 +1938,21 @@ def temporary_folder(cache: Cache) -> str:
 
 
 def names_in(folder: str) -> List[str]:
-  """The sorted names in a folder; none if it does not exist."""
+  """The sorted names in a folder; none if it does not exist, QvmError if it may be elsewhere."""
   try:
     return sorted(os.listdir(folder))
   except (FileNotFoundError, NotADirectoryError):
+    check_mounted(folder)
     return []
+
+
+def check_mounted(path: str) -> None:
+  """Refuse a link to what is not there: nobody knows what is at its end."""
+  if os.path.islink(path) and not os.path.exists(path):
+    raise QvmError(
+      f"{path} is a link to {os.readlink(path)}, which is not there",
+      "is its disk mounted? or delete the link",
+    )
 
 
 def paths_in(folder: str) -> List[str]:
@@ -2096,10 +2106,13 @@ def move(source: str, target: str, keep: bool) -> None:
     if error.errno != errno.EXDEV:
       raise
     remove_file(target + COPIED)  # a killed qvm's may be read-only
-    copy_sparse(source, target + COPIED)
-    shutil.copystat(source, target + COPIED)
-    flush(target + COPIED)
-    os.replace(target + COPIED, target)
+    with contextlib.ExitStack() as unless_moved:
+      unless_moved.callback(remove_file, target + COPIED)  # as where the disk is full
+      copy_sparse(source, target + COPIED)
+      shutil.copystat(source, target + COPIED)
+      flush(target + COPIED)
+      os.replace(target + COPIED, target)
+      unless_moved.pop_all()
     os.unlink(source)
   if keep:
     flush(os.path.dirname(target))
@@ -2124,6 +2137,7 @@ def make_folders(cache: Cache) -> None:
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
     for path in (cache.root, *map(cache.path, FOLDERS)):
       make_folder(path)
+      check_mounted(path)
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
@@ -2350,6 +2364,7 @@ class Lock:
         os.mkdir(self.path, 0o700)
       with contextlib.suppress(FileNotFoundError):  # a holder has just removed it
         return os.open(self.path, os.O_RDONLY)
+      check_mounted(self.path)
     return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
   def _flock(self, fd: int, how: int) -> bool:
@@ -2672,6 +2687,7 @@ class Net(NamedTuple):
   retry_delay: float  # seconds before the first retry
   attempts: int  # in a row without progress
   cancelled: threading.Event  # set when nobody wants the result any more
+  patience: float = MAX_RETRY_AFTER_SECONDS  # with a server that asks for a pause
 
 
 class Transient(Exception):
@@ -2736,7 +2752,7 @@ def seconds_from(environ: Mapping[str, str], name: str, default: float, least: f
 
 def impatient(net: Net) -> Net:
   """For requests that qvm can do without: a short time, few attempts."""
-  return net._replace(timeout=min(net.timeout, 10.0), attempts=2)
+  return net._replace(timeout=min(net.timeout, 10.0), attempts=2, patience=10.0)
 
 
 def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
@@ -2747,7 +2763,6 @@ def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
   """
 
   class Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = 10
     max_repeats = 3
     inf_msg = "redirect loop: "
 
@@ -2763,8 +2778,7 @@ def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
         return None
       fp.close()  # or else urllib reads the whole body, however long
       kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
-      origin = req.origin_req_host
-      return urllib.request.Request(newurl, None, kept, origin, True, req.get_method())
+      return urllib.request.Request(newurl, None, kept, req.origin_req_host, True, req.get_method())
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
@@ -2838,7 +2852,7 @@ def proxy_for(url: str) -> str:
   """The address of the proxy for a URL; empty when there is none, or no_proxy names the host."""
   parts = urllib.parse.urlsplit(url)
   proxy, host = urllib.request.getproxies().get(parts.scheme, ""), parts.hostname or ""
-  if not proxy or urllib.request.proxy_bypass(host):
+  if not proxy or any(map(urllib.request.proxy_bypass, (host, parts.netloc.split("@")[-1]))):
     return ""
   networks = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
   for network in [word.strip() for word in networks.split(",") if "/" in word]:
@@ -2903,21 +2917,18 @@ def http_failure(url: str, error: "urllib.error.HTTPError") -> Exception:
     return QvmError(f"{message}: the quota of GitHub's API is used up", QUOTA_HINT)
   expired = code == 403 and redacted(final) != redacted(url)  # a signed address: ask for a new one
   if code in RETRY_CODES or expired or code == NO_SUCH_RANGE:
-    return Transient(message, retry_after(error.headers.get("Retry-After")), code)
+    return Transient(message, retry_after(error.headers.get("Retry-After", "")), code)
   return NotFound(message) if code in (404, 410) else QvmError(message, proxy_used(url))
 
 
-def retry_after(text: Optional[str]) -> Optional[float]:
+def retry_after(text: str) -> Optional[float]:
   """The seconds that a Retry-After header asks for (a number or an HTTP date), at most 60."""
-  if not text:
-    return None
   if re.match(r"[0-9]{1,9}\Z", text.strip()):
     return min(float(text), MAX_RETRY_AFTER_SECONDS)
-  try:
+  with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
     wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-  except (TypeError, ValueError, OverflowError, IndexError):
-    return None
-  return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
+    return max(0.0, min(wait, MAX_RETRY_AFTER_SECONDS))
+  return None
 
 
 # What OpenSSL says of certificates that RFC 5280 does not allow (its X509_V_FLAG_X509_STRICT).
@@ -2950,9 +2961,8 @@ def connection_failure(url: str, error: Exception) -> Exception:
     return QvmError(f"{redacted(url)} leads to an address that is not valid", proxy_used(url))
   if isinstance(cause, socket.timeout):
     return Transient(f"{redacted(url)}: no answer in time")
-  if isinstance(cause, (OSError, http.client.HTTPException)):
-    return Transient(f"{redacted(url)}: {describe(cause)}")
-  return QvmError(f"{redacted(url)}: {describe(cause)}")
+  kind = Transient if isinstance(cause, (OSError, http.client.HTTPException)) else QvmError
+  return kind(f"{redacted(url)}: {describe(cause)}")
 
 
 def proxy_used(url: str) -> str:
@@ -2960,8 +2970,7 @@ def proxy_used(url: str) -> str:
   proxy, name = proxy_for(url), urllib.parse.urlsplit(url).scheme + "_proxy"
   if not proxy:
     return ""
-  given = name in os.environ or name.upper() in os.environ  # else it is in macOS' settings
-  origin = name if given else "System Settings"
+  origin = name if {name, name.upper()} & set(os.environ) else "System Settings"  # of macOS
   return f"the request goes through the proxy {proxy_name(proxy)} ({origin})"
 
 
@@ -2971,23 +2980,24 @@ def proxy_name(proxy: str) -> str:
   return f"{match.group(2)}{match.group(3) or ''}" if match else "(an address that is not one)"
 
 
-def with_retries(net: Net, url: str, attempt: Callable[[], T], progress: Callable[[], int]) -> T:
+def with_retries(net: Net, url: str, attempt: Callable[[], T], done: Callable[[], int] = int) -> T:
   """Call attempt until it raises no Transient; net.attempts in a row without progress fail.
 
-  progress tells how many bytes there are. The pauses double each time and are spread at random,
+  done tells how many bytes there are. The pauses double each time and are spread at random,
   so that a fleet of runners does not come back all at once.
   """
-  left, reached = net.attempts, progress()
+  left, reached = net.attempts, done()
   while True:
     try:
       return attempt()
     except Transient as error:
-      if progress() >= reached + PROGRESS_BYTES:
-        left, reached = net.attempts, progress()
+      if done() >= reached + PROGRESS_BYTES:
+        left, reached = net.attempts, done()
       left -= 1
-      if not left:
+      if not left or (error.wait or 0.0) > net.patience:
+        made = net.attempts - left
         raise QvmError(
-          f"{error} ({net.attempts} attempts)" if net.attempts > 1 else str(error),
+          f"{error} ({made} attempts)" if made > 1 else str(error),
           proxy_used(url) or "is the network up? what has been downloaded is kept, try again",
         )
       pause = error.wait
@@ -3010,18 +3020,19 @@ def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
       raise connection_failure(url, error)
   if len(body) > MAX_RELEASE_DATA_BYTES:
     raise QvmError(f"{redacted(url)}: the answer is larger than any release data")
+  if getattr(response, "length", None):  # read() takes what there is; a file has no such field
+    raise Transient(f"{redacted(url)}: the connection ended before the answer did")
   return body, ""
 
 
 def get_page(net: Net, url: str) -> str:
   """The text of a page, with retries."""
-  body = with_retries(net, url, lambda: fetch_bytes(net, url)[0], lambda: 0)
-  return body.decode("utf-8", "replace")
+  return with_retries(net, url, lambda: fetch_bytes(net, url)[0]).decode("utf-8", "replace")
 
 
 def check_exists(net: Net, url: str) -> None:
   """NotFound unless a URL can be fetched, asked by fetching its first byte."""
-  with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close(), lambda: 0)
+  with_retries(net, url, lambda: open_url(net, url, {"Range": "bytes=0-0"}).close())
 
 
 def looks_like_html(head: bytes) -> bool:
@@ -3197,7 +3208,7 @@ class PartFile:
         if fd >= 0:
           os.close(fd)
       self.part_fd = self.map_fd = -1
-      if remove:
+      if remove or (self.note.url and self.total is None):  # it could not be resumed
         for path in (self.part, self.map, os.path.join(self.folder, "note.json")):
           remove_file(path)
       elif self.note.boot and self.done and self.hashed != self.total:
@@ -3207,10 +3218,6 @@ class PartFile:
           self.write_note(self.note._replace(boot=""), keep=True)
       if forget:
         self.forget()
-
-  def remove(self) -> None:
-    """Remove the files, now that the bytes are elsewhere; what is in memory stays."""
-    self.close(remove=True)
 
   def discard(self) -> None:
     """Give up the bytes there are."""
@@ -3232,10 +3239,10 @@ class PartFile:
 
   # Who fetches what.
 
-  def claim(self) -> Optional[Span]:
-    """All of an object whose length is not known yet, else the first gap that nobody fills."""
+  def claim(self, lead: bool = False) -> Optional[Span]:
+    """The first gap that nobody fills; for the lead all of an object of unknown length."""
     with self.lock:
-      if self.total is None:
+      if lead and self.total is None:
         self.spans.append(Span(0, UNKNOWN))
         return self.spans[-1]
       first = self.blocks.find(MISSING)
@@ -3256,9 +3263,10 @@ class PartFile:
   def steal(self, split: bool) -> Optional[Span]:
     """What is left of a span whose connection is silent; with split, else half of the largest."""
     with self.lock:
-      old = max(self.spans, key=lambda span: span.left, default=None)
+      spans = self.spans if self.blocks else []  # what has no length is the lead's
+      old = max(spans, key=lambda span: span.left, default=None)
       silent = time.monotonic() - STALL_SECONDS
-      stalled = [span for span in self.spans if span.left and span.moved < silent]
+      stalled = [span for span in spans if span.left and span.moved < silent]
       if stalled:
         old, start = stalled[0], stalled[0].position
       elif split and old and old.left >= MIN_SPLIT_BLOCKS * BLOCK_BYTES:
@@ -3334,6 +3342,8 @@ class PartFile:
     end = self.done if self.total is None else min(end, self.total)
     end = min(end, self.hashed + HASH_STEP_BYTES)
     while self.hashed < end:
+      if self.part_fd < 0:  # closed since the caller wrote to it
+        raise Cancelled()
       chunk = os.pread(self.part_fd, min(CHUNK_BYTES, end - self.hashed), self.hashed)
       if not chunk:
         raise QvmError(f"{self.part} became shorter while it was read")
@@ -3361,8 +3371,7 @@ class OtherDownload:
 
   @property
   def total(self) -> Optional[int]:
-    note = read_note(self.folder)
-    return note.total if note else None
+    return (read_note(self.folder) or DownloadNote("", "", None)).total
 
   @property
   def done(self) -> int:
@@ -3524,22 +3533,21 @@ class Download:
 
   def fetch_rest(self) -> None:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
-    span = self.file.claim()
+    span = self.file.claim(lead=True)
     while span:
       self.fetch_span(span, lead=True)
       span = self.next_span()
 
   def next_span(self) -> Optional[Span]:
     """What is left to fetch, if need be once the others are done; None when there is nothing."""
-    while True:
-      busy = any(span.left for span in self.file.spans)  # asked first: they may leave a gap
-      span = self.file.claim() or self.file.steal(split=not self.streamed)
-      if span or not busy:
-        return span
-      with self.file.lock:
+    with self.file.lock:  # one that ends meanwhile leaves a gap, or hides another
+      while True:
+        span = self.file.claim() or self.file.steal(split=not self.streamed)
+        if span or not any(each.left for each in self.file.spans):
+          return span
         self.file.lock.wait(0.1)
-      if self.net.cancelled.is_set():
-        raise Cancelled()
+        if self.net.cancelled.is_set():
+          raise Cancelled()
 
   def fetch_span(self, span: Span, lead: bool) -> None:
     """Request a span and write all of it; Transient when less arrives, Cancelled when none should.
@@ -3581,7 +3589,7 @@ class Download:
   def accept(self, body: "Response", span: Span, restart: bool) -> Span:
     """Look at an answer's headers; returns the span that its body is."""
     if body.getcode() != 206 and restart:
-      span = self.start_over(body.headers)
+      span = self.start_over(body)
     else:
       self.check_range(body, span)
       self.check_space(self.file.done, self.file.total or 0)
@@ -3597,23 +3605,24 @@ class Download:
         self.file.lock.notify_all()
     return span
 
-  def start_over(self, headers: "Headers") -> Span:
+  def start_over(self, body: "Response") -> Span:
     """A 200 brings the whole object: forget what there was; returns what to fetch."""
-    if self.file.done:
-      say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
-    self.file.discard()
-    self.resumed = 0
-    length = headers.get("Content-Length") or ""
-    chunked = (headers.get("Transfer-Encoding") or "").lower() == "chunked"
+    length = body.headers.get("Content-Length") or ""
+    chunked = (body.headers.get("Transfer-Encoding") or "").lower() == "chunked"
     sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
     if not sized and not chunked:  # the connection may have ended before it did
       raise Transient(f"{redacted(self.url)}: the server does not say how long the file is")
-    etag, total = headers.get("ETag") or "", int(length) if sized else None
+    if self.file.done:
+      self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
+      say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
+    self.file.discard()
+    self.resumed = 0
+    etag, total = body.headers.get("ETag") or "", int(length) if sized else None
     strong = re.match(STRONG_ETAG_RE, etag)
     self.check_space(0, total or 0)
-    validator = etag if strong else headers.get("Last-Modified") or ""
+    validator = etag if strong else body.headers.get("Last-Modified") or ""
     self.file.create(DownloadNote(self.url, validator, total))
-    return self.file.claim() or Span(0, 0)
+    return self.file.claim(lead=True) or Span(0, 0)
 
   def check_range(self, body: "Response", span: Span) -> None:
     """Transient unless an answer is just the bytes asked for, of the same object."""
@@ -3623,9 +3632,10 @@ class Download:
     fits = place and [int(text) for text in place.groups()] == [span.position, self.file.total]
     same = validator in (etag, body.headers.get("Last-Modified"))
     if body.getcode() != 206 or not fits or not same:
+      code = CHANGED if etag and etag != validator else NO_SUCH_RANGE
       raise Transient(
         f"{redacted(self.url)}: the server sends another part than asked for",
-        code=CHANGED if etag and etag != validator else NO_SUCH_RANGE,
+        code=code if self.read_chunk(body.peek, 1) else 0,  # it may have ended in its headers
       )
 
   def gives_ranges(self, headers: "Headers") -> bool:
@@ -3646,7 +3656,7 @@ class Download:
     looked = not lead or self.file.hashed >= HEAD_BYTES
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
-      chunk = self.read_chunk(body, min(CHUNK_BYTES, span.left))
+      chunk = self.read_chunk(body.read1, min(CHUNK_BYTES, span.left))
       if not chunk:
         if span.end == UNKNOWN:
           span.end = span.position
@@ -3662,24 +3672,25 @@ class Download:
         self.add_helpers(body.headers)
     raise Cancelled()
 
-  def read_chunk(self, body: "Response", most: int) -> bytes:
+  def read_chunk(self, read: Callable[[int], bytes], most: int) -> bytes:
     """The next bytes of a body, as many as there are: a time-out loses none of them."""
     try:
-      return body.read1(most) if most else b""
+      return read(most) if most else b""
     except socket.timeout:
       raise Transient(f"{redacted(self.url)}: no more data for {self.net.timeout:g} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
       raise Transient(f"{redacted(self.url)}: the connection broke: {describe(error)}")
 
-  def check_kind(self, head: bytes) -> None:
-    """Refuse what is visibly not the file asked for, before more of it comes."""
+  def check_kind(self, head: bytes, keep: bool = False) -> None:
+    """Refuse what is visibly not the file asked for; with keep a web page, and what came stays."""
     problem = ""
     if looks_like_html(head):
       problem = "is an HTML page instead of the file"
-    elif self.name.endswith(".qcow2") and head[:4] != b"QFI\xfb":
+    elif self.name.endswith(".qcow2") and head[:4] != b"QFI\xfb" and not keep:
       problem = "is not a qcow2 image"
     if problem:
-      self.file.discard()
+      if not keep:
+        self.file.discard()
       raise QvmError(
         f"{redacted(self.url)} {problem}",
         "does a proxy or a login page of this network stand in between?",
@@ -3699,15 +3710,13 @@ class Download:
   def helper_loop(self) -> None:
     """Fetch gaps beside the lead until there are none, or the server wants no more."""
     with contextlib.suppress(QvmError, Transient, Cancelled, OSError):
-      span = self.file.claim() or self.file.steal(split=True)
-      while span:
+      for span in iter(lambda: self.file.claim() or self.file.steal(split=True), None):
         start = span.position
         try:
           self.fetch_span(span, lead=False)
         except Transient:
           if span.position == start:
             return
-        span = self.file.claim() or self.file.steal(split=True)
 
   # Readers.
 
@@ -3826,7 +3835,6 @@ def download_lock(downloads: str, name: str) -> Iterator[str]:
 
 MAX_PAGES = 10  # of 100 releases each: limits what a server whose list never ends can cost
 TAG_RE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z"
-DIGEST_RE = r"sha256:[0-9a-f]{64}\Z"
 
 
 class Release(NamedTuple):
@@ -3836,11 +3844,6 @@ class Release(NamedTuple):
   assets: Dict[str, str]
 
 
-def unquoted(text: str) -> str:
-  """Text from a URL, percent-decoded."""
-  return urllib.parse.unquote(text)
-
-
 def newest_tag(net: Net, repo: str) -> str:
   """The tag of a repository's newest release, read from the redirect of releases/latest.
 
@@ -3848,9 +3851,9 @@ def newest_tag(net: Net, repo: str) -> str:
   file server releases/latest is a file that contains the tag.
   """
   url, mark = f"{net.releases}/{repo}/releases/latest", "/releases/tag/"
-  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark), lambda: 0)
+  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark))
   if location:
-    tag = unquoted(location.split("?")[0].split("#")[0].rpartition(mark)[2])
+    tag = urllib.parse.unquote(location.split("?")[0].split("#")[0].rpartition(mark)[2])
   else:
     tag = body[:200].decode("ascii", "replace").strip()
   if not re.match(TAG_RE, tag):
@@ -3885,7 +3888,7 @@ def api_release(data: Any) -> Optional[Release]:
   for asset in assets:
     if isinstance(asset, dict) and isinstance(asset.get("name"), str):
       digest = asset.get("digest")
-      sound = isinstance(digest, str) and re.match(DIGEST_RE, digest)
+      sound = isinstance(digest, str) and re.match(r"sha256:[0-9a-f]{64}\Z", digest)
       found[asset["name"]] = str(digest)[7:] if sound else ""
   return Release(tag, found)
 
@@ -3919,9 +3922,9 @@ def page_release(net: Net, repo: str, tag: str) -> Release:
   text = get_page(net, f"{net.releases}/{repo}/releases/expanded_assets/{urllib.parse.quote(tag)}")
   assets: Dict[str, str] = {}
   pieces = re.split(r'href="[^"]*/releases/download/[^"/]+/([^"/]+)"', text)
-  for name, after in zip(pieces[1::2], pieces[2::2]):
+  for name, after in zip(map(urllib.parse.unquote, pieces[1::2]), pieces[2::2]):
     digest = re.search(r"\bsha256:([0-9a-f]{64})\b", after)
-    assets[unquoted(name)] = digest.group(1) if digest else assets.get(unquoted(name), "")
+    assets[name] = digest.group(1) if digest else assets.get(name, "")
   return Release(tag, assets)
 
 
@@ -3935,8 +3938,8 @@ def page_releases(net: Net, repo: str) -> List[Release]:
   tags = [newest]
   with contextlib.suppress(NotFound):
     feed = get_page(net, f"{net.releases}/{repo}/releases.atom")
-    listed = [unquoted(tag) for tag in re.findall(r'/releases/tag/([^"<>/\s]+)"', feed)]
-    listed = [tag for tag in dict.fromkeys(listed) if re.match(TAG_RE, tag)]
+    found = map(urllib.parse.unquote, re.findall(r'/releases/tag/([^"<>/\s]+)"', feed))
+    listed = [tag for tag in dict.fromkeys(found) if re.match(TAG_RE, tag)]
     tags = listed[listed.index(newest) :] if newest in listed else [newest, *listed]
   releases = []
   for tag in tags:
@@ -3968,24 +3971,21 @@ class Releases:
     return self.once((repo,), lambda: newest_tag(self.net, repo))
 
   def digest(self, asset: Asset) -> str:
-    """The SHA-256 of an asset; empty if the release data does not include it."""
-    release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
-    return release.assets.get(asset.name, "")
-
-  def forget(self, asset: Asset) -> None:
-    """Request the data of an asset's release again when it is next needed."""
-    with self.lock:
-      self.asked.pop(asset[:2], None)
+    """The SHA-256 of an asset; empty if no release data includes it, or none can be had."""
+    with contextlib.suppress(QvmError):
+      release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
+      return release.assets.get(asset.name, "")
+    return ""
 
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page, else empty: downloads do not wait long."""
+    """A release's data from the API, else its page, in few attempts; empty where there is none."""
     net = impatient(self.net)
     if net.api:
       with contextlib.suppress(QvmError):
         release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
         if release:
           return release
-    with contextlib.suppress(QvmError):
+    with contextlib.suppress(NotFound):
       return page_release(net, repo, tag)
     return Release(tag, {})
 
@@ -4110,9 +4110,7 @@ def check_link(path: str, target: str) -> None:
   if not target or target.startswith("/") or "\0" in target or len(target) > MAX_PATH_BYTES:
     raise ValueError(f"is a link to {target[:100]}")
   words = [word for word in target.split("/") if word not in ("", ".")]
-  climbs = 0
-  while climbs < len(words) and words[climbs] == "..":
-    climbs += 1
+  climbs = len(list(itertools.takewhile(lambda word: word == "..", words)))
   if climbs > path.count("/") or ".." in words[climbs:]:
     raise ValueError(f"is a link out of its folder, to {target[:100]}")
 
@@ -4180,8 +4178,23 @@ class Tape:
       size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
       if not 0 <= size <= MAX_HEADER_BYTES:
         raise ValueError(f"it has a header of {size} bytes")
+      if block[156:157] not in b"LK":
+        check_pax(self.peek(place + BLOCK, size))
       place += BLOCK + size + -size % BLOCK
     raise ValueError("it has headers without end")
+
+
+def check_pax(data: bytes) -> None:
+  """ValueError for what is no pax header, or one for which tarfile's patterns take hours."""
+  place, record = 0, re.compile(rb"([0-9]{1,7}) [^=\n]{1,2000}=")
+  while place < len(data) and data[place]:  # tarfile takes zeros for the end
+    match = record.match(data, place)
+    end = place + int(match.group(1)) if match else 0
+    if not match or end <= match.end() or data[end - 1 : end] != b"\n":
+      raise ValueError("it has a damaged header")
+    place = end
+  if re.search(rb"[0-9]{1000}", data):  # a name has 255 at most
+    raise ValueError("it has a header with a number without end")
 
 
 def tar_members(
@@ -4413,9 +4426,7 @@ def unpack_aside(path: str, folder: str, names: Sequence[str]) -> str:
     problem = str(error).split("\n")[0].rstrip(":") or "it is damaged"
   except OSError as error:
     if error.errno is not None:
-      failure = write_failure(folder, os.path.getsize(path), error)  # a plain tar is no smaller
-      remove_tree(folder)
-      raise failure
+      raise write_failure(folder, os.path.getsize(path), error)  # a plain tar is no smaller
     problem = describe(error)  # of a damaged gzip or bzip2 file
   remove_tree(folder)
   remove_file(path)
@@ -4519,10 +4530,7 @@ def unpack_by_program(path: str, folder: str, name: str) -> None:
 def unpack_disk(stream: IO[bytes], folder: str) -> None:
   """Unpack the tar stream of a bundle, and look at all that follows: the checksum comes last."""
   unpack(stream, folder, BUNDLE_LIMITS, ("disk.img", "kernel"))
-  for _ in range(MAX_REST_BYTES // CHUNK_BYTES):
-    if not stream.read(CHUNK_BYTES):
-      break
-  else:
+  if all(stream.read(CHUNK_BYTES) for _ in range(MAX_REST_BYTES // CHUNK_BYTES)):
     raise ValueError("it does not end")
   if not os.path.isfile(os.path.join(folder, "disk.img")):
     raise ValueError("it holds no disk.img")
@@ -4556,7 +4564,8 @@ def publish_with_record(
   record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
   write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
-  move(waiting, record_path(target), True)
+  with contextlib.suppress(FileNotFoundError):  # another qvm's record_of() was faster
+    move(waiting, record_path(target), True)
 
 
 def record_of(path: str) -> AssetRecord:
@@ -4900,7 +4909,7 @@ def fetch_asset(
       if last:
         raise
       say(f"{problem}; fetching it once more")
-      releases.forget(asset)
+      releases.asked.pop(asset[:2], None)  # it is asked for again
   return result
 
 
@@ -4942,7 +4951,7 @@ def installing(download: Download) -> Iterator[str]:
   aside = os.path.join(download.file.folder, "unpacked")
   try:
     yield aside
-    download.file.remove()
+    download.file.close(remove=True)
   except RefusedError:
     download.file.discard()
     raise
@@ -4972,11 +4981,7 @@ def is_newest(path: str, net: Net, asset: Asset) -> bool:
 
 def is_missing(plan: Plan, path: str) -> bool:
   """Whether a cached file must be downloaded; QvmError if it may be somewhere else."""
-  if os.path.islink(path) and not os.path.exists(path):
-    raise QvmError(
-      f"{path} is a link to {os.readlink(path)}, which is not there",
-      "is its disk mounted? or delete the link",
-    )
+  check_mounted(path)
   return path in plan.damaged or not os.path.isfile(path)
 
 
@@ -5361,12 +5366,8 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   wanted = "" if wanted.lower() == "latest" else wanted
   if wanted and len(version_key(wanted)[:-1]) >= VERSION_PARTS.get(guest.os, 2):
     return wanted
-  cached = [image.version for image in cached_images(cache, guest.os) if image.arch == guest.arch]
-  if options.release:
-    tag = pinned_name("", options.release)
-    cached = [each[: -len(tag)] for each in cached if each.endswith(tag)]
-  else:
-    cached = [each for each in cached if "+" not in each]
+  mine = [it.version for it in cached_images(cache, guest.os) if it.arch == guest.arch]
+  cached = [name for name, _, tag in (it.partition("+") for it in mine) if tag == options.release]
   if wanted in cached:
     return wanted
   newest = newest_of(cached, wanted)
@@ -5386,7 +5387,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
     say(f"{error}; taking the newest cached version, {fallback}")
     return fallback
   known = [image.version for image in images_in(guest.os, releases) if image.arch == guest.arch]
-  found = newest_of(known, wanted)
+  found = newest_of(known, wanted) or fallback
   if not found and not wanted:
     raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
   if found and found != wanted:
@@ -5769,9 +5770,7 @@ class Row(NamedTuple):
 
 def list_instances(cache: Cache) -> List[Row]:
   """All instances that have a disk, by name; then the layers."""
-  try:
-    os.stat(cache.instances)
-  except (FileNotFoundError, NotADirectoryError):
+  if not names_in(cache.instances) and not os.path.isdir(cache.instances):
     return []
   rows = []
   with instances_lock(cache):
@@ -8282,15 +8281,14 @@ def streamed_base(
   fds are those of the instance's lock and of the console log, or -1.
   """
   ours, life = os.pipe()
-  lock, log = fds
-  command = [*own_program(), SERVE, f"{lock},{ours},{log}", "run", "--stream"]
+  command = [*own_program(), SERVE, f"{fds[0]},{ours},{fds[1]}", "run", "--stream"]
   command += ["--platform", plan.guest.arch, "--name", plan.name]
   command += ["--rm"] * plan.ephemeral + ["--progress"] * options.progress
   command += [f"--qemu-release={plan.qemu_release}"] * bool(plan.qemu_release)
   command += ["--qemu", options.qemu] * bool(options.qemu) + [plan.guest.os, plan.version]
   with signals.hold():
     try:
-      kept = tuple(fd for fd in (lock, ours, log) if fd >= 0)
+      kept = tuple(fd for fd in (*fds, ours) if fd >= 0)
       streams = (subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT)
       process = start(command, Spawn(*streams, pass_fds=kept, start_new_session=True))
     finally:
@@ -8404,12 +8402,10 @@ class Server:
     self.digest = Future(lambda: self.releases.digest(asset))
     file = self.download.file
     with file.lock:
-      while not self.download.error:
-        if (self.download.accepted or file.complete()) and file.first_missing(0, 0) < 0:
-          break
+      while not ((self.download.accepted or file.complete()) and file.first_missing(0, 0) < 0):
+        if self.download.error:
+          raise self.download.error
         file.lock.wait(POLL_SECONDS)
-      if self.download.error:
-        raise self.download.error
       self.size, self.fd = file.total or 0, os.open(file.part, os.O_RDONLY)
 
   def fill(self) -> None:
@@ -8640,15 +8636,16 @@ class Export:
       if self.server.has(start, count):
         self.answer_read(handle, start, count)
       else:
-        args = (handle, start, count)
-        threading.Thread(target=self.answer_read, args=args, daemon=True).start()
+        threading.Thread(target=self.answer_read, args=(handle, start, count), daemon=True).start()
     else:
       self.send(handle, 0 if kind == NBD_FLUSH else errno.EINVAL)
     return True
 
   def answer_read(self, handle: bytes, start: int, count: int) -> None:
     """Answer a read."""
-    data = self.server.read(start, count)
+    data = None
+    with contextlib.suppress(OSError):  # the client waits for an answer
+      data = self.server.read(start, count)
     self.send(handle, errno.EIO if data is None else 0, data or b"")
 
   def send(self, handle: bytes, error: int, data: bytes = b"") -> None:
@@ -10206,7 +10203,7 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   digest = tree_sha256(tree_of(path)) if tree_of(path) else file_sha256(path)
   if digest != record.sha256:
     return "DAMAGED: its digest is not the one recorded at download"
-  tag, name = record.release, unquoted(record.url.rpartition("/")[2])
+  tag, name = record.release, urllib.parse.unquote(record.url.rpartition("/")[2])
   if name.endswith(".qcow2") and record.asset_sha256 != digest:
     return "DAMAGED: its record contradicts itself"
   named = releases.digest(Asset(repo, tag, name)) if re.match(TAG_RE, tag) else ""
@@ -10239,7 +10236,7 @@ def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
       with open(page, "a") as file:
         file.write(f"{line} sha256:{download.file.hash.hexdigest()}\n")
       move_into_place(download.file.part, target, 0o644)
-      download.file.remove()
+      download.file.close(remove=True)
   with download_lock(folder, repo + ".download") as place:
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
@@ -10533,7 +10530,7 @@ def check_unused(cache: Cache, dropped: Sequence[LayerPaths], but: Sequence[str]
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
   cache = cache_from(os.environ)
-  total = clean(cache, options) if os.path.isdir(cache.instances) else 0
+  total = clean(cache, options) if os.path.lexists(cache.instances) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 
@@ -11299,6 +11296,8 @@ def check_instances(cache: Cache) -> Check:
   except OSError as error:
     text = f"{cache.root}: {describe(error)}"
     return Check("fault", "instances", text, "restore your ownership of the folder")
+  except QvmError as error:
+    return Check("fault", "instances", str(error), error.hint)
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
   return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
 

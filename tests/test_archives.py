@@ -507,6 +507,29 @@ def test_memory(tmp_path, what):
   assert list(tmp_path.rglob("*")) == [tmp_path / "x.tar"]
 
 
+def test_zeros_behind_a_header(unpacker):
+  """tarfile takes them for its end."""
+  unpacker(hostile(entry("x", b"9 path=a\n" + bytes(9), tarfile.XHDTYPE), file("./b")))
+  assert (unpacker.folder / "a").read_bytes() == b"x"
+
+
+DIGITS = b"comment=" + b"1" * 1_000_000 + b"\n"
+HEADERS = {
+  "a value of digits": b"1000017 " + DIGITS,
+  "records that overlap": b"2 " * 500_000 + b"=",
+  "a place of digits": b"22 GNU.sparse.size=1\n1000017 " + DIGITS,
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_long_headers_take_no_long_time(unpacker, kind):
+  """A pax header of 1 MB; tarfile's patterns would not come to its end."""
+  body = HEADERS[kind]
+  with pytest.raises(qvm_source.RefusedError, match="header"):
+    unpacker(hostile(entry("x", body, tarfile.XHDTYPE), file("./a")))
+  assert unpacker.is_as_before()
+
+
 # --- Any archive -------------------------------------------------------------------------------
 
 part_names = st.sampled_from(["a", "b", "c", "..", ".", "", "a b"])

@@ -261,8 +261,32 @@ def test_a_link_to_a_folder_of_ones_own(full, tmp_path):
 def test_a_link_that_leads_nowhere(full, tmp_path):
   full.cache.rename(tmp_path / "elsewhere")
   full.cache.symlink_to(tmp_path / "nowhere")
-  fails(full(*RUN), f"{full.cache} exists but is not a folder")
+  fails(full(*RUN), f"{full.cache} is a link to {tmp_path / 'nowhere'}, which is not there")
   assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("folder, words", [
+  ("downloads", "clean"), ("downloads", "pull freebsd 15.1"), ("instances", "list"),
+  ("instances", "run freebsd 15.1"), ("layers", "list"), ("base", "clean --all"),
+  ("instances", "clean"), ("base", "search freebsd"),
+])  # fmt: skip
+def test_a_folder_on_a_disk_that_is_not_mounted(full, tmp_path, folder, words):
+  """What lies there is not nothing, and nobody waits for it."""
+  works(full(*RUN))
+  (full.cache / folder).rename(tmp_path / "elsewhere")
+  (full.cache / folder).symlink_to(tmp_path / "nowhere")
+  before = full.files()
+  fails(full(*words.split()), f"{full.cache / folder} is a link to", "is its disk mounted?")
+  assert full.files() == before
+
+
+def test_doctor_shows_a_disk_that_is_not_mounted_among_the_rest(full, tmp_path):
+  (full.cache / "instances").rename(tmp_path / "elsewhere")
+  (full.cache / "instances").symlink_to(tmp_path / "nowhere")
+  result = full("doctor", "--offline")
+  assert result.returncode == 1
+  assert f"instances:    {full.cache / 'instances'} is a link to" in result.stdout
+  assert "is its disk mounted?" in result.stdout and "network:" in result.stdout
 
 
 def test_a_home_that_is_not_there_is_made(qvm):

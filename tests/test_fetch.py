@@ -1,6 +1,7 @@
 """`qvm pull` and `run` against a release server that breaks in every way; the cache after it."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -305,6 +307,45 @@ def test_what_was_installed_before_a_kill_is_not_left_over(no_image, server, ima
   assert server.requests(TOOLS) == []
 
 
+def test_a_record_that_another_qvm_has_put_in_place(tmp_path, monkeypatch):
+  """Who looks at an image between its own rename and its record's ends the publishing."""
+  cache = qvm_source.Cache(str(tmp_path))
+  qvm_source.make_folders(cache)
+  source, target = tmp_path / "part", cache.base("freebsd-15.1-x86-64")
+  source.write_bytes(b"image")
+  move_into_place, seen = qvm_source.move_into_place, []
+
+  def moved(*words):
+    move_into_place(*words)
+    seen.append(qvm_source.record_of(target))
+
+  monkeypatch.setattr(qvm_source, "move_into_place", moved)
+  record = qvm_source.AssetRecord(release="v1")
+  qvm_source.publish_with_record(cache, str(source), target, record, 0o444)
+  assert seen == [qvm_source.record_of(target)] and seen[0].release == "v1"
+  assert sorted(os.listdir(cache.path("base"))) == [
+    "freebsd-15.1-x86-64.json", "freebsd-15.1-x86-64.qcow2",
+  ]  # fmt: skip
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing_beside_its_target(tmp_path, monkeypatch):
+  """Where a folder of the cache is a link to another, full disk."""
+
+  def another_disk(source, target):
+    raise OSError(errno.EXDEV, "another disk")
+
+  def full(source, target):
+    Path(target).write_bytes(b"some")
+    raise OSError(errno.ENOSPC, "full")
+
+  monkeypatch.setattr(qvm_source.os, "replace", another_disk)
+  monkeypatch.setattr(qvm_source, "copy_sparse", full)
+  (tmp_path / "part").write_bytes(b"something")
+  with pytest.raises(OSError, match="full"):
+    qvm_source.move_into_place(str(tmp_path / "part"), str(tmp_path / "base"), 0o444)
+  assert os.listdir(tmp_path) == ["part"]
+
+
 def test_two_cpus_at_once(qvm, server, image):
   go = threading.Event()
   faults = [server.fault(f"qemu-system-{cpu}", pause=go) for cpu in ("x86_64", "aarch64")]
@@ -576,7 +617,6 @@ def test_headway_gives_new_attempts():
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
     ("Wed, 21 Oct 2115 07:28:00 GMT", 60),
     ("", None),
-    (None, None),
     ("-1", None),
     ("1.5", None),
     ("soon", None),
@@ -627,6 +667,38 @@ def test_resume_within_a_run(qvm, server, image):
     assert result.stderr.count(f"downloaded {name}") == 1
   record = json.loads((qvm.cache / "base" / f"{FREEBSD}.json").read_text())
   assert record["sha256"] == hashlib.sha256(image).hexdigest()
+
+
+def test_a_login_page_in_the_middle_costs_nothing_of_what_has_come(no_image, big_server, big):
+  there = broken_off(no_image, big_server, signal.SIGKILL)
+  big_server.fault(IMAGE, html=True)
+  fails(no_image(*PULL), "HTML page")
+  assert kept(no_image) == there
+  check_works(no_image, no_image(*PULL), big)
+  assert ranges(big_server) == [f"bytes={there}-"] * 2
+
+
+NO_LENGTH = ({"cut": "headers"}, {"ignore_range": True, "no_length": True})
+
+
+@pytest.mark.parametrize("fault", NO_LENGTH, ids=str)
+def test_an_answer_of_unknown_length_costs_nothing_of_what_has_come(
+  no_image, big_server, big, fault
+):
+  """As when the connection ends in the headers."""
+  there = broken_off(no_image, big_server, signal.SIGKILL)
+  big_server.fault(IMAGE, **fault)
+  check_works(no_image, no_image(*PULL), big)
+  assert ranges(big_server) == [f"bytes={there}-"] * 2
+
+
+def test_nothing_is_kept_that_cannot_be_resumed(no_image, server, image):
+  """A part of unknown length would only take space: the next run starts anew."""
+  server.fault(IMAGE, times=None, chunked=True, cut=200_000)
+  check_failed(no_image(*PULL), "5 attempts")
+  assert not unfinished(no_image)[0].exists()
+  server.clear_faults()
+  check_works(no_image, no_image(*PULL), image)
 
 
 def test_what_came_before_a_stall_is_kept(no_image, server, image):
@@ -1077,6 +1149,16 @@ def test_working_proxy_for_https(no_image, secure, proxy, image):
 def test_no_proxy(no_image, server, image):
   env = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": "127.0.0.1,localhost"}
   check_works(no_image, no_image(*PULL, env=env), image)
+
+
+@pytest.mark.parametrize("form", ["{0}:{1}", "127.0.0.0/8", "{0}"])
+def test_a_proxy_that_is_not_used_is_not_blamed(no_image, server, form):
+  server.fault("", origin=None, times=None, status=403)
+  address = form.format("127.0.0.1", server.url.split("/")[2].rpartition(":")[2])
+  proxy = f"http://127.0.0.1:{free_port()}"
+  result = no_image(*PULL, env={"http_proxy": proxy, "no_proxy": address})
+  fails(result, "403")
+  assert "proxy" not in result.stderr
 
 
 def test_credentials_of_a_proxy_stay_with_it(no_image, server, proxy, image):

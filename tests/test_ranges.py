@@ -296,7 +296,7 @@ def test_a_body_of_unknown_length(tmp_path_factory, sizes):
   file = qvm_source.PartFile(str(folder), "name", URL)
   file.create(qvm_source.DownloadNote(URL, '"v"', None))
   content = random.Random(1).randbytes(sum(sizes))
-  span = file.claim()
+  span = file.claim(lead=True)
   for size in sizes:
     file.write(span, content[span.position : span.position + size])
     assert file.done == span.position and not file.complete()
@@ -305,7 +305,7 @@ def test_a_body_of_unknown_length(tmp_path_factory, sizes):
   file.set_total(span.position)
   file.hash_all(threading.Event())
   assert file.complete() and file.hash.hexdigest() == sha256(content)
-  file.remove()
+  file.close(remove=True)
   assert os.listdir(str(folder)) == []
 
 
@@ -316,6 +316,76 @@ def test_what_is_cancelled_is_not_written(tmp_path):
   with pytest.raises(qvm_source.Cancelled):
     file.write(span, content)
   assert os.path.getsize(file.part) == 0
+
+
+def test_a_helper_that_comes_while_the_file_starts_over(tmp_path):
+  """Only the lead fetches what has no length yet; a helper would hold all there could ever be."""
+  file, content = make(tmp_path, 4 * BLOCK, BLOCK)
+  file.discard()
+  helper = file.claim() or file.steal(split=True)
+  file.create(qvm_source.DownloadNote(URL, '"w"', 4 * BLOCK))
+  if helper:
+    file.release(helper)
+  assert helper is None
+  check(file, content)
+
+
+def test_a_body_of_unknown_length_is_not_shared(tmp_path):
+  file, content = make(tmp_path, 4 * BLOCK)
+  file.discard()
+  file.create(qvm_source.DownloadNote(URL, '"w"', None))
+  span = file.claim(lead=True)
+  assert file.steal(split=True) is None and span.end == qvm_source.UNKNOWN
+
+
+class Ending(qvm_source.Span):
+  """A span that another thread releases as soon as somebody looks at it, if that may happen."""
+
+  @property
+  def left(self):
+    def release():
+      if self.file.lock.acquire(False):
+        self.file.lock.release()
+        self.file.release(self)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    thread.join()
+    return self.end - self.position
+
+
+def test_the_lead_waits_for_who_comes_behind_one_that_ends(tmp_path):
+  """What another connection still fetches is not over because a third one has just ended."""
+  net = qvm_source.net_from({})
+  lead = qvm_source.Download(net, URL, "name", str(tmp_path))
+  lead.file.create(qvm_source.DownloadNote(URL, '"v"', 2 * BLOCK))
+  file, first, second = lead.file, lead.file.claim_blocks(0, 1), lead.file.claim_blocks(1, 2)
+  file.write(first, bytes(BLOCK))
+  file.spans[0] = Ending(BLOCK, BLOCK)
+  file.spans[0].file = file
+  net.cancelled.set()  # it would wait
+  with pytest.raises(qvm_source.Cancelled):
+    lead.next_span()
+  assert second in file.spans
+
+
+def test_one_that_is_closed_before_it_hashes_has_not_failed(tmp_path):
+  """As when a machine ends while its image comes: its log blamed a bad file descriptor."""
+  file, content = make(tmp_path, 4 * BLOCK)
+  span, hashing = file.claim(), file.hashing
+
+  class Closing:
+    def acquire(self, wait):
+      file.hashing = hashing
+      file.close()
+      return hashing.acquire(wait)
+
+    release = staticmethod(hashing.release)
+
+  file.hashing = Closing()
+  with pytest.raises(qvm_source.Cancelled):
+    file.write(span, content)
+  assert hashing.acquire(False)
 
 
 def test_what_is_stolen_goes_on_where_it_was(tmp_path, monkeypatch):

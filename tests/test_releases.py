@@ -249,6 +249,22 @@ def test_asset_that_is_listed_only(no_image, server, image):
   assert (no_image.cache / "base" / f"{STEM}.qcow2").read_bytes() == contents["v1"]
 
 
+PAGES_OF = ("releases/latest", "releases.atom", "releases/expanded_assets")
+
+
+@pytest.mark.parametrize("place", [2, 400, 900])
+@pytest.mark.parametrize("page", PAGES_OF)
+def test_a_page_that_is_cut_short_is_asked_for_again(no_image, server, image, page, place):
+  """What a connection that ends lacks is not taken for what there is not."""
+  publish_world(server, image)
+  set_api(no_image, server, "none")
+  more = {"status": 200, "body": "v2" + " " * 1000} if page == "releases/latest" else {}
+  server.fault(f"netbsd-builder/{page}", origin="github", cut=place, **more)
+  run = works(no_image("pull", "netbsd", "--platform", "x86-64"))
+  assert bases(no_image) == ["base/netbsd-11.0-x86-64.qcow2"]
+  assert "no digest" not in run.stderr and "trying again" in run.stderr
+
+
 def test_a_pull_from_nothing_asks_the_api_for_two_releases(qvm, server):
   works(qvm("pull", "freebsd", "15.1"))
   paths = sorted(path.partition("actions/")[2] for path in server.paths(origin="api"))
@@ -668,6 +684,34 @@ def test_run_takes_the_cached_version_when_the_network_is_away(no_image, server,
   assert "10.0" in run.stderr
   instances = os.listdir(no_image.cache / "instances")
   assert sorted(instances) == ["netbsd-10.0-x86-64.json", "netbsd-10.0-x86-64.qcow2"]
+
+
+@pytest.mark.parametrize("words", [(), ("15",)])
+def test_run_takes_the_cached_version_of_a_named_release(no_image, server, image, words):
+  """Its pages cannot be asked either: that it has no image for this CPU is not known."""
+  named = ("--platform", "x86-64", "--release", "v0.16.0", "freebsd", *words)
+  away(no_image)
+  fails(no_image("pull", *named), DEAD)
+  cache_images(no_image, image, "freebsd-15.1+v0.16.0-x86-64")
+  no_image.play(exit=7)
+  run = no_image("run", *named)
+  assert run.returncode == 7, run.stderr
+  assert "taking the newest cached version, 15.1" in run.stderr
+
+
+@pytest.mark.parametrize("place", [f"{REPO}/releases/latest", "releases/expanded_assets"])
+def test_what_can_be_done_without_is_not_waited_for(no_image, server, image, place):
+  """Shared CI addresses are told to wait; each such minute would outlast this test."""
+  publish_world(server, image)
+  set_api(no_image, server, "gone")
+  server.fault(place, origin="github", times=None, status=429, headers={"Retry-After": "60"})
+  if "latest" in place:
+    cache_images(no_image, image, *CACHED)
+    run = works(no_image("run", "netbsd", "--platform", "x86-64"))
+    assert "taking the newest cached version, 10.0" in run.stderr
+  else:
+    run = works(no_image("pull", "netbsd", "10.0", "--platform", "x86-64"))
+    assert "no digest is known" in run.stderr
 
 
 def test_what_the_cache_is_no_answer_for(no_image, image):

@@ -1007,11 +1007,22 @@ class Whole:
     return self.content[start : start + count]
 
 
+class Broken(Whole):
+  """A server whose disk cannot be read, of an image of which nothing is there yet."""
+
+  def has(self, start, count):
+    return False
+
+  def read(self, start, count):
+    raise OSError(5, "Input/output error")
+
+
 @pytest.fixture
-def link():
+def link(request):
   """A client's connection to an export of 1000 bytes."""
   ours, theirs = socket.socketpair()
-  export = qvm_source.Export(Whole(bytes(range(250)) * 4), theirs)
+  kind = getattr(request, "param", Whole)
+  export = qvm_source.Export(kind(bytes(range(250)) * 4), theirs)
   thread = threading.Thread(target=export.run)
   thread.start()
   ours.settimeout(10)
@@ -1070,6 +1081,14 @@ def test_export_name(link, flags, padding):
   answer = link.recv(10 + padding, socket.MSG_WAITALL)
   assert answer == struct.pack(">QH", 1000, 0x107) + bytes(padding)
   assert ask(link, 1, 0, 4) is None  # a write
+
+
+@pytest.mark.parametrize("link", [Broken], indirect=True)
+def test_a_disk_that_cannot_be_read_is_an_answer(link):
+  """The guest gets an I/O error; without an answer it would wait for ever."""
+  link.sendall(struct.pack(">I", 3) + option(7, bytes(6)))
+  assert replies(link) == [3, 3, 1]
+  assert [ask(link, 0, start, 20) for start in (0, 500)] == [(0x67446698, 5, 77)] * 2
 
 
 def test_abort(link):

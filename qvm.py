@@ -1938,11 +1938,10 @@ def temporary_folder(cache: Cache) -> str:
 
 
 def names_in(folder: str) -> List[str]:
-  """The sorted names in a folder; none if it does not exist, QvmError if it may be elsewhere."""
+  """The sorted names in a folder; none if it does not exist."""
   try:
     return sorted(os.listdir(folder))
   except (FileNotFoundError, NotADirectoryError):
-    check_mounted(folder)
     return []
 
 
@@ -2130,14 +2129,13 @@ FOLDERS = (
 
 
 def make_folders(cache: Cache) -> None:
-  """Create the cache and its folders, accessible to this user only; check_owners() comes first."""
+  """Create the cache and its folders, accessible to this user only; check_folders() comes first."""
   path = cache.root
   try:
     if make_folder(path) and sys.platform == "darwin":
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
     for path in (cache.root, *map(cache.path, FOLDERS)):
       make_folder(path)
-      check_mounted(path)
       if not os.path.isdir(path):
         raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
@@ -2215,11 +2213,13 @@ def adopt_older(cache: Cache) -> None:
         say(f"removed the unfinished downloads of an older qvm in {cache.downloads}")
 
 
-def check_owners(cache: Cache) -> None:
-  """Refuse a cache that others can change or replace: the one check for all commands.
+def check_folders(cache: Cache) -> None:
+  """Refuse a cache that others can change or replace, or that is not all there.
 
-  qvm executes what is in it, and believes what its records say.
+  It is the one check for all commands: qvm executes what is in the cache, and believes its records.
   """
+  for path in (cache.root, *map(cache.path, FOLDERS)):
+    check_mounted(path)
   for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):
     check_above(end)
   if not os.path.isdir(cache.root):
@@ -5770,7 +5770,7 @@ class Row(NamedTuple):
 
 def list_instances(cache: Cache) -> List[Row]:
   """All instances that have a disk, by name; then the layers."""
-  if not names_in(cache.instances) and not os.path.isdir(cache.instances):
+  if not os.path.isdir(cache.instances):
     return []
   rows = []
   with instances_lock(cache):
@@ -10530,7 +10530,7 @@ def check_unused(cache: Cache, dropped: Sequence[LayerPaths], but: Sequence[str]
 def cmd_clean(options: Options) -> int:
   """Delete leftovers, with --all also what can be downloaded again; never an instance."""
   cache = cache_from(os.environ)
-  total = clean(cache, options) if os.path.lexists(cache.instances) else 0
+  total = clean(cache, options) if os.path.isdir(cache.instances) else 0
   say(f"{'would free' if options.dry_run else 'freed'} {megabytes(total)}")
   return 0
 
@@ -11028,13 +11028,14 @@ def cmd_doctor(options: Options) -> int:
   """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
-  refused = attempted("cache", check_owners, cache)  # then no command uses it
+  refused = attempted("cache", check_folders, cache)  # then no command uses it
   checks = [check_system(), check_python(), check_ssh()]
   checks += [*(refused or [check_cache(cache)]), check_zstd()]
   checks += [] if refused else check_qemu(cache)  # it runs QEMU
   checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
   if not refused:
-    checks += [*attempted("remembered", check_failed, cache), check_instances(cache)]
+    checks += attempted("remembered", check_failed, cache)
+    checks += attempted("instances", check_instances, cache)
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -11289,17 +11290,14 @@ def check_quota(net: Net) -> Check:
   )
 
 
-def check_instances(cache: Cache) -> Check:
+def check_instances(cache: Cache) -> List[Check]:
   """The number of instances, and those that are running."""
   try:
     rows = [row for row in list_instances(cache) if row.state in ("running", "stopped")]
   except OSError as error:
-    text = f"{cache.root}: {describe(error)}"
-    return Check("fault", "instances", text, "restore your ownership of the folder")
-  except QvmError as error:
-    return Check("fault", "instances", str(error), error.hint)
+    raise QvmError(f"{cache.root}: {describe(error)}", "restore your ownership of the folder")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
-  return Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")
+  return [Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")]
 
 
 # ---- Completion and main ------------------------------------------------------------------------
@@ -11432,7 +11430,7 @@ def call(options: Options) -> int:
     emit("qvm " + __version__)
     return 0
   if options.command not in OWN_CHECKS:
-    check_owners(cache_from(os.environ))
+    check_folders(cache_from(os.environ))
   return CALLS[options.command](resolve(options))
 
 

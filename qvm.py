@@ -3969,8 +3969,13 @@ class Releases:
 
   def digest(self, asset: Asset) -> str:
     """The SHA-256 of an asset; empty if the release data does not include it."""
-    release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
-    return release.assets.get(asset.name, "")
+
+    def ask() -> Release:  # downloads do not wait long
+      with contextlib.suppress(QvmError):
+        return Releases(impatient(self.net)).one(asset.repo, asset.tag)
+      return Release(asset.tag, {})
+
+    return self.once(asset[:2], ask).assets.get(asset.name, "")
 
   def forget(self, asset: Asset) -> None:
     """Request the data of an asset's release again when it is next needed."""
@@ -3978,15 +3983,14 @@ class Releases:
       self.asked.pop(asset[:2], None)
 
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page, else empty: downloads do not wait long."""
-    net = impatient(self.net)
-    if net.api:
+    """A release's data from the API, else from its page; empty if neither has such a release."""
+    if self.net.api:
       with contextlib.suppress(QvmError):
-        release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
+        release = api_release(api_data(self.net, f"{repo}/releases/tags/{tag}"))
         if release:
           return release
-    with contextlib.suppress(QvmError):
-      return page_release(net, repo, tag)
+    with contextlib.suppress(NotFound):
+      return page_release(self.net, repo, tag)
     return Release(tag, {})
 
   def all(self, repo: str) -> List[Release]:
@@ -5388,7 +5392,9 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   known = [image.version for image in images_in(guest.os, releases) if image.arch == guest.arch]
   found = newest_of(known, wanted)
   if not found and not wanted:
-    raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
+    where = f"the release {options.release}" if options.release else "any release"
+    problem = f"there is no image of {guest.title} for {guest.arch} in {where}"
+    raise QvmError(problem, f"see {net.releases}/{repo}/releases")
   if found and found != wanted:
     say(f"the newest {guest.title}{' ' * bool(wanted)}{wanted} for {guest.arch} is {found}")
   return found or wanted  # what there is not, the download explains

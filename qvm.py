@@ -1086,7 +1086,7 @@ OPTIONS = (
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
   Option(("--sync-out",), "sync_out", "DIR", parse_text,
-         "bring the whole folder as it is afterwards to DIR/GUEST/;\n"
+         "bring what the command made or changed to DIR/GUEST/;\n"
          "other files there stay"),
   Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_count(text, "machines", 999),
          "machines at once (default: as many as there are cores, and\nas free memory carries)"),
@@ -1111,6 +1111,7 @@ OPTIONS = (
 )  # fmt: skip
 EVERYWHERE = ("help", "version")
 IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
+IN_BOOT = ("boot_timeout", "boot_attempts")
 SET_UP_ONLY = ("env", "memory", "cpus", "accel", "boot_timeout")  # options of `pull` for that
 SET_UP = ("install", "prepare", "prepare_timeout", "rebuild")
 # What `each` hands on to the `run` of each guest.
@@ -1241,7 +1242,7 @@ COMMANDS = {
     ("qvm config print-path", 'du -sh "$(qvm config print-path)"'),
   ),
   "completion": Command(
-    "bash|zsh|fish", 1, 1000, (),
+    "bash|zsh|fish", 1, 1, (),
     "Print a shell's completion script.",
     ('eval "$(qvm completion bash)"', "qvm completion fish | source"),
   ),
@@ -1257,7 +1258,7 @@ def known_options(command: str) -> List[Option]:
 def parse_command_line(words: Sequence[str]) -> Options:
   """Parse the arguments; options and operands may come in any order."""
   operands, given, rest = split_words(words)
-  fields = {option.field for option, _ in given}
+  fields = {option.field for option, _, _ in given}
   form = COMMANDS.get(operands[0]) if operands else None
   for_guest = form and "COMMAND" in form.operands and len(operands) > form.least
   if operands == ["each"] and rest[1:]:
@@ -1276,13 +1277,13 @@ def parse_command_line(words: Sequence[str]) -> Options:
       "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
     )
   known = known_options(command)
-  for option, _ in given:
+  for option, flag, _ in given:
     if option not in known:
-      raise unknown_option(option.flags[-1], command)
+      raise unknown_option(flag, operands)
   if not fields & set(EVERYWHERE):
     check_operands(command, operands[1:])
   values: Dict[str, Any] = {"guest_command": tuple(rest[1:]) if for_guest else ()}
-  for option, text in given:
+  for option, _, text in given:
     value = option.read(text) if option.metavar else True
     values[option.field] = values.get(option.field, ()) + (value,) if option.many else value
   if command in ("run", "pull") and "+" in "".join(operands[2:]):
@@ -1333,6 +1334,7 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--refresh gets the newest release: it excludes --release and --qemu-release")
   if options.warm and options.disk:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
+  waits = options.guest_command or options.detach or options.warm
   for option in OPTIONS:
     flag = option.flags[-1]
     given = option.field in fields and not options.sets_up
@@ -1340,6 +1342,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
     if given and options.command == "pull" and option.field in SET_UP_ONLY:
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
+    if given and option.field in IN_BOOT and options.command == "run" and not waits:
+      raise UsageError(f"{flag} needs a command or --detach: else qvm does not wait for ssh")
     wants_command = option.field in fields and option.field in IN_GUEST
     bare = option.field == "env" and options.sets_up  # then it is for the scripts
     if wants_command and options.command == "run" and not options.guest_command and not bare:
@@ -1350,14 +1354,19 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")
   if options.mirror and options.sets_up:
     raise UsageError("--mirror cannot be combined with --prepare or --install: it starts no guest")
+  if options.mirror and (options.verify or options.qemu):
+    raise UsageError("--mirror only fills DIR: it excludes --verify and --qemu")
   if options.sync_delete and options.sync_direction == "in":
     raise UsageError("--sync-delete has no effect with --sync-direction in")
 
 
-def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str]], List[str]]:
+Given = List[Tuple[Option, str, str]]  # with the flag as it was typed, and the value
+
+
+def split_words(words: Sequence[str]) -> Tuple[List[str], Given, List[str]]:
   """Split the arguments into operands, options with values, and everything from the first `--`."""
   operands: List[str] = []
-  given: List[Tuple[Option, str]] = []
+  given: Given = []
   rest = list(words)
   while rest:
     if rest[0] == "--":
@@ -1369,7 +1378,7 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
     flag, equals, value = word.partition("=") if word.startswith("--") else (word[:2], "", word[2:])
     option = next((o for o in OPTIONS if flag in o.flags), None)
     if not option:
-      raise unknown_option(flag, next((o for o in operands if o in COMMANDS), ""))
+      raise unknown_option(flag, operands)
     if not option.metavar and (equals or value):
       raise UsageError(f"{flag} takes no value (in '{word}')")
     if option.metavar and not equals and not value:
@@ -1378,26 +1387,40 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
       value = rest.pop(0)
     if option.metavar in ("PATH", "FILE", "DIR", "SCRIPT") and not value:
       raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
-    given.append((option, value))
+    given.append((option, flag, value))
   return operands, given, rest
 
 
-def unknown_option(flag: str, command: str) -> UsageError:
-  """The error for an option that the command does not accept, with those that it does."""
+def unknown_option(flag: str, operands: Sequence[str]) -> UsageError:
+  """The error for an option that the command does not accept, or for what is wrong before it.
+
+  After too many operands `--` is what is missing.
+  """
+  command = operands[0] if operands and operands[0] != "help" else ""
+  if command and command not in COMMANDS:
+    return unknown(f"command '{command}'", command, COMMANDS)
+  if command and len(operands) > COMMANDS[command].most + 1:
+    return unexpected(command, operands[1:])
   where = "for qvm " + command if command else "without a command"
   flags = [f for option in known_options(command) for f in option.flags]
   return unknown(f"option {flag} {where}", flag, flags)
 
 
+def unexpected(command: str, operands: Sequence[str]) -> UsageError:
+  """The error for the first operand that is one too many."""
+  form = COMMANDS[command]
+  usage = f"qvm {command} {form.operands}".strip()
+  return UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage}")
+
+
 def check_operands(command: str, operands: Sequence[str]) -> None:
   """Check the number and the form of the operands after the command."""
   form = COMMANDS[command]
-  usage = f"qvm {command} {form.operands}"
   if len(operands) < form.least:
     names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
-    raise UsageError(f"missing argument; usage: {usage}{names}")
-  if len(operands) > form.most:
-    raise UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage.strip()}")
+    raise UsageError(f"missing argument; usage: qvm {command} {form.operands}{names}")
+  if len(operands) > form.most and operands[0] != "words":  # those are to be completed
+    raise unexpected(command, operands)
   if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
     for version in operands[1:]:
@@ -1434,6 +1457,8 @@ def parse_guest(text: str) -> Tuple[str, str, str]:
     raise UsageError(f"'{version}' in '{text}' is neither a version nor one of x86-64 and arm64")
   if text.lower() == ALL:
     return ALL, "", ""
+  if re.match(r"r?[0-9.]+\Z", text):
+    raise UsageError(f"'{text}' names no OS: use OS-VERSION, as in freebsd-15.1")
   if arch:
     arch = find_guest(find_os(os_name), parse_arch(arch)).arch
   return find_os(os_name), parse_version(version) if version else "", arch
@@ -2428,9 +2453,10 @@ def resolve(options: Options) -> Options:
     for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
     if getattr(options, name)
   }
-  for name in ("mirror", "logs"):
+  for name in ("mirror", "logs", "sync_out"):
     if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
-      raise UsageError(f"--{name}: not a folder: '{getattr(options, name)}'")
+      flag = "--" + name.replace("_", "-")
+      raise UsageError(f"{flag}: not a folder: '{getattr(options, name)}'")
   if options.logs and not os.access(nearest(paths["logs"]), os.W_OK | os.X_OK):
     raise UsageError(f"--logs: no file can be written in '{options.logs}'")
   for name in ("console_log", "junit"):
@@ -2562,6 +2588,11 @@ def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
     raise QvmError(
       "{} failed ({}): {}".format(command[0], ending(process.returncode), " ".join(output.split()))
     )
+
+
+def quoted(words: Iterable[str]) -> str:
+  """Words as a line for a shell."""
+  return " ".join(map(shlex.quote, words))
 
 
 def end_process(process: "Process") -> None:
@@ -6811,7 +6842,7 @@ def command_script(
   128+N, which ssh cannot. While the command runs, pid_file, if named, has its process group. The
   script `first` runs before the command.
   """
-  line = " ".join(map(shlex.quote, command))
+  line = quoted(command)
   lines = ["trap : INT QUIT TERM HUP", *filter(None, [first])]
   if folder:
     lines += [f"cd {folder} || exit"]
@@ -9399,7 +9430,7 @@ def print_command(plan: Plan, options: Options) -> int:
   planned_instance(plan)
   options = kept_options(plan.paths, options)
   facts = host_facts(plan, options, options.ssh, image_record(plan).release)
-  emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
+  emit(quoted(qemu_command(plan, options, facts)))
   return 0
 
 
@@ -10372,10 +10403,9 @@ def running(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths
   chosen = existing(cache, names, what)
   for paths in chosen:
     if not is_running(paths):
-      raise QvmError(
-        f"the instance {paths.name} is not running; nothing was {what}",
-        "start it in the background with qvm run --detach; see qvm list",
-      )
+      start = f"start it: qvm {quoted(run_words(paths))}"
+      hint = "see qvm list" if what == "stopped" else start
+      raise QvmError(f"the instance {paths.name} is not running; nothing was {what}", hint)
   return chosen
 
 
@@ -10391,10 +10421,16 @@ def cmd_stop(options: Options) -> int:
 
 
 def run_words(paths: InstancePaths) -> List[str]:
-  """The command line that starts an instance in the background as it was started last."""
+  """The command line that starts an instance in the background as it was started last.
+
+  Its port may be another's once it does not run.
+  """
   it = read_instance(paths)
   words = ["run", "--detach", "--name", it.name, "--platform", it.arch]
-  words += [*filter(None, it.words.split("\0")), *["--ssh-port", it.ssh] * bool(it.ssh)]
+  words += [
+    *filter(None, it.words.split("\0")),
+    *["--ssh-port", it.ssh] * bool(it.ssh and is_running(paths)),
+  ]
   return [*words, it.os, *[it.version] * (not it.image)]
 
 
@@ -10457,7 +10493,7 @@ def cmd_clone(options: Options) -> int:
       try:
         take_instance(each, stack)
       except RunningError as error:
-        raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
+        raise QvmError(f"{error}; nothing was cloned", f"stop it: qvm stop {each.name}")
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
     check_spelling(new.disk)
@@ -10506,7 +10542,8 @@ def cmd_rm(options: Options) -> int:
       try:
         take_instance(paths, stack)
       except RunningError as error:
-        raise QvmError(f"{error}; nothing was deleted", "use qvm stop first, or qvm rm --force")
+        hint = f"stop it: qvm stop {paths.name}; or use qvm rm --force"
+        raise QvmError(f"{error}; nothing was deleted", hint)
     for paths in chosen:
       remove_instance(paths)
       emit(paths.name)
@@ -11361,7 +11398,7 @@ def cmd_completion(options: Options) -> int:
       emit(word)
     return 0
   program = [sys.executable, os.path.abspath(sys.argv[0])]
-  text = COMPLETIONS[shell].format(program=" ".join(map(shlex.quote, program)))
+  text = COMPLETIONS[shell].format(program=quoted(program))
   emit(text.rstrip("\n"))
   return 0
 

@@ -356,7 +356,7 @@ def test_logs_of_a_clone_are_not_those_of_the_original(used, tmp_path):
 
 def test_a_machine_that_runs_is_not_cloned(used, background):
   background(used, *RUN)
-  fails(used("clone", FREEBSD, "new"), "already running", "qvm stop")
+  fails(used("clone", FREEBSD, "new"), "already running", f"stop it: qvm stop {FREEBSD}")
   assert not (used.cache / "instances/new.json").exists()
 
 

@@ -482,6 +482,8 @@ def test_sync_only_goes_in(each, tmp_path):
 def test_sync_out_has_a_folder_for_each(each, tmp_path):
   """It lies in the folder itself, and what is there does not go to the guests."""
   work = folder_with_files(tmp_path / "work")
+  (work / "untouched").touch()
+  assert "what the command made or changed" in qvm_source.help_text("each")
   words = ("--sync", str(work), "--sync-out", str(work / "out"), *THREE[:2], "--")
   for turn in "one", "two":
     result = each(

@@ -11381,7 +11381,8 @@ fi
   "fish": """\
 function __qvm_words
   set -l before (commandline -opc)
-  {program} completion words -- $before[2..-1] 2>/dev/null
+  set -l words ({program} completion words -- $before[2..-1] 2>/dev/null)
+  test -n "$words"; and printf '%s\\n' $words; or __fish_complete_path (commandline -ct)
 end
 for name in qvm qvm.pyz qvm.py
   complete -c $name -f -a '(__qvm_words)'
@@ -11429,7 +11430,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
     words += OS_NAMES
   elif "VERSION" in form.operands and len(operands) == 1:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
-  elif form.operands.startswith("NAME"):
+  elif form.operands.startswith("NAME") and len(operands) < form.most:
     names = stems_in(cache.instances, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
     names = [] if command == "clone" and operands else names  # NEW is for the user to invent

@@ -907,18 +907,6 @@ def parse_memory(text: str, what: str = "memory") -> str:
   return match.group(1) + match.group(2)
 
 
-def parse_disk(text: str) -> str:
-  """The size of a disk, as that of a memory."""
-  return parse_memory(text, "disk")
-
-
-def parse_cpus(text: str) -> str:
-  """A number of virtual CPUs."""
-  if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
-    raise UsageError(f"invalid number of CPUs '{text}': use 1 to 255")
-  return str(int(text))
-
-
 def parse_address(text: str) -> Address:
   """[ADDRESS:]PORT, with an IPv4 address of this host."""
   host, colon, port = text.rpartition(":")
@@ -967,7 +955,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_count(text: str, what: str, most: int) -> int:
-  """How often a machine may be booted, or how many may run."""
+  """A number of CPUs, of machines that may run, or of times that one may be booted."""
   if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= most:
     raise UsageError(f"invalid number of {what} '{text}': use 1 to {most}")
   return int(text)
@@ -1000,11 +988,6 @@ def parse_direction(text: str) -> str:
   return text
 
 
-def parse_text(text: str) -> str:
-  """Any text."""
-  return text
-
-
 class Option(NamedTuple):
   """One option: its spellings, the field of Options it sets, and how its value is parsed."""
 
@@ -1028,16 +1011,17 @@ OPTIONS = (
   Option(("--name",), "name", "NAME", parse_name,
          "name of the instance (default: OS-VERSION-ARCH)"),
   Option(("-m", "--memory"), "memory", "SIZE", parse_memory, "memory of the guest (default: 6G)"),
-  Option(("--cpus",), "cpus", "N", parse_cpus, "number of virtual CPUs (default: 2)"),
+  Option(("--cpus",), "cpus", "N", lambda text: str(parse_count(text, "CPUs", 255)),
+         "number of virtual CPUs (default: 2)"),
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
   Option(("-p", "--publish"), "publish", "HOST:GUEST", parse_forward,
          "a port of the guest on this host; [ADDRESS:]HOST:GUEST[/udp],\n"
          "HOST 0 is a free one; may be repeated; kept with the instance", True),
-  Option(("--disk",), "disk", "SIZE", parse_disk,
+  Option(("--disk",), "disk", "SIZE", lambda text: parse_memory(text, "disk"),
          "give the instance a second, blank disk of this size,\nkept and deleted with it"),
-  Option(("--image",), "image", "FILE", parse_text,
+  Option(("--image",), "image", "FILE", str,
          "boot an image of your own, qcow2 or raw, as that OS;\nFILE is never written"),
   Option(("--release",), "release", "TAG", parse_tag,
          "use the image of just this release, kept beside others"),
@@ -1047,9 +1031,9 @@ OPTIONS = (
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
-  Option(("--qemu",), "qemu", "PATH", parse_text,
+  Option(("--qemu",), "qemu", "PATH", str,
          "use this qemu-system-* and the qemu-img next to it or on PATH"),
-  Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
+  Option(("--qemu-arg",), "qemu_args", "ARG", str,
          "extra argument for QEMU; may be repeated", True),
   Option(("-d", "--detach"), "detach", "", bool,
          "run in the background and return once ssh answers;\nsee qvm list and qvm stop"),
@@ -1060,14 +1044,14 @@ OPTIONS = (
          "how long to wait for ssh (default: 600, emulated 1800)"),
   Option(("--boot-attempts",), "boot_attempts", "N", lambda text: parse_count(text, "attempts", 10),
          "how often to boot a guest whose ssh does not answer\n(default: 1)"),
-  Option(("--console-log",), "console_log", "FILE", parse_text,
+  Option(("--console-log",), "console_log", "FILE", str,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
          "let the guest reach nothing, not even this host; its ssh stays"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
-  Option(("--prepare",), "prepare", "SCRIPT", parse_text,
+  Option(("--prepare",), "prepare", "SCRIPT", str,
          "set the guest up with SCRIPT first, for a /bin/sh that ends at\n"
          "the first failure, and keep its disk as a layer for later runs\n"
          "with the same scripts, packages and variables; may be repeated", True),
@@ -1076,24 +1060,23 @@ OPTIONS = (
   Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
          "how long setting up may take (default: 3600)"),
   Option(("--rebuild",), "rebuild", "", bool, "make the layer anew, from the base image"),
-  Option(("--sync",), "sync", "DIR", parse_text,
+  Option(("--sync",), "sync", "DIR", str,
          "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
          "both (default), in (only to the guest) or out (only from it)"),
-  Option(("--sync-exclude",), "sync_exclude", "PATTERN", parse_text,
+  Option(("--sync-exclude",), "sync_exclude", "PATTERN", str,
          "skip files with this name or, if it has a /, this path;\nmay be repeated; "
          ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
-  Option(("--sync-out",), "sync_out", "DIR", parse_text,
-         "bring what the command made or changed to DIR/GUEST/;\n"
-         "other files there stay"),
+  Option(("--sync-out",), "sync_out", "DIR", str,
+         "bring what the command made or changed to DIR/GUEST/;\nother files there stay"),
   Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_count(text, "machines", 999),
          "machines at once (default: as many as there are cores, and\nas free memory carries)"),
   Option(("--fail-fast",), "fail_fast", "", bool, "end the others once one has failed"),
-  Option(("--logs",), "logs", "DIR", parse_text,
+  Option(("--logs",), "logs", "DIR", str,
          "write the logs to DIR/GUEST.log (default: below the cache,\nfor the last ten runs)"),
-  Option(("--junit",), "junit", "FILE", parse_text, "write the results to FILE as JUnit's XML"),
+  Option(("--junit",), "junit", "FILE", str, "write the results to FILE as JUnit's XML"),
   Option(("-f", "--follow"), "follow", "", bool, "go on until the machine ends"),
   Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
   Option(("--offline",), "offline", "", bool, "skip the network checks"),
@@ -1102,7 +1085,7 @@ OPTIONS = (
          "replace cached files with the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
          "compare cached files with the digests recorded at download\nand with the release's"),
-  Option(("--mirror",), "mirror", "DIR", parse_text,
+  Option(("--mirror",), "mirror", "DIR", str,
          "download the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
   Option(("--all",), "all", "", bool, "also delete layers and images that nothing needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
@@ -1111,7 +1094,6 @@ OPTIONS = (
 )  # fmt: skip
 EVERYWHERE = ("help", "version")
 IN_GUEST = ("env", "sync", "sync_direction", "sync_exclude", "sync_delete")
-IN_BOOT = ("boot_timeout", "boot_attempts")
 SET_UP_ONLY = ("env", "memory", "cpus", "accel", "boot_timeout")  # options of `pull` for that
 SET_UP = ("install", "prepare", "prepare_timeout", "rebuild")
 # What `each` hands on to the `run` of each guest.
@@ -1258,7 +1240,7 @@ def known_options(command: str) -> List[Option]:
 def parse_command_line(words: Sequence[str]) -> Options:
   """Parse the arguments; options and operands may come in any order."""
   operands, given, rest = split_words(words)
-  fields = {option.field for option, _, _ in given}
+  fields = {option.field for option, _ in given}
   form = COMMANDS.get(operands[0]) if operands else None
   for_guest = form and "COMMAND" in form.operands and len(operands) > form.least
   if operands == ["each"] and rest[1:]:
@@ -1273,17 +1255,15 @@ def parse_command_line(words: Sequence[str]) -> Options:
   if command and command not in COMMANDS:
     raise unknown(f"command '{command}'", command, COMMANDS)
   if not command and not fields & set(EVERYWHERE):
-    raise UsageError(
-      "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
-    )
-  known = known_options(command)
-  for option, flag, _ in given:
-    if option not in known:
-      raise unknown_option(flag, operands)
+    raise UsageError(f"no command given; choose from {', '.join(COMMANDS)} (see qvm --help)")
+  known = [option.field for option in known_options(command)]
+  for option, _ in given:
+    if option.field not in known:
+      raise unknown_option(option.flags[0], operands)
   if not fields & set(EVERYWHERE):
     check_operands(command, operands[1:])
   values: Dict[str, Any] = {"guest_command": tuple(rest[1:]) if for_guest else ()}
-  for option, _, text in given:
+  for option, text in given:
     value = option.read(text) if option.metavar else True
     values[option.field] = values.get(option.field, ()) + (value,) if option.many else value
   if command in ("run", "pull") and "+" in "".join(operands[2:]):
@@ -1338,11 +1318,9 @@ def check_together(options: Options, fields: Set[str]) -> None:
   for option in OPTIONS:
     flag = option.flags[-1]
     given = option.field in fields and not options.sets_up
-    if given and option.field in SET_UP:
+    if given and option.field in SET_UP + SET_UP_ONLY * (options.command == "pull"):
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
-    if given and options.command == "pull" and option.field in SET_UP_ONLY:
-      raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
-    if given and option.field in IN_BOOT and options.command == "run" and not waits:
+    if given and option.field[:5] == "boot_" and options.command == "run" and not waits:
       raise UsageError(f"{flag} needs a command or --detach: else qvm does not wait for ssh")
     wants_command = option.field in fields and option.field in IN_GUEST
     bare = option.field == "env" and options.sets_up  # then it is for the scripts
@@ -1360,13 +1338,10 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--sync-delete has no effect with --sync-direction in")
 
 
-Given = List[Tuple[Option, str, str]]  # with the flag as it was typed, and the value
-
-
-def split_words(words: Sequence[str]) -> Tuple[List[str], Given, List[str]]:
+def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str]], List[str]]:
   """Split the arguments into operands, options with values, and everything from the first `--`."""
   operands: List[str] = []
-  given: Given = []
+  given: List[Tuple[Option, str]] = []
   rest = list(words)
   while rest:
     if rest[0] == "--":
@@ -1387,40 +1362,31 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], Given, List[str]]:
       value = rest.pop(0)
     if option.metavar in ("PATH", "FILE", "DIR", "SCRIPT") and not value:
       raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
-    given.append((option, flag, value))
+    given.append((option._replace(flags=(flag,)), value))  # the one that was typed
   return operands, given, rest
 
 
 def unknown_option(flag: str, operands: Sequence[str]) -> UsageError:
-  """The error for an option that the command does not accept, or for what is wrong before it.
-
-  After too many operands `--` is what is missing.
-  """
+  """The error for an option that the command does not accept, or for what is wrong before it."""
   command = operands[0] if operands and operands[0] != "help" else ""
   if command and command not in COMMANDS:
     return unknown(f"command '{command}'", command, COMMANDS)
   if command and len(operands) > COMMANDS[command].most + 1:
-    return unexpected(command, operands[1:])
+    check_operands(command, operands[1:])  # what is missing is a `--` before them
   where = "for qvm " + command if command else "without a command"
   flags = [f for option in known_options(command) for f in option.flags]
   return unknown(f"option {flag} {where}", flag, flags)
 
 
-def unexpected(command: str, operands: Sequence[str]) -> UsageError:
-  """The error for the first operand that is one too many."""
-  form = COMMANDS[command]
-  usage = f"qvm {command} {form.operands}".strip()
-  return UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage}")
-
-
 def check_operands(command: str, operands: Sequence[str]) -> None:
   """Check the number and the form of the operands after the command."""
   form = COMMANDS[command]
+  usage = f"qvm {command} {form.operands}"
   if len(operands) < form.least:
     names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
-    raise UsageError(f"missing argument; usage: qvm {command} {form.operands}{names}")
+    raise UsageError(f"missing argument; usage: {usage}{names}")
   if len(operands) > form.most and operands[0] != "words":  # those are to be completed
-    raise unexpected(command, operands)
+    raise UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage.strip()}")
   if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
     for version in operands[1:]:
@@ -2448,23 +2414,19 @@ def read_script(path: str) -> bytes:
 
 def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
-  paths: Dict[str, Any] = {
-    name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
-    for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
-    if getattr(options, name)
-  }
+  names = ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
+  flags = {name: "--" + name.replace("_", "-") for name in names if getattr(options, name)}
+  paths: Dict[str, Any] = {name: absolute(getattr(options, name), flags[name]) for name in flags}
   for name in ("mirror", "logs", "sync_out"):
     if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
-      flag = "--" + name.replace("_", "-")
-      raise UsageError(f"{flag}: not a folder: '{getattr(options, name)}'")
+      raise UsageError(f"{flags[name]}: not a folder: '{getattr(options, name)}'")
   if options.logs and not os.access(nearest(paths["logs"]), os.W_OK | os.X_OK):
     raise UsageError(f"--logs: no file can be written in '{options.logs}'")
   for name in ("console_log", "junit"):
     path = paths.get(name, os.devnull)
     there = path if os.path.exists(path) else os.path.join(os.path.dirname(path), "")
     if os.path.isdir(path) or not os.access(there, os.W_OK):
-      flag = "--" + name.replace("_", "-")
-      raise UsageError(f"{flag}: no file can be written at '{getattr(options, name)}'")
+      raise UsageError(f"{flags[name]}: no file can be written at '{getattr(options, name)}'")
   if options.image and not os.path.isfile(paths["image"]):
     raise UsageError(f"--image: no such file: '{options.image}'")
   if options.sync and not os.path.isdir(paths["sync"]):
@@ -2588,11 +2550,6 @@ def run_program(command: Sequence[str], fds: Tuple[int, ...] = ()) -> None:
     raise QvmError(
       "{} failed ({}): {}".format(command[0], ending(process.returncode), " ".join(output.split()))
     )
-
-
-def quoted(words: Iterable[str]) -> str:
-  """Words as a line for a shell."""
-  return " ".join(map(shlex.quote, words))
 
 
 def end_process(process: "Process") -> None:
@@ -6842,7 +6799,7 @@ def command_script(
   128+N, which ssh cannot. While the command runs, pid_file, if named, has its process group. The
   script `first` runs before the command.
   """
-  line = quoted(command)
+  line = " ".join(map(shlex.quote, command))
   lines = ["trap : INT QUIT TERM HUP", *filter(None, [first])]
   if folder:
     lines += [f"cd {folder} || exit"]
@@ -9430,7 +9387,7 @@ def print_command(plan: Plan, options: Options) -> int:
   planned_instance(plan)
   options = kept_options(plan.paths, options)
   facts = host_facts(plan, options, options.ssh, image_record(plan).release)
-  emit(quoted(qemu_command(plan, options, facts)))
+  emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
 
 
@@ -10403,8 +10360,9 @@ def running(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths
   chosen = existing(cache, names, what)
   for paths in chosen:
     if not is_running(paths):
-      start = f"start it: qvm {quoted(run_words(paths))}"
-      hint = "see qvm list" if what == "stopped" else start
+      hint = "see qvm list"
+      if what != "stopped":
+        hint = " ".join(["start it: qvm", *map(shlex.quote, run_words(paths))])
       raise QvmError(f"the instance {paths.name} is not running; nothing was {what}", hint)
   return chosen
 
@@ -10421,10 +10379,7 @@ def cmd_stop(options: Options) -> int:
 
 
 def run_words(paths: InstancePaths) -> List[str]:
-  """The command line that starts an instance in the background as it was started last.
-
-  Its port may be another's once it does not run.
-  """
+  """The words that start an instance in the background as before; on any port if it is off."""
   it = read_instance(paths)
   words = ["run", "--detach", "--name", it.name, "--platform", it.arch]
   words += [
@@ -11399,7 +11354,7 @@ def cmd_completion(options: Options) -> int:
       emit(word)
     return 0
   program = [sys.executable, os.path.abspath(sys.argv[0])]
-  text = COMPLETIONS[shell].format(program=quoted(program))
+  text = COMPLETIONS[shell].format(program=" ".join(map(shlex.quote, program)))
   emit(text.rstrip("\n"))
   return 0
 

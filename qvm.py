@@ -1330,10 +1330,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
       raise UsageError(f"{flag} needs --sync DIR")
   if options.command == "each" and not options.guest_command and not fields & set(EVERYWHERE):
     raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")
-  if options.mirror and options.sets_up:
-    raise UsageError("--mirror cannot be combined with --prepare or --install: it starts no guest")
-  if options.mirror and (options.verify or options.qemu):
-    raise UsageError("--mirror only fills DIR: it excludes --verify and --qemu")
+  if options.mirror and (options.sets_up or options.verify or options.qemu):
+    raise UsageError("--mirror only fills DIR: it excludes --prepare, --install, --verify, --qemu")
   if options.sync_delete and options.sync_direction == "in":
     raise UsageError("--sync-delete has no effect with --sync-direction in")
 
@@ -10368,14 +10366,19 @@ def running(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths
 
 
 def cmd_stop(options: Options) -> int:
-  """Power off running instances; all names are checked before any instance is stopped."""
-  cache = cache_from(os.environ)
+  """Power off running instances; all names are checked first, and one that fails holds up none."""
+  cache, code = cache_from(os.environ), 0
   for paths in running(cache, options.operands, "stopped"):
-    stop_instance(paths, options.force, login_seconds(options))
-    flush_disk(paths)
-    emit(paths.name)
+    try:
+      stop_instance(paths, options.force, login_seconds(options))
+      flush_disk(paths)
+      emit(paths.name)
+    except QvmError as error:
+      code = EXIT_FAILED
+      for text in filter(None, (str(error), error.hint)):
+        say(text)
   sweep(cache)
-  return 0
+  return code
 
 
 def run_words(paths: InstancePaths) -> List[str]:
@@ -10397,9 +10400,8 @@ def cmd_restart(options: Options) -> int:
       reboot(login_of(paths, login_seconds(options)))
     except QvmError as error:
       if not options.force or os.path.exists(paths.mark):
-        raise QvmError(
-          str(error), error.hint or "--force ends QEMU, but not that of a --rm machine"
-        )
+        hint = error.hint or "--force ends QEMU, but not that of a --rm machine"
+        raise QvmError(str(error), hint)
       say(str(error))
       again = resolve(parse_command_line(run_words(paths)))
       if is_running(paths):
@@ -11363,12 +11365,10 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   """The words that can follow those already typed."""
   if "--" in before:
     return []  # a command for the guest
-  if before and before[-1] == "--platform":
-    return ["x86-64", "arm64"]
-  if before and before[-1] == "--sync-direction":
-    return list(DIRECTIONS)
-  if before and before[-1] == "--accel":
-    return [*ACCELERATORS, "hvf:kvm:tcg"]
+  values = {"--platform": ["x86-64", "arm64"], "--sync-direction": list(DIRECTIONS)}
+  values["--accel"] = [*ACCELERATORS, "hvf:kvm:tcg"]
+  if before and before[-1] in values:
+    return values[before[-1]]
   valued = {flag for option in OPTIONS if option.metavar for flag in option.flags}
   if before and before[-1] in valued:
     return []

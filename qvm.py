@@ -10866,7 +10866,7 @@ class Team:
         child.read(ready)
         self.show(child)
         if child.ended and child.code != 0 and self.options.fail_fast:
-          self.end(f"was ended: {child.guest} has failed")
+          self.end(f"--fail-fast: {child.guest} has failed")
 
   def show(self, child: Child) -> None:
     """On a terminal show what all do; elsewhere the output of one, with its name before it."""

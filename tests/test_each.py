@@ -244,7 +244,7 @@ def test_the_first_failure_ends_the_others(each, tmp_path):
   assert result.returncode == 1
   results = {"openbsd-7.9": "ok", THREE[0]: "exit 4", THREE[1]: "not run", THREE[2]: "not run"}
   assert table(result.stdout) == results
-  assert result.stdout.count("was ended: freebsd-15.1 has failed") == 2
+  assert result.stdout.count("--fail-fast: freebsd-15.1 has failed") == 2
   assert list(each.logs()) != [] and THREE[2] not in each.logs(), "it was not to be started"
   assert each.nothing_left()
 

@@ -93,8 +93,8 @@ def test_github_actions(guests, project, server, image, tmp_path):
     (guests.folder / "bin" / name).chmod(0o755)
   job = yaml.safe_load(block("yaml", "runs-on:"))["jobs"]["bsd"]
   (step,) = [step for step in job["steps"] if "/.github/actions/run@" in step["uses"]]
-  tag = "v" + qvm_source.__version__  # the only tags that there are: the workflow checks them
-  assert step["uses"].endswith("/run@" + tag) and f"The tag `{tag}` of" in README
+  # There is no v0: the release workflow takes no other tags than those of whole versions.
+  assert step["uses"].endswith("/run@vX.Y.Z") and "The tag `vX.Y.Z` of" in README
   for guest in job["strategy"]["matrix"]["guest"]:
     given = {name: filled(text, {"matrix.guest": guest}) for name, text in step["with"].items()}
     assert run_action(guests, project, tmp_path, given) == ["made", "tested"]

@@ -907,18 +907,6 @@ def parse_memory(text: str, what: str = "memory") -> str:
   return match.group(1) + match.group(2)
 
 
-def parse_disk(text: str) -> str:
-  """The size of a disk, as that of a memory."""
-  return parse_memory(text, "disk")
-
-
-def parse_cpus(text: str) -> str:
-  """A number of virtual CPUs."""
-  if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
-    raise UsageError(f"invalid number of CPUs '{text}': use 1 to 255")
-  return str(int(text))
-
-
 def parse_address(text: str) -> Address:
   """[ADDRESS:]PORT, with an IPv4 address of this host."""
   host, colon, port = text.rpartition(":")
@@ -967,7 +955,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_count(text: str, what: str, most: int) -> int:
-  """How often a machine may be booted, or how many may run."""
+  """A number of CPUs, of machines that may run, or of times that one may be booted."""
   if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= most:
     raise UsageError(f"invalid number of {what} '{text}': use 1 to {most}")
   return int(text)
@@ -1000,11 +988,6 @@ def parse_direction(text: str) -> str:
   return text
 
 
-def parse_text(text: str) -> str:
-  """Any text."""
-  return text
-
-
 class Option(NamedTuple):
   """One option: its spellings, the field of Options it sets, and how its value is parsed."""
 
@@ -1028,16 +1011,17 @@ OPTIONS = (
   Option(("--name",), "name", "NAME", parse_name,
          "name of the instance (default: OS-VERSION-ARCH)"),
   Option(("-m", "--memory"), "memory", "SIZE", parse_memory, "memory of the guest (default: 6G)"),
-  Option(("--cpus",), "cpus", "N", parse_cpus, "number of virtual CPUs (default: 2)"),
+  Option(("--cpus",), "cpus", "N", lambda text: str(parse_count(text, "CPUs", 255)),
+         "number of virtual CPUs (default: 2)"),
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
   Option(("-p", "--publish"), "publish", "HOST:GUEST", parse_forward,
          "a port of the guest on this host; [ADDRESS:]HOST:GUEST[/udp],\n"
          "HOST 0 is a free one; may be repeated; kept with the instance", True),
-  Option(("--disk",), "disk", "SIZE", parse_disk,
+  Option(("--disk",), "disk", "SIZE", lambda text: parse_memory(text, "disk"),
          "give the instance a second, blank disk of this size,\nkept and deleted with it"),
-  Option(("--image",), "image", "FILE", parse_text,
+  Option(("--image",), "image", "FILE", str,
          "boot an image of your own, qcow2 or raw, as that OS;\nFILE is never written"),
   Option(("--release",), "release", "TAG", parse_tag,
          "use the image of just this release, kept beside others"),
@@ -1047,9 +1031,9 @@ OPTIONS = (
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
-  Option(("--qemu",), "qemu", "PATH", parse_text,
+  Option(("--qemu",), "qemu", "PATH", str,
          "use this qemu-system-* and the qemu-img next to it or on PATH"),
-  Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
+  Option(("--qemu-arg",), "qemu_args", "ARG", str,
          "extra argument for QEMU; may be repeated", True),
   Option(("-d", "--detach"), "detach", "", bool,
          "run in the background and return once ssh answers;\nsee qvm list and qvm stop"),
@@ -1060,14 +1044,14 @@ OPTIONS = (
          "how long to wait for ssh (default: 600, emulated 1800)"),
   Option(("--boot-attempts",), "boot_attempts", "N", lambda text: parse_count(text, "attempts", 10),
          "how often to boot a guest whose ssh does not answer\n(default: 1)"),
-  Option(("--console-log",), "console_log", "FILE", parse_text,
+  Option(("--console-log",), "console_log", "FILE", str,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
          "let the guest reach nothing, not even this host; its ssh stays"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
-  Option(("--prepare",), "prepare", "SCRIPT", parse_text,
+  Option(("--prepare",), "prepare", "SCRIPT", str,
          "set the guest up with SCRIPT first, for a /bin/sh that ends at\n"
          "the first failure, and keep its disk as a layer for later runs\n"
          "with the same scripts, packages and variables; may be repeated", True),
@@ -1076,24 +1060,23 @@ OPTIONS = (
   Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
          "how long setting up may take (default: 3600)"),
   Option(("--rebuild",), "rebuild", "", bool, "make the layer anew, from the base image"),
-  Option(("--sync",), "sync", "DIR", parse_text,
+  Option(("--sync",), "sync", "DIR", str,
          "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
          "both (default), in (only to the guest) or out (only from it)"),
-  Option(("--sync-exclude",), "sync_exclude", "PATTERN", parse_text,
+  Option(("--sync-exclude",), "sync_exclude", "PATTERN", str,
          "skip files with this name or, if it has a /, this path;\nmay be repeated; "
          ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
-  Option(("--sync-out",), "sync_out", "DIR", parse_text,
-         "bring the whole folder as it is afterwards to DIR/GUEST/;\n"
-         "other files there stay"),
+  Option(("--sync-out",), "sync_out", "DIR", str,
+         "bring what the command made or changed to DIR/GUEST/;\nother files there stay"),
   Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_count(text, "machines", 999),
          "machines at once (default: as many as there are cores, and\nas free memory carries)"),
   Option(("--fail-fast",), "fail_fast", "", bool, "end the others once one has failed"),
-  Option(("--logs",), "logs", "DIR", parse_text,
+  Option(("--logs",), "logs", "DIR", str,
          "write the logs to DIR/GUEST.log (default: below the cache,\nfor the last ten runs)"),
-  Option(("--junit",), "junit", "FILE", parse_text, "write the results to FILE as JUnit's XML"),
+  Option(("--junit",), "junit", "FILE", str, "write the results to FILE as JUnit's XML"),
   Option(("-f", "--follow"), "follow", "", bool, "go on until the machine ends"),
   Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
   Option(("--offline",), "offline", "", bool, "skip the network checks"),
@@ -1102,7 +1085,7 @@ OPTIONS = (
          "replace cached files with the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
          "compare cached files with the digests recorded at download\nand with the release's"),
-  Option(("--mirror",), "mirror", "DIR", parse_text,
+  Option(("--mirror",), "mirror", "DIR", str,
          "download the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
   Option(("--all",), "all", "", bool, "also delete layers and images that nothing needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
@@ -1241,7 +1224,7 @@ COMMANDS = {
     ("qvm config print-path", 'du -sh "$(qvm config print-path)"'),
   ),
   "completion": Command(
-    "bash|zsh|fish", 1, 1000, (),
+    "bash|zsh|fish", 1, 1, (),
     "Print a shell's completion script.",
     ('eval "$(qvm completion bash)"', "qvm completion fish | source"),
   ),
@@ -1272,13 +1255,11 @@ def parse_command_line(words: Sequence[str]) -> Options:
   if command and command not in COMMANDS:
     raise unknown(f"command '{command}'", command, COMMANDS)
   if not command and not fields & set(EVERYWHERE):
-    raise UsageError(
-      "no command given; choose from {} (see qvm --help)".format(", ".join(COMMANDS))
-    )
-  known = known_options(command)
+    raise UsageError(f"no command given; choose from {', '.join(COMMANDS)} (see qvm --help)")
+  known = [option.field for option in known_options(command)]
   for option, _ in given:
-    if option not in known:
-      raise unknown_option(option.flags[-1], command)
+    if option.field not in known:
+      raise unknown_option(option.flags[0], operands)
   if not fields & set(EVERYWHERE):
     check_operands(command, operands[1:])
   values: Dict[str, Any] = {"guest_command": tuple(rest[1:]) if for_guest else ()}
@@ -1336,9 +1317,7 @@ def check_together(options: Options, fields: Set[str]) -> None:
   for option in OPTIONS:
     flag = option.flags[-1]
     given = option.field in fields and not options.sets_up
-    if given and option.field in SET_UP:
-      raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
-    if given and options.command == "pull" and option.field in SET_UP_ONLY:
+    if given and option.field in SET_UP + SET_UP_ONLY * (options.command == "pull"):
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
     wants_command = option.field in fields and option.field in IN_GUEST
     bare = option.field == "env" and options.sets_up  # then it is for the scripts
@@ -1348,8 +1327,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
       raise UsageError(f"{flag} needs --sync DIR")
   if options.command == "each" and not options.guest_command and not fields & set(EVERYWHERE):
     raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")
-  if options.mirror and options.sets_up:
-    raise UsageError("--mirror cannot be combined with --prepare or --install: it starts no guest")
+  if options.mirror and (options.sets_up or options.verify or options.qemu):
+    raise UsageError("--mirror only fills DIR: it excludes --prepare, --install, --verify, --qemu")
   if options.sync_delete and options.sync_direction == "in":
     raise UsageError("--sync-delete has no effect with --sync-direction in")
 
@@ -1369,7 +1348,7 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
     flag, equals, value = word.partition("=") if word.startswith("--") else (word[:2], "", word[2:])
     option = next((o for o in OPTIONS if flag in o.flags), None)
     if not option:
-      raise unknown_option(flag, next((o for o in operands if o in COMMANDS), ""))
+      raise unknown_option(flag, operands)
     if not option.metavar and (equals or value):
       raise UsageError(f"{flag} takes no value (in '{word}')")
     if option.metavar and not equals and not value:
@@ -1378,12 +1357,17 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[Tuple[Option, str
       value = rest.pop(0)
     if option.metavar in ("PATH", "FILE", "DIR", "SCRIPT") and not value:
       raise UsageError(f"{flag} needs a value: {flag} {option.metavar}")
-    given.append((option, value))
+    given.append((option._replace(flags=(flag,)), value))  # the one that was typed
   return operands, given, rest
 
 
-def unknown_option(flag: str, command: str) -> UsageError:
-  """The error for an option that the command does not accept, with those that it does."""
+def unknown_option(flag: str, operands: Sequence[str]) -> UsageError:
+  """The error for an option that the command does not accept, or for what is wrong before it."""
+  command = operands[0] if operands and operands[0] != "help" else ""
+  if command and command not in COMMANDS:
+    return unknown(f"command '{command}'", command, COMMANDS)
+  if command and len(operands) > COMMANDS[command].most + 1:
+    check_operands(command, operands[1:])  # what is missing is a `--` before them
   where = "for qvm " + command if command else "without a command"
   flags = [f for option in known_options(command) for f in option.flags]
   return unknown(f"option {flag} {where}", flag, flags)
@@ -1396,7 +1380,7 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
   if len(operands) < form.least:
     names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
     raise UsageError(f"missing argument; usage: {usage}{names}")
-  if len(operands) > form.most:
+  if len(operands) > form.most and operands[0] != "words":  # those are to be completed
     raise UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage.strip()}")
   if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
@@ -1434,6 +1418,8 @@ def parse_guest(text: str) -> Tuple[str, str, str]:
     raise UsageError(f"'{version}' in '{text}' is neither a version nor one of x86-64 and arm64")
   if text.lower() == ALL:
     return ALL, "", ""
+  if re.match(r"r?[0-9.]+\Z", text):
+    raise UsageError(f"'{text}' names no OS: use OS-VERSION, as in freebsd-15.1")
   if arch:
     arch = find_guest(find_os(os_name), parse_arch(arch)).arch
   return find_os(os_name), parse_version(version) if version else "", arch
@@ -2438,22 +2424,19 @@ def read_script(path: str) -> bytes:
 
 def resolve(options: Options) -> Options:
   """The options with absolute paths; UsageError if a program or folder does not exist."""
-  paths: Dict[str, Any] = {
-    name: absolute(getattr(options, name), "--" + name.replace("_", "-"))
-    for name in ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
-    if getattr(options, name)
-  }
-  for name in ("mirror", "logs"):
+  names = ("sync", "sync_out", "console_log", "mirror", "logs", "junit", "image")
+  flags = {name: "--" + name.replace("_", "-") for name in names if getattr(options, name)}
+  paths: Dict[str, Any] = {name: absolute(getattr(options, name), flags[name]) for name in flags}
+  for name in ("mirror", "logs", "sync_out"):
     if name in paths and os.path.exists(paths[name]) and not os.path.isdir(paths[name]):
-      raise UsageError(f"--{name}: not a folder: '{getattr(options, name)}'")
+      raise UsageError(f"{flags[name]}: not a folder: '{getattr(options, name)}'")
   if options.logs and not os.access(nearest(paths["logs"]), os.W_OK | os.X_OK):
     raise UsageError(f"--logs: no file can be written in '{options.logs}'")
   for name in ("console_log", "junit"):
     path = paths.get(name, os.devnull)
     there = path if os.path.exists(path) else os.path.join(os.path.dirname(path), "")
     if os.path.isdir(path) or not os.access(there, os.W_OK):
-      flag = "--" + name.replace("_", "-")
-      raise UsageError(f"{flag}: no file can be written at '{getattr(options, name)}'")
+      raise UsageError(f"{flags[name]}: no file can be written at '{getattr(options, name)}'")
   if options.image and not os.path.isfile(paths["image"]):
     raise UsageError(f"--image: no such file: '{options.image}'")
   if options.sync and not os.path.isdir(paths["sync"]):
@@ -3971,22 +3954,22 @@ class Releases:
     return self.once((repo,), lambda: newest_tag(self.net, repo))
 
   def digest(self, asset: Asset) -> str:
-    """The SHA-256 of an asset; empty if no release data includes it, or none can be had."""
+    """The SHA-256 of an asset; empty if no release data includes it, or none can be had soon."""
     with contextlib.suppress(QvmError):
-      release = self.once(asset[:2], lambda: self.one(asset.repo, asset.tag))
+      soon = Releases(impatient(self.net))
+      release = self.once(asset[:2], lambda: soon.one(asset.repo, asset.tag))
       return release.assets.get(asset.name, "")
     return ""
 
   def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else its page, in few attempts; empty where there is none."""
-    net = impatient(self.net)
-    if net.api:
+    """A release's data from the API, else from its page; empty if neither has such a release."""
+    if self.net.api:
       with contextlib.suppress(QvmError):
-        release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
+        release = api_release(api_data(self.net, f"{repo}/releases/tags/{tag}"))
         if release:
           return release
     with contextlib.suppress(NotFound):
-      return page_release(net, repo, tag)
+      return page_release(self.net, repo, tag)
     return Release(tag, {})
 
   def all(self, repo: str) -> List[Release]:
@@ -5389,7 +5372,9 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   known = [image.version for image in images_in(guest.os, releases) if image.arch == guest.arch]
   found = newest_of(known, wanted) or fallback
   if not found and not wanted:
-    raise QvmError(f"no release of {guest.title} has an image for {guest.arch}")
+    where = f"the release {options.release}" if options.release else "any release"
+    problem = f"there is no image of {guest.title} for {guest.arch} in {where}"
+    raise QvmError(problem, f"see {net.releases}/{repo}/releases")
   if found and found != wanted:
     say(f"the newest {guest.title}{' ' * bool(wanted)}{wanted} for {guest.arch} is {found}")
   return found or wanted  # what there is not, the download explains
@@ -10369,29 +10354,37 @@ def running(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths
   chosen = existing(cache, names, what)
   for paths in chosen:
     if not is_running(paths):
-      raise QvmError(
-        f"the instance {paths.name} is not running; nothing was {what}",
-        "start it in the background with qvm run --detach; see qvm list",
-      )
+      hint = "see qvm list"
+      if what != "stopped":
+        hint = " ".join(["start it: qvm", *map(shlex.quote, run_words(paths))])
+      raise QvmError(f"the instance {paths.name} is not running; nothing was {what}", hint)
   return chosen
 
 
 def cmd_stop(options: Options) -> int:
-  """Power off running instances; all names are checked before any instance is stopped."""
-  cache = cache_from(os.environ)
+  """Power off running instances; all names are checked first, and one that fails holds up none."""
+  cache, code = cache_from(os.environ), 0
   for paths in running(cache, options.operands, "stopped"):
-    stop_instance(paths, options.force, login_seconds(options))
-    flush_disk(paths)
-    emit(paths.name)
+    try:
+      stop_instance(paths, options.force, login_seconds(options))
+      flush_disk(paths)
+      emit(paths.name)
+    except QvmError as error:
+      code = EXIT_FAILED
+      for text in filter(None, (str(error), error.hint)):
+        say(text)
   sweep(cache)
-  return 0
+  return code
 
 
 def run_words(paths: InstancePaths) -> List[str]:
-  """The command line that starts an instance in the background as it was started last."""
+  """The words that start an instance in the background as before; on any port if it is off."""
   it = read_instance(paths)
   words = ["run", "--detach", "--name", it.name, "--platform", it.arch]
-  words += [*filter(None, it.words.split("\0")), *["--ssh-port", it.ssh] * bool(it.ssh)]
+  words += [
+    *filter(None, it.words.split("\0")),
+    *["--ssh-port", it.ssh] * bool(it.ssh and is_running(paths)),
+  ]
   return [*words, it.os, *[it.version] * (not it.image)]
 
 
@@ -10403,9 +10396,8 @@ def cmd_restart(options: Options) -> int:
       reboot(login_of(paths, login_seconds(options)))
     except QvmError as error:
       if not options.force or os.path.exists(paths.mark):
-        raise QvmError(
-          str(error), error.hint or "--force ends QEMU, but not that of a --rm machine"
-        )
+        hint = error.hint or "--force ends QEMU, but not that of a --rm machine"
+        raise QvmError(str(error), hint)
       say(str(error))
       again = resolve(parse_command_line(run_words(paths)))
       if is_running(paths):
@@ -10454,7 +10446,7 @@ def cmd_clone(options: Options) -> int:
       try:
         take_instance(each, stack)
       except RunningError as error:
-        raise QvmError(f"{error}; nothing was cloned", "use qvm stop first")
+        raise QvmError(f"{error}; nothing was cloned", f"stop it: qvm stop {each.name}")
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
     check_spelling(new.disk)
@@ -10503,7 +10495,8 @@ def cmd_rm(options: Options) -> int:
       try:
         take_instance(paths, stack)
       except RunningError as error:
-        raise QvmError(f"{error}; nothing was deleted", "use qvm stop first, or qvm rm --force")
+        hint = f"stop it: qvm stop {paths.name}; or use qvm rm --force"
+        raise QvmError(f"{error}; nothing was deleted", hint)
     for paths in chosen:
       remove_instance(paths)
       emit(paths.name)
@@ -10869,7 +10862,7 @@ class Team:
         child.read(ready)
         self.show(child)
         if child.ended and child.code != 0 and self.options.fail_fast:
-          self.end(f"was ended: {child.guest} has failed")
+          self.end(f"--fail-fast: {child.guest} has failed")
 
   def show(self, child: Child) -> None:
     """On a terminal show what all do; elsewhere the output of one, with its name before it."""
@@ -11335,7 +11328,8 @@ fi
   "fish": """\
 function __qvm_words
   set -l before (commandline -opc)
-  {program} completion words -- $before[2..-1] 2>/dev/null
+  set -l words ({program} completion words -- $before[2..-1] 2>/dev/null)
+  test -n "$words"; and printf '%s\\n' $words; or __fish_complete_path (commandline -ct)
 end
 for name in qvm qvm.pyz qvm.py
   complete -c $name -f -a '(__qvm_words)'
@@ -11361,12 +11355,10 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
   """The words that can follow those already typed."""
   if "--" in before:
     return []  # a command for the guest
-  if before and before[-1] == "--platform":
-    return ["x86-64", "arm64"]
-  if before and before[-1] == "--sync-direction":
-    return list(DIRECTIONS)
-  if before and before[-1] == "--accel":
-    return [*ACCELERATORS, "hvf:kvm:tcg"]
+  values = {"--platform": ["x86-64", "arm64"], "--sync-direction": list(DIRECTIONS)}
+  values["--accel"] = [*ACCELERATORS, "hvf:kvm:tcg"]
+  if before and before[-1] in values:
+    return values[before[-1]]
   valued = {flag for option in OPTIONS if option.metavar for flag in option.flags}
   if before and before[-1] in valued:
     return []
@@ -11383,7 +11375,7 @@ def next_words(before: Sequence[str], cache: Cache) -> List[str]:
     words += OS_NAMES
   elif "VERSION" in form.operands and len(operands) == 1:
     words += sorted({image.version for image in cached_images(cache, operands[0].lower())})
-  elif form.operands.startswith("NAME"):
+  elif form.operands.startswith("NAME") and len(operands) < form.most:
     names = stems_in(cache.instances, ".qcow2")
     names += [files.name for files in layers(cache) if command == "rm"]
     names = [] if command == "clone" and operands else names  # NEW is for the user to invent

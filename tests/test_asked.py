@@ -13,6 +13,7 @@ import pytest
 from release_server import ReleaseServer
 from support import (
   BASE,
+  DEAD,
   FREEBSD,
   IMAGE,
   PULL,
@@ -367,7 +368,7 @@ def test_a_console_that_goes_where_nothing_stays(used, fifo, kind):
 
 def test_a_machine_that_runs_is_not_cloned(used, background):
   background(used, *RUN)
-  fails(used("clone", FREEBSD, "new"), "already running", "qvm stop")
+  fails(used("clone", FREEBSD, "new"), "already running", f"stop it: qvm stop {FREEBSD}")
   assert not (used.cache / "instances/new.json").exists()
 
 
@@ -620,6 +621,21 @@ def test_what_a_release_does_not_have(two):
   for words in (("--release", "../x"), ("--qemu-release=",)):
     fails(two(*PULL, *words), "invalid release", code=2)
   fails(two(*PULL, *OLD, "--refresh"), "--refresh gets the newest", code=2)
+
+
+def test_a_release_that_there_is_not_is_named(two, server):
+  run = two("pull", "--platform", "x86-64", "--release", "v9", "freebsd")
+  fails(run, "no image of FreeBSD for x86-64 in the release v9\n", f"see {server.url}/freebsd-bu")
+
+
+def test_a_release_that_cannot_be_asked_for_is_no_empty_one(two):
+  """Its newest version is then the newest that is cached of it, and for `pull` there is none."""
+  words = ("--platform", "x86-64", "--release", "v0.16.0", "freebsd")
+  works(two("pull", *words, "15.1"))
+  away = {"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}
+  assert "taking the newest cached version, 15.1" in works(two("run", *words, env=away)).stderr
+  run = two("pull", *words, env=away)
+  assert run.returncode == 1 and "Connection refused" in run.stderr.splitlines()[-2], run.stderr
 
 
 def test_the_release_in_a_version_is_that_of_the_option(two, server, image):

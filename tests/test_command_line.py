@@ -255,7 +255,16 @@ BAD += [
     (("ssh", "a", "-e", word), ["invalid variable", "NAME=VALUE"])
     for word in ("", "=", "1A", "A-B=c")
   ),
-  (("list", "-e", "A=b"), ["unknown option --env for qvm list", "-"]),
+  (("list", "-e", "A=b"), ["unknown option -e for qvm list", "-"]),
+  (("rm", "-f", "x"), ["unknown option -f for qvm rm; choose from --force"]),
+  (("exec", "-it", "x", "sh"), ["unknown command 'exec'; choose from run, each"]),
+  (("help", "--bogus"), ["unknown option --bogus without a command"]),
+  ((*RUN, "uname", "-a"), ["unexpected argument 'uname'", "[-- COMMAND [ARG...]]"]),
+  (("ssh", "x", "make", "-j4"), ["unexpected argument 'make'", "[-- COMMAND [ARG...]]"]),
+  (("completion", "bash", "zsh"), ["unexpected argument 'zsh'"]),
+  (("each", "freebsd", "15.1", "--", "true"), ["'15.1' names no OS", "freebsd-15.1"]),
+  (("pull", "--mirror", "m", "--verify", "freebsd", "15.1"), ["--mirror", "--verify"]),
+  (("pull", "--mirror", "m", "--qemu", "sh", "freebsd", "15.1"), ["--mirror", "--qemu"]),
   (("pull", "freebsd", "-e", "A=b"), ["--env needs --prepare SCRIPT"]),
 ]
 BAD += [(("rm", "--", "good", word), ["name", "letters"]) for word in ("../x", "", "-x", "a/b")]
@@ -443,7 +452,7 @@ def examples_of(text):
   """The command lines of qvm in the help, in words."""
   for line in text.partition("\nexamples:\n")[2].splitlines():
     inner = re.search(r"\$\((.*)\)", line)
-    words = shlex.split(inner.group(1) if inner else line)
+    words = shlex.split(inner.group(1) if inner else line.partition(" | ")[0])
     assert words[0] == "qvm", line
     yield words[1:]
 
@@ -598,6 +607,7 @@ def test_help_is_a_command_too(offline, words, command):
   (["each", "freebsd-sparc", "--", "true"], ["'sparc' in 'freebsd-sparc'"]),
   (["each", "--logs", __file__, "freebsd-15.1", "--", "true"], ["--logs: not a folder"]),
   (["pull", "--mirror", __file__, "freebsd", "15.1"], ["--mirror: not a folder"]),
+  (["each", "--sync", ".", "--sync-out", __file__, "freebsd", "--", "x"], ["-out: not a folder"]),
 ])  # fmt: skip
 def test_what_a_newcomer_mistypes(offline, words, fragments):
   run = offline(*words)

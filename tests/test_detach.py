@@ -692,8 +692,24 @@ def test_a_stopped_one_stops_nothing(machines):
   machines.up("vm")
   result = machines.qvm("stop", "vm", "sleeping")
   assert result.returncode == 1
-  assert "sleeping" in result.stderr and "is not running" in result.stderr
+  assert result.stderr.splitlines()[-2:] == [
+    "qvm: the instance sleeping is not running; nothing was stopped",
+    "qvm: see qvm list",
+  ]
   assert machines.states() == {"sleeping": "stopped", "vm": "running"}
+
+
+@pytest.mark.parametrize("command, code", [("ssh", 125), ("restart", 1)])
+def test_the_line_that_starts_a_stopped_one_does(machines, command, code):
+  """As it was started last, but on any port."""
+  machines.up("vm", "-m", "512M")
+  assert machines.qvm("stop", "--force", "vm").returncode == 0
+  result = machines.qvm(command, "vm")
+  assert result.returncode == code and "vm is not running" in result.stderr
+  hint = result.stderr.splitlines()[-1]
+  assert "--memory=512M" in hint and "--ssh-port" not in hint
+  result = machines.qvm(*shlex.split(hint.partition("start it: qvm ")[2]))
+  assert result.returncode == 0 and machines.states() == {"vm": "running"}, result.stderr
 
 
 def test_stop_in_an_empty_home(offline):

@@ -589,6 +589,8 @@ WORDS = [
   (["logs"], NAMES),
   (["clone"], NAMES),
   (["clone", "build"], []),
+  (["ssh", "build"], []),
+  (["logs", "-f", "build"], []),
   (["rm"], NAMES),
   (["rm", "--force"], NAMES),
   (["rm", "build"], [NAMES[0], NAMES[2]]),
@@ -734,9 +736,17 @@ def test_a_shell_completes(stocked, complete, shell):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_shell_offers_nothing_where_there_is_nothing(stocked, complete, shell):
+def test_a_shell_offers_nothing_where_there_is_nothing(stocked, complete, tmp_path, shell):
   lines = ["qvm nosuch ", "qvm run --memory ", "qvm run freebsd 99", "qvm run --nosuch"]
-  assert complete(stocked, shell, lines) == [[]] * len(lines)
+  (tmp_path / "empty").mkdir()
+  assert complete(stocked, shell, lines, cwd=str(tmp_path / "empty")) == [[]] * len(lines)
+
+
+def test_fish_offers_files_where_there_are_no_words(stocked, complete, tmp_path):
+  """As bash and zsh do, see TYPED."""
+  (tmp_path / "logfile").touch()
+  lines = ["qvm run --console-log logf", "qvm run freebsd 15.1 -- logf"]
+  assert complete(stocked, "fish", lines, cwd=str(tmp_path)) == [["logfile"], ["logfile"]]
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -244,7 +244,7 @@ def test_the_first_failure_ends_the_others(each, tmp_path):
   assert result.returncode == 1
   results = {"openbsd-7.9": "ok", THREE[0]: "exit 4", THREE[1]: "not run", THREE[2]: "not run"}
   assert table(result.stdout) == results
-  assert result.stdout.count("was ended: freebsd-15.1 has failed") == 2
+  assert result.stdout.count("--fail-fast: freebsd-15.1 has failed") == 2
   assert list(each.logs()) != [] and THREE[2] not in each.logs(), "it was not to be started"
   assert each.nothing_left()
 
@@ -482,6 +482,8 @@ def test_sync_only_goes_in(each, tmp_path):
 def test_sync_out_has_a_folder_for_each(each, tmp_path):
   """It lies in the folder itself, and what is there does not go to the guests."""
   work = folder_with_files(tmp_path / "work")
+  (work / "untouched").touch()
+  assert "what the command made or changed" in qvm_source.help_text("each")
   words = ("--sync", str(work), "--sync-out", str(work / "out"), *THREE[:2], "--")
   for turn in "one", "two":
     result = each(

@@ -604,7 +604,8 @@ def test_rm_of_an_unknown_one_removes_the_others(several, names):
 def test_rm_of_a_running_one_removes_none(several, background, names):
   process, record = background(several, *RUN, "--name", "a")
   before = state(several.cache)
-  fails(several("rm", *names), f"a is already running (QEMU process {record['pid']})", "nothing")
+  running = f"a is already running (QEMU process {record['pid']})"
+  fails(several("rm", *names), running, "nothing", "stop it: qvm stop a; or")
   assert state(several.cache) == before
   assert process.poll() is None
 

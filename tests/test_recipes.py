@@ -93,6 +93,8 @@ def test_github_actions(guests, project, server, image, tmp_path):
     (guests.folder / "bin" / name).chmod(0o755)
   job = yaml.safe_load(block("yaml", "runs-on:"))["jobs"]["bsd"]
   (step,) = [step for step in job["steps"] if "/.github/actions/run@" in step["uses"]]
+  # There is no v0: the release workflow takes no other tags than those of whole versions.
+  assert step["uses"].endswith("/run@vX.Y.Z") and "The tag `vX.Y.Z` of" in README
   for guest in job["strategy"]["matrix"]["guest"]:
     given = {name: filled(text, {"matrix.guest": guest}) for name, text in step["with"].items()}
     assert run_action(guests, project, tmp_path, given) == ["made", "tested"]
@@ -126,6 +128,18 @@ def run_action(guests, project, tmp_path, given):
       key = filled(step["with"]["key"], values)
       assert re.fullmatch(r"qvm-Linux-X64-[a-z]+-[0-9a-f]{16}-[0-9a-f]{16}", key)
   return made(project)
+
+
+def test_the_packages_of_the_action_may_stand_on_lines_of_their_own(guests, project, tmp_path):
+  (guests.folder / "bin").mkdir(parents=True)
+  (guests.folder / "bin" / "pkg").write_text(f"#!/bin/sh\necho $* >{tmp_path / 'installed'}\n")
+  (guests.folder / "bin" / "pkg").chmod(0o755)
+  given = {"guest": "freebsd", "version": "15.1", "cpu": "x86-64", "install": "git\ncmake\n"}
+  assert run_action(guests, project, tmp_path, {**given, "run": "make\nmake test\n"}) == [
+    "made",
+    "tested",
+  ]
+  assert "git cmake" in (tmp_path / "installed").read_text()
 
 
 def test_the_action_with_all_it_can_be_given(guests, project, tmp_path):

@@ -226,6 +226,19 @@ def new_host_key(guests):
   subprocess.run(command, check=True)
 
 
+def test_one_that_is_not_stopped_does_not_hold_up_the_others(guests, tmp_path):
+  guests.up("one")
+  assert guests.qvm("ssh", "one", "--", "exit 3").returncode == 3
+  new_host_key(guests)
+  guests.play(folder=str(tmp_path / "second"))
+  guests.up("two")
+  stopped = guests.qvm("stop", "one", "two")
+  assert (stopped.returncode, stopped.stdout) == (1, "two\n"), stopped.stderr
+  assert "qvm: one has another host key" in stopped.stderr
+  found = {name: row["state"] for name, row in rows(guests.qvm).items()}
+  assert found == {"one": "running", "two": "stopped"}
+
+
 def test_another_host_key_is_refused(guests):
   guests.up()
   assert guests.qvm("ssh", "vm", "--", "exit 255").returncode == 255

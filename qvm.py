@@ -2122,8 +2122,6 @@ def make_folders(cache: Cache) -> None:
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
     for path in (cache.root, *map(cache.path, FOLDERS)):
       make_folder(path)
-      if not os.path.isdir(path):
-        raise QvmError(f"{path} exists but is not a folder")
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -2206,6 +2204,8 @@ def check_folders(cache: Cache) -> None:
   """
   for path in (cache.root, *map(cache.path, FOLDERS)):
     check_mounted(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+      raise QvmError(f"{path} exists but is not a folder", OTHER_CACHE)
   for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):
     check_above(end)
   if not os.path.isdir(cache.root):

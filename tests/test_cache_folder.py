@@ -282,6 +282,16 @@ def test_a_folder_on_a_disk_that_is_not_mounted(full, tmp_path, folder, words):
   assert full.files() == before
 
 
+@pytest.mark.parametrize("folder", [".", "instances", "base", "downloads"])
+@pytest.mark.parametrize("words", ["list", "clean", "search freebsd", "run freebsd 15.1"])
+def test_a_file_in_the_place_of_a_folder(full, folder, words):
+  path = full.cache / folder
+  shutil.rmtree(path)
+  path.write_text("mine")
+  fails(full(*words.split()), f"{path} exists but is not a folder", "QVM_CACHE_DIR")
+  assert path.read_text() == "mine"
+
+
 def test_doctor_shows_a_disk_that_is_not_mounted_among_the_rest(full, tmp_path):
   (full.cache / "instances").rename(tmp_path / "elsewhere")
   (full.cache / "instances").symlink_to(tmp_path / "nowhere")

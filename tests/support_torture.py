@@ -19,7 +19,18 @@ from typing import NamedTuple
 
 from guests import boot_sector, to_qcow2
 from release_server import ReleaseServer
-from support import FREEBSD, IMAGE, QEMU, ROOT, TOOLS, Qvm, bad_words, processes_of, tar_of
+from support import (
+  FREEBSD,
+  IMAGE,
+  QEMU,
+  ROOT,
+  TOOLS,
+  Qvm,
+  bad_words,
+  parent_of,
+  processes_of,
+  tar_of,
+)
 from support_machines import ssh_guest_as_qemu
 
 BUNDLE = FREEBSD + ".tar.zst"
@@ -244,6 +255,16 @@ def children_of(pid, name):
 def ours(qvm):
   """The processes whose home is that of qvm: {pid: command line}."""
   return processes_of(f"HOME={qvm.home}", environment=True)
+
+
+def qemus(qvm):
+  """The numbers of the QEMUs among them; a program that one has started may have the same words."""
+  found = [pid for pid, words in ours(qvm).items() if "bin/qemu-system" in words]
+  own = []
+  for pid in found:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+      own += [pid] if parent_of(pid) not in found else []
+  return own
 
 
 # --- What there is to download ---------------------------------------------------------------

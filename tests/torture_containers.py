@@ -32,6 +32,7 @@ from support_torture import (
   ours,
   played,
   publish,
+  qemus,
   why_not,
 )
 
@@ -185,7 +186,7 @@ class Containers:
 
   def kill(self, rng, children):
     """kill -9 of a qvm or of a QEMU; returns the child that was killed, if any."""
-    machines = [pid for pid, words in ours(self.qvm).items() if "bin/qemu-system" in words]
+    machines = qemus(self.qvm)
     if machines and rng.random() < 0.4:
       with contextlib.suppress(ProcessLookupError):
         os.kill(rng.choice(machines), signal.SIGKILL)

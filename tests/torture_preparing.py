@@ -31,6 +31,7 @@ from support_torture import (
   make_tools,
   ours,
   played,
+  qemus,
 )
 
 # Two scripts, which write to the machine's disk at places of their own, each in two steps.
@@ -220,7 +221,7 @@ class Preparing:
     delay = rng.uniform(0, 1.1) * self.seconds * count
     said.append(f"after {delay:.4f} s")
     time.sleep(delay)
-    machines = [pid for pid, words in ours(self.qvm).items() if "bin/qemu-system" in words]
+    machines = qemus(self.qvm)
     if victim == "QEMU":
       machines = rng.sample(machines, min(1, len(machines)))
     else:

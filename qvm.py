@@ -7758,7 +7758,7 @@ class Receiver:
     self.cut, self.is_empty = "", True  # what was wrong with the stream; whether there was none
     self.ready = {""}  # folders that are there, in this spelling
     self.modes: Dict[str, int] = {}  # of folders, to be set when all is in them
-    self.waiting: Dict[str, str] = {}  # for what was made aside, the folder that is in its place
+    self.waiting: Dict[str, str] = {}  # by the path of a folder, what was made aside for its place
     self.names: Tuple[str, Set[str]] = ("", set())  # of the folder that was looked at last
     self.cache = cache_inode()
 
@@ -7987,7 +7987,7 @@ class Receiver:
     try:
       yield aside
     finally:
-      if aside not in self.waiting:
+      if self.waiting.get(path) != aside:
         with contextlib.suppress(FileNotFoundError):
           self.folder.do(os.unlink, aside)
 
@@ -8013,7 +8013,9 @@ class Receiver:
       try:
         self.folder.do(os.rmdir, path)
       except OSError:
-        self.waiting[aside] = path
+        older, self.waiting[path] = self.waiting.get(path), aside
+        if older:
+          self.folder.do(os.unlink, older)
         return None
     self.folder.rename(aside, path)
     return self.folder.stat(path)
@@ -8048,7 +8050,7 @@ class Receiver:
 
   def finish(self) -> None:
     """Put what has waited into its place, and set the modes of folders."""
-    for aside, path in self.waiting.items():
+    for path, aside in self.waiting.items():
       try:
         self.folder.do(os.rmdir, path)
         self.folder.rename(aside, path)

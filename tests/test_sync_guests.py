@@ -1269,6 +1269,17 @@ def test_what_another_command_writes_while_the_folder_goes_there(guest, project)
   assert contents(project) == contents(guest.there(project)) == {"a": b"2", "log": b"new\n"}
 
 
+@on("haiku")
+def test_a_file_that_is_sent_twice_in_the_place_of_a_folder(guest, project):
+  """The newer one takes its place once the folder is empty."""
+  put(project, d__x="old", z="z")
+  works(guest.sync(project, "true"))
+  twice = 'case $1 in -c*) {real} "$@"; echo newer >d ;; esac\nexec {real} "$@"'
+  with guest.tool("tar", twice):
+    works(guest.sync(project, *script("rm -r d; echo new >d"), options=BOTH))
+  assert contents(project) == {"d": b"newer\n", "z": b"z"}
+
+
 @on("freebsd", "omnios")
 def test_a_file_that_is_deleted_while_the_folder_is_read(guest, project):
   """The guest's older copy does not bring it back."""

@@ -10363,18 +10363,29 @@ def running(cache: Cache, names: Sequence[str], what: str) -> List[InstancePaths
   return chosen
 
 
-def cmd_stop(options: Options) -> int:
-  """Power off running instances; all names are checked first, and one that fails holds up none."""
-  cache, code = cache_from(os.environ), 0
-  for paths in running(cache, options.operands, "stopped"):
+def with_each(chosen: Sequence[InstancePaths], act: Callable[[InstancePaths], object]) -> int:
+  """Do something with each instance; one with which it fails, which is said, holds up no other."""
+  code = 0
+  for paths in chosen:
     try:
-      stop_instance(paths, options.force, login_seconds(options))
-      flush_disk(paths)
-      emit(paths.name)
+      act(paths)
     except QvmError as error:
       code = EXIT_FAILED
       for text in filter(None, (str(error), error.hint)):
         say(text)
+  return code
+
+
+def cmd_stop(options: Options) -> int:
+  """Power off running instances; all names are checked before any instance is stopped."""
+  cache = cache_from(os.environ)
+
+  def stop(paths: InstancePaths) -> None:
+    stop_instance(paths, options.force, login_seconds(options))
+    flush_disk(paths)
+    emit(paths.name)
+
+  code = with_each(running(cache, options.operands, "stopped"), stop)
   sweep(cache)
   return code
 
@@ -10392,8 +10403,8 @@ def run_words(paths: InstancePaths) -> List[str]:
 
 def cmd_restart(options: Options) -> int:
   """Reboot guests, one after the other; with --force those that do not reboot are started anew."""
-  cache = cache_from(os.environ)
-  for paths in running(cache, options.operands, "restarted"):
+
+  def restart(paths: InstancePaths) -> None:
     try:
       reboot(login_of(paths, login_seconds(options)))
     except QvmError as error:
@@ -10407,7 +10418,8 @@ def cmd_restart(options: Options) -> int:
       cmd_run(again)
     else:
       emit(paths.name)
-  return 0
+
+  return with_each(running(cache_from(os.environ), options.operands, "restarted"), restart)
 
 
 def cmd_logs(options: Options) -> int:

@@ -226,17 +226,18 @@ def new_host_key(guests):
   subprocess.run(command, check=True)
 
 
-def test_one_that_is_not_stopped_does_not_hold_up_the_others(guests, tmp_path):
+@pytest.mark.parametrize("command, state", [("stop", "stopped"), ("restart", "running")])
+def test_one_that_fails_does_not_hold_up_the_others(guests, tmp_path, command, state):
   guests.up("one")
   assert guests.qvm("ssh", "one", "--", "exit 3").returncode == 3
   new_host_key(guests)
   guests.play(folder=str(tmp_path / "second"))
   guests.up("two")
-  stopped = guests.qvm("stop", "one", "two")
-  assert (stopped.returncode, stopped.stdout) == (1, "two\n"), stopped.stderr
-  assert "qvm: one has another host key" in stopped.stderr
+  run = guests.qvm(command, "one", "two")
+  assert (run.returncode, run.stdout) == (1, "two\n"), run.stderr
+  assert "qvm: one has another host key" in run.stderr
   found = {name: row["state"] for name, row in rows(guests.qvm).items()}
-  assert found == {"one": "running", "two": "stopped"}
+  assert found == {"one": "running", "two": state}
 
 
 def test_another_host_key_is_refused(guests):

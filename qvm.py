@@ -352,7 +352,7 @@ class Reporter:
       clear, self.resized = "\033[H\033[2J", False
     data = (clear + text).encode("utf-8", "replace")
     try:
-      os.write(2, data)
+      write_all(2, data)
     except OSError:
       with contextlib.suppress(OSError):
         os.write(self.log, b"\n" + data)  # the guest may have left its line unfinished
@@ -1584,7 +1584,6 @@ class AssetRecord(NamedTuple):
   bytes: int = 0  # the file's length, or that of all files of a tree
   mtime_ns: int = 0  # the file's: a file with another one is hashed again
   time: str = ""  # of the download, in UTC
-  inode: int = 0  # of the file that the record describes
 
 
 class Instance(NamedTuple):
@@ -4557,11 +4556,11 @@ def publish_with_record(
 ) -> None:
   """Publish a file with its record, so that a kill at any moment leaves them matching.
 
-  Until the file has its place, its record waits beside the old one and tells by inode, or by size
-  and time, which of the two files it is meant for; record_of takes the one that fits.
+  Until the file has its place, its record waits beside the old one and tells by size and time which
+  of the two files it is meant for; record_of takes the one that fits.
   """
   waiting, stat = record_path(target) + ".new", os.stat(source)
-  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
+  record = record._replace(mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
   write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
   with contextlib.suppress(FileNotFoundError):  # another qvm's record_of() was faster
@@ -4572,11 +4571,8 @@ def record_of(path: str) -> AssetRecord:
   """The record of a cached file; an empty one when there is none."""
   waiting = record_path(path) + ".new"
   new = sound_record(AssetRecord(), waiting)
-  stat = os.stat(path) if new.inode and os.path.exists(path) else None
-  # On its way to another file system it got another inode.
-  if stat and (
-    new.inode == stat.st_ino or (new.bytes, new.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-  ):
+  stat = os.stat(path) if new.sha256 and os.path.exists(path) else None
+  if stat and (new.bytes, new.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
     with contextlib.suppress(OSError):
       os.replace(waiting, record_path(path))  # what the killed qvm was about to do
     return new
@@ -4723,9 +4719,15 @@ def known_instance(paths: InstancePaths) -> Instance:
   return record._replace(name=paths.name)
 
 
-def is_another(path: str, other: str) -> bool:
-  """Whether there is a file at a path, and it is not the one at another path."""
-  return os.path.exists(path) and not (os.path.exists(other) and os.path.samefile(path, other))
+def is_another(folder: str, backing: str, ours: str) -> bool:
+  """Whether an overlay's backing, as seen from its folder, is a file, but not ours, in the cache.
+
+  The name that qvm itself writes is ours, whatever is there once the folder has been moved.
+  """
+  path = os.path.join(folder, backing)
+  mine = backing == os.path.join("..", *ours.split("/")[-2:])
+  return not mine and os.path.exists(path) and not (
+    os.path.exists(ours) and os.path.samefile(path, ours))  # fmt: skip
 
 
 def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
@@ -4738,7 +4740,7 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   while backing:
     match = re.match(LAYER_RE, os.path.basename(backing))
     layer = cache.layer(match.group(1)) if match else None
-    if not layer or is_another(os.path.join(os.path.dirname(disk), backing), layer.disk):
+    if not layer or is_another(os.path.dirname(disk), backing, layer.disk):
       break
     if layer.name in names:
       return names, None  # a circle
@@ -5302,6 +5304,8 @@ def base_record(plan: Plan) -> AssetRecord:
   if record.sha256 and mtime_ns in (record.mtime_ns, whole_seconds):
     return record
   digest = file_sha256(plan.base)
+  if record_of(plan.base) != record or os.stat(plan.base).st_mtime_ns != mtime_ns:
+    return base_record(plan)  # another qvm has just replaced it
   if record.sha256 not in ("", digest):
     raise RefusedError(
       f"the base image {plan.base} is damaged: its digest is not the one recorded at download",
@@ -5668,8 +5672,12 @@ def layer_base(plan: Plan, base: Base, name: str) -> Base:
   layer = plan.cache.layer(name)
   with contextlib.suppress(OSError):  # not in a cache that can only be read
     os.utime(layer.record)
-  below = [plan.cache.layer(each).disk for each in layers_under(plan.cache, layer.disk)[0]]
-  needs = (*base.needs, layer.disk, *below)
+  every = [layer, *map(plan.cache.layer, layers_under(plan.cache, layer.disk)[0])]
+  for it in every:
+    size = os.path.getsize(it.disk) if os.path.isfile(it.disk) else 0
+    if size and layer_record(it).bytes not in (0, size):
+      raise RefusedError(f"the layer {it.name} is damaged: it is not as long as it was")
+  needs = (*base.needs, *(it.disk for it in every))
   return base._replace(backing=backing_name(plan, layer.disk), needs=needs, layer=name)
 
 
@@ -5719,8 +5727,9 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
     moved = os.path.basename(before) == os.path.basename(backing)
-    old, new = (os.path.join(plan.cache.instances, name) for name in (before, backing))
-    if before != backing and (is_served(before) or (moved and not is_another(old, new))):
+    ours = os.path.join(plan.cache.instances, backing)
+    moved = moved and not is_another(plan.cache.instances, before, ours)
+    if before != backing and (is_served(before) or moved):
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
@@ -8830,6 +8839,16 @@ def has_hvf() -> bool:
   return ask_program(["/usr/sbin/sysctl", "-n", "kern.hv_support"]) == (0, "1")
 
 
+TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
+TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+
+
+def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
+  """The exit code and the output of a QEMU that starts with an accelerator, without a guest."""
+  machine = ["-machine", "virt"] if "aarch64" in os.path.basename(qemu) else []
+  return ask_program([qemu, *machine, *TRY, accelerator], TRY_INPUT)
+
+
 def accelerators_for(plan: Plan, options: Options) -> str:
   """The accelerators to try: those given, else those that can work on this host.
 
@@ -8857,7 +8876,7 @@ def is_emulated(guest: Guest, accel: str) -> bool:
 def kept_options(paths: InstancePaths, options: Options) -> Options:
   """The options, with what an instance keeps of earlier runs where nothing else is given."""
   with contextlib.suppress(UsageError):
-    if not options.publish:
+    if not options.publish and os.path.lexists(paths.disk):
       texts = sound_record(Instance(), paths.record).publish.split()
       return options._replace(publish=tuple(map(parse_forward, texts)))
   return options
@@ -8968,6 +8987,7 @@ class Machine:
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
+    self.words = "\0".join(started_with(options))
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -9063,8 +9083,8 @@ class Machine:
         base = base._replace(image=cached_base(plan).image)
       ports = " ".join(map(str, options.publish))
       ssh = f"{self.address.host}:{self.address.port}"
-      run = Instance(ssh=ssh, publish=self.published, ports=ports)
-      record_instance(plan, run._replace(words="\0".join(started_with(options))), base)
+      run = Instance(ssh=ssh, publish=self.published, ports=ports, words=self.words)
+      record_instance(plan, run, base)
       make_overlay(plan, base.backing, self.lock)
       make_data_disk(plan, options.disk, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)
@@ -9149,7 +9169,8 @@ class Machine:
       return
     name = "hvf" if "hvf" in accel and sys.platform == "darwin" else "kvm"
     self.options = self.options._replace(accel="tcg")
-    if known:
+    # A guest can print that, too, or bring KVM to it: QEMU without a guest tells.
+    if known and try_accelerator(self.plan.qemu, name)[0]:
       problem = " ".join(printable(after[known.start() :][:300]).split())
       record = FailedAccelerator(name, self.plan.qemu, problem, utc(time.time()))
       with contextlib.suppress(OSError):  # a full disk: the next run finds out again
@@ -9438,9 +9459,13 @@ class Control:
     except OSError as error:
       raise QvmError(f"QEMU does not answer: {describe(error)}")
     while True:
-      answer = json.loads(self.read().decode("utf-8", "replace"))
-      if "error" in answer:
-        raise QvmError(f"QEMU: {command}: {answer['error'].get('desc')}")
+      try:
+        answer = parse_json(self.read())
+        problem = answer.get("error", {}).get("desc")
+      except (ValueError, RecursionError, AttributeError):
+        raise QvmError("QEMU's answer makes no sense")
+      if problem:
+        raise QvmError(f"QEMU: {command}: {problem}")
       if "return" in answer:  # else it is an event
         result = answer["return"] if isinstance(answer["return"], dict) else {}
         status, problem = (str(result.get(key) or "") for key in ("status", "error-desc"))
@@ -9846,6 +9871,7 @@ class SetUp:
 
   def __init__(self, plan: Plan, options: Options, base: Base) -> None:
     self.plan, self.options, self.base = plan, options, base
+    self.below = stamps_below(base)  # before its digest
     packages = " ".join(options.install)
     install = INSTALL[plan.guest.os].format(packages).encode()
     self.steps = [Step(f"--install '{packages}'", install, True)] if packages else []
@@ -9903,7 +9929,8 @@ class SetUp:
     name = f"{self.stem}-prepare-{os.urandom(3).hex()}"
     plan = self.plan._replace(paths=self.plan.cache.instance(name), ephemeral=True)
     base = layer_base(plan, self.base, self.layer(done).name) if done else self.base
-    base, below = base._replace(layer=layer.name, adjust=with_discard), stamps_below(base)
+    below = {**stamps_below(base), **self.below}
+    base = base._replace(layer=layer.name, adjust=with_discard)
     options = self.options._replace(rm=True, detach=True, guest_command=())
     options = options._replace(ssh=Address(), publish=(), disk="")  # those are the user's machine's
     with Machine(plan, options) as machine:
@@ -10240,7 +10267,7 @@ def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
   with download_lock(folder, repo + ".download") as place:
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
-    for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
+    for path, text in (("releases.atom", feed), ("releases/latest", tags[0] + "\n")):
       with open(os.path.join(place, "page"), "w", encoding="utf-8") as file:
         file.write(text)
       move_into_place(file.name, os.path.join(folder, repo, path), 0o644)
@@ -10346,9 +10373,11 @@ def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
     found.append((name, os.path.realpath(link), os.path.join(link, "release.json")))
   rows: List[Tuple[str, ...]] = []
   for name, path, record in found:
+    found_record = AssetRecord()
+    with contextlib.suppress(QvmError):  # a newer qvm's
+      found_record = sound_record(found_record, record)
     with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-      release = sound_record(AssetRecord(), record).release or "-"
-      rows.append((name, release, megabytes(tree_size(path))))
+      rows.append((name, found_record.release or "-", megabytes(tree_size(path))))
   return rows
 
 
@@ -10408,6 +10437,7 @@ def cmd_restart(options: Options) -> int:
         )
       say(str(error))
       again = resolve(parse_command_line(run_words(paths)))
+      again = again._replace(boot_timeout=options.boot_timeout)
       if is_running(paths):
         stop_instance(paths, True)
       cmd_run(again)
@@ -11164,8 +11194,6 @@ def check_program(name: str, words: Sequence[str]) -> List[Check]:
 
 
 # Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
-TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
-TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
 FULL_SPEED = (
   "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
   "export QVM_QEMU_AARCH64=qemu-system-aarch64"
@@ -11217,12 +11245,6 @@ def check_hvf(qemu: str) -> Check:
     return Check("ok", "HVF", text)
   text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
   return Check("warning", "HVF", text, FULL_SPEED)
-
-
-def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
-  """The exit code and the output of a QEMU that starts with an accelerator, without a guest."""
-  machine = ["-machine", "virt"] if "aarch64" in os.path.basename(qemu) else []
-  return ask_program([qemu, *machine, *TRY, accelerator], TRY_INPUT)
 
 
 def check_failed(cache: Cache) -> List[Check]:

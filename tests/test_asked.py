@@ -280,6 +280,15 @@ def test_only_force_pulls_the_plug(guests):
   works(guests.qvm("stop", "vm"))
 
 
+def test_the_patience_of_restart_is_for_what_it_starts_too(guests):
+  guests.play(ignore_shutdown=True)
+  guests.up("vm")
+  guests.play(listen=False)
+  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm", timeout=30))
+  assert "ssh has not answered within 2 s; the machine keeps running" in run.stderr
+  works(guests.qvm("stop", "--force", "vm"))
+
+
 def test_logs(guests):
   guests.play(console="first line\n\x1b]0;title\x07")
   guests.up("vm")
@@ -724,6 +733,12 @@ def test_what_is_cached_and_how_large(full):
   assert table[0].split() == ["CACHED", "RELEASE", "SIZE"]
   assert re.split("  +", table[1]) == [IMAGE, "v0.16.0", cell]
   assert table[2].startswith("qemu-system-x86_64  ") and " v2.0.0 " in table[2]
+
+
+def test_an_image_of_a_newer_qvm_is_listed(used):
+  (used.cache / BASE).with_suffix(".json").write_text('{"format": 2}')
+  table = works(used("list")).stdout.partition("\n\n")[2].splitlines()
+  assert table[1].split()[:2] == [IMAGE, "-"]
 
 
 def test_a_layer_of_a_newer_qvm_is_listed_with_question_marks(used):

@@ -1043,6 +1043,16 @@ def test_mirror_of_an_older_release(qvm, server, image, tmp_path, client):
   assert bool([name for name in client.files() if name == BASE])
 
 
+def test_mirror_of_a_release_that_was_asked_for(qvm, server, image, tools_tar, tmp_path, client):
+  """Its newest is the newest that it has."""
+  newer(server, image, tools_tar)
+  only = ("--release", "v0.16.0", "--qemu-release", "v2.0.0")
+  works(qvm(*PULL, *only, "--mirror", str(tmp_path / "mirror")))
+  client.env["QVM_RELEASES_URL"] = f"file://{tmp_path}/mirror"
+  works(client(*PULL))
+  assert (client.cache / BASE).read_bytes() == image
+
+
 def test_mirror_of_a_mirror(client, mirror, tmp_path):
   client.env["QVM_RELEASES_URL"] = "file://" + quote(str(mirror))
   works(client(*PULL, "--mirror", str(tmp_path / "second")))

@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
-from types import FrameType, TracebackType
+from types import FrameType
 
 __version__ = "0.2.0"
 TYPE_CHECKING = False  # mypy takes it for true
@@ -907,11 +907,6 @@ def parse_memory(text: str, what: str = "memory") -> str:
   return match.group(1) + match.group(2)
 
 
-def parse_disk(text: str) -> str:
-  """The size of a disk, as that of a memory."""
-  return parse_memory(text, "disk")
-
-
 def parse_cpus(text: str) -> str:
   """A number of virtual CPUs."""
   if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
@@ -1000,11 +995,6 @@ def parse_direction(text: str) -> str:
   return text
 
 
-def parse_text(text: str) -> str:
-  """Any text."""
-  return text
-
-
 class Option(NamedTuple):
   """One option: its spellings, the field of Options it sets, and how its value is parsed."""
 
@@ -1035,9 +1025,9 @@ OPTIONS = (
   Option(("-p", "--publish"), "publish", "HOST:GUEST", parse_forward,
          "a port of the guest on this host; [ADDRESS:]HOST:GUEST[/udp],\n"
          "HOST 0 is a free one; may be repeated; kept with the instance", True),
-  Option(("--disk",), "disk", "SIZE", parse_disk,
+  Option(("--disk",), "disk", "SIZE", lambda text: parse_memory(text, "disk"),
          "give the instance a second, blank disk of this size,\nkept and deleted with it"),
-  Option(("--image",), "image", "FILE", parse_text,
+  Option(("--image",), "image", "FILE", str,
          "boot an image of your own, qcow2 or raw, as that OS;\nFILE is never written"),
   Option(("--release",), "release", "TAG", parse_tag,
          "use the image of just this release, kept beside others"),
@@ -1047,9 +1037,9 @@ OPTIONS = (
   Option(("--accel",), "accel", "LIST", parse_accel,
          "accelerators to try, in this order, and no others\n"
          "(default: the fastest that works here)"),
-  Option(("--qemu",), "qemu", "PATH", parse_text,
+  Option(("--qemu",), "qemu", "PATH", str,
          "use this qemu-system-* and the qemu-img next to it or on PATH"),
-  Option(("--qemu-arg",), "qemu_args", "ARG", parse_text,
+  Option(("--qemu-arg",), "qemu_args", "ARG", str,
          "extra argument for QEMU; may be repeated", True),
   Option(("-d", "--detach"), "detach", "", bool,
          "run in the background and return once ssh answers;\nsee qvm list and qvm stop"),
@@ -1060,14 +1050,14 @@ OPTIONS = (
          "how long to wait for ssh (default: 600, emulated 1800)"),
   Option(("--boot-attempts",), "boot_attempts", "N", lambda text: parse_count(text, "attempts", 10),
          "how often to boot a guest whose ssh does not answer\n(default: 1)"),
-  Option(("--console-log",), "console_log", "FILE", parse_text,
+  Option(("--console-log",), "console_log", "FILE", str,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
          "let the guest reach nothing, not even this host; its ssh stays"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
-  Option(("--prepare",), "prepare", "SCRIPT", parse_text,
+  Option(("--prepare",), "prepare", "SCRIPT", str,
          "set the guest up with SCRIPT first, for a /bin/sh that ends at\n"
          "the first failure, and keep its disk as a layer for later runs\n"
          "with the same scripts, packages and variables; may be repeated", True),
@@ -1076,24 +1066,24 @@ OPTIONS = (
   Option(("--prepare-timeout",), "prepare_timeout", "SECONDS", parse_seconds,
          "how long setting up may take (default: 3600)"),
   Option(("--rebuild",), "rebuild", "", bool, "make the layer anew, from the base image"),
-  Option(("--sync",), "sync", "DIR", parse_text,
+  Option(("--sync",), "sync", "DIR", str,
          "copy DIR to ~/work in the guest, run the command there,\nand copy its changes back"),
   Option(("--sync-direction",), "sync_direction", "WAY", parse_direction,
          "both (default), in (only to the guest) or out (only from it)"),
-  Option(("--sync-exclude",), "sync_exclude", "PATTERN", parse_text,
+  Option(("--sync-exclude",), "sync_exclude", "PATTERN", str,
          "skip files with this name or, if it has a /, this path;\nmay be repeated; "
          ".git is always skipped", True),
   Option(("--sync-delete",), "sync_delete", "", bool,
          "delete in DIR what the command deleted in the guest"),
-  Option(("--sync-out",), "sync_out", "DIR", parse_text,
+  Option(("--sync-out",), "sync_out", "DIR", str,
          "bring the whole folder as it is afterwards to DIR/GUEST/;\n"
          "other files there stay"),
   Option(("-j", "--jobs"), "jobs", "N", lambda text: parse_count(text, "machines", 999),
          "machines at once (default: as many as there are cores, and\nas free memory carries)"),
   Option(("--fail-fast",), "fail_fast", "", bool, "end the others once one has failed"),
-  Option(("--logs",), "logs", "DIR", parse_text,
+  Option(("--logs",), "logs", "DIR", str,
          "write the logs to DIR/GUEST.log (default: below the cache,\nfor the last ten runs)"),
-  Option(("--junit",), "junit", "FILE", parse_text, "write the results to FILE as JUnit's XML"),
+  Option(("--junit",), "junit", "FILE", str, "write the results to FILE as JUnit's XML"),
   Option(("-f", "--follow"), "follow", "", bool, "go on until the machine ends"),
   Option(("--force",), "force", "", bool, "end QEMU at once, without shutting the guest down"),
   Option(("--offline",), "offline", "", bool, "skip the network checks"),
@@ -1102,7 +1092,7 @@ OPTIONS = (
          "replace cached files with the newest release,\nunless an instance needs the old image"),
   Option(("--verify",), "verify", "", bool,
          "compare cached files with the digests recorded at download\nand with the release's"),
-  Option(("--mirror",), "mirror", "DIR", parse_text,
+  Option(("--mirror",), "mirror", "DIR", str,
          "download the release's files into DIR, laid out as a mirror\nfor QVM_RELEASES_URL"),
   Option(("--all",), "all", "", bool, "also delete layers and images that nothing needs, and QEMU"),
   Option(("--json",), "json", "", bool, "print JSON instead of a table"),
@@ -1335,10 +1325,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
     flag = option.flags[-1]
-    given = option.field in fields and not options.sets_up
-    if given and option.field in SET_UP:
-      raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
-    if given and options.command == "pull" and option.field in SET_UP_ONLY:
+    for_set_up = SET_UP + (SET_UP_ONLY if options.command == "pull" else ())
+    if option.field in fields and option.field in for_set_up and not options.sets_up:
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
     wants_command = option.field in fields and option.field in IN_GUEST
     bare = option.field == "env" and options.sets_up  # then it is for the scripts
@@ -1697,11 +1685,6 @@ class Plan(NamedTuple):
     return self.paths.name
 
   @property
-  def tree(self) -> str:
-    """The downloaded QEMU of this guest CPU."""
-    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch], self.qemu_release)
-
-  @property
   def tree_program(self) -> str:
     """The downloaded QEMU's program, even if --qemu names another one to run."""
     return self.cache.qemu_program(QEMU_CPUS[self.guest.arch], self.qemu_release)
@@ -1837,6 +1820,13 @@ def sound_record(empty: R, path: str) -> R:
   check_format(path, value.get("format", FORMAT), FORMAT)
   record = empty._replace(**{name: value.get(name, it) for name, it in empty._asdict().items()})
   return record if [*map(type, record)] == [*map(type, empty)] else empty
+
+
+def known_record(empty: R, path: str) -> R:
+  """The same, but `empty` also for a record that may not be read, or is a newer qvm's."""
+  with contextlib.suppress(QvmError, OSError):
+    return sound_record(empty, path)
+  return empty
 
 
 def check_format(path: str, number: object, known: int) -> None:
@@ -4016,7 +4006,7 @@ class Image(NamedTuple):
 def images_in(os_name: str, releases: Sequence[Release]) -> List[Image]:
   """The images of an OS, newest version first, each from the newest release that has it."""
   found: Dict[Tuple[str, str], Image] = {}
-  pattern = re.compile(os_name + r"-(.+)-(x86-64|arm64)\.(qcow2|tar\.zst)\Z")
+  pattern = re.compile(re.escape(os_name) + r"-(.+)-(x86-64|arm64)\.(qcow2|tar\.zst)\Z")
   for release in releases:
     for name in sorted(release.assets):  # .qcow2 before .tar.zst
       match = pattern.match(name)
@@ -4713,10 +4703,7 @@ def drop_dead_sockets(folder: str) -> None:
 
 def known_instance(paths: InstancePaths) -> Instance:
   """The record of an instance; empty but for the name if it cannot be read, for any reason."""
-  record = Instance()
-  with contextlib.suppress(QvmError, OSError):
-    record = sound_record(record, paths.record)
-  return record._replace(name=paths.name)
+  return known_record(Instance(), paths.record)._replace(name=paths.name)
 
 
 def is_another(folder: str, backing: str, ours: str) -> bool:
@@ -5019,7 +5006,7 @@ def install_qemu(plan: Plan, tag: str, download: Download) -> None:
     write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
     flush_tree(root)
     with instances_lock(plan.cache):
-      swap_tree(root, plan.tree)
+      swap_tree(root, tree_of(plan.tree_program))
 
 
 def swap_tree(root: str, link: str) -> None:
@@ -5674,8 +5661,7 @@ def layer_base(plan: Plan, base: Base, name: str) -> Base:
     os.utime(layer.record)
   every = [layer, *map(plan.cache.layer, layers_under(plan.cache, layer.disk)[0])]
   for it in every:
-    size = os.path.getsize(it.disk) if os.path.isfile(it.disk) else 0
-    if size and layer_record(it).bytes not in (0, size):
+    if os.path.isfile(it.disk) and layer_record(it).bytes not in (0, os.path.getsize(it.disk)):
       raise RefusedError(f"the layer {it.name} is damaged: it is not as long as it was")
   needs = (*base.needs, *(it.disk for it in every))
   return base._replace(backing=backing_name(plan, layer.disk), needs=needs, layer=name)
@@ -5794,9 +5780,7 @@ def list_instances(cache: Cache) -> List[Row]:
 
 def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
   """A layer's line of `qvm list`, with question marks if its record is damaged."""
-  record = LayerRecord()
-  with contextlib.suppress(QvmError):  # a newer qvm's
-    record = layer_record(layer)
+  record = known_record(LayerRecord(), layer.record)
   size = sum(map(tree_size, layer_files(layer)))
   kind = (record.os or "?", record.version or "?", record.arch or "?")
   state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
@@ -8702,22 +8686,24 @@ def somebody_answers(address: Address) -> bool:
     return probe.connect_ex((reachable(address), address.port)) == 0
 
 
+def free_port(kind: int, address: Address, flag: str = "--ssh-port") -> int:
+  """An address's port, or in place of 0 a free one, which QEMU binds soon after; 0: it is taken."""
+  probe = bind(kind, address, flag)
+  if not probe:
+    return 0
+  with probe:  # not closed before: a connection to a port that nobody has can be one to itself
+    port = int(probe.getsockname()[1])
+    answered = address.port and kind == socket.SOCK_STREAM and somebody_answers(address)
+  return 0 if answered else port
+
+
 def free_forward(forward: Forward) -> Forward:
-  """The same, with a port in place of 0; QvmError if it is taken. QEMU binds it soon after."""
+  """The same, with a port in place of 0; QvmError if it is taken."""
   kind = socket.SOCK_STREAM if forward.kind == "tcp" else socket.SOCK_DGRAM
-  probe = bind(kind, Address(forward.host, forward.port), "--publish")
-  port = probe.getsockname()[1] if probe else forward.port
-  answered = (
-    probe
-    and forward.port
-    and forward.kind == "tcp"
-    and somebody_answers(Address(forward.host, port))
-  )
-  if probe:
-    probe.close()
-  if not probe or answered:
+  port = free_port(kind, Address(forward.host, forward.port), "--publish")
+  if not port:
     raise QvmError(
-      f"port {port}/{forward.kind} on {forward.host} is taken (--publish {forward})",
+      f"port {forward.port}/{forward.kind} on {forward.host} is taken (--publish {forward})",
       "choose another, or 0 for a free one",
     )
   return forward._replace(port=port)
@@ -8732,23 +8718,22 @@ def reserve_port(
   The lock is the UDP port of the same number, to which nothing is ever sent. The kernel gives it to
   one process, whatever its cache or user, and frees it when QEMU has ended.
   """
-  kind = ""
+  why = ""
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
-    address = wanted._replace(port=port)
-    lock, kind = None if port in others else bind(socket.SOCK_DGRAM, address), "UDP"
+    if port in others:
+      why = "the machine publishes it"
+      continue
+    address, why = wanted._replace(port=port), "something uses its UDP port, by which qvm locks it"
+    lock = bind(socket.SOCK_DGRAM, address)
+    if lock and free_port(socket.SOCK_STREAM, address):
+      fd = lock.detach()
+      stack.callback(os.close, fd)
+      return address, fd
     if lock:
-      probe, kind = bind(socket.SOCK_STREAM, address), "TCP"
-      answered = probe and somebody_answers(address)
-      if probe:
-        probe.close()  # not before: a connection to a port that nobody has can be one to itself
-      if probe and not answered:
-        fd = lock.detach()
-        stack.callback(os.close, fd)
-        return address, fd
+      why = "something uses its TCP port"
       lock.close()
   raise QvmError(
-    f"port {wanted.port} on {wanted.host} is taken (--ssh-port): something uses its {kind} port"
-    + (", by which qvm locks it" if kind == "UDP" else ""),
+    f"port {wanted.port} on {wanted.host} is taken (--ssh-port): {why}",
     "choose another, or omit --ssh-port to get a free one",
   )
 
@@ -9012,13 +8997,8 @@ class Machine:
       self.stack = stack.pop_all()
     return self
 
-  def __exit__(
-    self,
-    kind: Optional[Type[BaseException]],
-    error: Optional[BaseException],
-    trace: Optional[TracebackType],
-  ) -> None:
-    self.stack.__exit__(kind, error, trace)
+  def __exit__(self, *error: Any) -> None:
+    self.stack.__exit__(*error)
 
   @property
   def login(self) -> Login:
@@ -10373,11 +10353,9 @@ def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
     found.append((name, os.path.realpath(link), os.path.join(link, "release.json")))
   rows: List[Tuple[str, ...]] = []
   for name, path, record in found:
-    found_record = AssetRecord()
-    with contextlib.suppress(QvmError):  # a newer qvm's
-      found_record = sound_record(found_record, record)
     with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-      rows.append((name, found_record.release or "-", megabytes(tree_size(path))))
+      release = known_record(AssetRecord(), record).release or "-"
+      rows.append((name, release, megabytes(tree_size(path))))
   return rows
 
 
@@ -10636,7 +10614,7 @@ def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
       continue
     useless = suffix in (".lock", ".tmp") or instance.name in orphans
     if suffix == ".json":
-      mine = sound_record(Instance(), path).name == instance.name
+      mine = known_record(Instance(), path).name == instance.name
       useless = useless or (mine and not os.path.lexists(instance.disk))
     if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
       found.append(path)

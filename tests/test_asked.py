@@ -203,6 +203,12 @@ def test_a_published_port_is_no_other_machines_ssh_port(used, background):
   fails(run, f"port {port} on 127.0.0.1 is taken (--ssh-port)", "by which qvm locks it")
 
 
+def test_a_port_that_the_instance_publishes_is_not_for_ssh(used):
+  port = str(free_port())
+  works(used(*RUN, "-p", f"{port}:80"))
+  fails(used(*RUN, "--ssh-port", port), "is taken (--ssh-port): the machine publishes it")
+
+
 def test_a_port_is_published_beside_its_udp_port(used, background):
   port = free_port()
   with socket.socket(type=socket.SOCK_DGRAM) as other:  # another program's

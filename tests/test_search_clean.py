@@ -779,6 +779,13 @@ def test_clean_leaves_a_record_that_waits_for_its_place(pulled, server, image, k
   assert json.loads((pulled.cache / note).read_text())["release"] == "v2.17.0"
 
 
+def test_clean_beside_an_instance_of_a_newer_qvm(pulled):
+  record = pulled.cache / "instances/vm.json"
+  record.write_text('{"format": 2}')
+  works(pulled("clean"))
+  assert record.exists()
+
+
 @pytest.mark.parametrize("words", [(), ("--all",)])
 def test_clean_leaves_what_is_not_qvms(pulled, words):
   """The folder may be one that holds other things too: QVM_CACHE_DIR=~ has ~/bin and more."""

@@ -907,13 +907,6 @@ def parse_memory(text: str, what: str = "memory") -> str:
   return match.group(1) + match.group(2)
 
 
-def parse_cpus(text: str) -> str:
-  """A number of virtual CPUs."""
-  if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= 255:
-    raise UsageError(f"invalid number of CPUs '{text}': use 1 to 255")
-  return str(int(text))
-
-
 def parse_address(text: str) -> Address:
   """[ADDRESS:]PORT, with an IPv4 address of this host."""
   host, colon, port = text.rpartition(":")
@@ -962,7 +955,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_count(text: str, what: str, most: int) -> int:
-  """How often a machine may be booted, or how many may run."""
+  """How often a machine may be booted, how many may run, or how many CPUs it has."""
   if not re.match(r"[0-9]{1,3}\Z", text) or not 1 <= int(text) <= most:
     raise UsageError(f"invalid number of {what} '{text}': use 1 to {most}")
   return int(text)
@@ -1018,7 +1011,8 @@ OPTIONS = (
   Option(("--name",), "name", "NAME", parse_name,
          "name of the instance (default: OS-VERSION-ARCH)"),
   Option(("-m", "--memory"), "memory", "SIZE", parse_memory, "memory of the guest (default: 6G)"),
-  Option(("--cpus",), "cpus", "N", parse_cpus, "number of virtual CPUs (default: 2)"),
+  Option(("--cpus",), "cpus", "N", lambda text: str(parse_count(text, "CPUs", 255)),
+         "number of virtual CPUs (default: 2)"),
   Option(("--ssh-port",), "ssh", "[ADDRESS:]PORT", parse_address,
          "host address and port for the guest's ssh\n"
          "(default: 127.0.0.1:2847 or the next free port)"),
@@ -1292,12 +1286,12 @@ STARTED_WITH = (
 )  # fmt: skip
 
 
-def started_with(options: Options) -> List[str]:
-  """The words of the command line that give these options, of those in STARTED_WITH."""
-  words = []
-  for option in [each for each in OPTIONS if each.field in STARTED_WITH]:
-    value = getattr(options, option.field)
-    values = value if option.many else (value,) if value else ()
+def words_of(options: Options, fields: Sequence[str]) -> List[str]:
+  """The words of the command line that give the options of these fields, unless by default."""
+  words: List[str] = []
+  for option in [each for each in OPTIONS if each.field in fields]:
+    value, default = (getattr(it, option.field) for it in (options, Options()))
+    values = () if value == default else value if option.many else (value,)
     words += [option.flags[-1] + f"={each}" * bool(option.metavar) for each in values]
   return words
 
@@ -8806,8 +8800,7 @@ def accelerator_path(cache: Cache, qemu: str) -> str:
 def failed_accelerator(cache: Cache, qemu: str) -> FailedAccelerator:
   """What an earlier run has found out about a QEMU's accelerators."""
   known = names_in(cache.path("accelerators"))  # mostly none, and then nothing else is read
-  path = accelerator_path(cache, qemu) if known else ""
-  return sound_record(FailedAccelerator(), path) if path else FailedAccelerator()
+  return sound_record(FailedAccelerator(), accelerator_path(cache, qemu) if known else "")
 
 
 def is_intel_program(path: str) -> bool:
@@ -8972,7 +8965,7 @@ class Machine:
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
-    self.words = "\0".join(started_with(options))
+    self.words = "\0".join(words_of(options, STARTED_WITH))
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -9271,11 +9264,11 @@ class Machine:
       self.log.close()
     if not answers:
       say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
+    line = ssh_line(self.plan.guest, self.address)
     try:
       emit(self.plan.name)
-      emit(ssh_line(self.plan.guest, self.address))
+      emit(line)
     except OSError as error:  # it runs as asked; an error code would hide that
-      line = ssh_line(self.plan.guest, self.address)
       say(f"{self.plan.name} runs in the background ({line}), but stdout: {describe(error)}")
     return 0
 
@@ -10837,10 +10830,7 @@ class Team:
     self.out = 2 if options.json else 1
     self.live = os.isatty(2) and (options.json or os.isatty(1)) and os.environ.get("TERM") != "dumb"
     self.ending, self.shown = False, 0.0
-    signal.signal(signal.SIGWINCH, self.resized)
-
-  def resized(self, number: int, frame: Optional[FrameType]) -> None:
-    report.resized = True
+    signal.signal(signal.SIGWINCH, lambda *_: setattr(report, "resized", True))
 
   def run(self) -> None:
     """Run all; however that ends, no machine and no qvm stays."""
@@ -10914,11 +10904,7 @@ def machines_at_once(options: Options) -> int:
 def handed_on(options: Options) -> List[str]:
   """The words that give the `run` of a guest the options of `each`."""
   words = ["--sync-direction=" + ("both" if options.sync_out else "in")] if options.sync else []
-  for option in OPTIONS:
-    value, flag = getattr(options, option.field), option.flags[-1]
-    if option.field in HANDED_ON and value != getattr(Options(), option.field):
-      values = value if option.many else (value,)
-      words += [f"{flag}={each}" if option.metavar else flag for each in values]
+  words += words_of(options, HANDED_ON)
   if options.sync_out:
     inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
     pattern = re.sub(r"([*?[])", r"[\1]", inside)

@@ -898,13 +898,17 @@ def parse_version(text: str) -> str:
   return text
 
 
+def memory_bytes(memory: str) -> int:
+  """A value of -m in bytes; a number without a suffix is in MiB."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
 def parse_memory(text: str, what: str = "memory") -> str:
   """A size for QEMU's -m: an integer, in MiB or with the suffix M, G or T."""
-  match = re.match(r"([0-9]{1,9})([MGT]?)\Z", text.upper())
-  factor = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
-  if not match or not 64 <= int(match.group(1)) * factor[match.group(2)] <= 4 * 1024 * 1024:
+  size = text.upper()
+  if not re.match(r"[0-9]{1,9}[MGT]?\Z", size) or not 64 << 20 <= memory_bytes(size) <= 4 << 40:
     raise UsageError(f"invalid {what} size '{text}': use 64M to 4T, as in 512M or 6G")
-  return match.group(1) + match.group(2)
+  return size
 
 
 def parse_address(text: str) -> Address:
@@ -1289,8 +1293,9 @@ STARTED_WITH = (
 def words_of(options: Options, fields: Sequence[str]) -> List[str]:
   """The words of the command line that give the options of these fields, unless by default."""
   words: List[str] = []
+  usual = Options()
   for option in [each for each in OPTIONS if each.field in fields]:
-    value, default = (getattr(it, option.field) for it in (options, Options()))
+    value, default = (getattr(it, option.field) for it in (options, usual))
     values = () if value == default else value if option.many else (value,)
     words += [option.flags[-1] + f"={each}" * bool(option.metavar) for each in values]
   return words
@@ -1994,7 +1999,7 @@ def free_space(folder: str) -> int:
 def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
   """The error for a failed write to a file or folder that needs `wanted` bytes in all."""
   if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-    return QvmError(f"{path}: {describe(error)}")
+    return QvmError(f"{error.filename or path}: {describe(error)}")
   there = tree_size(path) if os.path.lexists(path) else 0
   return disk_full(path, wanted - there - free_space(os.path.dirname(path)))
 
@@ -4632,11 +4637,6 @@ def virtual_size(path: str) -> int:
   with open(path, "rb") as file:
     head = file.read(32)
   return int.from_bytes(head[24:], "big") if head[:4] == b"QFI\xfb" else os.path.getsize(path)
-
-
-def memory_bytes(memory: str) -> int:
-  """A value of -m in bytes; a number without a suffix is in MiB."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
 
 
 def backing_file(path: str) -> Optional[str]:

@@ -335,6 +335,14 @@ def test_what_a_terminal_answers_to_a_log_is_not_typed_into_the_shell(guests, tm
   assert "\x1b[?25h" in terminal.text and "[24;1R" not in terminal.text
 
 
+def test_a_clone_of_what_cannot_be_read_names_that(used):
+  disk = used.cache / "instances/old.qcow2"
+  works(used(*RUN, "--name", "old"))
+  disk.unlink()
+  disk.symlink_to("/not/mounted/old.qcow2")
+  fails(used("clone", "old", "new"), f"{disk}: No such file")
+
+
 def test_a_clone_has_all_that_the_guest_wrote(used):
   works(used(*RUN, "--name", "old"))
   write_into(used.cache / "instances/old.qcow2")

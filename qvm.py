@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
-from types import FrameType, TracebackType
+from types import FrameType
 
 __version__ = "0.2.0"
 TYPE_CHECKING = False  # mypy takes it for true
@@ -352,7 +352,7 @@ class Reporter:
       clear, self.resized = "\033[H\033[2J", False
     data = (clear + text).encode("utf-8", "replace")
     try:
-      os.write(2, data)
+      write_all(2, data)
     except OSError:
       with contextlib.suppress(OSError):
         os.write(self.log, b"\n" + data)  # the guest may have left its line unfinished
@@ -898,13 +898,17 @@ def parse_version(text: str) -> str:
   return text
 
 
+def memory_bytes(memory: str) -> int:
+  """A value of -m in bytes; a number without a suffix is in MiB."""
+  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
+
+
 def parse_memory(text: str, what: str = "memory") -> str:
   """A size for QEMU's -m: an integer, in MiB or with the suffix M, G or T."""
-  match = re.match(r"([0-9]{1,9})([MGT]?)\Z", text.upper())
-  factor = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
-  if not match or not 64 <= int(match.group(1)) * factor[match.group(2)] <= 4 * 1024 * 1024:
+  size = text.upper()
+  if not re.match(r"[0-9]{1,9}[MGT]?\Z", size) or not 64 << 20 <= memory_bytes(size) <= 4 << 40:
     raise UsageError(f"invalid {what} size '{text}': use 64M to 4T, as in 512M or 6G")
-  return match.group(1) + match.group(2)
+  return size
 
 
 def parse_address(text: str) -> Address:
@@ -1283,12 +1287,13 @@ STARTED_WITH = (
 )  # fmt: skip
 
 
-def started_with(options: Options) -> List[str]:
-  """The words of the command line that give these options, of those in STARTED_WITH."""
-  words = []
-  for option in [each for each in OPTIONS if each.field in STARTED_WITH]:
-    value = getattr(options, option.field)
-    values = value if option.many else (value,) if value else ()
+def words_of(options: Options, fields: Sequence[str]) -> List[str]:
+  """The words of the command line that give the options of these fields, unless by default."""
+  words: List[str] = []
+  usual = Options()
+  for option in [each for each in OPTIONS if each.field in fields]:
+    value, default = (getattr(it, option.field) for it in (options, usual))
+    values = () if value == default else value if option.many else (value,)
     words += [option.flags[-1] + f"={each}" * bool(option.metavar) for each in values]
   return words
 
@@ -1316,8 +1321,8 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
   for option in OPTIONS:
     flag = option.flags[-1]
-    given = option.field in fields and not options.sets_up
-    if given and option.field in SET_UP + SET_UP_ONLY * (options.command == "pull"):
+    for_set_up = SET_UP + (SET_UP_ONLY if options.command == "pull" else ())
+    if option.field in fields and option.field in for_set_up and not options.sets_up:
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
     wants_command = option.field in fields and option.field in IN_GUEST
     bare = option.field == "env" and options.sets_up  # then it is for the scripts
@@ -1570,7 +1575,6 @@ class AssetRecord(NamedTuple):
   bytes: int = 0  # the file's length, or that of all files of a tree
   mtime_ns: int = 0  # the file's: a file with another one is hashed again
   time: str = ""  # of the download, in UTC
-  inode: int = 0  # of the file that the record describes
 
 
 class Instance(NamedTuple):
@@ -1682,11 +1686,6 @@ class Plan(NamedTuple):
   @property
   def name(self) -> str:
     return self.paths.name
-
-  @property
-  def tree(self) -> str:
-    """The downloaded QEMU of this guest CPU."""
-    return self.cache.qemu_tree(QEMU_CPUS[self.guest.arch], self.qemu_release)
 
   @property
   def tree_program(self) -> str:
@@ -1824,6 +1823,13 @@ def sound_record(empty: R, path: str) -> R:
   check_format(path, value.get("format", FORMAT), FORMAT)
   record = empty._replace(**{name: value.get(name, it) for name, it in empty._asdict().items()})
   return record if [*map(type, record)] == [*map(type, empty)] else empty
+
+
+def known_record(empty: R, path: str) -> R:
+  """The same, but `empty` also for a record that may not be read, or is a newer qvm's."""
+  with contextlib.suppress(QvmError, OSError):
+    return sound_record(empty, path)
+  return empty
 
 
 def check_format(path: str, number: object, known: int) -> None:
@@ -1997,7 +2003,7 @@ def free_space(folder: str) -> int:
 def write_failure(path: str, wanted: int, error: OSError) -> QvmError:
   """The error for a failed write to a file or folder that needs `wanted` bytes in all."""
   if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-    return QvmError(f"{path}: {describe(error)}")
+    return QvmError(f"{error.filename or path}: {describe(error)}")
   there = tree_size(path) if os.path.lexists(path) else 0
   return disk_full(path, wanted - there - free_space(os.path.dirname(path)))
 
@@ -4000,7 +4006,7 @@ class Image(NamedTuple):
 def images_in(os_name: str, releases: Sequence[Release]) -> List[Image]:
   """The images of an OS, newest version first, each from the newest release that has it."""
   found: Dict[Tuple[str, str], Image] = {}
-  pattern = re.compile(os_name + r"-(.+)-(x86-64|arm64)\.(qcow2|tar\.zst)\Z")
+  pattern = re.compile(re.escape(os_name) + r"-(.+)-(x86-64|arm64)\.(qcow2|tar\.zst)\Z")
   for release in releases:
     for name in sorted(release.assets):  # .qcow2 before .tar.zst
       match = pattern.match(name)
@@ -4540,11 +4546,11 @@ def publish_with_record(
 ) -> None:
   """Publish a file with its record, so that a kill at any moment leaves them matching.
 
-  Until the file has its place, its record waits beside the old one and tells by inode, or by size
-  and time, which of the two files it is meant for; record_of takes the one that fits.
+  Until the file has its place, its record waits beside the old one and tells by size and time which
+  of the two files it is meant for; record_of takes the one that fits.
   """
   waiting, stat = record_path(target) + ".new", os.stat(source)
-  record = record._replace(inode=stat.st_ino, mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
+  record = record._replace(mtime_ns=stat.st_mtime_ns, bytes=stat.st_size)
   write_record(cache, waiting, record, 0o444, keep=True)
   move_into_place(source, target, mode)
   with contextlib.suppress(FileNotFoundError):  # another qvm's record_of() was faster
@@ -4555,11 +4561,8 @@ def record_of(path: str) -> AssetRecord:
   """The record of a cached file; an empty one when there is none."""
   waiting = record_path(path) + ".new"
   new = sound_record(AssetRecord(), waiting)
-  stat = os.stat(path) if new.inode and os.path.exists(path) else None
-  # On its way to another file system it got another inode.
-  if stat and (
-    new.inode == stat.st_ino or (new.bytes, new.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-  ):
+  stat = os.stat(path) if new.sha256 and os.path.exists(path) else None
+  if stat and (new.bytes, new.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
     with contextlib.suppress(OSError):
       os.replace(waiting, record_path(path))  # what the killed qvm was about to do
     return new
@@ -4637,11 +4640,6 @@ def virtual_size(path: str) -> int:
   return int.from_bytes(head[24:], "big") if head[:4] == b"QFI\xfb" else os.path.getsize(path)
 
 
-def memory_bytes(memory: str) -> int:
-  """A value of -m in bytes; a number without a suffix is in MiB."""
-  return int(memory.rstrip("MGT")) << {"M": 20, "G": 30, "T": 40}.get(memory[-1], 20)
-
-
 def backing_file(path: str) -> Optional[str]:
   """The name of the backing file in an overlay's header; empty: it has none, None: unknown.
 
@@ -4700,15 +4698,18 @@ def drop_dead_sockets(folder: str) -> None:
 
 def known_instance(paths: InstancePaths) -> Instance:
   """The record of an instance; empty but for the name if it cannot be read, for any reason."""
-  record = Instance()
-  with contextlib.suppress(QvmError, OSError):
-    record = sound_record(record, paths.record)
-  return record._replace(name=paths.name)
+  return known_record(Instance(), paths.record)._replace(name=paths.name)
 
 
-def is_another(path: str, other: str) -> bool:
-  """Whether there is a file at a path, and it is not the one at another path."""
-  return os.path.exists(path) and not (os.path.exists(other) and os.path.samefile(path, other))
+def is_another(folder: str, backing: str, ours: str) -> bool:
+  """Whether an overlay's backing, as seen from its folder, is a file, but not ours, in the cache.
+
+  The name that qvm itself writes is ours, whatever is there once the folder has been moved.
+  """
+  path = os.path.join(folder, backing)
+  mine = backing == os.path.join("..", *ours.split("/")[-2:])
+  return not mine and os.path.exists(path) and not (
+    os.path.exists(ours) and os.path.samefile(path, ours))  # fmt: skip
 
 
 def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
@@ -4721,7 +4722,7 @@ def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
   while backing:
     match = re.match(LAYER_RE, os.path.basename(backing))
     layer = cache.layer(match.group(1)) if match else None
-    if not layer or is_another(os.path.join(os.path.dirname(disk), backing), layer.disk):
+    if not layer or is_another(os.path.dirname(disk), backing, layer.disk):
       break
     if layer.name in names:
       return names, None  # a circle
@@ -5000,7 +5001,7 @@ def install_qemu(plan: Plan, tag: str, download: Download) -> None:
     write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
     flush_tree(root)
     with instances_lock(plan.cache):
-      swap_tree(root, plan.tree)
+      swap_tree(root, tree_of(plan.tree_program))
 
 
 def swap_tree(root: str, link: str) -> None:
@@ -5285,6 +5286,8 @@ def base_record(plan: Plan) -> AssetRecord:
   if record.sha256 and mtime_ns in (record.mtime_ns, whole_seconds):
     return record
   digest = file_sha256(plan.base)
+  if record_of(plan.base) != record or os.stat(plan.base).st_mtime_ns != mtime_ns:
+    return base_record(plan)  # another qvm has just replaced it
   if record.sha256 not in ("", digest):
     raise RefusedError(
       f"the base image {plan.base} is damaged: its digest is not the one recorded at download",
@@ -5653,8 +5656,11 @@ def layer_base(plan: Plan, base: Base, name: str) -> Base:
   layer = plan.cache.layer(name)
   with contextlib.suppress(OSError):  # not in a cache that can only be read
     os.utime(layer.record)
-  below = [plan.cache.layer(each).disk for each in layers_under(plan.cache, layer.disk)[0]]
-  needs = (*base.needs, layer.disk, *below)
+  every = [layer, *map(plan.cache.layer, layers_under(plan.cache, layer.disk)[0])]
+  for it in every:
+    if os.path.isfile(it.disk) and layer_record(it).bytes not in (0, os.path.getsize(it.disk)):
+      raise RefusedError(f"the layer {it.name} is damaged: it is not as long as it was")
+  needs = (*base.needs, *(it.disk for it in every))
   return base._replace(backing=backing_name(plan, layer.disk), needs=needs, layer=name)
 
 
@@ -5704,8 +5710,9 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   if os.path.lexists(disk):
     before = backing_file(disk) or ""
     moved = os.path.basename(before) == os.path.basename(backing)
-    old, new = (os.path.join(plan.cache.instances, name) for name in (before, backing))
-    if before != backing and (is_served(before) or (moved and not is_another(old, new))):
+    ours = os.path.join(plan.cache.instances, backing)
+    moved = moved and not is_another(plan.cache.instances, before, ours)
+    if before != backing and (is_served(before) or moved):
       drop_socket(socket_of(disk))
       run_program([plan.qemu_img, "rebase", "-u", *options, disk], (lock.fd,))
     return
@@ -5770,9 +5777,7 @@ def list_instances(cache: Cache) -> List[Row]:
 
 def layer_row(layer: LayerPaths, users: Sequence[str]) -> Row:
   """A layer's line of `qvm list`, with question marks if its record is damaged."""
-  record = LayerRecord()
-  with contextlib.suppress(QvmError):  # a newer qvm's
-    record = layer_record(layer)
+  record = known_record(LayerRecord(), layer.record)
   size = sum(map(tree_size, layer_files(layer)))
   kind = (record.os or "?", record.version or "?", record.arch or "?")
   state = "checkpoint" if re.search("-warm-[0-9a-f]+$", layer.name) else "prepared"
@@ -8680,22 +8685,24 @@ def somebody_answers(address: Address) -> bool:
     return probe.connect_ex((reachable(address), address.port)) == 0
 
 
+def free_port(kind: int, address: Address, flag: str = "--ssh-port") -> int:
+  """An address's port, or in place of 0 a free one, which QEMU binds soon after; 0: it is taken."""
+  probe = bind(kind, address, flag)
+  if not probe:
+    return 0
+  with probe:  # not closed before: a connection to a port that nobody has can be one to itself
+    port = int(probe.getsockname()[1])
+    answered = address.port and kind == socket.SOCK_STREAM and somebody_answers(address)
+  return 0 if answered else port
+
+
 def free_forward(forward: Forward) -> Forward:
-  """The same, with a port in place of 0; QvmError if it is taken. QEMU binds it soon after."""
+  """The same, with a port in place of 0; QvmError if it is taken."""
   kind = socket.SOCK_STREAM if forward.kind == "tcp" else socket.SOCK_DGRAM
-  probe = bind(kind, Address(forward.host, forward.port), "--publish")
-  port = probe.getsockname()[1] if probe else forward.port
-  answered = (
-    probe
-    and forward.port
-    and forward.kind == "tcp"
-    and somebody_answers(Address(forward.host, port))
-  )
-  if probe:
-    probe.close()
-  if not probe or answered:
+  port = free_port(kind, Address(forward.host, forward.port), "--publish")
+  if not port:
     raise QvmError(
-      f"port {port}/{forward.kind} on {forward.host} is taken (--publish {forward})",
+      f"port {forward.port}/{forward.kind} on {forward.host} is taken (--publish {forward})",
       "choose another, or 0 for a free one",
     )
   return forward._replace(port=port)
@@ -8710,23 +8717,22 @@ def reserve_port(
   The lock is the UDP port of the same number, to which nothing is ever sent. The kernel gives it to
   one process, whatever its cache or user, and frees it when QEMU has ended.
   """
-  kind = ""
+  why = ""
   for port in range(wanted.port, wanted.port + 1 if wanted.chosen else 65536):
-    address = wanted._replace(port=port)
-    lock, kind = None if port in others else bind(socket.SOCK_DGRAM, address), "UDP"
+    if port in others:
+      why = "the machine publishes it"
+      continue
+    address, why = wanted._replace(port=port), "something uses its UDP port, by which qvm locks it"
+    lock = bind(socket.SOCK_DGRAM, address)
+    if lock and free_port(socket.SOCK_STREAM, address):
+      fd = lock.detach()
+      stack.callback(os.close, fd)
+      return address, fd
     if lock:
-      probe, kind = bind(socket.SOCK_STREAM, address), "TCP"
-      answered = probe and somebody_answers(address)
-      if probe:
-        probe.close()  # not before: a connection to a port that nobody has can be one to itself
-      if probe and not answered:
-        fd = lock.detach()
-        stack.callback(os.close, fd)
-        return address, fd
+      why = "something uses its TCP port"
       lock.close()
   raise QvmError(
-    f"port {wanted.port} on {wanted.host} is taken (--ssh-port): something uses its {kind} port"
-    + (", by which qvm locks it" if kind == "UDP" else ""),
+    f"port {wanted.port} on {wanted.host} is taken (--ssh-port): {why}",
     "choose another, or omit --ssh-port to get a free one",
   )
 
@@ -8799,8 +8805,7 @@ def accelerator_path(cache: Cache, qemu: str) -> str:
 def failed_accelerator(cache: Cache, qemu: str) -> FailedAccelerator:
   """What an earlier run has found out about a QEMU's accelerators."""
   known = names_in(cache.path("accelerators"))  # mostly none, and then nothing else is read
-  path = accelerator_path(cache, qemu) if known else ""
-  return sound_record(FailedAccelerator(), path) if path else FailedAccelerator()
+  return sound_record(FailedAccelerator(), accelerator_path(cache, qemu) if known else "")
 
 
 def is_intel_program(path: str) -> bool:
@@ -8815,6 +8820,16 @@ def is_intel_program(path: str) -> bool:
 def has_hvf() -> bool:
   """Whether this Mac has HVF; most virtual machines and everything under Rosetta have none."""
   return ask_program(["/usr/sbin/sysctl", "-n", "kern.hv_support"]) == (0, "1")
+
+
+TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
+TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
+
+
+def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
+  """The exit code and the output of a QEMU that starts with an accelerator, without a guest."""
+  machine = ["-machine", "virt"] if "aarch64" in os.path.basename(qemu) else []
+  return ask_program([qemu, *machine, *TRY, accelerator], TRY_INPUT)
 
 
 def accelerators_for(plan: Plan, options: Options) -> str:
@@ -8844,7 +8859,7 @@ def is_emulated(guest: Guest, accel: str) -> bool:
 def kept_options(paths: InstancePaths, options: Options) -> Options:
   """The options, with what an instance keeps of earlier runs where nothing else is given."""
   with contextlib.suppress(UsageError):
-    if not options.publish:
+    if not options.publish and os.path.lexists(paths.disk):
       texts = sound_record(Instance(), paths.record).publish.split()
       return options._replace(publish=tuple(map(parse_forward, texts)))
   return options
@@ -8955,6 +8970,7 @@ class Machine:
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
+    self.words = "\0".join(words_of(options, STARTED_WITH))
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -8979,13 +8995,8 @@ class Machine:
       self.stack = stack.pop_all()
     return self
 
-  def __exit__(
-    self,
-    kind: Optional[Type[BaseException]],
-    error: Optional[BaseException],
-    trace: Optional[TracebackType],
-  ) -> None:
-    self.stack.__exit__(kind, error, trace)
+  def __exit__(self, *error: Any) -> None:
+    self.stack.__exit__(*error)
 
   @property
   def login(self) -> Login:
@@ -9050,8 +9061,8 @@ class Machine:
         base = base._replace(image=cached_base(plan).image)
       ports = " ".join(map(str, options.publish))
       ssh = f"{self.address.host}:{self.address.port}"
-      run = Instance(ssh=ssh, publish=self.published, ports=ports)
-      record_instance(plan, run._replace(words="\0".join(started_with(options))), base)
+      run = Instance(ssh=ssh, publish=self.published, ports=ports, words=self.words)
+      record_instance(plan, run, base)
       make_overlay(plan, base.backing, self.lock)
       make_data_disk(plan, options.disk, self.lock)
       self.facts = facts = host_facts(plan, options, self.address, base.image.release)
@@ -9136,7 +9147,8 @@ class Machine:
       return
     name = "hvf" if "hvf" in accel and sys.platform == "darwin" else "kvm"
     self.options = self.options._replace(accel="tcg")
-    if known:
+    # A guest can print that, too, or bring KVM to it: QEMU without a guest tells.
+    if known and try_accelerator(self.plan.qemu, name)[0]:
       problem = " ".join(printable(after[known.start() :][:300]).split())
       record = FailedAccelerator(name, self.plan.qemu, problem, utc(time.time()))
       with contextlib.suppress(OSError):  # a full disk: the next run finds out again
@@ -9257,11 +9269,11 @@ class Machine:
       self.log.close()
     if not answers:
       say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
+    line = ssh_line(self.plan.guest, self.address)
     try:
       emit(self.plan.name)
-      emit(ssh_line(self.plan.guest, self.address))
+      emit(line)
     except OSError as error:  # it runs as asked; an error code would hide that
-      line = ssh_line(self.plan.guest, self.address)
       say(f"{self.plan.name} runs in the background ({line}), but stdout: {describe(error)}")
     return 0
 
@@ -9425,9 +9437,13 @@ class Control:
     except OSError as error:
       raise QvmError(f"QEMU does not answer: {describe(error)}")
     while True:
-      answer = json.loads(self.read().decode("utf-8", "replace"))
-      if "error" in answer:
-        raise QvmError(f"QEMU: {command}: {answer['error'].get('desc')}")
+      try:
+        answer = parse_json(self.read())
+        problem = answer.get("error", {}).get("desc")
+      except (ValueError, RecursionError, AttributeError):
+        raise QvmError("QEMU's answer makes no sense")
+      if problem:
+        raise QvmError(f"QEMU: {command}: {problem}")
       if "return" in answer:  # else it is an event
         result = answer["return"] if isinstance(answer["return"], dict) else {}
         status, problem = (str(result.get(key) or "") for key in ("status", "error-desc"))
@@ -9833,6 +9849,7 @@ class SetUp:
 
   def __init__(self, plan: Plan, options: Options, base: Base) -> None:
     self.plan, self.options, self.base = plan, options, base
+    self.below = stamps_below(base)  # before its digest
     packages = " ".join(options.install)
     install = INSTALL[plan.guest.os].format(packages).encode()
     self.steps = [Step(f"--install '{packages}'", install, True)] if packages else []
@@ -9890,7 +9907,8 @@ class SetUp:
     name = f"{self.stem}-prepare-{os.urandom(3).hex()}"
     plan = self.plan._replace(paths=self.plan.cache.instance(name), ephemeral=True)
     base = layer_base(plan, self.base, self.layer(done).name) if done else self.base
-    base, below = base._replace(layer=layer.name, adjust=with_discard), stamps_below(base)
+    below = {**stamps_below(base), **self.below}
+    base = base._replace(layer=layer.name, adjust=with_discard)
     options = self.options._replace(rm=True, detach=True, guest_command=())
     options = options._replace(ssh=Address(), publish=(), disk="")  # those are the user's machine's
     with Machine(plan, options) as machine:
@@ -10227,7 +10245,7 @@ def mirror_asset(releases: Releases, folder: str, asset: Asset) -> None:
   with download_lock(folder, repo + ".download") as place:
     tags = sorted(os.listdir(os.path.join(top, "download")), key=version_key, reverse=True)
     feed = "".join(f'<link href="/{repo}/releases/tag/{each}"/>\n' for each in tags)
-    for path, text in (("releases.atom", feed), ("releases/latest", releases.tag(repo) + "\n")):
+    for path, text in (("releases.atom", feed), ("releases/latest", tags[0] + "\n")):
       with open(os.path.join(place, "page"), "w", encoding="utf-8") as file:
         file.write(text)
       move_into_place(file.name, os.path.join(folder, repo, path), 0o644)
@@ -10334,7 +10352,7 @@ def cached_things(cache: Cache) -> List[Tuple[str, ...]]:
   rows: List[Tuple[str, ...]] = []
   for name, path, record in found:
     with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-      release = sound_record(AssetRecord(), record).release or "-"
+      release = known_record(AssetRecord(), record).release or "-"
       rows.append((name, release, megabytes(tree_size(path))))
   return rows
 
@@ -10413,6 +10431,7 @@ def cmd_restart(options: Options) -> int:
         raise QvmError(str(error), hint)
       say(str(error))
       again = resolve(parse_command_line(run_words(paths)))
+      again = again._replace(boot_timeout=options.boot_timeout)
       if is_running(paths):
         stop_instance(paths, True)
       cmd_run(again)
@@ -10613,7 +10632,7 @@ def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
       continue
     useless = suffix in (".lock", ".tmp") or instance.name in orphans
     if suffix == ".json":
-      mine = sound_record(Instance(), path).name == instance.name
+      mine = known_record(Instance(), path).name == instance.name
       useless = useless or (mine and not os.path.lexists(instance.disk))
     if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
       found.append(path)
@@ -10836,10 +10855,7 @@ class Team:
     self.out = 2 if options.json else 1
     self.live = os.isatty(2) and (options.json or os.isatty(1)) and os.environ.get("TERM") != "dumb"
     self.ending, self.shown = False, 0.0
-    signal.signal(signal.SIGWINCH, self.resized)
-
-  def resized(self, number: int, frame: Optional[FrameType]) -> None:
-    report.resized = True
+    signal.signal(signal.SIGWINCH, lambda *_: setattr(report, "resized", True))
 
   def run(self) -> None:
     """Run all; however that ends, no machine and no qvm stays."""
@@ -10913,11 +10929,7 @@ def machines_at_once(options: Options) -> int:
 def handed_on(options: Options) -> List[str]:
   """The words that give the `run` of a guest the options of `each`."""
   words = ["--sync-direction=" + ("both" if options.sync_out else "in")] if options.sync else []
-  for option in OPTIONS:
-    value, flag = getattr(options, option.field), option.flags[-1]
-    if option.field in HANDED_ON and value != getattr(Options(), option.field):
-      values = value if option.many else (value,)
-      words += [f"{flag}={each}" if option.metavar else flag for each in values]
+  words += words_of(options, HANDED_ON)
   if options.sync_out:
     inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
     pattern = re.sub(r"([*?[])", r"[\1]", inside)
@@ -11171,8 +11183,6 @@ def check_program(name: str, words: Sequence[str]) -> List[Check]:
 
 
 # Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
-TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
-TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
 FULL_SPEED = (
   "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
   "export QVM_QEMU_AARCH64=qemu-system-aarch64"
@@ -11224,12 +11234,6 @@ def check_hvf(qemu: str) -> Check:
     return Check("ok", "HVF", text)
   text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
   return Check("warning", "HVF", text, FULL_SPEED)
-
-
-def try_accelerator(qemu: str, accelerator: str) -> Tuple[int, str]:
-  """The exit code and the output of a QEMU that starts with an accelerator, without a guest."""
-  machine = ["-machine", "virt"] if "aarch64" in os.path.basename(qemu) else []
-  return ask_program([qemu, *machine, *TRY, accelerator], TRY_INPUT)
 
 
 def check_failed(cache: Cache) -> List[Check]:

@@ -355,6 +355,8 @@ class ControlSocket:
       die("it dies at " + order)
     while self.play.get("hang") == order:
       signal.pause()
+    if self.play.get("garble") == order:
+      return self.link.sendall(b"no JSON\n")
     if self.play.get("fail") == order:
       return self.say({"error": {"class": "GenericError", "desc": "told to fail at " + order}})
     result = {}

@@ -204,6 +204,12 @@ def test_a_published_port_is_no_other_machines_ssh_port(used, background):
   fails(run, f"port {port} on 127.0.0.1 is taken (--ssh-port)", "by which qvm locks it")
 
 
+def test_a_port_that_the_instance_publishes_is_not_for_ssh(used):
+  port = str(free_port())
+  works(used(*RUN, "-p", f"{port}:80"))
+  fails(used(*RUN, "--ssh-port", port), "is taken (--ssh-port): the machine publishes it")
+
+
 def test_a_port_is_published_beside_its_udp_port(used, background):
   port = free_port()
   with socket.socket(type=socket.SOCK_DGRAM) as other:  # another program's
@@ -281,6 +287,15 @@ def test_only_force_pulls_the_plug(guests):
   works(guests.qvm("stop", "vm"))
 
 
+def test_the_patience_of_restart_is_for_what_it_starts_too(guests):
+  guests.play(ignore_shutdown=True)
+  guests.up("vm")
+  guests.play(listen=False)
+  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm", timeout=30))
+  assert "ssh has not answered within 2 s; the machine keeps running" in run.stderr
+  works(guests.qvm("stop", "--force", "vm"))
+
+
 def test_logs(guests):
   guests.play(console="first line\n\x1b]0;title\x07")
   guests.up("vm")
@@ -319,6 +334,14 @@ def test_what_a_terminal_answers_to_a_log_is_not_typed_into_the_shell(guests, tm
     assert terminal.end() == 0 and terminal.state() == terminal.before
     assert unread(terminal.inside) == 0
   assert "\x1b[?25h" in terminal.text and "[24;1R" not in terminal.text
+
+
+def test_a_clone_of_what_cannot_be_read_names_that(used):
+  disk = used.cache / "instances/old.qcow2"
+  works(used(*RUN, "--name", "old"))
+  disk.unlink()
+  disk.symlink_to("/not/mounted/old.qcow2")
+  fails(used("clone", "old", "new"), f"{disk}: No such file")
 
 
 def test_a_clone_has_all_that_the_guest_wrote(used):
@@ -740,6 +763,12 @@ def test_what_is_cached_and_how_large(full):
   assert table[0].split() == ["CACHED", "RELEASE", "SIZE"]
   assert re.split("  +", table[1]) == [IMAGE, "v0.16.0", cell]
   assert table[2].startswith("qemu-system-x86_64  ") and " v2.0.0 " in table[2]
+
+
+def test_an_image_of_a_newer_qvm_is_listed(used):
+  (used.cache / BASE).with_suffix(".json").write_text('{"format": 2}')
+  table = works(used("list")).stdout.partition("\n\n")[2].splitlines()
+  assert table[1].split()[:2] == [IMAGE, "-"]
 
 
 def test_a_layer_of_a_newer_qvm_is_listed_with_question_marks(used):

@@ -631,7 +631,7 @@ def test_no_name_is_offered_that_may_not_be_typed(stocked):
 
 
 def test_completion_changes_nothing(offline):
-  for words in ((), ("run",), ("run", "freebsd"), ("stop",)):
+  for words in ((), ("run",), ("run", "freebsd"), ("run", "("), ("stop",)):
     result = offline("completion", "words", "--", *words)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout

@@ -93,6 +93,18 @@ def test_an_instance_stays_when_qemu_fails(used, play):
   }
 
 
+def test_what_is_left_of_an_instance_without_a_disk_publishes_nothing(used):
+  record = {
+    "name": "web",
+    "os": "netbsd",
+    "version": "1",
+    "arch": "x86-64",
+    "publish": "0.0.0.0:80:80",
+  }
+  (used.cache / "instances/web.json").write_text(json.dumps(record))
+  assert "0.0.0.0" not in works(used(*RUN, "--name", "web", "--dry-run")).stdout
+
+
 def test_names_make_instances_of_their_own(used, tmp_path):
   before = digest(used.cache / DISK)
   used.play(record=str(tmp_path / "record"))

@@ -27,6 +27,7 @@ from support import (
   sha256,
   state,
   wait_for,
+  with_another,
   works,
 )
 
@@ -337,6 +338,28 @@ def test_a_damaged_base_stays_until_the_right_one_is_there(kept, server, image):
   assert (kept.cache / BASE).read_bytes() == image[:-512]
 
 
+def test_a_refresh_while_a_base_is_hashed(qvm, server, image, tmp_path):
+  """The digest of the old image is not noted for the new one."""
+  works(qvm(*PULL))
+  os.utime(qvm.cache / BASE, (1, 1))
+  new = changed(image)
+  server.add_release("freebsd-builder", "v0.17.0", {IMAGE: new}, published="2027-01-01T00:00:00Z")
+  refresh = qvm.command(*PULL, "--refresh")
+  works(with_another(qvm, RUN, "file_sha256", refresh, tmp_path))
+  assert (qvm.cache / BASE).read_bytes() == new
+  assert json.loads((qvm.cache / RECORD).read_text())["base_sha256"] == sha256(new)
+  works(qvm(*RUN))
+
+
+def test_a_waiting_record_is_not_taken_by_the_number_of_its_file(kept):
+  """The file of a refresh that was cut off may be deleted; others then get its inode."""
+  waiting = (kept.cache / BASE).with_suffix(".json.new")
+  record = json.loads(waiting.with_suffix("").read_text())
+  inode = (kept.cache / BASE).stat().st_ino
+  waiting.write_text(json.dumps({**record, "sha256": "0" * 64, "inode": inode, "mtime_ns": 1}))
+  works(kept(*RUN))
+
+
 # --- Links and moves ---------------------------------------------------------------------------
 
 
@@ -358,6 +381,27 @@ def test_a_folder_moved_elsewhere_and_linked(kept, tmp_path, folder, image):
   works(kept(*PULL))
   works(kept(*RUN))
   assert read_backing(kept.cache / DISK) == f"../{BASE}" and read_from(kept.cache / DISK)
+
+
+@pytest.mark.parametrize("folder", ["instances", "layers"])
+def test_a_folder_moved_beside_another_image_of_that_name(kept, tmp_path, folder, image):
+  """There ../base/NAME leads to that one, on which the guest's disk would be no good."""
+  layer = f"layers/{FREEBSD}-prepared-0123456789"
+  if folder == "layers":
+    (kept.cache / layer).with_suffix(".json").write_text("{}")
+    shutil.copy(kept.cache / DISK, kept.cache / f"{layer}.qcow2")
+    command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", f"../{layer}.qcow2"]
+    subprocess.run([*command, str(kept.cache / DISK)], check=True)
+  other = tmp_path / "big disk"
+  for path in (BASE, f"{layer}.qcow2"):
+    (other / path).parent.mkdir(parents=True)
+    (other / path).write_bytes(changed(image))
+  shutil.move(str(kept.cache / "instances"), str(other / "instances"))
+  (kept.cache / "instances").symlink_to(other / "instances")
+  works(kept(*RUN))
+  right = f"{layer}.qcow2" if folder == "layers" else BASE
+  backing = read_backing(kept.cache / DISK)
+  assert os.path.samefile(kept.cache / "instances" / backing, kept.cache / right)
 
 
 def other_file_system(folder):

@@ -4,6 +4,7 @@ Command lines, release data, archives and images have tests of this kind beside 
 test_command_line, test_releases, test_archives, test_bundles and test_image.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -218,7 +219,7 @@ def test_any_header_of_an_overlay(tmp_path_factory, content, place):
 # --- Records ---------------------------------------------------------------------------------
 
 fields = st.sampled_from([*qvm_source.Instance._fields, *qvm_source.DownloadNote._fields, "sha256",
-                          "bytes", "inode", "release", "asset_sha256", "size", "time"])  # fmt: skip
+                          "bytes", "release", "asset_sha256", "size", "time"])  # fmt: skip
 records = st.dictionaries(fields, json_value, max_size=8)
 sound = {"name": "vm", "os": "freebsd", "version": "15.1", "arch": "x86-64"}
 
@@ -326,3 +327,27 @@ def test_nothing_is_hidden_in_an_error_of_the_environment(qvm):
   fails(qvm(*RUN, env={"GITHUB_TOKEN": "s3cret\x1b\nx"}), "GITHUB_TOKEN", code=2)
   result = qvm(*RUN, env={"GITHUB_TOKEN": "s3cret\x1b\nx"})
   assert "s3cret" not in result.stderr and not Path(qvm.cache).exists()
+
+
+def test_a_message_waits_where_another_program_has_made_stderr_non_blocking(monkeypatch):
+  output, stderr = os.pipe()
+  saved, select, seen = os.dup(2), qvm_source.select.select, []
+  os.set_blocking(stderr, False)
+  with contextlib.suppress(BlockingIOError):
+    while True:
+      os.write(stderr, bytes(1 << 12))
+
+  def drained(*sets):
+    seen.append(os.read(output, 1 << 20))
+    return select(*sets)
+
+  monkeypatch.setattr(qvm_source.select, "select", drained)
+  os.dup2(stderr, 2)
+  try:
+    qvm_source.say("what failed")
+  finally:
+    os.dup2(saved, 2)
+  for fd in (saved, stderr):
+    os.close(fd)
+  assert len(seen) == 1 and os.read(output, 1 << 20) == b"qvm: what failed\n"
+  os.close(output)

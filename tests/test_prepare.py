@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -475,6 +476,15 @@ def test_a_layer_is_never_made_anew_below_an_instance(prepare, lost):
   assert ran(prepare) == ["setup.sh"]
 
 
+def test_a_layer_that_is_cut_off_below_an_instance(prepare):
+  works(prepare.run("true", options=("--name", "vm", *with_scripts(script(prepare))), rm=False))
+  (name,) = layer_names(prepare)
+  os.chmod(path_of(prepare, name), 0o600)
+  os.truncate(path_of(prepare, name), 70000)
+  result = prepare.run("true", options=("--name", "vm"), rm=False)
+  assert result.returncode == 125 and f"the layer {name} is damaged" in result.stderr
+
+
 def test_a_machine_in_the_background(prepare):
   one = with_scripts(script(prepare))
   for _ in range(2):
@@ -620,6 +630,19 @@ def test_an_image_is_not_replaced_while_a_guest_on_it_is_set_up(prepare, server,
   (prepare.scripts / "go").touch()
   out, err = process.communicate(timeout=60)
   assert (process.returncode, out) == (0, "fine\n"), err
+
+
+def test_an_image_that_is_replaced_before_a_guest_on_it_is_set_up(prepare, server, image, tmp_path):
+  """As while it waits for another qvm: the layer would have the name of the older image's."""
+  server.add_release("freebsd-builder", "v0.17.0", {f"{FREEBSD}.qcow2": image + bytes(512)})
+  qemu = prepare.qvm.cache / "qemu/x86_64/bin/qemu-system-x86_64"
+  shutil.copy(qemu, tmp_path / "qemu")
+  refresh = prepare.qvm.command("pull", "--refresh", "freebsd", "15.1")
+  refresh = ["sh", "-c", f'"$@" && cp {tmp_path}/qemu {qemu}', "sh", *refresh]
+  words = prepare.words(*with_scripts(script(prepare)), command=["true"])
+  run = with_another(prepare.qvm, words, "SetUp.__init__", refresh, tmp_path)
+  assert run.returncode == 125 and "replaced meanwhile" in run.stderr
+  assert layer_names(prepare) == []
 
 
 def test_rebuild(prepare):

@@ -779,6 +779,13 @@ def test_clean_leaves_a_record_that_waits_for_its_place(pulled, server, image, k
   assert json.loads((pulled.cache / note).read_text())["release"] == "v2.17.0"
 
 
+def test_clean_beside_an_instance_of_a_newer_qvm(pulled):
+  record = pulled.cache / "instances/vm.json"
+  record.write_text('{"format": 2}')
+  works(pulled("clean"))
+  assert record.exists()
+
+
 @pytest.mark.parametrize("words", [(), ("--all",)])
 def test_clean_leaves_what_is_not_qvms(pulled, words):
   """The folder may be one that holds other things too: QVM_CACHE_DIR=~ has ~/bin and more."""
@@ -1041,6 +1048,16 @@ def test_mirror_of_an_older_release(qvm, server, image, tmp_path, client):
     run = works(client(*words))
     assert "no digest" not in run.stderr
   assert bool([name for name in client.files() if name == BASE])
+
+
+def test_mirror_of_a_release_that_was_asked_for(qvm, server, image, tools_tar, tmp_path, client):
+  """Its newest is the newest that it has."""
+  newer(server, image, tools_tar)
+  only = ("--release", "v0.16.0", "--qemu-release", "v2.0.0")
+  works(qvm(*PULL, *only, "--mirror", str(tmp_path / "mirror")))
+  client.env["QVM_RELEASES_URL"] = f"file://{tmp_path}/mirror"
+  works(client(*PULL))
+  assert (client.cache / BASE).read_bytes() == image
 
 
 def test_mirror_of_a_mirror(client, mirror, tmp_path):

@@ -309,7 +309,7 @@ def test_a_record_that_is_none(warm, text):
 
 
 @pytest.mark.parametrize("order", ["stop", "migrate", "query-migrate"])
-@pytest.mark.parametrize("way", ["fail", "die"])
+@pytest.mark.parametrize("way", ["fail", "die", "garble"])
 def test_a_saving_that_fails_boots_as_always(warm, way, order):
   control(warm, **{way: order})
   result = works(run(warm, "echo fine"))
@@ -320,6 +320,7 @@ def test_a_saving_that_fails_boots_as_always(warm, way, order):
 
 @pytest.mark.parametrize("way, order, words", [
   ("fail", "migrate-incoming", "told to fail"),
+  ("garble", "cont", "QEMU's answer makes no sense"),
   ("die", "migrate-incoming", "qemu: it dies at migrate-incoming"),
   ("fail", "cont", "told to fail"),
   ("mute", True, "ssh has not answered"),

@@ -4561,7 +4561,7 @@ def record_of(path: str) -> AssetRecord:
   """The record of a cached file; an empty one when there is none."""
   waiting = record_path(path) + ".new"
   new = sound_record(AssetRecord(), waiting)
-  stat = os.stat(path) if new.sha256 and os.path.exists(path) else None
+  stat = os.stat(path) if new.bytes and os.path.exists(path) else None
   if stat and (new.bytes, new.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
     with contextlib.suppress(OSError):
       os.replace(waiting, record_path(path))  # what the killed qvm was about to do

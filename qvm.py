@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
-from types import FrameType
+from types import FrameType, TracebackType
 
 __version__ = "0.2.0"
 TYPE_CHECKING = False  # mypy takes it for true
@@ -369,6 +369,13 @@ def terminal_size() -> Tuple[int, int]:
 
 report = Reporter()
 say = report.say
+
+
+def say_error(error: QvmError) -> None:
+  """Write what failed, and on a line of its own what to do."""
+  say(str(error))
+  if error.hint:
+    say(error.hint)
 
 
 def emit(text: str) -> None:
@@ -1385,7 +1392,8 @@ def check_operands(command: str, operands: Sequence[str]) -> None:
   if len(operands) < form.least:
     names = f" (OS: {', '.join(OS_NAMES)})" if "OS" in form.operands else ""
     raise UsageError(f"missing argument; usage: {usage}{names}")
-  if len(operands) > form.most and operands[0] != "words":  # those are to be completed
+  words = command == "completion" and operands[:1] == ["words"]  # which are to be completed
+  if len(operands) > form.most and not words:
     raise UsageError(f"unexpected argument '{operands[form.most]}'; usage: {usage.strip()}")
   if command in ("run", "pull", "search") and operands:
     find_os(operands[0])
@@ -2209,8 +2217,8 @@ def check_folders(cache: Cache) -> None:
   It is the one check for all commands: qvm executes what is in the cache, and believes its records.
   """
   for path in (cache.root, *map(cache.path, FOLDERS)):
-    check_mounted(path)
-    if os.path.exists(path) and not os.path.isdir(path):
+    if not os.path.isdir(path) and os.path.lexists(path):
+      check_mounted(path)
       raise QvmError(f"{path} exists but is not a folder", OTHER_CACHE)
   for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):
     check_above(end)
@@ -2959,7 +2967,8 @@ def proxy_used(url: str) -> str:
   proxy, name = proxy_for(url), urllib.parse.urlsplit(url).scheme + "_proxy"
   if not proxy:
     return ""
-  origin = name if {name, name.upper()} & set(os.environ) else "System Settings"  # of macOS
+  given = name in os.environ or name.upper() in os.environ  # else it is in macOS' settings
+  origin = name if given else "System Settings"
   return f"the request goes through the proxy {proxy_name(proxy)} ({origin})"
 
 
@@ -3360,7 +3369,8 @@ class OtherDownload:
 
   @property
   def total(self) -> Optional[int]:
-    return (read_note(self.folder) or DownloadNote("", "", None)).total
+    note = read_note(self.folder)
+    return note.total if note else None
 
   @property
   def done(self) -> int:
@@ -3939,6 +3949,18 @@ def page_releases(net: Net, repo: str) -> List[Release]:
   return releases
 
 
+def tagged_release(net: Net, repo: str, tag: str) -> Release:
+  """A release's data from the API, else from its page; empty if neither has such a release."""
+  if net.api:
+    with contextlib.suppress(QvmError):
+      release = api_release(api_data(net, f"{repo}/releases/tags/{tag}"))
+      if release:
+        return release
+  with contextlib.suppress(NotFound):
+    return page_release(net, repo, tag)
+  return Release(tag, {})
+
+
 class Releases:
   """What this run has learned about releases; threads share it, so each request is made once."""
 
@@ -3961,22 +3983,16 @@ class Releases:
 
   def digest(self, asset: Asset) -> str:
     """The SHA-256 of an asset; empty if no release data includes it, or none can be had soon."""
+    repo, tag, name = asset
     with contextlib.suppress(QvmError):
-      soon = Releases(impatient(self.net))
-      release = self.once(asset[:2], lambda: soon.one(asset.repo, asset.tag))
-      return release.assets.get(asset.name, "")
+      release = self.once((repo, tag), lambda: tagged_release(impatient(self.net), repo, tag))
+      return release.assets.get(name, "")
     return ""
 
-  def one(self, repo: str, tag: str) -> Release:
-    """A release's data from the API, else from its page; empty if neither has such a release."""
-    if self.net.api:
-      with contextlib.suppress(QvmError):
-        release = api_release(api_data(self.net, f"{repo}/releases/tags/{tag}"))
-        if release:
-          return release
-    with contextlib.suppress(NotFound):
-      return page_release(self.net, repo, tag)
-    return Release(tag, {})
+  def forget(self, asset: Asset) -> None:
+    """Request the data of an asset's release again when it is next needed."""
+    with self.lock:
+      self.asked.pop((asset.repo, asset.tag), None)
 
   def all(self, repo: str) -> List[Release]:
     """All releases, newest first, as far as the API or else the pages list them."""
@@ -4706,10 +4722,10 @@ def is_another(folder: str, backing: str, ours: str) -> bool:
 
   The name that qvm itself writes is ours, whatever is there once the folder has been moved.
   """
+  if backing == os.path.join("..", *ours.split("/")[-2:]):
+    return False
   path = os.path.join(folder, backing)
-  mine = backing == os.path.join("..", *ours.split("/")[-2:])
-  return not mine and os.path.exists(path) and not (
-    os.path.exists(ours) and os.path.samefile(path, ours))  # fmt: skip
+  return os.path.exists(path) and not (os.path.exists(ours) and os.path.samefile(path, ours))
 
 
 def layers_under(cache: Cache, disk: str) -> Tuple[List[str], Optional[str]]:
@@ -4893,7 +4909,7 @@ def fetch_asset(
       if last:
         raise
       say(f"{problem}; fetching it once more")
-      releases.asked.pop(asset[:2], None)  # it is asked for again
+      releases.forget(asset)
   return result
 
 
@@ -5364,9 +5380,8 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   fallback = newest if options.command == "run" else ""
   check_host(this_host(), guest, options.qemu)  # before any request
   try:
-    every = Releases(impatient(net) if fallback else net)
-    repo = image_repo(guest.os)
-    releases = [every.one(repo, options.release)] if options.release else every.all(repo)
+    soon, repo, tag = impatient(net) if fallback else net, image_repo(guest.os), options.release
+    releases = [tagged_release(soon, repo, tag)] if tag else Releases(soon).all(repo)
   except QvmError as error:
     if not fallback:
       raise
@@ -8822,6 +8837,7 @@ def has_hvf() -> bool:
   return ask_program(["/usr/sbin/sysctl", "-n", "kern.hv_support"]) == (0, "1")
 
 
+# Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
 TRY = ["-cpu", "max", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-accel"]
 TRY_INPUT = '{"execute": "qmp_capabilities"}{"execute": "quit"}'
 
@@ -8995,8 +9011,13 @@ class Machine:
       self.stack = stack.pop_all()
     return self
 
-  def __exit__(self, *error: Any) -> None:
-    self.stack.__exit__(*error)
+  def __exit__(
+    self,
+    kind: Optional[Type[BaseException]],
+    error: Optional[BaseException],
+    trace: Optional[TracebackType],
+  ) -> None:
+    self.stack.__exit__(kind, error, trace)
 
   @property
   def login(self) -> Login:
@@ -9439,11 +9460,11 @@ class Control:
     while True:
       try:
         answer = parse_json(self.read())
-        problem = answer.get("error", {}).get("desc")
-      except (ValueError, RecursionError, AttributeError):
+        failed = f"{command}: {answer['error']['desc']}" if "error" in answer else ""
+      except (ValueError, RecursionError, LookupError, TypeError):
         raise QvmError("QEMU's answer makes no sense")
-      if problem:
-        raise QvmError(f"QEMU: {command}: {problem}")
+      if failed:
+        raise QvmError(f"QEMU: {failed}")
       if "return" in answer:  # else it is an event
         result = answer["return"] if isinstance(answer["return"], dict) else {}
         status, problem = (str(result.get(key) or "") for key in ("status", "error-desc"))
@@ -10389,8 +10410,7 @@ def with_each(chosen: Sequence[InstancePaths], act: Callable[[InstancePaths], ob
       act(paths)
     except QvmError as error:
       code = EXIT_FAILED
-      for text in filter(None, (str(error), error.hint)):
-        say(text)
+      say_error(error)
   return code
 
 
@@ -11182,7 +11202,6 @@ def check_program(name: str, words: Sequence[str]) -> List[Check]:
   return [Check("ok", name, release + offers * (words[-1] == "help"))]
 
 
-# Starts QEMU as far as its accelerator and a CPU; with QMP it ends by itself.
 FULL_SPEED = (
   "arm64 guests at full speed: brew install qemu, and --qemu qemu-system-aarch64, or once for all "
   "export QVM_QEMU_AARCH64=qemu-system-aarch64"
@@ -11471,9 +11490,7 @@ def outcome(words: Optional[Sequence[str]]) -> int:
       report.phase("exit", str(code))
   except QvmError as error:
     code = EXIT_USAGE if isinstance(error, UsageError) else failed
-    say(str(error))
-    if error.hint:
-      say(error.hint)
+    say_error(error)
     report.phase("error", "; ".join(filter(None, (str(error), error.hint))))
   except BrokenPipeError:
     code = 128 + signal.SIGPIPE

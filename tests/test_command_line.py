@@ -262,6 +262,7 @@ BAD += [
   ((*RUN, "uname", "-a"), ["unexpected argument 'uname'", "[-- COMMAND [ARG...]]"]),
   (("ssh", "x", "make", "-j4"), ["unexpected argument 'make'", "[-- COMMAND [ARG...]]"]),
   (("completion", "bash", "zsh"), ["unexpected argument 'zsh'"]),
+  (("ssh", "words", "make"), ["unexpected argument 'make'"]),
   (("each", "freebsd", "15.1", "--", "true"), ["'15.1' names no OS", "freebsd-15.1"]),
   (("pull", "--mirror", "m", "--verify", "freebsd", "15.1"), ["--mirror", "--verify"]),
   (("pull", "--mirror", "m", "--qemu", "sh", "freebsd", "15.1"), ["--mirror", "--qemu"]),

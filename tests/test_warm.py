@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -306,6 +307,17 @@ def test_a_record_that_is_none(warm, text):
   checkpoint_file(warm, ".json").write_text(text)
   assert len(rows(warm.qvm)) == 1
   assert "is booting to create" in works(run(warm)).stderr
+
+
+def test_an_error_without_words():
+  """It is no answer to wait for longer."""
+  ours, theirs = socket.socketpair()
+  with ours, theirs:
+    ours.settimeout(1)
+    theirs.sendall(b'{"QMP": {}}\n{"return": {}}\n{"return": {}}\n{"error": {}}\n')
+    control = qvm_source.Control(ours)
+    with pytest.raises(qvm_source.QvmError, match="makes no sense"):
+      control("stop")
 
 
 @pytest.mark.parametrize("order", ["stop", "migrate", "query-migrate"])

@@ -766,8 +766,8 @@ def broken_off(qvm, server, number):
   fault = server.fault(IMAGE, pause=threading.Event(), pause_at=1_000_000)
   process = qvm.start(*RUN)
   hangs(process, fault)
-  part = unfinished(qvm)[0]
-  wait_for(lambda: part.exists() and part.stat().st_size > 600_000)
+  blocks = unfinished(qvm)[1]  # what has been written counts once it is marked there
+  wait_for(lambda: blocks.exists() and kept(qvm) > 600_000)
   process.send_signal(number)
   result = finished(process)
   killed = number == signal.SIGKILL

@@ -90,10 +90,10 @@ def main():
   sys.modules["qvm"] = module
   exec(code, module.__dict__)
   module.packed_code = (path, code)
-  return module.main()
+  module.main()
 
 
-os._exit(main())  # nothing is buffered, and Python would take a while to put away what ends
+main()
 """
 
 

@@ -130,7 +130,7 @@ def main():
   folder = os.environ.get("POWER_CUT")
   if folder:
     install(Journal(folder, os.environ["POWER_CUT_CACHE"], int(os.environ["POWER_CUT_AT"])))
-  return qvm.main()
+  qvm.main()
 
 
 # --- After the cut ---------------------------------------------------------------------------
@@ -271,4 +271,4 @@ class Host:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

@@ -423,16 +423,23 @@ class Qvm:
     if server:
       self.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
 
-  def command(self, *words, python=PYTHON):
-    """The words that start qvm: for this Python qvm.py as it has compiled it before."""
+  def command(self, *words, python=PYTHON, code=None):
+    """The words that start qvm: for this Python qvm.py as it has compiled it before.
+
+    code, if given, changes it first: it is run once qvm is loaded, but not begun.
+    """
     compiled = self.compiled and python == PYTHON and self.program == ROOT / "qvm.py"
-    return [python, str(self.compiled if compiled else self.program), *words]
+    program = self.compiled if compiled else self.program
+    if code is None:
+      return [python, str(program), *words]
+    code = f"import os, sys\nsys.path.insert(0, {str(program.parent)!r})\nimport qvm\n{code}"
+    return [python, "-c", code + "\nqvm.main()", *words]
 
   def play(self, **play):
     """Say what the stand-in for QEMU does in the next runs."""
     self.env["STAND_IN"] = json.dumps(play)
 
-  def __call__(self, *words, env=None, python=PYTHON, timeout=60, **more):
+  def __call__(self, *words, env=None, python=PYTHON, code=None, timeout=60, **more):
     """Run to the end; stdout and stderr are text."""
     more = {
       "stdin": subprocess.DEVNULL,
@@ -441,14 +448,14 @@ class Qvm:
       **more,
     }
     return subprocess.run(
-      self.command(*words, python=python),
+      self.command(*words, python=python, code=code),
       env={**self.env, **(env or {})},
       text=True,
       timeout=timeout,
       **more,
     )
 
-  def start(self, *words, env=None, python=PYTHON, **more):
+  def start(self, *words, env=None, python=PYTHON, code=None, **more):
     """Start it and go on."""
     more = {
       "stdin": subprocess.DEVNULL,
@@ -457,7 +464,7 @@ class Qvm:
       **more,
     }
     return subprocess.Popen(
-      self.command(*words, python=python),
+      self.command(*words, python=python, code=code),
       env={**self.env, **(env or {})},
       text=True,
       **more,
@@ -479,9 +486,7 @@ class Qvm:
 
 # Another qvm runs to its end just when a function of the first one has returned.
 ANOTHER = """
-import os, subprocess, sys
-sys.path.insert(0, {root!r})
-import qvm
+import subprocess
 call = qvm.{name}
 def patched(*words, **named):
   found = call(*words, **named)
@@ -490,41 +495,33 @@ def patched(*words, **named):
     subprocess.run({command!r}, check=True, stdout=2, env={{**os.environ, **{env!r}}})
   return found
 qvm.{name} = patched
-sys.exit(qvm.main(sys.argv[1:]))
 """
 
 
 def with_another(qvm, words, name, command, tmp_path, env=None, test="True"):
   """Run qvm, and a command once the named function has returned; test: of its words and found."""
   done = str(tmp_path / "done")
-  more = {"test": test, "done": done, "command": command, "env": env or {}}
-  code = ANOTHER.format(root=str(ROOT), name=name, **more)
-  pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-  run = subprocess.run([PYTHON, "-c", code, *words], env=qvm.env, text=True, timeout=60, **pipes)
+  code = ANOTHER.format(name=name, test=test, done=done, command=command, env=env or {})
+  run = qvm(*words, code=code)
   assert os.path.exists(done), run.stderr
   return run
 
 
 # qvm on a disk that is full once a record in this folder is to be written that is so.
 FULL = """
-import errno, os, sys
-sys.path.insert(0, {root!r})
-import qvm
+import errno
 write = qvm.write_record
 def full(cache, path, record, *more, **named):
   if path.startswith(cache.path({folder!r})) and {test}:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
   write(cache, path, record, *more, **named)
 qvm.write_record = full
-sys.exit(qvm.main(sys.argv[1:]))
 """
 
 
 def on_full_disk(qvm, words, folder, test="True"):
   """Run qvm where a folder of the cache takes no record of which the test is true."""
-  code = FULL.format(root=str(ROOT), folder=folder, test=test)
-  run = [PYTHON, "-c", code, *words]
-  return subprocess.run(run, env=qvm.env, capture_output=True, text=True, timeout=60)
+  return qvm(*words, code=FULL.format(folder=folder, test=test))
 
 
 def furnish(cache, program, image):

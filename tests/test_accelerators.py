@@ -8,15 +8,12 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import types
 
 import pytest
 import ssh_guest
 from support import (
-  PYTHON,
-  ROOT,
   STAND_IN,
   end_processes,
   free_port,
@@ -293,12 +290,10 @@ def test_a_qemu_once_for_all(picky, tmp_path):
 
 
 ARM64_HOST = """
-import os, sys, qvm
 kvm = {kvm}
 real, uname = os.access, os.uname()
 os.access = lambda path, mode, **more: kvm if path == "/dev/kvm" else real(path, mode, **more)
 os.uname = lambda: os.uname_result((uname[0], uname[1], uname[2], uname[3], "aarch64"))
-sys.exit(qvm.main())
 """
 
 
@@ -314,12 +309,7 @@ sys.exit(qvm.main())
 def test_on_arm64_kvm_runs_the_hosts_own_cpu_only(offline, guest, kvm, accel, cpu):
   code = ARM64_HOST.format(kvm=kvm)
   words = ["run", "--dry-run", "--qemu", sys.executable, *accel, *guest]
-  run = subprocess.run(
-    [PYTHON, "-c", code, *words],
-    env={**offline.env, "PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-  )
+  run = offline(*words, code=code)
   assert run.returncode == 0, run.stderr
   argv = shlex.split(run.stdout)
   assert argv[argv.index("-cpu") + 1].split(",")[0] == cpu

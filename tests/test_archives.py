@@ -20,7 +20,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import HOST, PULL, PYTHON, QEMU, ROOT, STAND_IN, TOOLS, check_failed, contents, tar_of
+from support import (
+  HOST,
+  PULL,
+  PYTHON,
+  QEMU,
+  ROOT,
+  STAND_IN,
+  TOOLS,
+  Qvm,
+  check_failed,
+  contents,
+  tar_of,
+)
 from support_pythons import every_python
 
 import qvm as qvm_source
@@ -501,7 +513,7 @@ def test_memory(tmp_path, what):
   (tmp_path / "x.tar").mkdir()
   (tmp_path / "x.tar" / "part").write_bytes(content)
   paths = {"part": str(tmp_path / "x.tar" / "part"), "folder": str(tmp_path / "x.tmp")}
-  script = LIMITED.format(root=str(ROOT), **paths)
+  script = LIMITED.format(root=str(Qvm.compiled.parent), **paths)
   result = subprocess.run([PYTHON, "-c", script], capture_output=True, timeout=60)
   assert (result.returncode, result.stdout) == (0, b"refused\n"), result.stderr
   assert list(tmp_path.rglob("*")) == [tmp_path / "x.tar"]

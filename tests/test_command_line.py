@@ -11,7 +11,6 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PYTHON
 
 import qvm as qvm_source
 
@@ -583,16 +582,10 @@ def test_a_home_that_names_no_folder(offline, tmp_path):
 
 def test_a_user_without_a_home_is_told(offline, tmp_path):
   """As in a container that is started with an arbitrary uid: no passwd entry, no HOME."""
-  code = "import os, sys; os.getuid = lambda: 4000000; import qvm; sys.exit(qvm.main())"
-  env = {**offline.env, "PYTHONPATH": str(offline.program.parent)}
-  del env["HOME"]
-  command = [PYTHON, "-c", code]
-  run = subprocess.run(
-    [*command, "config", "print-path"], env=env, cwd=tmp_path, capture_output=True, text=True
-  )
-  assert no_home(run)
-  env["QVM_CACHE_DIR"] = "/q"
-  run = subprocess.run([*command, "config", "print-path"], env=env, capture_output=True, text=True)
+  code = "os.getuid = lambda: 4000000"
+  del offline.env["HOME"]
+  assert no_home(offline("config", "print-path", code=code, cwd=tmp_path))
+  run = offline("config", "print-path", code=code, env={"QVM_CACHE_DIR": "/q"})
   assert (run.returncode, run.stdout) == (0, "/q\n")
 
 

@@ -912,5 +912,5 @@ def test_last_lines_of_what_has_no_end():
   """With a bound to its memory, a reader of all fails rather than to take the machine's."""
   code = "import qvm, resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)); "
   code += "print(qvm.last_lines('/dev/zero'))"
-  words = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+  words = {"cwd": Qvm.compiled.parent, "stdout": subprocess.PIPE, "text": True}
   assert subprocess.run([PYTHON, "-c", code], **words).stdout == "[]\n"

@@ -16,7 +16,6 @@ from support import (
   DEADLINE,
   FREEBSD,
   PYTHON,
-  ROOT,
   end_processes,
   free_port,
   furnish,
@@ -157,15 +156,7 @@ class Machines:
 
   def changed(self, change, *words, timeout=DEADLINE):
     """Run qvm after a line that changes it from outside."""
-    return subprocess.run(
-      [PYTHON, "-c", f"import os, qvm, sys\n{change}\nsys.exit(qvm.main())", *words],
-      cwd=str(ROOT),
-      env=self.qvm.env,
-      stdin=subprocess.DEVNULL,
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-    )
+    return self.qvm(*words, code=change, timeout=timeout)
 
 
 GUEST = ("freebsd", "15.1")

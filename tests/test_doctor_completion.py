@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from support import DEADLINE, FREEBSD, PYTHON, ROOT, Qvm, end_processes, furnish, snapshot
+from support import DEADLINE, FREEBSD, ROOT, Qvm, end_processes, furnish, snapshot
 from support_terminal import Terminal
 
 import qvm as qvm_source
@@ -474,16 +474,7 @@ def test_a_server_that_never_ends_its_answer(host, server):
   """Each time a byte comes the time-out starts anew; doctor's own patience ends."""
   host.env["QVM_TIMEOUT"] = "600"
   server.fault("", origin="github", times=None, stall="headers")
-  code = "import qvm, sys; qvm.DOCTOR_SECONDS = 1.0; sys.exit(qvm.main())"
-  result = subprocess.run(
-    [PYTHON, "-c", code, "doctor", "--json"],
-    cwd=str(ROOT),
-    env=host.env,
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=30,
-  )
+  result = host("doctor", "--json", code="qvm.DOCTOR_SECONDS = 1.0", timeout=30)
   assert result.returncode == 1
   assert any(check["state"] == "fault" for check in checks_of(result).values())
   assert {"host", "instances"} <= set(checks_of(result))

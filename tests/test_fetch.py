@@ -29,9 +29,7 @@ from support import (
   FREEBSD,
   IMAGE,
   PULL,
-  PYTHON,
   QEMU,
-  ROOT,
   TOOLS,
   check_failed,
   fails,
@@ -218,7 +216,7 @@ def test_a_waiting_one_can_be_ended(qvm, server, image, number):
   check_works(qvm, finished(first), image)
 
 
-AFTER_A_REBOOT = "import qvm, sys; qvm.boot_id = lambda: 'another'; sys.exit(qvm.main())"
+AFTER_A_REBOOT = "qvm.boot_id = lambda: 'another'"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -235,7 +233,7 @@ def test_one_that_was_ended_is_resumed_after_a_reboot(no_image, server, image, n
 
 # The thread that downloads is late: it has left its work, and not put away what there is.
 LATE = """
-import qvm, sys, threading
+import threading
 end, close, late = qvm.Progress.close, qvm.PartFile.close, threading.Event()
 def end_late(self):
   threading.current_thread().ends = True
@@ -248,14 +246,13 @@ def close_late(self, **more):
     threading.Event().wait()
   close(self, **more)
 qvm.Progress.close, qvm.PartFile.close = end_late, close_late
-qvm.main()
 """
 
 
 def test_one_that_was_ended_while_data_came_is_resumed_after_a_reboot(no_image, big_server, big):
   go = threading.Event()
   fault = big_server.fault(IMAGE, times=1, pause=go, pause_at=200_000)
-  process = subprocess.Popen([PYTHON, "-c", LATE, *PULL], **of_code(no_image))
+  process = no_image.start(*PULL, code=LATE)
   hangs(process, fault)
   wait_for(lambda: has_a_block(no_image))
   process.send_signal(signal.SIGTERM)
@@ -265,19 +262,13 @@ def test_one_that_was_ended_while_data_came_is_resumed_after_a_reboot(no_image, 
   check_goes_on_after_a_reboot(no_image, big)
 
 
-def of_code(qvm):
-  """How to start Python with code that changes qvm first."""
-  pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-  return {"cwd": str(ROOT), "env": qvm.env, "text": True, **pipes}
-
-
 def has_a_block(qvm):
   """Whether a block of the image has come."""
   return any(1 in path.read_bytes() for path in (qvm.cache / "downloads").glob(f"{IMAGE}/map"))
 
 
 def check_goes_on_after_a_reboot(qvm, image):
-  again = subprocess.run([PYTHON, "-c", AFTER_A_REBOOT, *PULL], **of_code(qvm))
+  again = qvm(*PULL, code=AFTER_A_REBOOT)
   check_works(qvm, again, image)
   assert f"downloading {IMAGE} (going on at" in again.stderr
 

@@ -16,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
   FREEBSD,
-  PYTHON,
-  ROOT,
   fails,
   free_port,
   lines,
@@ -570,10 +568,8 @@ def test_a_persistent_instance_whose_results_cannot_come_is_powered_off(guests, 
 
 def test_a_guest_that_does_not_power_off_is_ended(guests):
   guests.play(ignore_shutdown=True)
-  code = "import qvm, sys; qvm.POWER_OFF_SECONDS = 0.3; sys.exit(qvm.main())"
   words = guests.words(command=["exit 5"], rm=False)
-  result = subprocess.run([PYTHON, "-c", code, *words], cwd=str(ROOT), env=guests.qvm.env,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+  result = guests.qvm(*words, code="qvm.POWER_OFF_SECONDS = 0.3")
   assert result.returncode == 5
   assert "has not powered off within 0.3 s" in result.stderr
   assert processes_of(guests.qvm.cache) == {}

@@ -232,7 +232,7 @@ def addresses_opened(tree):
 
 def ends_of_the_process(tree):
   """Only main ends the process, and the life-line's watcher of an image server."""
-  allowed = {("sys", "exit"): {"", "main"}, ("os", "_exit"): {"main", LIFE_LINE}}
+  allowed = {("sys", "exit"): (), ("os", "_exit"): ("main", LIFE_LINE)}
   broken = []
   for use in uses(tree):
     name = called(use)
@@ -411,7 +411,7 @@ KEPT = [
     addresses_opened,
     program("def open_url():", "  build_opener()", "def f():", "  HTTPConnection(HTTPSConnection)"),
   ),
-  (ends_of_the_process, program("def main():", "  os._exit(1)", "sys.exit(main())")),
+  (ends_of_the_process, program("def main():", "  os._exit(1)", "main()")),
   (long_functions, program("def f():", *["  pass"] * (LONGEST - 1))),
   (imports_in_functions, program("import os", "if x:", "  import re")),
   (names_given_twice, program("N = 1", "N += 1", "if N:", "  M = 1", "else:", "  M = 2")),

@@ -17,7 +17,6 @@ from support import (
   FREEBSD,
   IMAGE,
   PULL,
-  PYTHON,
   QEMU,
   TOOLS,
   digest,
@@ -244,23 +243,16 @@ def test_a_kept_run_does_not_inherit_the_mark_of_a_killed_one(full, background, 
   stopper = tmp_path / "bin"
   stopper.mkdir()
   code = (
-    "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import qvm\n"
     "sweep = qvm.sweep\n"
     "def swept(cache):\n"
     "  sweep(cache)\n"
-    "  for pid in map(int, sys.argv[2:4]):\n"
+    f"  for pid in {process.pid}, {record['pid']}:\n"
     "    try: os.kill(pid, 9)\n"
     "    except ProcessLookupError: pass\n"
     "  while not qvm.wait_released(cache.instance('vm'), 9): pass\n"
     "qvm.sweep = swept\n"
-    "sys.exit(qvm.main(sys.argv[4:]))\n"
   )
-  words = [*RUN, "--name", "vm"]
-  command = [PYTHON, "-c", code, str(qvm_source.__file__).rpartition("/")[0]]
-  command += [str(process.pid), str(record["pid"]), *words]
-  env = {**full.env, "STAND_IN": "{}"}
-  run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-  assert run.returncode == 0, run.stderr
+  works(full(*RUN, "--name", "vm", code=code, env={"STAND_IN": "{}"}))
   process.wait()
   works(full("list"))
   assert rows(full)["vm"]["ephemeral"] is False

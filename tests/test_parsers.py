@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import FREEBSD, PYTHON, ROOT, bad_words, fails, works
+from support import FREEBSD, ROOT, Qvm, bad_words, fails, works
 from support_pythons import VERSION, every_python
 
 import qvm as qvm_source
@@ -142,15 +142,7 @@ def test_any_release_page(latest, feed, fragment):
     assert "/" not in image.asset and re.match(qvm_source.VERSION_RE, image.version)
 
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
-sys.path.insert(0, {root!r})
-import qvm
-sys.exit(qvm.main(sys.argv[1:]))
-"""
-
-
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
 HUGE = {
   "deep lists": b"[" * 1_000_000,
   "deep objects": b'{"a":' * 200_000,
@@ -165,8 +157,7 @@ HUGE = {
 @pytest.mark.parametrize("body", HUGE.values(), ids=list(HUGE))
 def test_huge_release_data_take_no_huge_memory(qvm, server, body):
   server.fault("freebsd-builder/releases", origin="api", times=None, body=body)
-  command = [PYTHON, "-c", LIMITED.format(root=str(ROOT)), "search", "freebsd"]
-  result = subprocess.run(command, env=qvm.env, capture_output=True, text=True, timeout=60)
+  result = qvm("search", "freebsd", code=LIMIT)
   assert result.returncode == 0 and re.fullmatch("(qvm: .+\n)*", result.stderr), result.stderr
   if body == HUGE["assets"] and VERSION > (3, 6):  # it is read, and no asset in it has a name
     assert (result.stdout.split(), result.stderr) == (["OS", "VERSION", "X86-64", "ARM64"], "")
@@ -196,12 +187,9 @@ def test_an_archive_of_a_million_members(tmp_path):
   with open(tmp_path / "x.tar" / "part", "wb") as file:
     for _ in range(100):
       file.write(packed)
-  script = LIMITED.replace(
-    "sys.exit(qvm.main(sys.argv[1:]))", "qvm.unpack_aside(*sys.argv[1:], ())"
-  )
-  command = [PYTHON, "-c", script.format(root=str(ROOT))]
+  code = LIMIT + "qvm.unpack_aside(*sys.argv[1:], ())"
   paths = [str(tmp_path / "x.tar" / "part"), str(tmp_path / "x.tmp")]
-  result = subprocess.run([*command, *paths], capture_output=True, text=True, timeout=60)
+  result = Qvm(tmp_path, ROOT / "qvm.py")(*paths, code=code)
   assert (
     "qvm.RefusedError: x.tar is refused: its member './share/x' is one too many" in result.stderr
   )

@@ -20,8 +20,8 @@ import pytest
 from support import (
   FREEBSD,
   PYTHON,
-  ROOT,
   STAND_IN,
+  Qvm,
   alive,
   disk_of,
   ended,
@@ -287,17 +287,9 @@ def test_a_signal_while_the_overlay_is_made(used, tmp_path):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, **ids)
 def test_a_signal_that_comes_when_all_is_done(offline, number):
-  """Between the end of main() and the end of the process lie some milliseconds."""
-  more = f"import atexit; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))"
-  run = on_host(offline, "Linux", "x86_64", "config", "print-path", more=more)
-  assert run.stdout == f"{offline.cache}\n"
-  assert (run.stderr, run.returncode) in [("", 0), ("", 128 + number), ("", -number)]
-
-
-THREADS_LEFT = """
-import atexit, threading
-atexit.register(lambda: os.write(2, b"%d threads left" % (threading.active_count() - 1)))
-"""
+  code = f"end = os._exit; os._exit = lambda code: (os.kill(os.getpid(), {int(number)}), end(code))"
+  run = offline("config", "print-path", code=code)
+  assert (run.stdout, run.stderr, run.returncode) == (f"{offline.cache}\n", "", 0)
 
 
 @pytest.mark.parametrize("ending", ["signal", "error"])
@@ -307,15 +299,13 @@ def test_no_thread_is_left_to_the_interpreters_end(qvm, server, ending):
   stalled = server.fault("releases/latest", origin="github", times=times, stall="headers")
   if ending == "error":
     server.fault("releases/latest", origin="github", times=None, status=404)
-  command, env = host_command(qvm, "Linux", "x86_64", *RUN, more=THREADS_LEFT)
-  env["QVM_TIMEOUT"] = "3600"
-  process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-  with ended(process):
+  at_end = "import atexit; atexit.register(os.write, 2, b'the interpreter ends')"
+  with ended(qvm.start(*RUN, code=at_end, env={"QVM_TIMEOUT": "3600"})) as process:
     assert stalled.reached.wait(30)
     if ending == "signal":
       process.terminate()
     assert process.wait(30) == (143 if ending == "signal" else 1)
-    assert re.findall(r"(\d+) threads left", process.stderr.read()) in ([], ["0"])
+    assert "the interpreter ends" not in process.stderr.read()
 
 
 # --- Ports -----------------------------------------------------------------------------------
@@ -550,26 +540,15 @@ subprocess.Popen.__init__ = start
 # --- Hosts -----------------------------------------------------------------------------------
 
 
-def host_command(qvm, system, machine, *words, more=""):
-  """A command and its environment for main() where uname(2) answers as on another machine."""
+def on_host(qvm, system, machine, *words, more=""):
+  """Run a qvm to its end for which uname(2) answers as on another machine."""
   code = f"""
-import os, sys
 os.uname = lambda: os.uname_result(({system!r}, "host", "1", "1", {machine!r}))
 exists, rosetta = os.path.exists, "/Library/Apple/usr/share/rosetta"
 os.path.exists = lambda path: path == rosetta or exists(path)
 {more}
-import qvm
-sys.exit(qvm.main())
 """
-  return [PYTHON, "-c", code, *words], {**qvm.env, "PYTHONPATH": str(qvm.program.parent)}
-
-
-def on_host(qvm, *words, more=""):
-  """Run it to its end."""
-  command, env = host_command(qvm, *words, more=more)
-  return subprocess.run(
-    command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-  )
+  return qvm(*words, code=code)
 
 
 @pytest.mark.parametrize(
@@ -837,9 +816,9 @@ def test_a_terminal_that_hangs_up(used, terminal, fifo):
 # --- a signal at any moment ------------------------------------------------------------------
 
 # Before each of these programs.
-BEGIN = f"""
+BEGIN = """
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, sys.argv[1])
 import qvm
 qvm.signals.install()
 """
@@ -847,7 +826,7 @@ qvm.signals.install()
 
 def done_by(program):
   """What a program that uses qvm as a module has written: on stdout, on stderr."""
-  command = [PYTHON, "-c", BEGIN + program]
+  command = [PYTHON, "-c", BEGIN + program, str(Qvm.compiled.parent)]
   result = subprocess.run(command, capture_output=True, text=True, timeout=60)
   return result.stdout, result.stderr
 

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support import DEADLINE, PYTHON, ROOT, ended, fails, finished, processes_of, rows, works
+from support import DEADLINE, ended, fails, finished, processes_of, rows, works
 
 import qvm as qvm_source
 
-NO_SECONDS = "import qvm, sys; qvm.TERM_GRACE_SECONDS = 1.0; sys.exit(qvm.main())"
+NO_SECONDS = "qvm.TERM_GRACE_SECONDS = 1.0"
 
 
 def address(qvm, name="vm"):
@@ -154,9 +154,7 @@ def test_what_does_not_handle_it_ends_by_it(guests, number):
 
 
 def patient(guests, *words):
-  return subprocess.Popen(
-    [PYTHON, "-c", NO_SECONDS, *words], cwd=str(ROOT), env=guests.qvm.env, text=True,
-    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+  return guests.qvm.start(*words, code=NO_SECONDS)
 
 
 def test_what_ignores_sigterm_is_killed(guests):

@@ -5,12 +5,11 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, PYTHON, ROOT, fails, heard, lines, processes_of, rows, works
+from support import FREEBSD, fails, heard, lines, processes_of, rows, works
 from support_machines import OPENBSD_GUEST, RESTORED, SAVED
 
 import qvm as qvm_source
@@ -468,9 +467,7 @@ def test_a_signal_while_it_boots(warm, fifo, number, code):
 # --- Beside another qvm ----------------------------------------------------------------------
 
 MEANWHILE = """
-import os, subprocess, sys
-sys.path.insert(0, {root!r})
-import qvm
+import subprocess
 look = qvm.Checkpoint.problem
 def patched(checkpoint):
   found = look(checkpoint)
@@ -479,18 +476,14 @@ def patched(checkpoint):
     subprocess.run({command!r}, check=True, stdout=2)
   return found
 qvm.Checkpoint.problem = patched
-sys.exit(qvm.main(sys.argv[1:]))
 """
 
 
 def run_beside(warm, command, tmp_path):
   """A warm run; when it has first looked at its checkpoint, another qvm runs to its end."""
   done = tmp_path / "done"
-  code = MEANWHILE.format(root=str(ROOT), done=str(done), command=warm.qvm.command(*command))
-  words = [PYTHON, "-c", code, *warm.words("--warm", command=["true"])]
-  result = subprocess.run(
-    words, env=warm.qvm.env, stdin=subprocess.DEVNULL, capture_output=True, text=True
-  )
+  code = MEANWHILE.format(done=str(done), command=warm.qvm.command(*command))
+  result = warm.qvm(*warm.words("--warm", command=["true"]), code=code)
   assert done.exists(), result.stderr
   return works(result)
 

@@ -55,9 +55,12 @@ def default_signals():
 
 # It does as $STAND_IN says: records how it was started (into a file, or a FIFO that a test reads
 # to know that it runs), prints, and then ends, waits or ignores SIGTERM.
-STAND_IN = f"""#!{sys.executable}
-import json, os, signal, sys
-play = json.loads(os.environ.get("STAND_IN", "{{}}"))
+STAND_IN = f"""#!{sys.executable} -IS
+import os, sys
+play = {{}}
+if os.environ.get("STAND_IN"):
+  import json, signal # which take longer than all the rest
+  play = json.loads(os.environ["STAND_IN"])
 if play.get("ignore_term"):
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if play.get("record"):

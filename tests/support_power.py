@@ -16,7 +16,7 @@ from support import FREEBSD, IMAGE, PULL, Qvm, end_processes, fill, tar_of, work
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
 RUN, STREAM = ("run", "--name", "vm", *GUEST), ("run", "--stream", "--name", "vm", *GUEST)
 # QEMU: it does the steps of $PLAY on its disk with qemu-io.
-WRITER = f"""#!{sys.executable}
+WRITER = f"""#!{sys.executable} -IS
 import json, os, subprocess, sys
 drive = next(word for word in sys.argv if word.startswith("if=none,file="))
 disk = drive[len("if=none,file="):].rpartition(",id=")[0].replace(",,", ",")

@@ -1,5 +1,7 @@
 """The Pythons of this machine."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,15 +14,27 @@ OLDEST = (3, 6)
 
 
 def interpreters():
-  """Every Python on PATH and of pyenv, {"3.6": path}; shims that lead nowhere are left out."""
+  """Every Python on PATH and of pyenv, {"3.6": path}; shims that lead nowhere are left out.
+
+  What xdist's controller has found, its workers need not look for.
+  """
+  if "QVM_TEST_PYTHONS" in os.environ:
+    return json.loads(os.environ["QVM_TEST_PYTHONS"])
   found = {}
-  candidates = [PYTHON, sys.executable, *sorted(Path.home().glob(".pyenv/versions/*/bin/python"))]
-  candidates += [shutil.which(f"python{v}") for v in ["2.7", *(f"3.{n}" for n in range(6, 20))]]
   code = "import sys; print('%d.%d' % sys.version_info[:2])"
-  for path in filter(None, candidates):
+
+  def add(path):
     run = subprocess.run([str(path), "-c", code], capture_output=True, text=True)
     if run.returncode == 0:
       found.setdefault(run.stdout.strip(), str(path))
+
+  for path in (PYTHON, sys.executable, *sorted(Path.home().glob(".pyenv/versions/*/bin/python"))):
+    add(path)
+  for version in ("2.7", *(f"3.{n}" for n in range(6, 20))):
+    path = shutil.which(f"python{version}")
+    if path and version not in found:
+      add(path)
+  os.environ["QVM_TEST_PYTHONS"] = json.dumps(found)
   return found
 
 

@@ -26,7 +26,7 @@ MB = 1 << 20
 QEMU_IMG = shutil.which("qemu-img")
 
 # qemu-img that notes what the folder of the disk takes before and after a conversion.
-METER = f"""#!{sys.executable}
+METER = f"""#!{sys.executable} -IS
 import json, os, subprocess, sys
 def blocks(folder):
   return {{file.name: file.stat().st_blocks * 512 for file in os.scandir(folder)}}
@@ -712,7 +712,7 @@ def test_clean_leaves_what_is_being_unpacked(no_image, stopped, where):
 
 
 def test_failing_qemu_img_leaves_no_disk(no_image, server, sound, small):
-  script = f"#!{sys.executable}\nraise SystemExit('qemu-img: no space left')\n"
+  script = f"#!{sys.executable} -IS\nraise SystemExit('qemu-img: no space left')\n"
   content = replace_qemu_img(no_image, script)
   serve(server, sound)
   fails(no_image(*PULL), "qemu-img", "no space left")

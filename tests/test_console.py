@@ -43,7 +43,7 @@ import qvm as qvm_source
 
 # As $PLAY says: prints each piece and waits for a key after it; or writes a flood while it reads
 # what is typed; then ends or waits. It tells through FIFOs what it has come to.
-PLAYER = f"""#!{sys.executable}
+PLAYER = f"""#!{sys.executable} -IS
 import array, hashlib, json, os, select, signal, sys
 
 play = json.loads(os.environ["PLAY"])

@@ -27,7 +27,7 @@ from support import (
 
 # As $MACHINE says: prints, listens where hostfwd says, and lives until it is told to end. SIGUSR1
 # is the guest's power button, which `ssh` below presses.
-MACHINE = f"""#!{sys.executable}
+MACHINE = f"""#!{sys.executable} -IS
 import json, os, re, signal, socket, sys, time
 
 play = json.loads(os.environ.get("MACHINE", "{{}}"))
@@ -84,7 +84,7 @@ BANNER = ["SSH-2.0-OpenSSH_9.9\r\n"]
 UP = {"answers": [BANNER]}
 
 # It does as $SSH says, and writes down how it was called; with words for its log, no login.
-SSH = f"""#!{sys.executable}
+SSH = f"""#!{sys.executable} -IS
 import json, os, signal, sys, time
 
 play = json.loads(os.environ.get("SSH", "{{}}"))

@@ -18,7 +18,7 @@ from support_terminal import Terminal
 import qvm as qvm_source
 
 # A QEMU that answers `-accel help`, or does as $DOCTOR says.
-PATIENT = f"""#!{sys.executable}
+PATIENT = f"""#!{sys.executable} -IS
 import json, os, signal, sys, time
 
 play = json.loads(os.environ.get("DOCTOR", "{{}}"))

@@ -273,7 +273,7 @@ def test_a_command_that_ctrl_c_ends(guests):
 
 
 # OpenSSH 9.6 and 9.7 do so while they are connected.
-UNBLOCKING_SSH = f"""#!{sys.executable}
+UNBLOCKING_SSH = f"""#!{sys.executable} -IS
 import os, signal, sys
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGINT}})
 os.execv({shutil.which("ssh")!r}, sys.argv)
@@ -311,7 +311,7 @@ def test_ctrl_c_at_a_terminal_during_the_login(guests, tmp_path, fifo):
 
 
 # What LocalCommand runs may outlive ssh, and qvm.
-LATE_SSH = f"""#!{sys.executable}
+LATE_SSH = f"""#!{sys.executable} -IS
 import os, sys, time
 log = sys.argv[sys.argv.index("-E") + 1]
 (command,) = [word for word in sys.argv if word.startswith("LocalCommand=")]

@@ -489,7 +489,7 @@ def test_a_console_log_keeps_its_beginning_and_its_end(full, tmp_path):
   program = full.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64"
   line = "{:09d} " + "x" * 89 + "\\n"
   program.write_text(
-    f"#!{sys.executable}\nimport os, signal\n"
+    f"#!{sys.executable} -IS\nimport os, signal\n"
     f"for start in range(0, 600000, 1000):\n"
     f"  os.write(1, ''.join('{line}'.format(i) for i in range(start, start + 1000)).encode())\n"
     f"open({str(tmp_path / 'written')!r}, 'w').close()\n"

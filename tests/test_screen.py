@@ -122,7 +122,7 @@ def test_answers_that_are_due(asks, answers, due):
 
 # --- The whole program ----------------------------------------------------------------------
 
-GUEST = f"""#!{sys.executable}
+GUEST = f"""#!{sys.executable} -IS
 import os
 os.write(1, bytes.fromhex(os.environ["SHOWN"]))
 os.read(0, 1)

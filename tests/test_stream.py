@@ -51,7 +51,7 @@ MB = 1_000_000
 SIZE = 6_000_000  # of the disk
 
 # It does what $PLAY says: first it tells that it runs, then it reads, writes, waits and ends.
-READER = f"""#!{sys.executable}
+READER = f"""#!{sys.executable} -IS
 import json, os, subprocess, sys
 play = json.loads(os.environ["PLAY"])
 drive = next(word for word in sys.argv if word.startswith("if=none,file="))

@@ -1,5 +1,6 @@
 PYTHON = python3
 BIN = .venv/bin
+export PYTHONDONTWRITEBYTECODE = # empty: pytest keeps the test modules that it has rewritten
 
 qvm.pyz: qvm.py build_zipapp.py
 	$(PYTHON) build_zipapp.py $@
@@ -9,6 +10,7 @@ qvm.1: qvm.py build_zipapp.py
 
 # Install what the tests need and run all of them.
 test: .venv/installed
+	@$(BIN)/python -m pytest --collect-only >/dev/null || : # once, not in each of the four
 	$(BIN)/python -m pytest -n 4 --dist loadgroup
 
 # What shows most mistakes, in half a minute.

@@ -1059,7 +1059,8 @@ OPTIONS = (
   Option(("--console-log",), "console_log", "FILE", str,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
-         "let the guest reach nothing, not even this host; its ssh stays"),
+         "let the guest reach nothing, not even this host; its ssh\n"
+         "stays, and --install and --prepare have a network"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
@@ -4996,7 +4997,10 @@ def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install
     if not there or plan.refresh:
       asset = resources_asset(plan, releases, name)
       if not there or not is_newest(path, releases.net, asset):
-        return install(plan, asset.tag, fetch_asset(releases, asset, folder))
+        try:
+          return install(plan, asset.tag, fetch_asset(releases, asset, folder))
+        except NotFound as error:
+          raise QvmError(str(error), f"see {releases.net.releases}/resources/releases")
     remove_tree(folder)  # what a qvm has left that was killed once it had installed it
 
 
@@ -9932,7 +9936,9 @@ class SetUp:
     below = {**stamps_below(base), **self.below}
     base = base._replace(layer=layer.name, adjust=with_discard)
     options = self.options._replace(rm=True, detach=True, guest_command=())
-    options = options._replace(ssh=Address(), publish=(), disk="")  # those are the user's machine's
+    # The rest is for the user's machine; a checkpoint of one with a network would not be of that.
+    options = options._replace(ssh=Address(), publish=(), disk="", no_network=False)
+    options = options._replace(warm=options.warm and not self.options.no_network)
     with Machine(plan, options) as machine:
       while True:
         with contextlib.suppress(StartAgain):

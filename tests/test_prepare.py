@@ -95,6 +95,17 @@ def test_published_ports_and_a_second_disk_are_not_for_the_machine_that_sets_up(
   assert ".data" not in found and (prepare.qvm.cache / f"instances/{FREEBSD}.data").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--warm",)])
+def test_the_machine_that_sets_up_has_a_network(prepare, more):
+  """As with `docker run --network none`: the layer is the same as without."""
+  there = f"{prepare.qvm.cache}/instances/*"
+  one = script(prepare, f"cat {there}-prepare-*.json >>{prepare.log}\n")
+  options = ("--no-network", *more, *with_scripts(one))
+  run = works(prepare.run(f"cat {there}.json", options=options))
+  assert '"words": "--no-network"' in run.stdout
+  assert '"words":' in prepare.log.read_text() and "--no-network" not in prepare.log.read_text()
+
+
 # --- Which layer -----------------------------------------------------------------------------
 
 

@@ -251,7 +251,7 @@ def test_a_machine_is_set_up_once(linux, tmp_path):
   """What the scripts wrote is there later, takes no more than that, and the disk is sound."""
   (tmp_path / "one.sh").write_text(
     "echo one says >&2; dd if=/dev/urandom of=/mnt/data bs=1M count=20\n"
-    "md5sum </mnt/data >/mnt/sum; dd if=/dev/zero of=/mnt/gone bs=1M count=420; sync\n"
+    "md5sum </mnt/data >/mnt/sum; dd if=/dev/zero of=/mnt/gone bs=1M count=460; sync\n"
     "rm /mnt/gone; fstrim /mnt\n"
   )
   (tmp_path / "two.sh").write_text("cat /mnt/sum; echo $WORD >/mnt/word\n")

@@ -709,16 +709,13 @@ def test_the_younger_bsds(no_image, os_name, version):
 def with_displays(qvm, *names):
   """Let the cached QEMU tell that it has these displays."""
   program = qvm.cache / "qemu/x86_64/bin/qemu-system-x86_64"
-  text = program.read_text().replace(
-    "import json, os",
-    f"""import sys
+  first, rest = program.read_text().split("\n", 1)
+  told = f"""import sys
 if sys.argv[1:] == ["-display", "help"]:
   print("Available display backend types:", *{["none", *names]!r}, sep="\\n")
   sys.exit()
-import json, os""",
-    1,
-  )
-  program.write_text(text)
+"""
+  program.write_text(f"{first}\n{told}{rest}")
   forget_sizes(qvm.cache)
 
 

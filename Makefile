@@ -10,8 +10,8 @@ qvm.1: qvm.py build_zipapp.py
 
 # Install what the tests need and run all of them.
 test: .venv/installed
-	@$(BIN)/python -m pytest --collect-only >/dev/null || : # once, not in each of the four
-	$(BIN)/python -m pytest -n 4 --dist loadgroup
+	@$(BIN)/python -m pytest --collect-only >/dev/null || : # once, not in each of the eight
+	$(BIN)/python -m pytest -n 8 --dist loadgroup # most of what a test takes is waiting
 
 # What shows most mistakes, in half a minute.
 check: .venv/installed lint

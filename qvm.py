@@ -1059,8 +1059,8 @@ OPTIONS = (
   Option(("--console-log",), "console_log", "FILE", str,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
-         "let the guest reach nothing, not even this host; its ssh\n"
-         "stays, and --install and --prepare have a network"),
+         "once it is set up, let the guest reach nothing, not even this\n"
+         "host; its ssh stays"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),
@@ -2219,7 +2219,7 @@ def check_folders(cache: Cache) -> None:
   It is the one check for all commands: qvm executes what is in the cache, and believes its records.
   """
   for path in (cache.root, *map(cache.path, FOLDERS)):
-    if not os.path.isdir(path) and os.path.lexists(path):
+    if os.path.lexists(path) and not os.path.isdir(path):  # another qvm may make it meanwhile
       check_mounted(path)
       raise QvmError(f"{path} exists but is not a folder", OTHER_CACHE)
   for end in dict.fromkeys((cache.root, os.path.realpath(cache.root))):

@@ -292,6 +292,23 @@ def test_a_file_in_the_place_of_a_folder(full, folder, words):
   assert path.read_text() == "mine"
 
 
+# Another qvm makes the cache just when this one has looked for it.
+MADE_MEANWHILE = """
+look = os.path.isdir
+def isdir(path):
+  found = look(path)
+  if not found and path == {cache!r}:
+    os.makedirs(path)
+  return found
+os.path.isdir = isdir
+"""
+
+
+@pytest.mark.parametrize("words", ["list", "pull freebsd 15.1"])
+def test_a_cache_that_another_qvm_makes_meanwhile(qvm, words):
+  works(qvm(*words.split(), code=MADE_MEANWHILE.format(cache=str(qvm.cache))))
+
+
 def test_doctor_shows_a_disk_that_is_not_mounted_among_the_rest(full, tmp_path):
   (full.cache / "instances").rename(tmp_path / "elsewhere")
   (full.cache / "instances").symlink_to(tmp_path / "nowhere")

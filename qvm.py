@@ -7164,32 +7164,37 @@ def walk_folder(folder: Folder, excludes: Excludes) -> Dict[str, os.stat_result]
 
   qvm's own cache is left out, known by its inode. QvmError for what may not be read.
   """
-  cache, found, waiting = cache_inode(), {}, [""]
+  cache, waiting = cache_inode(), [""]
+  found: Dict[str, os.stat_result] = {}
   while waiting:
-    above, inner = waiting.pop(), []
+    above = waiting.pop()
     try:
-      fd = folder.enter(above)
-      for name in sorted(os.listdir(fd)):
-        path = os.path.join(above, name)
-        if excludes.has_itself(path) or is_git(name):
-          continue
-        with contextlib.suppress(FileNotFoundError):
-          stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
-          if S_ISDIR(stat.st_mode):
-            if (stat.st_dev, stat.st_ino) == cache:
-              continue
-            inner.append(path)
-          elif S_ISREG(stat.st_mode) and not (
-            stat.st_mode & 0o444 == 0o444 or os.access(name, os.R_OK, dir_fd=fd)
-          ):
-            raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
-          found[path] = stat
+      inside = dict(entries_of(folder, above, excludes))
     except (FileNotFoundError, NotADirectoryError):
-      pass  # it has just vanished
+      continue  # it has just vanished
     except OSError as error:
       raise unreadable(folder, above, error)
-    waiting += reversed(inner)
+    inside = {path: it for path, it in inside.items() if (it.st_dev, it.st_ino) != cache}
+    found.update(inside)
+    waiting += reversed([path for path, stat in inside.items() if S_ISDIR(stat.st_mode)])
   return found
+
+
+def entries_of(
+  folder: Folder, above: str, excludes: Excludes
+) -> Iterator[Tuple[str, os.stat_result]]:
+  """The paths directly in one of the folders below, with what lstat says of each."""
+  fd = folder.enter(above)
+  for name in sorted(os.listdir(fd)):
+    path = os.path.join(above, name)
+    if excludes.has_itself(path) or is_git(name):
+      continue
+    with contextlib.suppress(FileNotFoundError):
+      stat = os.stat(name, dir_fd=fd, follow_symlinks=False)
+      for_all = stat.st_mode & 0o444 == 0o444 or not S_ISREG(stat.st_mode)
+      if not for_all and not os.access(name, os.R_OK, dir_fd=fd):
+        raise unreadable(folder, path, PermissionError(errno.EACCES, "Permission denied"))
+      yield path, stat
 
 
 def unreadable(folder: Folder, path: str, error: OSError) -> QvmError:

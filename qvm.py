@@ -1059,8 +1059,8 @@ OPTIONS = (
   Option(("--console-log",), "console_log", "FILE", str,
          "append the guest's console output to FILE"),
   Option(("--no-network",), "no_network", "", bool,
-         "once it is set up, let the guest reach nothing, not even this\n"
-         "host; its ssh stays"),
+         "let the guest reach nothing, not even this host, except while it\n"
+         "is set up; its ssh stays"),
   Option(("-e", "--env"), "env", "NAME[=VALUE]", parse_variable,
          "set a variable for the command, without VALUE to its value\n"
          "here; may be repeated; CI, if set, is always passed on", True),

@@ -447,9 +447,20 @@ class Signals:
     """Send ourselves a signal once more whose exception Python has dropped, as in a finalizer."""
     if what.exc_type is Interrupted:
       number, self.caught = self.caught, 0
-      threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+      words = (number, sys._getframe())
+      threading.Thread(target=self.send_again, args=words, daemon=True).start()
     else:
       sys.__unraisablehook__(what)
+
+  def send_again(self, number: int, hook: FrameType) -> None:
+    """Send ourselves a signal once the main thread is not in that call any more, which drops it."""
+    frame: Optional[FrameType] = hook
+    while frame:
+      time.sleep(0.01)
+      frame = sys._current_frames().get(threading.main_thread().ident or 0)
+      while frame and frame is not hook:
+        frame = frame.f_back
+    os.kill(os.getpid(), number)
 
   def again(self) -> None:
     """Forget the caught signal, which has been handled, and catch the next one."""

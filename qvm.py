@@ -1906,10 +1906,7 @@ def file_sha256(path: str) -> str:
 
 
 def files_of_tree(root: str) -> List[str]:
-  """The paths of all files of a QEMU's tree, in the order of its digest.
-
-  Its record is left out, and what macOS' Finder leaves in folders that it shows.
-  """
+  """The paths of a QEMU's files, in the order of their digest; none of its record or the Finder."""
   found = []
   for folder, folders, names in os.walk(root):
     folders.sort()
@@ -2170,6 +2167,20 @@ def nearest(path: str) -> str:
   while not os.path.exists(path) and os.path.dirname(path) != path:
     path = os.path.dirname(path)
   return path
+
+
+def real_path(path: str) -> str:
+  """The real path as the disk spells it: that of macOS takes several spellings for one."""
+  path = os.path.realpath(path)
+  if sys.platform != "darwin":
+    return path
+  there = nearest(path)
+  fd = os.open(there, os.O_RDONLY)
+  try:
+    real: bytes = fcntl.fcntl(fd, 50, bytes(1024))  # F_GETPATH, which Python has from 3.9 on
+  finally:
+    os.close(fd)
+  return os.fsdecode(real.rstrip(b"\0")) + path[len(there) :]
 
 
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
@@ -2466,7 +2477,7 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
-  if options.sync_out and os.path.realpath(paths["sync_out"]) == os.path.realpath(paths["sync"]):
+  if options.sync_out and real_path(paths["sync_out"]) == real_path(paths["sync"]):
     raise UsageError("--sync-out: what comes back needs another folder than that of --sync")
   paths["scripts"] = tuple(map(read_script, options.prepare))
   name, program = "--qemu", options.qemu
@@ -7162,10 +7173,7 @@ def say_each(paths: Sequence[str], problem: str) -> None:
 def opened_folder(path: str) -> Folder:
   """The folder of --sync, opened once: another one that is put in its place later is not taken."""
   check_dir_fd()
-  try:
-    return Folder(path)
-  except OSError as error:
-    raise QvmError(f"{path}: {describe(error)}")
+  return Folder(path)
 
 
 def check_sync(options: Options) -> None:
@@ -10975,7 +10983,7 @@ def handed_on(options: Options) -> List[str]:
   words = ["--sync-direction=" + ("both" if options.sync_out else "in")] if options.sync else []
   words += words_of(options, HANDED_ON)
   if options.sync_out:
-    inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
+    inside = os.path.relpath(*map(real_path, (options.sync_out, options.sync)))
     pattern = re.sub(r"([*?[])", r"[\1]", inside)
     words += [] if inside.split("/")[0] == ".." else [f"--sync-exclude=/{pattern}"]
   return words

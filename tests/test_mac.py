@@ -502,6 +502,20 @@ def test_m3_two_spellings_do_not_overwrite_each_other(project):
 
 
 @with_guest
+def test_m3_the_folder_of_results_by_another_spelling(project):
+  """It is no part of what guests get, and not the folder that they get itself."""
+  mac, folder, _ = project
+  (folder / "results/old").mkdir(parents=True)
+  words = ("each", "--sync", str(folder), "--sync-out")
+  result = works(
+    mac(*words, str(mac.home / "PROJECT/Results"), "freebsd-15.1-arm64", "--", "ls -A")
+  )
+  assert not re.search("(?mi): results$", result.stdout), result.stdout
+  result = mac(*words, str(mac.home / "PROJECT"), "freebsd-15.1-arm64", "--", "true")
+  assert result.returncode == 2 and "--sync-out" in result.stderr, result.stderr
+
+
+@with_guest
 def test_m3_a_pattern_finds_a_name_that_is_composed_otherwise(project):
   mac, folder, run = project
   (folder / "cafe\u0301").mkdir()

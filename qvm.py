@@ -251,6 +251,9 @@ def describe(error: BaseException) -> str:
   text = getattr(error, "strerror", None) or str(error) or type(error).__name__
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     text = f"the disk is full: {text}"
+  is_denied = isinstance(error, PermissionError) and error.errno == errno.EPERM
+  if is_denied and sys.platform == "darwin":  # not an SSLError, whose errno may be 1, too
+    text += " (has your terminal access? see System Settings, Privacy & Security)"
   return re.sub(r"\S*@", "", brief(str(text)))
 
 
@@ -1914,11 +1917,12 @@ def file_sha256(path: str) -> str:
 
 
 def files_of_tree(root: str) -> List[str]:
-  """The paths of all files of a QEMU's tree but its record, in the order of its digest."""
+  """The paths of a QEMU's files, in the order of their digest; none of its record or the Finder."""
   found = []
   for folder, folders, names in os.walk(root):
     folders.sort()
-    found += [os.path.join(folder, name) for name in sorted(names) if name != "release.json"]
+    own = sorted({*names} - {"release.json", ".DS_Store"})
+    found += [os.path.join(folder, name) for name in own]
   return found
 
 
@@ -2174,6 +2178,20 @@ def nearest(path: str) -> str:
   while not os.path.exists(path) and os.path.dirname(path) != path:
     path = os.path.dirname(path)
   return path
+
+
+def real_path(path: str) -> str:
+  """The real path as the disk spells it: that of macOS takes several spellings for one."""
+  path = os.path.realpath(path)
+  if sys.platform != "darwin":
+    return path
+  there = nearest(path)
+  fd = os.open(there, os.O_RDONLY)
+  try:
+    real: bytes = fcntl.fcntl(fd, 50, bytes(1024))  # F_GETPATH, which Python has from 3.9 on
+  finally:
+    os.close(fd)
+  return os.fsdecode(real.rstrip(b"\0")) + path[len(there) :]
 
 
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
@@ -2470,7 +2488,7 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
-  if options.sync_out and os.path.realpath(paths["sync_out"]) == os.path.realpath(paths["sync"]):
+  if options.sync_out and real_path(paths["sync_out"]) == real_path(paths["sync"]):
     raise UsageError("--sync-out: what comes back needs another folder than that of --sync")
   paths["scripts"] = tuple(map(read_script, options.prepare))
   name, program = "--qemu", options.qemu
@@ -2853,6 +2871,10 @@ def with_connect(kind: "Type[http.client.HTTPConnection]") -> Callable[..., Any]
   def make(*args: Any, **more: Any) -> http.client.HTTPConnection:
     link: Any = kind(*args, **more)
     link._create_connection = connect  # where http.client of Python 3.6 to 3.14 looks for it
+    if hasattr(link, "_context") and "LibreSSL" in ssl.OPENSSL_VERSION:  # as in macOS' own Python
+      names = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # of which it knows nothing
+      with contextlib.suppress(OSError, TypeError):  # no such file; none is named
+        link._context.load_verify_locations(*(os.environ.get(name) or None for name in names))
     return link  # type: ignore[no-any-return]
 
   return make
@@ -4255,6 +4277,15 @@ def pieces_of(member: "tarfile.TarInfo") -> List[Tuple[int, int]]:
   return pieces
 
 
+def check_dir_fd() -> None:
+  """Refuse a Python that cannot do what Folder does, such as python.org's 3.8 for macOS."""
+  if os.open not in os.supports_dir_fd:
+    raise QvmError(
+      "this takes a Python that opens files relative to a folder, and this one cannot",
+      "take Python 3.9 or newer, from python.org, or your system's",
+    )
+
+
 class Folder:
   """A folder, opened once; what is below it is reached step by step and through no link.
 
@@ -5267,6 +5298,7 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
   if jobs and is_open(net.releases):
     say(f"{redacted(net.releases)} is not https: whoever is on the way can change what comes")
   if jobs:
+    check_dir_fd()  # to unpack
     in_parallel(net, jobs)
 
 
@@ -7151,15 +7183,8 @@ def say_each(paths: Sequence[str], problem: str) -> None:
 @functools.lru_cache(maxsize=None)
 def opened_folder(path: str) -> Folder:
   """The folder of --sync, opened once: another one that is put in its place later is not taken."""
-  if os.open not in os.supports_dir_fd:
-    raise QvmError(
-      "--sync needs a Python that opens files relative to a folder, and this one cannot",
-      "take Python 3.9 or newer, from python.org, or your system's",
-    )
-  try:
-    return Folder(path)
-  except OSError as error:
-    raise QvmError(f"{path}: {describe(error)}")
+  check_dir_fd()
+  return Folder(path)
 
 
 def check_sync(options: Options) -> None:
@@ -8552,9 +8577,7 @@ class Server:
 
     def accept() -> None:
       while True:
-        link = listener.accept()[0]
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)  # 8 KiB on macOS
-        threading.Thread(target=Export(self, link).run, daemon=True).start()
+        threading.Thread(target=Export(self, listener.accept()[0]).run, daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     return path
@@ -8593,6 +8616,8 @@ class Export:
   def run(self) -> None:
     """Serve until the client leaves, or says what no client says."""
     try:
+      # macOS has 8 KiB, and refuses to set it once the client has left.
+      self.link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
       if self.agree():
         while self.answer_request():
           pass
@@ -10974,7 +10999,7 @@ def handed_on(options: Options) -> List[str]:
   words = ["--sync-direction=" + ("both" if options.sync_out else "in")] if options.sync else []
   words += words_of(options, HANDED_ON)
   if options.sync_out:
-    inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
+    inside = os.path.relpath(*map(real_path, (options.sync_out, options.sync)))
     pattern = re.sub(r"([*?[])", r"[\1]", inside)
     words += [] if inside.split("/")[0] == ".." else [f"--sync-exclude=/{pattern}"]
   return words
@@ -11521,8 +11546,6 @@ def outcome(words: Optional[Sequence[str]]) -> int:
     path = error.filename2 or error.filename
     say(describe_at(error))
     report.phase("error", describe_at(error))
-    if error.errno == errno.EPERM and sys.platform == "darwin":
-      say("does your terminal have access? System Settings, Privacy & Security, Files and Folders")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lies_in_cache(path):
       say(f"do you own the cache, and is it writable? if not, {OTHER_CACHE}")
   except Exception as error:

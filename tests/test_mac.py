@@ -502,6 +502,20 @@ def test_m3_two_spellings_do_not_overwrite_each_other(project):
 
 
 @with_guest
+def test_m3_the_folder_of_results_by_another_spelling(project):
+  """It is no part of what guests get, and not the folder that they get itself."""
+  mac, folder, _ = project
+  (folder / "results/old").mkdir(parents=True)
+  words = ("each", "--sync", str(folder), "--sync-out")
+  result = works(
+    mac(*words, str(mac.home / "PROJECT/Results"), "freebsd-15.1-arm64", "--", "ls -A")
+  )
+  assert not re.search("(?mi): results$", result.stdout), result.stdout
+  result = mac(*words, str(mac.home / "PROJECT"), "freebsd-15.1-arm64", "--", "true")
+  assert result.returncode == 2 and "--sync-out" in result.stderr, result.stderr
+
+
+@with_guest
 def test_m3_a_pattern_finds_a_name_that_is_composed_otherwise(project):
   mac, folder, run = project
   (folder / "cafe\u0301").mkdir()
@@ -528,6 +542,17 @@ def test_m5_a_python_without_dir_fd_is_refused_before_the_boot(project):
   result = run("echo new >made", env={"DARWIN_DIR_FD": "no"})
   assert result.returncode == 125 and mac.calls("qemu") == []
   assert "Python" in own_lines(result.stderr) and "bug" not in result.stderr
+
+
+@linux
+def test_m5_a_python_without_dir_fd_is_refused_before_a_download(new_mac):
+  """What comes is unpacked relative to folders, too."""
+  mac = new_mac()
+  result = mac("pull", *ARM, env={"DARWIN_DIR_FD": "no"})
+  assert result.returncode == 1 and "Python 3.9 or newer" in result.stderr, result.stderr
+  assert "downloading" not in result.stderr and "bug" not in result.stderr
+  works(mac("pull", *ARM))
+  works(mac("run", "--rm", *ARM, env={"DARWIN_DIR_FD": "no"}))
 
 
 # --- M6: completion ------------------------------------------------------------------------------
@@ -672,6 +697,22 @@ def test_m10_who_names_certificates_is_obeyed(new_mac, tmp_path, image):
 
 
 @linux
+def test_the_macs_own_python_trusts_the_certificates_that_are_named(new_mac, tmp_path, image):
+  """Its LibreSSL does not know SSL_CERT_FILE, of which qvm says that it helps."""
+  mac = new_mac()
+  (tmp_path / "other").mkdir()
+  tls, cert = certificate(tmp_path)
+  with ReleaseServer(tls) as secure:
+    serve_macs(secure, image)
+    mac.env.update(QVM_RELEASES_URL=secure.url, QVM_API_URL=secure.api_url)
+    mac.env.update(DARWIN_CERTIFICATES="apple", QVM_RETRY_DELAY="0")
+    for file in ("", str(tmp_path / "none"), certificate(tmp_path / "other")[1]):
+      result = mac("pull", *ARM, env={"SSL_CERT_FILE": file})
+      assert result.returncode == 1 and "set SSL_CERT_FILE" in result.stderr, result.stderr
+    works(mac("pull", *ARM, env={"SSL_CERT_FILE": cert}))
+
+
+@linux
 def test_m11_qemu_may_open_more_files(mac_of):
   mac = mac_of("intel")
   works(mac("run", "--rm", "--accel", "tcg", *X86))
@@ -805,3 +846,39 @@ def test_a_version_in_another_spelling(new_mac):
   run = mac("run", "--platform", "x86-64", "haiku", "R1BETA5")
   assert run.returncode == 1
   assert "the names haiku-R1BETA5-x86-64 and haiku-r1beta5-x86-64 for one" in run.stderr
+
+
+@linux
+def test_the_finder_does_no_damage_to_qemu(mac_of):
+  """It leaves a file in each folder that somebody looks into."""
+  mac = mac_of()
+  for folder in {path.parent for path in mac.cache.rglob("*")}:
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1\xff")
+  result = works(mac("pull", "--verify", *ARM))
+  assert "damaged" not in result.stderr and "downloading" not in result.stderr, result.stderr
+
+
+DENIED = """
+real = os.open
+def denied(path, *words, **more):
+  if path == {path!r}:
+    raise PermissionError(1, "Operation not permitted", path)
+  return real(path, *words, **more)
+os.supports_dir_fd.add(denied)
+os.open = denied
+"""
+
+
+@linux
+def test_a_folder_of_the_users_that_the_terminal_may_not_read(mac_of):
+  """Documents and Desktop are for programs to which the user has allowed that."""
+  mac = mac_of()
+  folder = mac.home / "Documents"
+  folder.mkdir()
+  words = ("run", "--rm", "--sync", str(folder), *ARM, "--", "true")
+  result = mac(*words, code=DENIED.format(path=str(folder)))
+  assert result.returncode == 125 and "Privacy & Security" in result.stderr, result.stderr
+  code = "import os\nreal = os.listdir\ndef listdir(path):\n  if isinstance(path, int):\n"
+  code += "    raise PermissionError(1, 'Operation not permitted')\n  return real(path)\n"
+  result = mac(*words, code=code + "os.listdir = listdir\n")
+  assert result.returncode == 125 and "Privacy & Security" in result.stderr, result.stderr

@@ -1,6 +1,7 @@
 """`qvm run --stream` with a stand-in for QEMU that reads its disk through the real qemu-img."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -445,6 +446,29 @@ def test_kill_9(streamer, server, tmp_path, packed, who):
   works(streamer(*RUN))
   is_ordinary(streamer, packed)
   assert not socket.parent.exists()
+
+
+def test_a_client_that_leaves_at_once_is_not_the_last(tmp_path, monkeypatch):
+  """As another qvm does that looks for dead sockets: macOS then lets no option be set (EINVAL)."""
+  real, refused = socket.socket.setsockopt, []
+
+  def setsockopt(link, *words):
+    if not refused:
+      refused.append(link)
+      raise OSError(errno.EINVAL, "Invalid argument")
+    return real(link, *words)
+
+  monkeypatch.setattr(socket.socket, "setsockopt", setsockopt)
+  monkeypatch.setattr(qvm_source, "temporary_folder", lambda cache: str(tmp_path))
+  server = SimpleNamespace(plan=SimpleNamespace(cache=None), size=0)
+  with contextlib.ExitStack() as stack:
+    path = qvm_source.Server.listen(server, stack)
+    for greeting in (b"", b"NBDMAGIC"):
+      with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(path)
+        assert client.recv(8) == greeting
+  assert refused
 
 
 def test_sockets_that_nobody_serves_any_more(streamer, tmp_path):

@@ -21,7 +21,8 @@ The environment says which Mac it is (tests/darwin_host.py sets it up):
   DARWIN_FLOCK    no: flock lets everybody in, as on some network file systems
   DARWIN_TMP      no: nothing can be made in the folders for temporary files
   DARWIN_CERTIFICATES  no: Python has no certificates to trust, as python.org's before its
-                  "Install Certificates.command" has run
+                  "Install Certificates.command" has run; apple: Python has Apple's LibreSSL, which
+                  looks only at /etc/ssl/cert.pem, whatever SSL_CERT_FILE says
   DARWIN_PROXIES  the proxies of System Settings, JSON: {"https": "http://host:port"}
   DARWIN_STARTED  is set by the first Python: its soft limit of open files becomes 256
 
@@ -545,15 +546,19 @@ def change_ssl(module):
     context.load_verify_locations, context.set_default_verify_paths, module.get_default_verify_paths
   )  # fmt: skip
   bare = os.environ.get("DARWIN_CERTIFICATES") == "no"
+  apple = os.environ.get("DARWIN_CERTIFICATES") == "apple"
+  if apple:
+    module.OPENSSL_VERSION = "LibreSSL 2.8.3"
 
   def load_verify_locations(self, cafile=None, capath=None, cadata=None):
     return load(self, where(cafile), where(capath), cadata)
 
   def set_default_verify_paths(self):
     found = [where_if_any(os.environ.get(name)) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")]
+    found = [where_if_any("/etc/ssl/cert.pem"), None] if apple else found
     if any(found):
       load(self, *found)
-    elif not bare:
+    elif not bare and not apple:
       defaults(self)
 
   def get_default_verify_paths():

@@ -253,7 +253,7 @@ def describe(error: BaseException) -> str:
     text = f"the disk is full: {text}"
   is_denied = isinstance(error, PermissionError) and error.errno == errno.EPERM
   if is_denied and sys.platform == "darwin":  # not an SSLError, whose errno may be 1, too
-    text += " (has your terminal access? see System Settings, Privacy & Security)"
+    text += " (does your terminal have access? see System Settings, Privacy & Security)"
   return re.sub(r"\S*@", "", brief(str(text)))
 
 
@@ -2180,20 +2180,6 @@ def nearest(path: str) -> str:
   return path
 
 
-def real_path(path: str) -> str:
-  """The real path as the disk spells it: that of macOS takes several spellings for one."""
-  path = os.path.realpath(path)
-  if sys.platform != "darwin":
-    return path
-  there = nearest(path)
-  fd = os.open(there, os.O_RDONLY)
-  try:
-    real: bytes = fcntl.fcntl(fd, 50, bytes(1024))  # F_GETPATH, which Python has from 3.9 on
-  finally:
-    os.close(fd)
-  return os.fsdecode(real.rstrip(b"\0")) + path[len(there) :]
-
-
 NFS_FIX = f"or {OTHER_CACHE}, on a local disk"
 
 
@@ -2488,7 +2474,8 @@ def resolve(options: Options) -> Options:
     raise UsageError(f"--sync: no such folder: '{options.sync}'")
   if options.sync and not os.path.basename(paths["sync"]):
     raise UsageError("--sync: the root folder cannot be copied; choose a folder below it")
-  if options.sync_out and real_path(paths["sync_out"]) == real_path(paths["sync"]):
+  out = paths.get("sync_out", "")  # on macOS perhaps in another spelling
+  if os.path.exists(out) and os.path.samefile(out, paths["sync"]):
     raise UsageError("--sync-out: what comes back needs another folder than that of --sync")
   paths["scripts"] = tuple(map(read_script, options.prepare))
   name, program = "--qemu", options.qemu
@@ -10999,7 +10986,7 @@ def handed_on(options: Options) -> List[str]:
   words = ["--sync-direction=" + ("both" if options.sync_out else "in")] if options.sync else []
   words += words_of(options, HANDED_ON)
   if options.sync_out:
-    inside = os.path.relpath(*map(real_path, (options.sync_out, options.sync)))
+    inside = os.path.relpath(*map(os.path.realpath, (options.sync_out, options.sync)))
     pattern = re.sub(r"([*?[])", r"[\1]", inside)
     words += [] if inside.split("/")[0] == ".." else [f"--sync-exclude=/{pattern}"]
   return words

@@ -1937,7 +1937,8 @@ def tree_sha256(root: str) -> str:
 
 def tree_bytes(root: str) -> int:
   """The bytes in all files of a tree."""
-  return sum(os.lstat(path).st_size for path in files_of_tree(root))
+  there = filter(os.path.lexists, files_of_tree(root))  # of one that is just being replaced not all
+  return sum(os.lstat(path).st_size for path in there)
 
 
 def hashed(name: str) -> str:
@@ -1984,14 +1985,17 @@ def stems_in(folder: str, suffix: str) -> List[str]:
 def check_spelling(path: str) -> None:
   """Refuse a qcow2's name that this disk takes for another's, as macOS does with web and Web."""
   folder, name = os.path.split(path)
-  if os.path.lexists(path) and name not in names_in(folder):
+  with contextlib.suppress(FileNotFoundError):  # there is none, or another qvm has just removed it
     here, stem = os.lstat(path), name[: -len(".qcow2")]
     every = stems_in(folder, ".qcow2")
+    if stem in every:
+      return
     found = [it for it in every if os.path.samestat(os.lstat(f"{folder}/{it}.qcow2"), here)]
-    raise QvmError(
-      f"this disk takes the names {stem} and {', '.join(found)} for one",
-      "use that spelling, or another name",
-    )
+    if found:
+      raise QvmError(
+        f"this disk takes the names {stem} and {', '.join(found)} for one",
+        "use that spelling, or another name",
+      )
 
 
 def instances(cache: Cache, suffix: str = ".qcow2") -> List[InstancePaths]:
@@ -4832,7 +4836,8 @@ def dependants(plan: Plan) -> List[Instance]:
   """
   names = (os.path.basename(plan.base), *[None] * (not is_missing(plan, plan.base)))
   mine = [it for it in overlays(plan.cache) if it.base in names]
-  return [known_instance(plan.cache.instance(it.name)) for it in mine]
+  records = [(known_instance(plan.cache.instance(it.name)), it.disk) for it in mine]
+  return [record for record, disk in records if os.path.lexists(disk)]  # the others have just ended
 
 
 def fits(instance: Instance, record: AssetRecord) -> bool:
@@ -5291,9 +5296,13 @@ def fetch_missing(plan: Plan, net: Net, image: bool = True) -> None:
 
 def wrong_size(path: str) -> str:
   """How a cached file's length, or that of a QEMU's tree, differs from when it came; or empty."""
-  noted, size = record_of(path).bytes, os.path.getsize(path)
+  record, size = record_of(path), os.path.getsize(path)
   found = tree_bytes(tree_of(path)) if tree_of(path) else size
-  return "" if size and noted in (0, found) else f"it has {found} bytes instead of {noted}"
+  if size and record.bytes in (0, found):
+    return ""
+  if record_of(path) != record:
+    return wrong_size(path)  # another qvm has just replaced it
+  return f"it has {found} bytes instead of {record.bytes}"
 
 
 def check_base(plan: Plan) -> None:
@@ -5540,6 +5549,8 @@ def read_instance(paths: InstancePaths) -> Instance:
   base = overlay_of(paths).base or ""
   oses = "|".join(OS_NAMES)
   match = re.match(rf"({oses})-(.+)-(x86-64|arm64)\.qcow2\Z", base)
+  if not match and not os.path.lexists(paths.disk):
+    raise QvmError(f"there is no instance {paths.name} any more", "see qvm list")
   if not match:
     raise QvmError(
       f"the record of the instance {paths.name} is missing or damaged: {paths.record}",
@@ -5708,8 +5719,10 @@ def layer_base(plan: Plan, base: Base, name: str) -> Base:
     os.utime(layer.record)
   every = [layer, *map(plan.cache.layer, layers_under(plan.cache, layer.disk)[0])]
   for it in every:
-    if os.path.isfile(it.disk) and layer_record(it).bytes not in (0, os.path.getsize(it.disk)):
-      raise RefusedError(f"the layer {it.name} is damaged: it is not as long as it was")
+    with contextlib.suppress(FileNotFoundError):  # which Machine.start() tells
+      size = os.path.getsize(it.disk)  # read before the record, which another qvm removes first
+      if layer_record(it).bytes not in (0, size):
+        raise RefusedError(f"the layer {it.name} is damaged: it is not as long as it was")
   needs = (*base.needs, *(it.disk for it in every))
   return base._replace(backing=backing_name(plan, layer.disk), needs=needs, layer=name)
 
@@ -8395,7 +8408,7 @@ class Server:
     """Notice that nobody holds the other end of the pipe any more."""
     os.read(self.life, 1)
     if not self.ready:
-      os._exit(EXIT_FAILED)
+      os._exit(0)  # as its qvm wanted
     self.gone.set()
 
   def run(self) -> None:
@@ -9932,8 +9945,8 @@ class SetUp:
     names, below = layers_under(cache, layer.disk)
     if layer_record(layer).key != self.key(count) or not below:
       return False
-    every = [layer, *map(cache.layer, names)]
-    return all(layer_record(it).bytes == os.path.getsize(it.disk) for it in every)
+    every = [layer, *map(cache.layer, names)]  # which another qvm may just delete
+    return all(layer_record(it).bytes == file_stamp(it.disk)[0] > 0 for it in every)
 
   def ready_base(self) -> Base:
     """The prepared disk, which is made first if there is none; whoever comes meanwhile waits."""
@@ -10223,20 +10236,20 @@ def cmd_pull(options: Options) -> int:
     return 0
   make_folders(plan.cache)
   sweep(plan.cache)
-  plan = plan._replace(damaged=damaged_files(plan))
-  fetch_missing(plan, net)
-  check_base(plan)
-  bad = verify(plan, Releases(impatient(net))) if options.verify else ()
-  damaged = tuple(path for path in bad if record_of(path).sha256)
-  if damaged:
-    say(f"what is damaged is downloaded again: {', '.join(map(os.path.basename, damaged))}")
-    fetch_missing(plan._replace(damaged=damaged, refresh=False), net)
-    bad = verify(plan, Releases(impatient(net)))
-  if bad:
-    say(f"these cannot be verified; delete them and pull again: {', '.join(bad)}")
-    return EXIT_FAILED
-  if options.sets_up:
-    with downloads_lock(plan.cache.downloads):
+  with downloads_lock(plan.cache.downloads):  # until all has been looked at, which takes a while
+    plan = plan._replace(damaged=damaged_files(plan))
+    fetch_missing(plan, net)
+    check_base(plan)
+    bad = verify(plan, Releases(impatient(net))) if options.verify else ()
+    damaged = tuple(path for path in bad if record_of(path).sha256)
+    if damaged:
+      say(f"what is damaged is downloaded again: {', '.join(map(os.path.basename, damaged))}")
+      fetch_missing(plan._replace(damaged=damaged, refresh=False), net)
+      bad = verify(plan, Releases(impatient(net)))
+    if bad:
+      say(f"these cannot be verified; delete them and pull again: {', '.join(bad)}")
+      return EXIT_FAILED
+    if options.sets_up:
       SetUp(plan, options, cached_base(plan)).ready_base()
   say(f"{plan.guest.title} {plan.version} on {plan.guest.arch} is ready")
   return 0
@@ -10262,6 +10275,8 @@ def verdict(releases: Releases, path: str, repo: str) -> str:
   if not record.sha256:
     return "unknown: no digest was recorded at download"
   digest = tree_sha256(tree_of(path)) if tree_of(path) else file_sha256(path)
+  if record_of(path) != record:
+    return verdict(releases, path, repo)  # another qvm has just replaced it
   if digest != record.sha256:
     return "DAMAGED: its digest is not the one recorded at download"
   tag, name = record.release, urllib.parse.unquote(record.url.rpartition("/")[2])
@@ -10347,7 +10362,12 @@ class SearchRow(NamedTuple):
 def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]:
   """The images of an OS, the newest version first."""
   cached = cached_images(cache, name)
-  here = {(it.version, it.arch): tree_size(cache.path("base", it.asset)) for it in cached}
+  here = {}
+  for it in cached[:]:
+    try:
+      here[it.version, it.arch] = tree_size(cache.path("base", it.asset))
+    except FileNotFoundError:  # it has just been deleted
+      cached.remove(it)
   known = {(image.version, image.arch) for image in images}
   every = images + [image for image in cached if (image.version, image.arch) not in known]
   every.sort(key=lambda image: version_key(image.version), reverse=True)

@@ -766,3 +766,34 @@ def test_an_image_that_is_replaced_while_its_first_instance_starts(full, server,
   refresh = full.command(*PULL, "--refresh")
   works(with_another(full, ["run", "freebsd", "15.1"], "fetch_base", refresh, tmp_path))
   works(full("run", "freebsd", "15.1"))
+
+
+# Another qvm deletes the instance just when this one looks for the spelling of its name.
+DELETED_MEANWHILE = """
+names = qvm.names_in
+def names_in(folder):
+  if folder.endswith("/instances"):
+    for name in names(folder):
+      os.unlink(os.path.join(folder, name))
+  return names(folder)
+qvm.names_in = names_in
+"""
+
+
+def test_an_instance_that_is_deleted_while_its_spelling_is_checked(used):
+  fails(used("stop", FREEBSD, code=DELETED_MEANWHILE), f"{FREEBSD} is not running")
+
+
+@pytest.mark.parametrize("words", [f"clone {FREEBSD} new", f"ssh {FREEBSD}", f"restart {FREEBSD}"])
+def test_an_instance_that_is_deleted_meanwhile_has_no_damaged_record(used, tmp_path, words):
+  run = with_another(used, words.split(), "existing", used.command("rm", FREEBSD), tmp_path)
+  assert run.returncode and f"there is no instance {FREEBSD} any more" in run.stderr
+  assert "damaged" not in run.stderr
+
+
+def test_an_instance_that_is_deleted_while_pull_asks_what_it_needs(full, tmp_path):
+  """Its record, which is gone, does not count as that of an image that is no more."""
+  works(full("run", "freebsd", "15.1"))
+  (full.cache / BASE).unlink()
+  rm = full.command("rm", FREEBSD)
+  works(with_another(full, PULL, "overlays", rm, tmp_path))

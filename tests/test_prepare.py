@@ -1047,3 +1047,18 @@ def test_a_layer_is_not_deleted_below_an_instance_that_begins_meanwhile(prepare,
                      tmp_path, prepare.qvm.env, "words[0].path.endswith('vm.lock')")  # fmt: skip
   assert run.returncode == 1 and "is needed: it stays" in run.stderr
   assert path_of(prepare, name).exists(), "the new vm lies on it"
+
+
+@pytest.mark.parametrize("place", ["is_whole", "layer_base"])
+def test_a_layer_that_is_deleted_while_it_is_looked_at(prepare, tmp_path, place):
+  words = prepare.words(*with_scripts(script(prepare)), command=["true"])
+  works(prepare.qvm(*words))
+  (name,) = layer_names(prepare)
+  rm = prepare.qvm.command("rm", name)
+  test = f"found.key and sys._getframe(1).f_code.co_name == {place!r}"
+  run = with_another(prepare.qvm, words, "layer_record", rm, tmp_path, {}, test)
+  if place == "is_whole":
+    works(run)
+    assert layer_names(prepare) == [name]
+  else:
+    assert run.returncode == 125 and f"{name}.qcow2 is gone" in run.stderr

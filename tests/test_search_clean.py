@@ -31,6 +31,7 @@ from support import (
   stand_in_tar,
   state,
   tar_of,
+  with_another,
   works,
   written,
 )
@@ -416,6 +417,60 @@ def test_refresh_is_killed_at_any_step(tmp_path, filled, server, image, stepped,
     assert [json.loads(note.read_text())["release"] for note in notes] == ["v2.17.0"] * 3, where
     shutil.rmtree(qvm.home)
   assert step > 3
+
+
+# --- What another qvm changes while this one looks at it ---------------------------------------
+
+
+def test_an_image_that_is_cleaned_away_while_search_lists_it(pulled, tmp_path):
+  clean_all = pulled.command("clean", "--all")
+  run = works(with_another(pulled, ["search", "freebsd"], "cached_images", clean_all, tmp_path))
+  assert run.stdout.startswith("OS ") and "cached" not in run.stdout
+
+
+@pytest.mark.parametrize("path", [f"{FREEBSD}.qcow2", "qemu-img", "qemu-system-x86_64"])
+def test_clean_all_takes_nothing_that_pull_looks_at(pulled, tmp_path, path):
+  test = f"words[0].endswith({path!r})"
+  clean_all = pulled.command("clean", "--all")
+  works(with_another(pulled, PULL, "record_of", clean_all, tmp_path, {}, test))
+  works(pulled(*RUN, env={"QVM_RELEASES_URL": DEAD, "QVM_API_URL": DEAD}))
+
+
+def fewer(server, image):
+  """Publish a newer image, qemu-img and QEMU; of the QEMU's files one has gone."""
+  newer(server, image, tar_of({"qemu-img": b"#!/bin/sh\n"}))
+  tar = tar_of({"bin/qemu": STAND_IN.encode(), "share/qemu/bios-256k.bin": b"newer"})
+  for name in QEMUS:
+    server.replace_asset("resources", "v2.17.0", name, tar)
+
+
+# Where a pull is when another one has replaced what it looks at.
+REPLACED = [
+  ("record_of", f"words[0].endswith('{FREEBSD}.qcow2')"),
+  ("record_of", "words[0].endswith('qemu-img')"),
+  ("files_of_tree", "True"),
+]
+
+
+@pytest.mark.parametrize(("name", "test"), REPLACED)
+def test_what_another_qvm_refreshes_is_not_taken_for_damaged(
+  pulled, server, image, tmp_path, name, test
+):
+  fewer(server, image)
+  refresh = pulled.command(*REFRESH)
+  run = works(with_another(pulled, PULL, name, refresh, tmp_path, {}, test))
+  assert "damaged" not in run.stderr
+
+
+@pytest.mark.parametrize(("name", "test"), REPLACED)
+def test_what_another_qvm_refreshes_while_it_is_verified(
+  pulled, server, image, tmp_path, name, test
+):
+  fewer(server, image)
+  refresh, words = pulled.command(*REFRESH), ["pull", "--verify", *PULL[1:]]
+  test += " and sys._getframe(1).f_code.co_name in ('verdict', 'tree_sha256')"
+  run = works(with_another(pulled, words, name, refresh, tmp_path, {}, test))
+  assert "DAMAGED" not in run.stdout and run.stdout.count(": ok") == 3
 
 
 # --- clean -----------------------------------------------------------------------------------

@@ -1001,6 +1001,36 @@ def test_what_cannot_be_streamed_is_downloaded_first(streamer, server, packed, f
   is_ordinary(streamer, packed)
 
 
+# A server that takes a while to end once it has answered, as on a busy machine.
+SLOW_TO_END = """
+import time
+send_answer = qvm.send_answer
+def slow(answer):
+  send_answer(answer)
+  time.sleep(1)
+qvm.send_answer = slow
+"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_server_that_is_slow_to_end_was_not_ended_from_outside(streamer, server, packed, there):
+  """It has nothing to serve: another qvm has brought the image, or it cannot be streamed."""
+  code = f"qvm.own_program = lambda: {streamer.command(code=SLOW_TO_END)!r}\n"
+  if there:
+    code += f"""
+streamed_base = qvm.streamed_base
+def after_another(*words):
+  import subprocess
+  subprocess.run({streamer.command(*PULL)!r}, check=True)
+  return streamed_base(*words)
+qvm.streamed_base = after_another
+"""
+  else:
+    server.fault(IMAGE, times=None, no_ranges=True)
+  assert "from outside" not in works(streamer(*STREAM, code=code)).stderr
+  is_ordinary(streamer, packed)
+
+
 def test_a_bundle_is_downloaded_first(streamer, server):
   server.remove_asset("freebsd-builder", "v0.16.0", IMAGE)
   server.add_release(

@@ -1985,7 +1985,8 @@ def stems_in(folder: str, suffix: str) -> List[str]:
 def check_spelling(path: str) -> None:
   """Refuse a qcow2's name that this disk takes for another's, as macOS does with web and Web."""
   folder, name = os.path.split(path)
-  with contextlib.suppress(FileNotFoundError):  # there is none, or another qvm has just removed it
+  # There may be none, or another qvm has just removed it.
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
     here, stem = os.lstat(path), name[: -len(".qcow2")]
     every = stems_in(folder, ".qcow2")
     if stem in every:

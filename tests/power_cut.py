@@ -118,6 +118,7 @@ def install(journal):
   os.replace, os.rename = renamed(real["replace"]), renamed(real["rename"])
   os.unlink = os.remove = unlink
   os.mkdir, os.symlink, os.open, os.fsync = mkdir, symlink, opened, fsync
+  os.supports_dir_fd.add(opened)
   sys.addaudithook(audit)
 
 

@@ -3891,6 +3891,11 @@ def newest_tag(net: Net, repo: str) -> str:
   return tag
 
 
+def releases_hint(net: Net, repo: str) -> str:
+  """Where a user can look at what releases there are."""
+  return f"see {net.releases}/{repo}/releases"
+
+
 class Asset(NamedTuple):
   """A file of a release."""
 
@@ -5035,7 +5040,7 @@ def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install
         try:
           return install(plan, asset.tag, fetch_asset(releases, asset, folder))
         except NotFound as error:
-          raise QvmError(str(error), f"see {releases.net.releases}/resources/releases")
+          raise QvmError(str(error), releases_hint(releases.net, "resources"))
     remove_tree(folder)  # what a qvm has left that was killed once it had installed it
 
 
@@ -5154,8 +5159,8 @@ def find_image(plan: Plan, releases: Releases, pinned: str, use: Callable[[Asset
     with contextlib.suppress(NotFound):
       return use(asset)
   if plan.release:
-    page = f"{releases.net.releases}/{image_repo(plan.guest.os)}/releases"
-    raise QvmError(f"the release {plan.release} has no {plan.image_asset}", f"see {page}")
+    hint = releases_hint(releases.net, image_repo(plan.guest.os))
+    raise QvmError(f"the release {plan.release} has no {plan.image_asset}", hint)
   raise gone_image(plan, pinned) if pinned else no_such_image(plan, releases)
 
 
@@ -5222,7 +5227,7 @@ def no_such_image(plan: Plan, releases: Releases) -> QvmError:
   if plan.version in versions and can_unzstd():
     return QvmError(
       f"a release names {guest.title} {plan.version} for {guest.arch}, but the server has it not",
-      f"see {releases.net.releases}/{image_repo(guest.os)}/releases",
+      releases_hint(releases.net, image_repo(guest.os)),
     )
   if plan.version in versions:
     return QvmError(
@@ -5437,7 +5442,7 @@ def chosen_version(options: Options, net: Net, guest: Guest, cache: Cache) -> st
   if not found and not wanted:
     where = f"the release {options.release}" if options.release else "any release"
     problem = f"there is no image of {guest.title} for {guest.arch} in {where}"
-    raise QvmError(problem, f"see {net.releases}/{repo}/releases")
+    raise QvmError(problem, releases_hint(net, repo))
   if found and found != wanted:
     say(f"the newest {guest.title}{' ' * bool(wanted)}{wanted} for {guest.arch} is {found}")
   return found or wanted  # what there is not, the download explains
@@ -9979,8 +9984,8 @@ class SetUp:
     base = base._replace(layer=layer.name, adjust=with_discard)
     options = self.options._replace(rm=True, detach=True, guest_command=())
     # The rest is for the user's machine; a checkpoint of one with a network would not be of that.
-    options = options._replace(ssh=Address(), publish=(), disk="", no_network=False)
-    options = options._replace(warm=options.warm and not self.options.no_network)
+    warm = options.warm and not options.no_network
+    options = options._replace(ssh=Address(), publish=(), disk="", no_network=False, warm=warm)
     with Machine(plan, options) as machine:
       while True:
         with contextlib.suppress(StartAgain):
@@ -10362,15 +10367,14 @@ class SearchRow(NamedTuple):
 
 def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]:
   """The images of an OS, the newest version first."""
-  cached = cached_images(cache, name)
-  here = {}
-  for it in cached[:]:
-    try:
-      here[it.version, it.arch] = tree_size(cache.path("base", it.asset))
-    except FileNotFoundError:  # it has just been deleted
-      cached.remove(it)
+  here: Dict[Tuple[str, str], int] = {}
   known = {(image.version, image.arch) for image in images}
-  every = images + [image for image in cached if (image.version, image.arch) not in known]
+  every = list(images)
+  for it in cached_images(cache, name):
+    with contextlib.suppress(FileNotFoundError):  # it has just been deleted
+      here[it.version, it.arch] = tree_size(cache.path("base", it.asset))
+      if (it.version, it.arch) not in known:
+        every.append(it)
   every.sort(key=lambda image: version_key(image.version), reverse=True)
   rows = []
   for version, arch, release, asset in every:

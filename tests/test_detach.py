@@ -150,13 +150,8 @@ class Machines:
 
   def patient(self, *words, stop=0.3, end=0.3, timeout=60):
     """Run qvm with little patience: the constants are set from outside."""
-    return self.changed(
-      f"qvm.POWER_OFF_SECONDS, qvm.TERM_GRACE_SECONDS = {stop}, {end}", *words, timeout=timeout
-    )
-
-  def changed(self, change, *words, timeout=DEADLINE):
-    """Run qvm after a line that changes it from outside."""
-    return self.qvm(*words, code=change, timeout=timeout)
+    code = f"qvm.POWER_OFF_SECONDS, qvm.TERM_GRACE_SECONDS = {stop}, {end}"
+    return self.qvm(*words, code=code, timeout=timeout)
 
 
 GUEST = ("freebsd", "15.1")
@@ -638,7 +633,7 @@ qvm.Machine.start_qemu = lambda *words: (start(*words), os.kill(os.getpid(), 9))
 @pytest.mark.parametrize("words", [(), ("--detach",)])
 def test_a_qvm_that_is_killed_once_qemu_runs(machines, words):
   machines.play(**UP, stay=True)
-  result = machines.changed(KILLED, "run", *words, "--name", "vm", *GUEST)
+  result = machines.qvm("run", *words, "--name", "vm", *GUEST, code=KILLED, timeout=DEADLINE)
   assert result.returncode == -9
   (pid,) = machines.running()
   assert machines.states() == {"vm": "running"}

@@ -240,8 +240,6 @@ def test_clean_all_deletes_no_qemu_outside_of_the_cache(full, tmp_path):
 def test_a_kept_run_does_not_inherit_the_mark_of_a_killed_one(full, background, tmp_path):
   """The --rm run ends just before the kept one gets its name, after that has swept."""
   process, record = background(full, *RUN, "--rm", "--name", "vm")
-  stopper = tmp_path / "bin"
-  stopper.mkdir()
   code = (
     "sweep = qvm.sweep\n"
     "def swept(cache):\n"

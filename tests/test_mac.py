@@ -871,7 +871,7 @@ def test_a_folder_of_the_users_that_the_terminal_may_not_read(mac_of):
   words = ("run", "--rm", "--sync", str(folder), *ARM, "--", "true")
   result = mac(*words, code=DENIED.format(path=str(folder)))
   assert result.returncode == 125 and "Privacy & Security" in result.stderr, result.stderr
-  code = "import os\nreal = os.listdir\ndef listdir(path):\n  if isinstance(path, int):\n"
+  code = "real = os.listdir\ndef listdir(path):\n  if isinstance(path, int):\n"
   code += "    raise PermissionError(1, 'Operation not permitted')\n  return real(path)\n"
   result = mac(*words, code=code + "os.listdir = listdir\n")
   assert result.returncode == 125 and "Privacy & Security" in result.stderr, result.stderr

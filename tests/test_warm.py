@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, heard, lines, processes_of, rows, works
+from support import FREEBSD, fails, heard, lines, processes_of, rows, with_another, works
 from support_machines import OPENBSD_GUEST, RESTORED, SAVED
 
 import qvm as qvm_source
@@ -466,26 +466,11 @@ def test_a_signal_while_it_boots(warm, fifo, number, code):
 
 # --- Beside another qvm ----------------------------------------------------------------------
 
-MEANWHILE = """
-import subprocess
-look = qvm.Checkpoint.problem
-def patched(checkpoint):
-  found = look(checkpoint)
-  if not os.path.exists({done!r}):
-    open({done!r}, "w").close()
-    subprocess.run({command!r}, check=True, stdout=2)
-  return found
-qvm.Checkpoint.problem = patched
-"""
-
 
 def run_beside(warm, command, tmp_path):
   """A warm run; when it has first looked at its checkpoint, another qvm runs to its end."""
-  done = tmp_path / "done"
-  code = MEANWHILE.format(done=str(done), command=warm.qvm.command(*command))
-  result = warm.qvm(*warm.words("--warm", command=["true"]), code=code)
-  assert done.exists(), result.stderr
-  return works(result)
+  words, other = warm.words("--warm", command=["true"]), warm.qvm.command(*command)
+  return works(with_another(warm.qvm, words, "Checkpoint.problem", other, tmp_path))
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_is_not_needed(warm, tmp_path):

@@ -87,7 +87,10 @@ class Punisher:
     return ""
 
   def take(self, folder, link):
-    """Answer a connection."""
+    """Answer a connection; with the file `penalise` the one behind it has been too much."""
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(os.path.join(self.folder, "penalise"))
+      self.punish("authfail", self.LEAST)
     refused = self.refuses()
     if refused:
       self.note(refused)

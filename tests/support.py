@@ -287,7 +287,9 @@ def alive(pid):
 
 
 def parent_of(pid):
-  return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
+  """The process that has started this one; None if it has ended."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def written(fifo, process):

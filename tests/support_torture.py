@@ -260,11 +260,7 @@ def ours(qvm):
 def qemus(qvm):
   """The numbers of the QEMUs among them; a program that one has started may have the same words."""
   found = [pid for pid, words in ours(qvm).items() if "bin/qemu-system" in words]
-  own = []
-  for pid in found:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-      own += [pid] if parent_of(pid) not in found else []
-  return own
+  return [pid for pid in found if parent_of(pid) not in (None, *found)]
 
 
 # --- What there is to download ---------------------------------------------------------------

@@ -278,13 +278,19 @@ def test_a_signal_ends_all_machines(each, number):
   assert each.nothing_left()
 
 
+def child_for(guest, each, process):
+  """The qvm that an `each` has started for a guest, and the name of its machine."""
+  (disk,) = (each.qvm.cache / "instances").glob(guest + "-each-*.qcow2")
+  (child,) = [pid for pid in processes_of(disk.stem) if parent_of(pid) == process.pid]
+  return child, disk.stem
+
+
 def test_a_child_that_does_not_listen(each):
   """It is killed, and then its machine, which ignores SIGTERM as well."""
   each.play({"netbsd-10.1": {"ignore_term": True}})
   with ended(each.start(*THREE, "--", sleeping(each))) as process:
     running(each, process)
-    found = [pid for pid in processes_of("netbsd-10.1-each-") if parent_of(pid) == process.pid]
-    os.kill(found[0], signal.SIGSTOP)
+    os.kill(child_for("netbsd-10.1", each, process)[0], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=40)
   assert process.returncode == 130
@@ -320,10 +326,9 @@ def test_a_child_that_was_killed(each):
   script = f"{sleeping(each).partition('; ')[0]}; until [ -e {go} ]; do sleep 0.1; done"
   with ended(each.start(*THREE, "--", script)) as process:
     running(each, process)
-    found = [pid for pid in processes_of("netbsd-10.1-each-") if parent_of(pid) == process.pid]
-    (child,) = found
+    child, name = child_for("netbsd-10.1", each, process)
     os.kill(child, signal.SIGKILL)
-    wait_for(lambda: processes_of("netbsd-10.1-each-") == {})
+    wait_for(lambda: processes_of(name) == {})
     go.touch()
     output, errors = process.communicate(timeout=40)
   assert process.returncode == 125, errors

@@ -444,7 +444,7 @@ class Qvm:
     """Say what the stand-in for QEMU does in the next runs."""
     self.env["STAND_IN"] = json.dumps(play)
 
-  def __call__(self, *words, env=None, python=PYTHON, code=None, timeout=60, **more):
+  def __call__(self, *words, env=None, python=PYTHON, code=None, timeout=240, **more):
     """Run to the end; stdout and stderr are text."""
     more = {
       "stdin": subprocess.DEVNULL,

@@ -1799,7 +1799,7 @@ Handle = Union[int, IO[bytes], None]
 def absolute(path: str, name: str) -> str:
   """A path of the user's, without ~ and relative parts; name is the option or variable."""
   try:
-    return os.path.abspath(os.path.expanduser(path) if path.startswith("~") else path)
+    return os.path.abspath(os.path.expanduser(path))
   except FileNotFoundError:
     raise UsageError(f"{name}: '{path}' is relative, and the current folder has been deleted")
 
@@ -2156,7 +2156,7 @@ def make_folders(cache: Cache) -> None:
   try:
     if make_folder(path) and sys.platform == "darwin":
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
-    for path in (cache.root, *map(cache.path, FOLDERS)):
+    for path in map(cache.path, FOLDERS):
       make_folder(path)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2344,11 +2344,14 @@ class Lock:
 
   def try_(self) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take(fcntl.LOCK_EX, None)
+    return self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
   def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
-    self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, waits)
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if not self._take(how | fcntl.LOCK_NB):
+      waits()
+      self._take(how)
     return self
 
   def is_held(self) -> bool:
@@ -2401,16 +2404,13 @@ class Lock:
       )
     return True
 
-  def _take(self, how: int, waits: Optional[Callable[[], object]]) -> bool:
+  def _take(self, how: int) -> bool:
     while True:
       self.fd = self._open()
       with contextlib.ExitStack() as unless_taken:
         unless_taken.callback(self.release)
-        if not self._flock(self.fd, how | fcntl.LOCK_NB):
-          if not waits:
-            return False
-          waits()
-          self._flock(self.fd, how)
+        if not self._flock(self.fd, how):
+          return False
         with contextlib.suppress(FileNotFoundError):  # the holder has deleted it
           if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
             unless_taken.pop_all()
@@ -7391,48 +7391,30 @@ def last_words(fd: int) -> str:
   return " ".join(kept.decode("utf-8", "replace").split())
 
 
-def tar_block(
-  name: bytes, kind: bytes, mode: int, size: int, mtime: int = 0, target: bytes = b"",
-  magic: bytes = b"ustar\x0000",
-) -> bytes:  # fmt: skip
-  """A header as POSIX's ustar has it; a size that does not fit is in base 256, as GNU's."""
-  length = b"%011o\0" % size if size <= MAX_OCTAL_SIZE else b"\x80" + size.to_bytes(11, "big")
-  zero = b"0000000\0"  # the owner
-  block = struct.pack(
-    "100s8s8s8s12s12s8ss100s8s247x", name, b"%07o\0" % mode, zero, zero, length,
-    b"%011o\0" % mtime, b" " * 8, kind, target, magic,
-  )  # fmt: skip
-  return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def padded(data: bytes) -> bytes:
-  """Data filled up to whole tar blocks."""
-  return data + bytes(-len(data) % BLOCK)
-
-
 def tar_header(path: str, stat: os.stat_result, target: str, tar: GuestTar) -> bytes:
   """The headers of a file in a tar stream, as the guest's tar reads them.
 
   Names over 100 bytes go in GNU's header L, targets in its K or, for illumos, in Solaris' X. The
   prefix of ustar is not used: the tar of NetBSD wants something left for the name.
   """
-  name, link, mode = os.fsencode(path), os.fsencode(target), stat.st_mode & 0o777
-  kind, size = (b"2" if target else b"0"), 0 if target else stat.st_size
+  name, link = os.fsencode(path), os.fsencode(target)
+  member, before = tarfile.TarInfo(), b""
+  member.mode, member.size = stat.st_mode & 0o777, 0 if target else stat.st_size
+  member.mtime = min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
+  member.type = tarfile.SYMTYPE if target else tarfile.REGTYPE
   if S_ISDIR(stat.st_mode):  # opened, so that it can be filled; finish() in the guest closes it
-    name, kind, mode, size = name + b"/", b"5", mode | 0o700, 0
-  magic, more = b"ustar  \0", []
+    name, member.type = name + b"/", tarfile.DIRTYPE
+    member.mode, member.size = member.mode | 0o700, 0
   if len(link) > 100 and not tar.long_links:
     records = pax_record(b"path", name) + pax_record(b"linkpath", link)
-    more.append(tar_block(b"pax", b"X", 0o644, len(records)) + padded(records))
-  else:
-    for letter, value in ((b"K", link), (b"L", name)):
-      if len(value) > 100:
-        block = tar_block(b"././@LongLink", letter, 0, len(value) + 1, magic=magic)
-        more.append(block + padded(value + b"\0"))
-  if not more and size <= MAX_OCTAL_SIZE:
-    magic = b"ustar\x0000"
-  mtime = min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
-  return b"".join(more) + tar_block(name[:100], kind, mode, size, mtime, link[:100], magic)
+    extended = tarfile.TarInfo("pax")
+    extended.type, extended.size = b"X", len(records)
+    before = extended.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % BLOCK)
+    name, link = name[:100], link[:100]
+  member.name, member.linkname = in_utf8(os.fsdecode(name)), in_utf8(os.fsdecode(link))
+  if before or max(len(name), len(link)) > 100 or member.size > MAX_OCTAL_SIZE:
+    return before + member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+  return member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
 
 
 def pax_record(key: bytes, value: bytes) -> bytes:
@@ -7494,7 +7476,6 @@ class Sync:
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
     self.before: Dict[str, Optional[Entry]] = {}  # how the guest had what it gets anew
-    self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     target = opened_folder(options.sync_out) if options.sync_out else self.folder
     is_first = not os.path.lexists(self.path)  # else a damaged record: what is here may be newer
@@ -7685,57 +7666,57 @@ class Sync:
 
   def write_files(self, changed: Sequence[str], out: IO[bytes]) -> None:
     """Write files as a tar stream; what vanishes or shrinks meanwhile is said."""
-    vanished = []
+    vanished, short = [], []
     for path in changed:
       try:
-        self.write_file(path, out)
+        if not self.write_file(path, out):
+          short.append(path)
       except BrokenPipeError:
         raise
       except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
           raise unreadable(self.folder, path, error)
         vanished.append(path)
-        del self.mine[path]
     if changed:
       out.write(bytes(1024))
       out.flush()
     say_each(vanished, "has vanished, or become something else, while the folder was read")
-    say_each(self.short, "became shorter while the folder was read: the guest has not all of it")
+    say_each(short, "became shorter while the folder was read: the guest has not all of it")
+    for path in vanished + short:
+      del self.mine[path]
 
-  def write_file(self, path: str, out: IO[bytes]) -> None:
-    """Write a file to a tar stream, as many bytes of it as its header announces."""
+  def write_file(self, path: str, out: IO[bytes]) -> bool:
+    """Write a file to a tar stream, filled up with zeros if it has become shorter; else True."""
     stat = self.mine[path]
     if not S_ISREG(stat.st_mode):
       target = self.folder.do(os.readlink, path) if S_ISLNK(stat.st_mode) else ""
       out.write(tar_header(path, stat, target, self.tar))
-      return
+      return True
     with self.folder.open_file(path) as file:
       now = self.mine[path] = os.fstat(file.fileno())
       if self.why_not(path, now):
         raise ValueError("has grown too large")
       out.write(tar_header(path, now, "", self.tar))
-      left, is_short = now.st_size, now.st_size < stat.st_size
+      left, is_whole = now.st_size, now.st_size >= stat.st_size
       while left:
         chunk = file.read(min(left, CHUNK_BYTES))
-        is_short = is_short or not chunk
+        is_whole = is_whole and bool(chunk)
         left -= out.write(chunk or bytes(min(left, CHUNK_BYTES)))
     out.write(bytes(-now.st_size % BLOCK))
-    if is_short:
-      self.short.append(path)
+    return is_whole
 
   def account(self, code: int, words: str) -> None:
     """QvmError unless the guest lists all that it was to get."""
-    there = self.list.entries if self.list else {}
+    problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
+    if code or not self.list:
+      raise QvmError(f"{problem} ({ending(code)}): {words}")
     missing = []
     for path, stat in self.mine.items():
-      entry = there.get(path)
+      entry = self.list.entries.get(path)
       if not entry or (path in self.before and not is_listed(stat, entry)):
         missing.append(path)
       elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
         missing.append(path)  # its tar has not written it
-    problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
-    if code or not self.list:
-      raise QvmError(f"{problem} ({ending(code)}): {words}")
     if missing:
       names = ", ".join(map(shown, missing[:10])) + (", ..." if missing[10:] else "")
       raise QvmError(f"{problem}: {len(missing)} of {len(self.mine)} are not there: {names}", words)
@@ -7743,15 +7724,16 @@ class Sync:
   def remember(self) -> None:
     """Note how both sides are, now that they are the same.
 
-    What is in the guest alone and was there before need not come, nor what has vanished here while
-    it was sent; the rest of that still will, and what something else has changed there meanwhile.
+    What is in the guest alone and was there before need not come, nor what has vanished or become
+    shorter here while it was sent; the rest of that still will, and what something else has changed
+    there meanwhile.
     """
     known = {}
     for path, entry in (self.list.entries if self.list else {}).items():
       before, stat = self.known.get(path), self.mine.get(path)
       if stat and path in self.before:
         there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
-        known[path] = Known(there, None if path in self.short else stamp_of(stat))
+        known[path] = Known(there, stamp_of(stat))
       elif self.receiver.take_all or (not stat and path in self.before):
         known[path] = Known(entry.stamp, None)
       elif before and (stat or not before.here):
@@ -7788,10 +7770,11 @@ class Sync:
     target = self.receiver.folder.path
     problem = f"what changed in {self.login.paths.name} cannot be brought to {target}"
     receiver = self.receiver
-    missing = [path for path in receiver.changed if path not in receiver.done]
+    asked = (path for path in receiver.asked if path in receiver.present)
+    missing = [path for path in asked if path not in receiver.done]
     if not self.list or receiver.cut or (missing and receiver.is_empty and code):
       say_each(missing[:10], "stays in the guest")
-      raise QvmError(f"{problem} ({ending(code)}): {receiver.cut or ''} {words}".replace("  ", " "))
+      raise QvmError(f"{problem} ({ending(code)}): {receiver.cut} {words}".replace("  ", " "))
     say_each(missing, "stays in the guest: its tar has not sent it")
     if not self.list.complete:
       say("not all could be looked at in the guest")
@@ -7821,8 +7804,7 @@ class Receiver:
   ) -> None:
     self.folder, self.excludes, self.known, self.take_all = folder, excludes, known, take_all
     self.present: Dict[str, Entry] = {}  # all that there is in the guest,
-    self.changed: Dict[str, Entry] = {}  # of that, what is to come,
-    self.asked: Dict[str, None] = {}  # and what its tar is to send; also what may be there
+    self.asked: Dict[str, None] = {}  # what its tar is to send; also what may be there
     self.done: Set[str] = set()  # what has been dealt with,
     self.landed: Set[str] = set()  # of that, what is the same on both sides now,
     self.held: Set[str] = set()  # what stays in the guest,
@@ -7836,8 +7818,8 @@ class Receiver:
 
   def expect(self, there: Listing, large_files: bool) -> Iterable[str]:
     """Make the folders that are new in the guest; returns the files that its tar is to send."""
-    self.present, self.changed, self.done = there.entries, {}, set()
-    large, git = [], []
+    self.present, self.asked, self.done = there.entries, {}, set()
+    large, git, folders = [], [], []
     for path, entry in self.present.items():
       if entry.kind not in "dfl" or is_as_known(entry, self.known.get(path)):
         continue
@@ -7847,15 +7829,15 @@ class Receiver:
         git += [path] if is_git(os.path.basename(path)) else []
       elif entry.kind == "f" and entry.size > MAX_OCTAL_SIZE and not large_files:
         large.append(path)
+      elif entry.kind == "d":
+        folders.append(path)
       else:
-        self.changed[path] = entry
+        self.asked[path] = None
     say_each(git, "stays in the guest: some file systems take it for .git")
     say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
     self.held.update(git, large)
-    folders = [path for path, entry in self.changed.items() if entry.kind == "d"]
     for path in sorted(folders):
       self.attempt(path, self.put_folder)
-    self.asked = dict.fromkeys(path for path in self.changed if path not in self.done)
     if not there.complete:  # what is not listed may be there
       self.asked.update((path, None) for path, here in self.gone().items()
                         if not S_ISDIR(here.mode))  # fmt: skip
@@ -7910,7 +7892,7 @@ class Receiver:
   def note(self, path: str, here: os.stat_result) -> None:
     """Note that both sides are the same now, unless what has come is not what the guest lists."""
     self.landed.add(path)
-    entry = self.changed.get(path)
+    entry = self.present.get(path)
     if entry:
       self.known[path] = Known(entry.stamp if is_listed(here, entry) else "", stamp_of(here))
 
@@ -7963,7 +7945,7 @@ class Receiver:
 
   def put_folder(self, path: str) -> os.stat_result:
     """Make a folder that is new in the guest, or give one its new mode once all is in it."""
-    mode = self.changed[path].mode
+    mode = self.present[path].mode
     if mode & 0o500 != 0o500:
       raise ValueError(f"is closed there (mode {mode:o}), and so is what it holds")
     fd = self.make(path)
@@ -7980,9 +7962,10 @@ class Receiver:
     except FileNotFoundError:
       return None
     spelled = self.spelled(path, there)
-    if spelled != path:
-      self.respell(spelled, path, there)
-    return there
+    if spelled == path:
+      return there
+    self.respell(spelled, path, there)
+    return self.folder.stat(path)  # with the time of this change
 
   def spelled(self, path: str, there: os.stat_result) -> str:
     """How the name of a file is spelled on this disk, which may take several names for one."""
@@ -8006,8 +7989,6 @@ class Receiver:
     self.folder.rename(old, new)
     for path in [p for p in self.known if p == old or p.startswith(old + "/")]:
       self.known[new + path[len(old) :]] = self.known.pop(path)
-    if new in self.known and not S_ISDIR(there.st_mode):
-      self.known[new] = self.known[new]._replace(here=stamp_of(self.folder.stat(new)))
 
   # Files and links
 

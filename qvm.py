@@ -6382,7 +6382,7 @@ class Relay:
       end_process(self.process)
 
 
-def go_raw(signals: bool = False) -> None:
+def go_raw(signals: bool) -> None:
   """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S.
 
   With signals, for a terminal on stdin only, those keys and the output stay as they are.
@@ -6736,10 +6736,9 @@ def ssh_once(
     use(process)
     process.wait()
     words = log.read(TAIL_BYTES).decode("utf-8", "replace").split()
-  logged_in = (
-    LOGGED_IN in words or 0 <= process.returncode < 255
-  )  # a full disk has no room for its line
-  return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
+  code = process.returncode
+  logged_in = LOGGED_IN in words or 0 <= code < 255  # a full disk has no room for its line
+  return code, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
 def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> str:
@@ -7037,6 +7036,90 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
       f"the instance {paths.name} cannot be stopped ({holder(paths)})",
       f"pgrep -fl {shlex.quote(paths.disk)} shows its QEMU, if it runs here, and kill ends that",
     )
+
+
+def run_line(login: Login, options: Options, patience: float, first: str, folder: str = "") -> int:
+  """Run the command, with our stdin, stdout and stderr; a first signal is handed on to it.
+
+  At a terminal Ctrl-C gets there by itself, as any other key does, and a hang-up with it.
+  """
+  terminal = is_interactive()
+  env = guest_environment(options.env, os.environ)
+  pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
+  line = ""
+  if options.guest_command or env or folder:
+    line = shell_line(command_script(options.guest_command, env, folder, pid_file, first))
+
+  def wait(process: Any) -> None:
+    try:
+      process.wait()
+    except Interrupted as stop:
+      if terminal or not line or signals.hurried:
+        raise
+      signals.again()
+      problem = hand_on(login, pid_file, stop.signum)
+      if problem == KILLED or problem and process.poll() is None:
+        raise stop
+      try:
+        process.wait(None if stop.signum == signal.SIGINT else TERM_GRACE_SECONDS)
+      except subprocess.TimeoutExpired:
+        raise stop
+
+  with RelayedStreams(terminal) as streams:
+    code = in_guest(login, line, wait, patience, streams.spawn)
+  # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
+  has_file = line and not terminal  # else ssh has said on the terminal what happened
+  if code == 255 and (
+    login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
+  ):
+    raise lost(login, "no answer any more")
+  if streams.problem:
+    say(f"stdout: {streams.problem}")
+    return code or EXIT_OWN
+  return code
+
+
+# OpenSSH's server makes each command the leader of a process group. The file names it while the
+# command runs, and may not be there yet.
+HAND_ON = """
+tries=0
+exec 2>/dev/null
+until read leader <{file}; do
+  tries=$((tries + 1))
+  [ $tries -lt 3 ] || exit 1
+  sleep 1
+done
+kill -s {name} -- -$leader || exit
+"""
+THEN_KILL = """
+tries=0
+while [ -e {file} ]; do
+  tries=$((tries + 1))
+  if [ $tries -gt {seconds} ]; then
+    rm -f {file}
+    kill -s KILL -- -$leader
+    exit {killed}
+  fi
+  sleep 1
+done
+"""
+KILLED = 9
+
+
+def hand_on(login: Login, pid_file: str, number: int) -> int:
+  """Give a signal to a command in the guest: 0, or KILLED; 1 if there is no command, 2 no answer.
+
+  Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
+  """
+  script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
+  if number == signal.SIGTERM:
+    script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
+  elif number == signal.SIGHUP:
+    script += f"rm -f {pid_file}"  # its shell may be killed with it
+  try:
+    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
+  except QvmError:
+    return 2
 
 
 # ---- Sync ---------------------------------------------------------------------------------------
@@ -7347,17 +7430,16 @@ LINE_RE = r"(?s)//(\S)\S* (?:([0-7]+) ([0-9]{1,19}) (\S+)|- - -) \.(?:/(.*))?\n"
 def list_lines(stream: IO[bytes]) -> Iterator[bytes]:
   """The lines of the guest's next list up to //end, or fewer; RefusedError if it has no end."""
   line, size = bytearray(), 0
-  while not line.startswith(b"//end "):
-    piece = stream.readline(1 << 16)
+  for piece in iter(functools.partial(stream.readline, 1 << 16), b""):
     size += len(piece) + LINE_COST_BYTES
     if size > MAX_LIST_BYTES:
       raise RefusedError("the guest's list of names is longer than any")
-    if not piece or (line.endswith(b"\n") and piece.startswith(b"//")):
+    if line.endswith(b"\n") and piece.startswith(b"//"):
       yield bytes(line)
       line.clear()
-    if not piece:
-      return
     line += piece
+    if line.startswith(b"//end "):
+      break
   yield bytes(line)
 
 
@@ -8134,92 +8216,6 @@ def run_command(login: Login, options: Options, patience: float, resumed: bool =
   if resumed:  # the time must be right before files get their times
     refresh_guest(login)
   return Sync(login, options).run(patience)
-
-
-def run_line(
-  login: Login, options: Options, patience: float, first: str = "", folder: str = ""
-) -> int:
-  """Run the command, with our stdin, stdout and stderr; a first signal is handed on to it.
-
-  At a terminal Ctrl-C gets there by itself, as any other key does, and a hang-up with it.
-  """
-  terminal = is_interactive()
-  env = guest_environment(options.env, os.environ)
-  pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
-  line = ""
-  if options.guest_command or env or folder:
-    line = shell_line(command_script(options.guest_command, env, folder, pid_file, first))
-
-  def wait(process: Any) -> None:
-    try:
-      process.wait()
-    except Interrupted as stop:
-      if terminal or not line or signals.hurried:
-        raise
-      signals.again()
-      problem = hand_on(login, pid_file, stop.signum)
-      if problem == KILLED or problem and process.poll() is None:
-        raise stop
-      try:
-        process.wait(None if stop.signum == signal.SIGINT else TERM_GRACE_SECONDS)
-      except subprocess.TimeoutExpired:
-        raise stop
-
-  with RelayedStreams(terminal) as streams:
-    code = in_guest(login, line, wait, patience, streams.spawn)
-  # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
-  has_file = line and not terminal  # else ssh has said on the terminal what happened
-  if code == 255 and (
-    login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
-  ):
-    raise lost(login, "no answer any more")
-  if streams.problem:
-    say(f"stdout: {streams.problem}")
-    return code or EXIT_OWN
-  return code
-
-
-# OpenSSH's server makes each command the leader of a process group. The file names it while the
-# command runs, and may not be there yet.
-HAND_ON = """
-tries=0
-exec 2>/dev/null
-until read leader <{file}; do
-  tries=$((tries + 1))
-  [ $tries -lt 3 ] || exit 1
-  sleep 1
-done
-kill -s {name} -- -$leader || exit
-"""
-THEN_KILL = """
-tries=0
-while [ -e {file} ]; do
-  tries=$((tries + 1))
-  if [ $tries -gt {seconds} ]; then
-    rm -f {file}
-    kill -s KILL -- -$leader
-    exit {killed}
-  fi
-  sleep 1
-done
-"""
-KILLED = 9
-
-
-def hand_on(login: Login, pid_file: str, number: int) -> int:
-  """Give a signal to a command in the guest: 0, or KILLED; 1 if there is no command, 2 no answer.
-
-  Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
-  """
-  script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
-  if number == signal.SIGTERM:
-    script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
-  elif number == signal.SIGHUP:
-    script += f"rm -f {pid_file}"  # its shell may be killed with it
-  try:
-    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
-  except QvmError:
-    return 2
 
 
 # ---- Image server -------------------------------------------------------------------------------

@@ -6292,7 +6292,7 @@ class Relay:
       if self.take_terminal and os.isatty(0) and may_read_stdin():  # also when `fg` comes later
         self.take_terminal()
         self.take_terminal = None
-      writers = [self.keys] if self.pending and self.keys >= 0 else []
+      writers = [self.keys] if self.pending else []
       more = self.reading and len(self.pending) < CHUNK_BYTES and may_read_stdin()
       readers = [*sources, 0] if more else list(sources)
       ready, free, _ = select.select(readers, writers, [], 0 if ended else 1.0)
@@ -6478,12 +6478,7 @@ def has_banner(address: Address, timeout: float) -> bool:
   """Whether an ssh server answers; QEMU accepts connections long before the guest does."""
   try:
     with socket.create_connection((reachable(address), address.port), timeout) as link:
-      link.settimeout(timeout)
-      start = chunk = link.recv(4)
-      while chunk and len(start) < 4 and b"SSH-".startswith(start):
-        chunk = link.recv(4 - len(start))
-        start += chunk
-      return start == b"SSH-"
+      return link.makefile("rb").read(4) == b"SSH-"
   except OSError:
     return False
 
@@ -6765,7 +6760,7 @@ def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]]
         break
       write_all(target, data)
   except OSError as error:  # EPIPE; EBADF for nohup's stdin, which can only be written
-    problem = describe(error) * (target == 1 and error.errno != errno.EPIPE)
+    problem = describe(error) if target == 1 and error.errno != errno.EPIPE else ""
   for end in filter(None, (ours, stop)):
     end.close()
   return problem

@@ -1799,7 +1799,7 @@ Handle = Union[int, IO[bytes], None]
 def absolute(path: str, name: str) -> str:
   """A path of the user's, without ~ and relative parts; name is the option or variable."""
   try:
-    return os.path.abspath(os.path.expanduser(path) if path.startswith("~") else path)
+    return os.path.abspath(os.path.expanduser(path))
   except FileNotFoundError:
     raise UsageError(f"{name}: '{path}' is relative, and the current folder has been deleted")
 
@@ -2156,7 +2156,7 @@ def make_folders(cache: Cache) -> None:
   try:
     if make_folder(path) and sys.platform == "darwin":
       ask_program(["/usr/bin/tmutil", "addexclusion", path])  # Time Machine backs up ~/.cache
-    for path in (cache.root, *map(cache.path, FOLDERS)):
+    for path in map(cache.path, FOLDERS):
       make_folder(path)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2344,11 +2344,14 @@ class Lock:
 
   def try_(self) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take(fcntl.LOCK_EX, None)
+    return self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
   def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
-    self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, waits)
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if not self._take(how | fcntl.LOCK_NB):
+      waits()
+      self._take(how)
     return self
 
   def is_held(self) -> bool:
@@ -2401,16 +2404,13 @@ class Lock:
       )
     return True
 
-  def _take(self, how: int, waits: Optional[Callable[[], object]]) -> bool:
+  def _take(self, how: int) -> bool:
     while True:
       self.fd = self._open()
       with contextlib.ExitStack() as unless_taken:
         unless_taken.callback(self.release)
-        if not self._flock(self.fd, how | fcntl.LOCK_NB):
-          if not waits:
-            return False
-          waits()
-          self._flock(self.fd, how)
+        if not self._flock(self.fd, how):
+          return False
         with contextlib.suppress(FileNotFoundError):  # the holder has deleted it
           if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
             unless_taken.pop_all()
@@ -6292,7 +6292,7 @@ class Relay:
       if self.take_terminal and os.isatty(0) and may_read_stdin():  # also when `fg` comes later
         self.take_terminal()
         self.take_terminal = None
-      writers = [self.keys] if self.pending and self.keys >= 0 else []
+      writers = [self.keys] if self.pending else []
       more = self.reading and len(self.pending) < CHUNK_BYTES and may_read_stdin()
       readers = [*sources, 0] if more else list(sources)
       ready, free, _ = select.select(readers, writers, [], 0 if ended else 1.0)
@@ -6382,7 +6382,7 @@ class Relay:
       end_process(self.process)
 
 
-def go_raw(signals: bool = False) -> None:
+def go_raw(signals: bool) -> None:
   """Make the terminal raw: every key reaches the guest, including Ctrl-C, Ctrl-Z and Ctrl-S.
 
   With signals, for a terminal on stdin only, those keys and the output stay as they are.
@@ -6478,12 +6478,7 @@ def has_banner(address: Address, timeout: float) -> bool:
   """Whether an ssh server answers; QEMU accepts connections long before the guest does."""
   try:
     with socket.create_connection((reachable(address), address.port), timeout) as link:
-      link.settimeout(timeout)
-      start = chunk = link.recv(4)
-      while chunk and len(start) < 4 and b"SSH-".startswith(start):
-        chunk = link.recv(4 - len(start))
-        start += chunk
-      return start == b"SSH-"
+      return link.makefile("rb").read(4) == b"SSH-"
   except OSError:
     return False
 
@@ -6736,10 +6731,9 @@ def ssh_once(
     use(process)
     process.wait()
     words = log.read(TAIL_BYTES).decode("utf-8", "replace").split()
-  logged_in = (
-    LOGGED_IN in words or 0 <= process.returncode < 255
-  )  # a full disk has no room for its line
-  return process.returncode, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
+  code = process.returncode
+  logged_in = LOGGED_IN in words or 0 <= code < 255  # a full disk has no room for its line
+  return code, logged_in, printable(" ".join(w for w in words if w != LOGGED_IN))
 
 
 def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]] = None) -> str:
@@ -6766,7 +6760,7 @@ def pass_on(source: int, target: int, ours: IO[bytes], stop: Optional[IO[bytes]]
         break
       write_all(target, data)
   except OSError as error:  # EPIPE; EBADF for nohup's stdin, which can only be written
-    problem = describe(error) * (target == 1 and error.errno != errno.EPIPE)
+    problem = describe(error) if target == 1 and error.errno != errno.EPIPE else ""
   for end in filter(None, (ours, stop)):
     end.close()
   return problem
@@ -7037,6 +7031,90 @@ def stop_instance(paths: InstancePaths, force: bool, patience: float = 0.0) -> N
       f"the instance {paths.name} cannot be stopped ({holder(paths)})",
       f"pgrep -fl {shlex.quote(paths.disk)} shows its QEMU, if it runs here, and kill ends that",
     )
+
+
+def run_line(login: Login, options: Options, patience: float, first: str, folder: str = "") -> int:
+  """Run the command, with our stdin, stdout and stderr; a first signal is handed on to it.
+
+  At a terminal Ctrl-C gets there by itself, as any other key does, and a hang-up with it.
+  """
+  terminal = is_interactive()
+  env = guest_environment(options.env, os.environ)
+  pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
+  line = ""
+  if options.guest_command or env or folder:
+    line = shell_line(command_script(options.guest_command, env, folder, pid_file, first))
+
+  def wait(process: Any) -> None:
+    try:
+      process.wait()
+    except Interrupted as stop:
+      if terminal or not line or signals.hurried:
+        raise
+      signals.again()
+      problem = hand_on(login, pid_file, stop.signum)
+      if problem == KILLED or problem and process.poll() is None:
+        raise stop
+      try:
+        process.wait(None if stop.signum == signal.SIGINT else TERM_GRACE_SECONDS)
+      except subprocess.TimeoutExpired:
+        raise stop
+
+  with RelayedStreams(terminal) as streams:
+    code = in_guest(login, line, wait, patience, streams.spawn)
+  # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
+  has_file = line and not terminal  # else ssh has said on the terminal what happened
+  if code == 255 and (
+    login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
+  ):
+    raise lost(login, "no answer any more")
+  if streams.problem:
+    say(f"stdout: {streams.problem}")
+    return code or EXIT_OWN
+  return code
+
+
+# OpenSSH's server makes each command the leader of a process group. The file names it while the
+# command runs, and may not be there yet.
+HAND_ON = """
+tries=0
+exec 2>/dev/null
+until read leader <{file}; do
+  tries=$((tries + 1))
+  [ $tries -lt 3 ] || exit 1
+  sleep 1
+done
+kill -s {name} -- -$leader || exit
+"""
+THEN_KILL = """
+tries=0
+while [ -e {file} ]; do
+  tries=$((tries + 1))
+  if [ $tries -gt {seconds} ]; then
+    rm -f {file}
+    kill -s KILL -- -$leader
+    exit {killed}
+  fi
+  sleep 1
+done
+"""
+KILLED = 9
+
+
+def hand_on(login: Login, pid_file: str, number: int) -> int:
+  """Give a signal to a command in the guest: 0, or KILLED; 1 if there is no command, 2 no answer.
+
+  Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
+  """
+  script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
+  if number == signal.SIGTERM:
+    script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
+  elif number == signal.SIGHUP:
+    script += f"rm -f {pid_file}"  # its shell may be killed with it
+  try:
+    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
+  except QvmError:
+    return 2
 
 
 # ---- Sync ---------------------------------------------------------------------------------------
@@ -7347,17 +7425,16 @@ LINE_RE = r"(?s)//(\S)\S* (?:([0-7]+) ([0-9]{1,19}) (\S+)|- - -) \.(?:/(.*))?\n"
 def list_lines(stream: IO[bytes]) -> Iterator[bytes]:
   """The lines of the guest's next list up to //end, or fewer; RefusedError if it has no end."""
   line, size = bytearray(), 0
-  while not line.startswith(b"//end "):
-    piece = stream.readline(1 << 16)
+  for piece in iter(functools.partial(stream.readline, 1 << 16), b""):
     size += len(piece) + LINE_COST_BYTES
     if size > MAX_LIST_BYTES:
       raise RefusedError("the guest's list of names is longer than any")
-    if not piece or (line.endswith(b"\n") and piece.startswith(b"//")):
+    if line.endswith(b"\n") and piece.startswith(b"//"):
       yield bytes(line)
       line.clear()
-    if not piece:
-      return
     line += piece
+    if line.startswith(b"//end "):
+      break
   yield bytes(line)
 
 
@@ -7391,48 +7468,30 @@ def last_words(fd: int) -> str:
   return " ".join(kept.decode("utf-8", "replace").split())
 
 
-def tar_block(
-  name: bytes, kind: bytes, mode: int, size: int, mtime: int = 0, target: bytes = b"",
-  magic: bytes = b"ustar\x0000",
-) -> bytes:  # fmt: skip
-  """A header as POSIX's ustar has it; a size that does not fit is in base 256, as GNU's."""
-  length = b"%011o\0" % size if size <= MAX_OCTAL_SIZE else b"\x80" + size.to_bytes(11, "big")
-  zero = b"0000000\0"  # the owner
-  block = struct.pack(
-    "100s8s8s8s12s12s8ss100s8s247x", name, b"%07o\0" % mode, zero, zero, length,
-    b"%011o\0" % mtime, b" " * 8, kind, target, magic,
-  )  # fmt: skip
-  return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def padded(data: bytes) -> bytes:
-  """Data filled up to whole tar blocks."""
-  return data + bytes(-len(data) % BLOCK)
-
-
 def tar_header(path: str, stat: os.stat_result, target: str, tar: GuestTar) -> bytes:
   """The headers of a file in a tar stream, as the guest's tar reads them.
 
   Names over 100 bytes go in GNU's header L, targets in its K or, for illumos, in Solaris' X. The
   prefix of ustar is not used: the tar of NetBSD wants something left for the name.
   """
-  name, link, mode = os.fsencode(path), os.fsencode(target), stat.st_mode & 0o777
-  kind, size = (b"2" if target else b"0"), 0 if target else stat.st_size
+  name, link = os.fsencode(path), os.fsencode(target)
+  member, before = tarfile.TarInfo(), b""
+  member.mode, member.size = stat.st_mode & 0o777, 0 if target else stat.st_size
+  member.mtime = min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
+  member.type = tarfile.SYMTYPE if target else tarfile.REGTYPE
   if S_ISDIR(stat.st_mode):  # opened, so that it can be filled; finish() in the guest closes it
-    name, kind, mode, size = name + b"/", b"5", mode | 0o700, 0
-  magic, more = b"ustar  \0", []
+    name, member.type = name + b"/", tarfile.DIRTYPE
+    member.mode, member.size = member.mode | 0o700, 0
   if len(link) > 100 and not tar.long_links:
     records = pax_record(b"path", name) + pax_record(b"linkpath", link)
-    more.append(tar_block(b"pax", b"X", 0o644, len(records)) + padded(records))
-  else:
-    for letter, value in ((b"K", link), (b"L", name)):
-      if len(value) > 100:
-        block = tar_block(b"././@LongLink", letter, 0, len(value) + 1, magic=magic)
-        more.append(block + padded(value + b"\0"))
-  if not more and size <= MAX_OCTAL_SIZE:
-    magic = b"ustar\x0000"
-  mtime = min(max(0, int(stat.st_mtime)), MAX_OCTAL_SIZE)
-  return b"".join(more) + tar_block(name[:100], kind, mode, size, mtime, link[:100], magic)
+    extended = tarfile.TarInfo("pax")
+    extended.type, extended.size = b"X", len(records)
+    before = extended.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % BLOCK)
+    name, link = name[:100], link[:100]
+  member.name, member.linkname = in_utf8(os.fsdecode(name)), in_utf8(os.fsdecode(link))
+  if before or max(len(name), len(link)) > 100 or member.size > MAX_OCTAL_SIZE:
+    return before + member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+  return member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
 
 
 def pax_record(key: bytes, value: bytes) -> bytes:
@@ -7494,7 +7553,6 @@ class Sync:
     self.found: Dict[str, os.stat_result] = {}  # what is here,
     self.mine: Dict[str, os.stat_result] = {}  # and of that, what the guest gets
     self.before: Dict[str, Optional[Entry]] = {}  # how the guest had what it gets anew
-    self.short: List[str] = []  # what became shorter while it was read
     self.code: Optional[int] = None  # the command's
     target = opened_folder(options.sync_out) if options.sync_out else self.folder
     is_first = not os.path.lexists(self.path)  # else a damaged record: what is here may be newer
@@ -7685,57 +7743,57 @@ class Sync:
 
   def write_files(self, changed: Sequence[str], out: IO[bytes]) -> None:
     """Write files as a tar stream; what vanishes or shrinks meanwhile is said."""
-    vanished = []
+    vanished, short = [], []
     for path in changed:
       try:
-        self.write_file(path, out)
+        if not self.write_file(path, out):
+          short.append(path)
       except BrokenPipeError:
         raise
       except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
           raise unreadable(self.folder, path, error)
         vanished.append(path)
-        del self.mine[path]
     if changed:
       out.write(bytes(1024))
       out.flush()
     say_each(vanished, "has vanished, or become something else, while the folder was read")
-    say_each(self.short, "became shorter while the folder was read: the guest has not all of it")
+    say_each(short, "became shorter while the folder was read: the guest has not all of it")
+    for path in vanished + short:
+      del self.mine[path]
 
-  def write_file(self, path: str, out: IO[bytes]) -> None:
-    """Write a file to a tar stream, as many bytes of it as its header announces."""
+  def write_file(self, path: str, out: IO[bytes]) -> bool:
+    """Write a file to a tar stream, filled up with zeros if it has become shorter; else True."""
     stat = self.mine[path]
     if not S_ISREG(stat.st_mode):
       target = self.folder.do(os.readlink, path) if S_ISLNK(stat.st_mode) else ""
       out.write(tar_header(path, stat, target, self.tar))
-      return
+      return True
     with self.folder.open_file(path) as file:
       now = self.mine[path] = os.fstat(file.fileno())
       if self.why_not(path, now):
         raise ValueError("has grown too large")
       out.write(tar_header(path, now, "", self.tar))
-      left, is_short = now.st_size, now.st_size < stat.st_size
+      left, is_whole = now.st_size, now.st_size >= stat.st_size
       while left:
         chunk = file.read(min(left, CHUNK_BYTES))
-        is_short = is_short or not chunk
+        is_whole = is_whole and bool(chunk)
         left -= out.write(chunk or bytes(min(left, CHUNK_BYTES)))
     out.write(bytes(-now.st_size % BLOCK))
-    if is_short:
-      self.short.append(path)
+    return is_whole
 
   def account(self, code: int, words: str) -> None:
     """QvmError unless the guest lists all that it was to get."""
-    there = self.list.entries if self.list else {}
+    problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
+    if code or not self.list:
+      raise QvmError(f"{problem} ({ending(code)}): {words}")
     missing = []
     for path, stat in self.mine.items():
-      entry = there.get(path)
+      entry = self.list.entries.get(path)
       if not entry or (path in self.before and not is_listed(stat, entry)):
         missing.append(path)
       elif entry.stamp and entry.kind != "d" and entry == self.before.get(path):
         missing.append(path)  # its tar has not written it
-    problem = f"{self.options.sync} cannot be copied to {self.login.paths.name}"
-    if code or not self.list:
-      raise QvmError(f"{problem} ({ending(code)}): {words}")
     if missing:
       names = ", ".join(map(shown, missing[:10])) + (", ..." if missing[10:] else "")
       raise QvmError(f"{problem}: {len(missing)} of {len(self.mine)} are not there: {names}", words)
@@ -7743,15 +7801,16 @@ class Sync:
   def remember(self) -> None:
     """Note how both sides are, now that they are the same.
 
-    What is in the guest alone and was there before need not come, nor what has vanished here while
-    it was sent; the rest of that still will, and what something else has changed there meanwhile.
+    What is in the guest alone and was there before need not come, nor what has vanished or become
+    shorter here while it was sent; the rest of that still will, and what something else has changed
+    there meanwhile.
     """
     known = {}
     for path, entry in (self.list.entries if self.list else {}).items():
       before, stat = self.known.get(path), self.mine.get(path)
       if stat and path in self.before:
         there = f"d{stat.st_mode & 0o777:o}" if entry.kind == "d" and entry.stamp else entry.stamp
-        known[path] = Known(there, None if path in self.short else stamp_of(stat))
+        known[path] = Known(there, stamp_of(stat))
       elif self.receiver.take_all or (not stat and path in self.before):
         known[path] = Known(entry.stamp, None)
       elif before and (stat or not before.here):
@@ -7788,10 +7847,11 @@ class Sync:
     target = self.receiver.folder.path
     problem = f"what changed in {self.login.paths.name} cannot be brought to {target}"
     receiver = self.receiver
-    missing = [path for path in receiver.changed if path not in receiver.done]
+    asked = (path for path in receiver.asked if path in receiver.present)
+    missing = [path for path in asked if path not in receiver.done]
     if not self.list or receiver.cut or (missing and receiver.is_empty and code):
       say_each(missing[:10], "stays in the guest")
-      raise QvmError(f"{problem} ({ending(code)}): {receiver.cut or ''} {words}".replace("  ", " "))
+      raise QvmError(f"{problem} ({ending(code)}): {receiver.cut} {words}".replace("  ", " "))
     say_each(missing, "stays in the guest: its tar has not sent it")
     if not self.list.complete:
       say("not all could be looked at in the guest")
@@ -7821,8 +7881,7 @@ class Receiver:
   ) -> None:
     self.folder, self.excludes, self.known, self.take_all = folder, excludes, known, take_all
     self.present: Dict[str, Entry] = {}  # all that there is in the guest,
-    self.changed: Dict[str, Entry] = {}  # of that, what is to come,
-    self.asked: Dict[str, None] = {}  # and what its tar is to send; also what may be there
+    self.asked: Dict[str, None] = {}  # what its tar is to send; also what may be there
     self.done: Set[str] = set()  # what has been dealt with,
     self.landed: Set[str] = set()  # of that, what is the same on both sides now,
     self.held: Set[str] = set()  # what stays in the guest,
@@ -7836,8 +7895,8 @@ class Receiver:
 
   def expect(self, there: Listing, large_files: bool) -> Iterable[str]:
     """Make the folders that are new in the guest; returns the files that its tar is to send."""
-    self.present, self.changed, self.done = there.entries, {}, set()
-    large, git = [], []
+    self.present, self.asked, self.done = there.entries, {}, set()
+    large, git, folders = [], [], []
     for path, entry in self.present.items():
       if entry.kind not in "dfl" or is_as_known(entry, self.known.get(path)):
         continue
@@ -7847,15 +7906,15 @@ class Receiver:
         git += [path] if is_git(os.path.basename(path)) else []
       elif entry.kind == "f" and entry.size > MAX_OCTAL_SIZE and not large_files:
         large.append(path)
+      elif entry.kind == "d":
+        folders.append(path)
       else:
-        self.changed[path] = entry
+        self.asked[path] = None
     say_each(git, "stays in the guest: some file systems take it for .git")
     say_each(large, "stays in the guest: it has 8 GiB or more, too much for its tar")
     self.held.update(git, large)
-    folders = [path for path, entry in self.changed.items() if entry.kind == "d"]
     for path in sorted(folders):
       self.attempt(path, self.put_folder)
-    self.asked = dict.fromkeys(path for path in self.changed if path not in self.done)
     if not there.complete:  # what is not listed may be there
       self.asked.update((path, None) for path, here in self.gone().items()
                         if not S_ISDIR(here.mode))  # fmt: skip
@@ -7910,7 +7969,7 @@ class Receiver:
   def note(self, path: str, here: os.stat_result) -> None:
     """Note that both sides are the same now, unless what has come is not what the guest lists."""
     self.landed.add(path)
-    entry = self.changed.get(path)
+    entry = self.present.get(path)
     if entry:
       self.known[path] = Known(entry.stamp if is_listed(here, entry) else "", stamp_of(here))
 
@@ -7963,7 +8022,7 @@ class Receiver:
 
   def put_folder(self, path: str) -> os.stat_result:
     """Make a folder that is new in the guest, or give one its new mode once all is in it."""
-    mode = self.changed[path].mode
+    mode = self.present[path].mode
     if mode & 0o500 != 0o500:
       raise ValueError(f"is closed there (mode {mode:o}), and so is what it holds")
     fd = self.make(path)
@@ -7980,9 +8039,10 @@ class Receiver:
     except FileNotFoundError:
       return None
     spelled = self.spelled(path, there)
-    if spelled != path:
-      self.respell(spelled, path, there)
-    return there
+    if spelled == path:
+      return there
+    self.respell(spelled, path, there)
+    return self.folder.stat(path)  # with the time of this change
 
   def spelled(self, path: str, there: os.stat_result) -> str:
     """How the name of a file is spelled on this disk, which may take several names for one."""
@@ -8006,8 +8066,6 @@ class Receiver:
     self.folder.rename(old, new)
     for path in [p for p in self.known if p == old or p.startswith(old + "/")]:
       self.known[new + path[len(old) :]] = self.known.pop(path)
-    if new in self.known and not S_ISDIR(there.st_mode):
-      self.known[new] = self.known[new]._replace(here=stamp_of(self.folder.stat(new)))
 
   # Files and links
 
@@ -8153,92 +8211,6 @@ def run_command(login: Login, options: Options, patience: float, resumed: bool =
   if resumed:  # the time must be right before files get their times
     refresh_guest(login)
   return Sync(login, options).run(patience)
-
-
-def run_line(
-  login: Login, options: Options, patience: float, first: str = "", folder: str = ""
-) -> int:
-  """Run the command, with our stdin, stdout and stderr; a first signal is handed on to it.
-
-  At a terminal Ctrl-C gets there by itself, as any other key does, and a hang-up with it.
-  """
-  terminal = is_interactive()
-  env = guest_environment(options.env, os.environ)
-  pid_file = "" if terminal else '"$HOME"/.qvm-' + os.urandom(6).hex()
-  line = ""
-  if options.guest_command or env or folder:
-    line = shell_line(command_script(options.guest_command, env, folder, pid_file, first))
-
-  def wait(process: Any) -> None:
-    try:
-      process.wait()
-    except Interrupted as stop:
-      if terminal or not line or signals.hurried:
-        raise
-      signals.again()
-      problem = hand_on(login, pid_file, stop.signum)
-      if problem == KILLED or problem and process.poll() is None:
-        raise stop
-      try:
-        process.wait(None if stop.signum == signal.SIGINT else TERM_GRACE_SECONDS)
-      except subprocess.TimeoutExpired:
-        raise stop
-
-  with RelayedStreams(terminal) as streams:
-    code = in_guest(login, line, wait, patience, streams.spawn)
-  # A command may end with 255 itself. Else the connection is lost, and it gets a terminal's SIGHUP.
-  has_file = line and not terminal  # else ssh has said on the terminal what happened
-  if code == 255 and (
-    login.ended(1.0) or has_file and hand_on(login, pid_file, signal.SIGHUP) != 1
-  ):
-    raise lost(login, "no answer any more")
-  if streams.problem:
-    say(f"stdout: {streams.problem}")
-    return code or EXIT_OWN
-  return code
-
-
-# OpenSSH's server makes each command the leader of a process group. The file names it while the
-# command runs, and may not be there yet.
-HAND_ON = """
-tries=0
-exec 2>/dev/null
-until read leader <{file}; do
-  tries=$((tries + 1))
-  [ $tries -lt 3 ] || exit 1
-  sleep 1
-done
-kill -s {name} -- -$leader || exit
-"""
-THEN_KILL = """
-tries=0
-while [ -e {file} ]; do
-  tries=$((tries + 1))
-  if [ $tries -gt {seconds} ]; then
-    rm -f {file}
-    kill -s KILL -- -$leader
-    exit {killed}
-  fi
-  sleep 1
-done
-"""
-KILLED = 9
-
-
-def hand_on(login: Login, pid_file: str, number: int) -> int:
-  """Give a signal to a command in the guest: 0, or KILLED; 1 if there is no command, 2 no answer.
-
-  Whoever sends SIGTERM expects an end: what is still there TERM_GRACE_SECONDS later is killed.
-  """
-  script = HAND_ON.format(file=pid_file, name=signal.Signals(number).name[3:])
-  if number == signal.SIGTERM:
-    script += THEN_KILL.format(file=pid_file, seconds=round(TERM_GRACE_SECONDS), killed=KILLED)
-  elif number == signal.SIGHUP:
-    script += f"rm -f {pid_file}"  # its shell may be killed with it
-  try:
-    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
-  except QvmError:
-    return 2
 
 
 # ---- Image server -------------------------------------------------------------------------------

@@ -425,9 +425,6 @@ class Anything(dict):
   def __contains__(self, path):
     return ".git" not in path.split("/")
 
-  def __missing__(self, path):
-    return qvm_source.Entry("f", 0o644, 0, "1")
-
 
 def receive(folder, data, known=None, present=None):
   """What a Receiver makes of a stream that comes through a pipe; returns it."""
@@ -447,7 +444,7 @@ def receive(folder, data, known=None, present=None):
       receiver = qvm_source.Receiver(opened, excludes, dict(known or {}), known is None)
       receiver.expect(qvm_source.Listing(present or {}, True), True)
       if present is None:
-        receiver.changed = receiver.asked = Anything()
+        receiver.asked = Anything()
       receiver.take(file)
       receiver.finish()
       return receiver

@@ -2692,6 +2692,7 @@ FAMILY_SECONDS = 3.0  # for an address while others are left: its first packet m
 URL_RE = (
   r"(https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?|file://(/[!-~]*)?)\Z"
 )
+TAG_MARK = "/releases/tag/"  # in the address of a release's page
 QUOTA_HINT = "GITHUB_TOKEN raises it from 60 to 5,000 requests an hour"
 RETRY_CODES = (408, 425, 429, 500, 502, 503, 504)
 NO_SUCH_RANGE = 416
@@ -2725,6 +2726,10 @@ class Cancelled(Exception):
 
 class NotFound(QvmError):
   """The server says that there is no such thing."""
+
+
+class ReleasePage(QvmError):
+  """A redirect to the page of a release, which is not followed: only its address matters."""
 
 
 def net_from(environ: Mapping[str, str]) -> Net:
@@ -2775,11 +2780,11 @@ def impatient(net: Net) -> Net:
   return net._replace(timeout=min(net.timeout, 10.0), attempts=2, patience=10.0)
 
 
-def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
+def handlers() -> "List[urllib.request.BaseHandler]":
   """What urllib does in its own way otherwise: redirects, proxies, and connections by connect().
 
-  A redirect never leaves https, and strips proxy credentials. One to an address that contains stop
-  is not followed: open_url returns it. A proxy is not used for networks in no_proxy.
+  A redirect never leaves https, and strips proxy credentials. A proxy is not used for networks in
+  no_proxy.
   """
 
   class Redirects(urllib.request.HTTPRedirectHandler):
@@ -2794,9 +2799,9 @@ def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
         raise QvmError(
           f"{redacted(req.full_url)} redirects from {old} to {redacted(newurl)}, which is not safe"
         )
-      if stop and stop in newurl:
-        return None
       fp.close()  # or else urllib reads the whole body, however long
+      if TAG_MARK in newurl:
+        raise ReleasePage(f"{redacted(req.full_url)} redirects to {redacted(newurl)}")
       kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
       return urllib.request.Request(newurl, None, kept, req.origin_req_host, True, req.get_method())
 
@@ -2896,13 +2901,10 @@ def trust_system() -> None:
     os.environ["SSL_CERT_FILE"] = system  # where OpenSSL looks, in every context
 
 
-def open_url(
-  net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = ""
-) -> "Response":
+def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None) -> "Response":
   """Request a URL and return the open response; only Connections.open_address goes another way.
 
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
-  With stop, a redirect to an address that contains it is returned instead of followed.
   """
   trust_system()
   request = urllib.request.Request(url, headers=dict(headers or {}))
@@ -2912,10 +2914,8 @@ def open_url(
     request.add_unredirected_header("Authorization", "Bearer " + net.token)
   response: Response  # of a file:/// URL it is another class with the same methods
   try:
-    response = urllib.request.build_opener(*handlers(stop)).open(request, timeout=net.timeout)
+    response = urllib.request.build_opener(*handlers()).open(request, timeout=net.timeout)
   except urllib.error.HTTPError as error:
-    if 300 <= error.code < 400 and stop and stop in error.headers.get("Location", ""):
-      return error  # type: ignore[return-value] # it has the methods of a response
     error.close()
     raise http_failure(url, error)
   except QvmError:
@@ -3033,12 +3033,9 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], done: Callable[[]
         raise Cancelled()
 
 
-def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
-  """One attempt at a small answer: its body, and its Location where a redirect was asked for."""
-  with open_url(net, url, stop=stop) as response:
-    location = response.headers.get("Location") or ""
-    if stop and stop in location:
-      return b"", location
+def fetch_bytes(net: Net, url: str) -> bytes:
+  """One attempt at a small answer: its body."""
+  with open_url(net, url) as response:
     try:
       body = response.read(MAX_RELEASE_DATA_BYTES + 1)
     except Exception as error:
@@ -3047,12 +3044,12 @@ def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
     raise QvmError(f"{redacted(url)}: the answer is larger than any release data")
   if getattr(response, "length", None):  # read() takes what there is; a file has no such field
     raise Transient(f"{redacted(url)}: the connection ended before the answer did")
-  return body, ""
+  return body
 
 
 def get_page(net: Net, url: str) -> str:
   """The text of a page, with retries."""
-  return with_retries(net, url, lambda: fetch_bytes(net, url)[0]).decode("utf-8", "replace")
+  return with_retries(net, url, lambda: fetch_bytes(net, url)).decode("utf-8", "replace")
 
 
 def check_exists(net: Net, url: str) -> None:
@@ -3876,16 +3873,16 @@ def newest_tag(net: Net, repo: str) -> str:
   GitHub redirects to …/releases/tag/TAG, without an API quota, and skips prereleases. On a plain
   file server releases/latest is a file that contains the tag.
   """
-  url, mark = f"{net.releases}/{repo}/releases/latest", "/releases/tag/"
-  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark))
-  if location:
-    tag = urllib.parse.unquote(location.split("?")[0].split("#")[0].rpartition(mark)[2])
-  else:
+  url, body = f"{net.releases}/{repo}/releases/latest", b""
+  try:
+    body = with_retries(net, url, lambda: fetch_bytes(net, url))
     tag = body[:200].decode("ascii", "replace").strip()
+  except ReleasePage as page:
+    tag = urllib.parse.unquote(str(page).rpartition(TAG_MARK)[2])
   if not re.match(TAG_RE, tag):
-    page = ": it is an HTML page" if looks_like_html(body) else ""
+    kind = ": it is an HTML page" if looks_like_html(body) else ""
     raise QvmError(
-      f"{redacted(url)} names no release{page}",
+      f"{redacted(url)} names no release{kind}",
       f"does {repo} have releases? does this network first want a login in a browser?",
     )
   return tag
@@ -3928,7 +3925,7 @@ def api_data(net: Net, path: str) -> Any:
   """The API's answer, from a single attempt; QvmError says why there is none."""
   url = f"{net.api}/{path}"
   try:
-    return parse_json(fetch_bytes(net, url)[0])
+    return parse_json(fetch_bytes(net, url))
   except (ValueError, RecursionError, MemoryError):
     raise QvmError(f"{redacted(url)}: the answer is not JSON")
   except Transient as error:
@@ -5060,12 +5057,10 @@ def install_qemu(plan: Plan, tag: str, download: Download) -> None:
     os.chmod(named, 0o755)
     record = asset_record(download, tag, tree_sha256(root))
     write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
-    flush_tree(root)
-    with instances_lock(plan.cache):
-      swap_tree(root, tree_of(plan.tree_program))
+    swap_tree(plan.cache, root, tree_of(plan.tree_program))
 
 
-def swap_tree(root: str, link: str) -> None:
+def swap_tree(cache: Cache, root: str, link: str) -> None:
   """Make link, a symbolic link, lead to a new tree, so that it is replaced in one step.
 
   The tree before stays until the next one comes, for a QEMU that is just starting from it.
@@ -5074,29 +5069,25 @@ def swap_tree(root: str, link: str) -> None:
   before = os.readlink(link) if os.path.islink(link) else ""
   now, aside = (f".{name}-{os.urandom(4).hex()}" for _ in range(2))  # no tag has such a name
   try:
-    os.rename(root, os.path.join(folder, now))
-  except OSError as error:
-    if error.errno != errno.EXDEV:
-      raise
-    try:
-      shutil.copytree(root, os.path.join(folder, now), symlinks=True)
-    except shutil.Error as each:  # all that went wrong
-      raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
-    flush_tree(os.path.join(folder, now))
+    shutil.move(root, os.path.join(folder, now))
+  except shutil.Error as each:  # all that went wrong with a copy to another file system
+    raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
+  flush_tree(os.path.join(folder, now))
   try:
     os.symlink(now, os.path.join(folder, aside))
   except OSError as error:
     remove_tree(os.path.join(folder, now))
     raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
-  if not os.path.islink(link):
-    remove_tree(link)  # from a copy of the cache that followed links
-  os.replace(os.path.join(folder, aside), link)
-  flush(folder)
-  for entry in os.listdir(folder):
-    # The tag of another release may begin with this one's.
-    mine = re.fullmatch(re.escape(f".{name}-") + "[0-9a-f]{8}", entry)
-    if mine and entry not in (now, before):
-      remove_tree(os.path.join(folder, entry))
+  with instances_lock(cache):
+    if not os.path.islink(link):
+      remove_tree(link)  # from a copy of the cache that followed links
+    os.replace(os.path.join(folder, aside), link)
+    flush(folder)
+    for entry in os.listdir(folder):
+      # The tag of another release may begin with this one's.
+      mine = re.fullmatch(re.escape(f".{name}-") + "[0-9a-f]{8}", entry)
+      if mine and entry not in (now, before):
+        remove_tree(os.path.join(folder, entry))
 
 
 def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
@@ -10245,7 +10236,6 @@ def cmd_pull(options: Options) -> int:
   with downloads_lock(plan.cache.downloads):  # until all has been looked at, which takes a while
     plan = plan._replace(damaged=damaged_files(plan))
     fetch_missing(plan, net)
-    check_base(plan)
     bad = verify(plan, Releases(impatient(net))) if options.verify else ()
     damaged = tuple(path for path in bad if record_of(path).sha256)
     if damaged:

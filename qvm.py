@@ -91,7 +91,6 @@ if TYPE_CHECKING:
   import marshal
   import platform
   import pwd
-  import queue
   import random
   import resource
   import select
@@ -193,7 +192,7 @@ else:
 
   for _name in (
     *("array", "bz2", "calendar", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
-    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "platform", "queue", "random"),
+    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "platform", "random"),
     *("resource", "select"),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
     *("termios", "tty", "unicodedata", "zlib"),
@@ -1886,13 +1885,15 @@ def replace_by_record(path: str, record: NamedTuple, mode: int, aside: str, keep
 
 
 @contextlib.contextmanager
-def unfinished(cache: Cache) -> Iterator[str]:
-  """A new folder in downloads/ for unfinished files, locked while it exists, removed at the end.
+def unfinished(cache: Cache, name: str = "", waits: Callable[[], object] = bool) -> Iterator[str]:
+  """A folder in downloads/ for unfinished files, locked while it exists, removed at the end.
 
-  Whatever is unlocked in downloads/ is a leftover of a killed qvm.
+  With a name it is the only one of that name, see Lock.hold(). Whatever is unlocked in downloads/
+  is a leftover of a killed qvm.
   """
-  with Lock(os.path.join(cache.downloads, SCRATCH + os.urandom(6).hex()), folder=True) as lock:
-    lock.hold()
+  name = SCRATCH + (name or os.urandom(6).hex())
+  with Lock(os.path.join(cache.downloads, name), folder=True) as lock:
+    lock.hold(waits=waits)
     try:
       yield lock.path
     finally:
@@ -3523,20 +3524,33 @@ class Connections:
         link.close()
 
 
+class Asset(NamedTuple):
+  """A file of a release."""
+
+  repo: str
+  tag: str
+  name: str
+
+  def url(self, net: Net) -> str:
+    tag, name = map(urllib.parse.quote, (self.tag, self.name))
+    return f"{net.releases}/{self.repo}/releases/download/{tag}/{name}"
+
+
 class NoStream(QvmError):
   """Why a file must be downloaded before it can be read."""
 
 
 class Download:
-  """One file on its way into a folder of its own, over one to four connections.
+  """An asset on its way into a folder of its own, over one to four connections.
 
   With streamed, others read of it meanwhile: it must stay one object, of which ranges can be had.
   """
 
-  def __init__(self, net: Net, url: str, name: str, folder: str, streamed: bool = False) -> None:
-    self.net, self.url, self.name, self.streamed = net, url, name, streamed
-    self.file = PartFile(folder, name, url)
-    self.connections = Connections(net, url)
+  def __init__(self, net: Net, asset: Asset, folder: str, streamed: bool = False) -> None:
+    self.net, self.asset, self.streamed = net, asset, streamed
+    self.name, self.url = asset.name, asset.url(net)
+    self.file = PartFile(folder, self.name, self.url)
+    self.connections = Connections(net, self.url)
     self.resumed, self.started = self.file.done, time.monotonic()
     self.vouched = False  # whether it has the digest that its release names
     self.accepted = False  # whether an answer has been: readers depend on its object from then on
@@ -3635,8 +3649,8 @@ class Download:
     sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
     if not sized and not chunked:  # the connection may have ended before it did
       raise Transient(f"{redacted(self.url)}: the server does not say how long the file is")
+    self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
     if self.file.done:
-      self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
     self.resumed = 0
@@ -3675,8 +3689,7 @@ class Download:
       raise disk_full(self.file.part, missing - free)
 
   def copy_body(self, body: "Response", span: Span, lead: bool) -> None:
-    """Write a body to the part, looking at the file's first bytes on the way."""
-    looked = not lead or self.file.hashed >= HEAD_BYTES
+    """Write a body to the part."""
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
       chunk = self.read_chunk(body.read1, min(CHUNK_BYTES, span.left))
@@ -3687,9 +3700,6 @@ class Download:
         return
       self.file.yield_to_urgent(span)
       self.file.write(span, chunk)
-      if not looked and self.file.hashed >= HEAD_BYTES:
-        looked = True
-        self.check_kind(self.file.head())
       seconds = time.monotonic() - began
       if lead and seconds > SLOW_AFTER_SECONDS and span.position - start < SLOW_RATE * seconds:
         self.add_helpers(body.headers)
@@ -3818,9 +3828,9 @@ class Download:
       self.file.lock.notify_all()
 
 
-def download(net: Net, url: str, name: str, folder: str) -> Download:
-  """Fetch url into a folder, resuming what is there; returns it complete and looked at."""
-  result = Download(net, url, name, folder)
+def download(net: Net, asset: Asset, folder: str) -> Download:
+  """Fetch an asset into a folder, resuming what is there; returns it complete and looked at."""
+  result = Download(net, asset, folder)
   with progress.including(result.file):  # until its bytes are put away: a signal waits for that
     try:
       result.fetch()
@@ -3828,7 +3838,7 @@ def download(net: Net, url: str, name: str, folder: str) -> Download:
       result.file.close()
   fetched, seconds = result.file.done - result.resumed, time.monotonic() - result.started
   rate = megabytes(fetched / max(seconds, 0.001))
-  say(f"downloaded {name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
+  say(f"downloaded {asset.name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
   return result
 
 
@@ -3891,18 +3901,6 @@ def newest_tag(net: Net, repo: str) -> str:
 def releases_hint(net: Net, repo: str) -> str:
   """Where a user can look at what releases there are."""
   return f"see {net.releases}/{repo}/releases"
-
-
-class Asset(NamedTuple):
-  """A file of a release."""
-
-  repo: str
-  tag: str
-  name: str
-
-  def url(self, net: Net) -> str:
-    tag, name = map(urllib.parse.quote, (self.tag, self.name))
-    return f"{net.releases}/{self.repo}/releases/download/{tag}/{name}"
 
 
 def api_release(data: Any) -> Optional[Release]:
@@ -4928,16 +4926,15 @@ def fetch_asset(
 
   If some of what differs was there before, refused(problem, validator) is called.
   """
-  url = asset.url(releases.net)
   for last in (False, True):
     expected = Future(lambda: releases.digest(asset))
-    result = download(releases.net, url, asset.name, folder)
+    result = download(releases.net, asset, folder)
     validator = result.file.note.validator
     try:
       wanted = expected.result()
       if not wanted and asset.repo == "resources" and is_open(releases.net.releases):
         raise QvmError(
-          f"{redacted(url)} comes over http and without a digest, and qvm would execute it",
+          f"{redacted(result.url)} comes over http and without a digest, and qvm would execute it",
           "qvm pull --mirror makes a mirror with digests; or use an https address",
         )
       check_digest(result, wanted)
@@ -4967,11 +4964,11 @@ def check_digest(download: Download, expected: str) -> None:
   download.vouched = bool(expected)
 
 
-def asset_record(download: Download, tag: str, digest: str) -> AssetRecord:
+def asset_record(download: Download, digest: str) -> AssetRecord:
   """The record of a complete asset; digest: of what was made of it, empty for the asset itself."""
   asset_digest = download.file.hash.hexdigest()
   return AssetRecord(
-    release=tag,
+    release=download.asset.tag,
     url=download.url,
     validator=download.file.note.validator,
     size=download.file.done,
@@ -5024,7 +5021,7 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-Install = Callable[[Plan, str, Download], None]  # its str is the release's tag
+Install = Callable[[Plan, Download], None]
 
 
 def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install: Install) -> None:
@@ -5035,13 +5032,13 @@ def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install
       asset = resources_asset(plan, releases, name)
       if not there or not is_newest(path, releases.net, asset):
         try:
-          return install(plan, asset.tag, fetch_asset(releases, asset, folder))
+          return install(plan, fetch_asset(releases, asset, folder))
         except NotFound as error:
           raise QvmError(str(error), releases_hint(releases.net, "resources"))
     remove_tree(folder)  # what a qvm has left that was killed once it had installed it
 
 
-def install_qemu(plan: Plan, tag: str, download: Download) -> None:
+def install_qemu(plan: Plan, download: Download) -> None:
   """Put the tree of a downloaded QEMU in place."""
   with installing(download) as aside:
     program = unpack_aside(download.file.part, aside, ("bin/qemu",))
@@ -5055,7 +5052,7 @@ def install_qemu(plan: Plan, tag: str, download: Download) -> None:
     if not os.path.isfile(named):
       os.rename(program, named)
     os.chmod(named, 0o755)
-    record = asset_record(download, tag, tree_sha256(root))
+    record = asset_record(download, tree_sha256(root))
     write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
     swap_tree(plan.cache, root, tree_of(plan.tree_program))
 
@@ -5090,12 +5087,12 @@ def swap_tree(cache: Cache, root: str, link: str) -> None:
         remove_tree(os.path.join(folder, entry))
 
 
-def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
+def install_qemu_img(plan: Plan, download: Download) -> None:
   """Put a downloaded qemu-img in place."""
   with installing(download) as aside:
     unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
     program = os.path.realpath(unpacked)
-    record = asset_record(download, tag, file_sha256(program))
+    record = asset_record(download, file_sha256(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
 
@@ -5170,7 +5167,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       say(f"{asset.name} comes from {asset.tag}; the newest release, {newest}, has none")
     if asset.name == plan.bundle_asset:
       tools()
-    install_image(plan, asset.tag, download)
+    install_image(plan, download)
 
   with download_lock(plan.cache.downloads, plan.download) as folder:
     there = not is_missing(plan, plan.base)
@@ -5190,7 +5187,7 @@ def gone_image(plan: Plan, tag: str) -> QvmError:
   )
 
 
-def install_image(plan: Plan, tag: str, download: Download) -> None:
+def install_image(plan: Plan, download: Download) -> None:
   """Check a complete image, converted if it is a bundle, and make it the base image."""
   with installing(download) as aside:
     source, digest = download.file.part, ""
@@ -5198,7 +5195,7 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
       source = convert_bundle(plan, download, aside)
       digest = file_sha256(source)
     check_image(source)
-    record = asset_record(download, tag, digest)
+    record = asset_record(download, digest)
     with instances_lock(plan.cache):
       check_unneeded(plan, "replaced by another image", record)
       drop_layers(plan, record)
@@ -8262,34 +8259,30 @@ class Stream:
   def __init__(self, process: "Process", life: int) -> None:
     self.process, self.life = process, life
     self.socket = ""  # its path
-    self.answers: queue.Queue[ServerAnswer] = queue.Queue()
-    self.error_raised = False
+    self.answer = ServerAnswer(error="the server of the image has ended")  # unless it says more
+    self.answered = threading.Event()
     self.reader = threading.Thread(target=self.read_answers, daemon=True)
     self.reader.start()
 
   def read_answers(self) -> None:
-    """Pass on what the server says, and keep its answers."""
+    """Pass on what the server says, and keep its last answer."""
     assert self.process.stdout
     for line in self.process.stdout:
       text = line.decode("utf-8", "replace").rstrip("\n")
       if text.startswith("{"):
-        self.answers.put(ServerAnswer(**json.loads(text)))
+        self.answer = ServerAnswer(**json.loads(text))
+        self.answered.set()
       elif text:
         say(re.sub(r"\Aqvm: ", "", text))
+    self.answered.set()
 
-  def next_answer(self) -> ServerAnswer:
-    """The next answer; QvmError if it is an error, or if the server has ended."""
-    answer = None
-    while not answer:
-      ended = not self.reader.is_alive()  # asked first: its last words may be an answer
-      with contextlib.suppress(queue.Empty):
-        answer = self.answers.get(timeout=0 if ended else POLL_SECONDS)
-      if ended and not answer:
-        answer = ServerAnswer(error="the server of the image has ended")
-    if answer.error:
-      self.error_raised = True
-      raise QvmError(answer.error, answer.hint)
-    return answer
+  def first_answer(self) -> ServerAnswer:
+    """What the server answers; QvmError if it is an error, or if the server has ended."""
+    while not self.answered.wait(POLL_SECONDS):
+      pass
+    if self.answer.error:
+      raise QvmError(self.answer.error, self.answer.hint)
+    return self.answer
 
   def release(self) -> None:
     """From now on the server lives as long as QEMU."""
@@ -8310,10 +8303,9 @@ class Stream:
   def raise_server_error(self, kind: object, error: Optional[BaseException], trace: object) -> None:
     """Exit callback: if the server failed, raise its error, because it explains QEMU's."""
     self.finish()
-    failed = any(answer.error for answer in list(self.answers.queue))
-    if failed and (error is None or isinstance(error, QvmError)):
-      self.next_answer()
-    if self.process.returncode and not failed and not self.error_raised:
+    if self.answer.error and (error is None or isinstance(error, QvmError)):
+      raise QvmError(self.answer.error, self.answer.hint)
+    if self.process.returncode and not self.answer.error:
       say(f"the server of the image was ended from outside ({ending(self.process.returncode)})")
       drop_socket(self.socket)
 
@@ -8345,7 +8337,7 @@ def streamed_base(
       os.close(ours)
     stream = Stream(process, life)
     stack.push(stream.raise_server_error)
-  answer = stream.next_answer()
+  answer = stream.first_answer()
   if answer.reason:
     say(f"{answer.reason}: it is downloaded first")
   if not answer.socket:
@@ -8397,7 +8389,7 @@ class Server:
     self.fresh = not os.path.lexists(self.paths.disk)
     self.ready = False  # whether QEMU may have been started
     self.gone = threading.Event()  # set when QEMU and qvm have ended
-    self.folder = self.tag = self.validator = ""
+    self.folder = self.validator = ""
     self.fd, self.size = -1, 0  # of the image
     threading.Thread(target=self.watch_pipe, daemon=True).start()
 
@@ -8430,7 +8422,12 @@ class Server:
       self.check_header()
       self.validator = self.download.file.note.validator
       self.digest.thread.join(DIGEST_SECONDS)
-      served = (self.listen(serving), self.tag, self.validator, self.digest.value or "")
+      served = (
+        self.listen(serving),
+        self.download.asset.tag,
+        self.validator,
+        self.digest.value or "",
+      )
       say("the guest runs while its image comes; the digest is checked when all of it is there")
       with self.download.file.lock:
         if self.download.error:
@@ -8441,12 +8438,10 @@ class Server:
 
   def begin(self, asset: Asset) -> None:
     """Start to fetch the image, and wait for its beginning; NotFound if it is not there."""
-    url = asset.url(self.net)
     if asset.name != self.plan.image_asset:
-      check_exists(self.net, url)
+      check_exists(self.net, asset.url(self.net))
       raise NoStream(f"{asset.name} of {asset.tag} is a bundle")
-    self.tag = asset.tag
-    self.download = Download(self.net, url, asset.name, self.folder, streamed=True)
+    self.download = Download(self.net, asset, self.folder, streamed=True)
     self.filler = threading.Thread(target=self.fill, daemon=True)
     self.filler.start()
     self.digest = Future(lambda: self.releases.digest(asset))
@@ -8525,7 +8520,7 @@ class Server:
     digest = self.digest.result()
     try:
       check_digest(self.download, digest)
-      install_image(self.plan, self.tag, self.download)
+      install_image(self.plan, self.download)
     except RefusedError as error:
       hint = "what its guest wrote in this run is gone" if self.fresh else error.hint
       raise BadImageError(f"{error}: the machine is ended", hint)
@@ -9952,14 +9947,10 @@ class SetUp:
     if self.options.rebuild or not self.is_whole(count):
       text = f"another qvm is making the layer {layer.name}: waiting for it"
       waits = functools.lru_cache(None)(lambda: say(text))  # said once
-      with Lock(os.path.join(self.plan.cache.downloads, SCRATCH + layer.name), folder=True) as lock:
-        lock.hold(waits=waits)
-        try:
-          anew = self.options.rebuild and file_stamp(layer.disk) == before  # no other has made it
-          if anew or not self.is_whole(count):
-            self.make(layer)
-        finally:
-          remove_tree(lock.path)
+      with unfinished(self.plan.cache, layer.name, waits):
+        anew = self.options.rebuild and file_stamp(layer.disk) == before  # no other has made it
+        if anew or not self.is_whole(count):
+          self.make(layer)
     return layer_base(self.plan, self.base, layer.name)
 
   def make(self, layer: LayerPaths) -> None:

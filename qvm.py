@@ -1715,11 +1715,6 @@ class Plan(NamedTuple):
     """The downloaded QEMU's program, even if --qemu names another one to run."""
     return self.cache.qemu_program(QEMU_CPUS[self.guest.arch], self.qemu_release)
 
-  @property
-  def download(self) -> str:
-    """The name of the image's download, whatever the asset is called."""
-    return self.image_asset if self.own_image else os.path.basename(self.base)
-
 
 def check_host(host: Host, guest: Guest, own_qemu: str) -> None:
   """Refuse a host for which no QEMU can be downloaded, unless the user names one.
@@ -2659,11 +2654,10 @@ def available_memory(meminfo: str) -> Optional[int]:
 class Future(Generic[T]):
   """A call in a thread of its own; result() waits for it and raises its error."""
 
-  def __init__(self, function: Callable[[], T], then: Callable[[], object] = bool) -> None:
-    self.function, self.then = function, then
+  def __init__(self, function: Callable[[], T]) -> None:
+    self.function = function
     self.value: Optional[T] = None
     self.error: Optional[BaseException] = None
-    self.done = False
     self.thread = threading.Thread(target=self.work, daemon=True)
     self.thread.start()
 
@@ -2672,8 +2666,6 @@ class Future(Generic[T]):
       self.value = self.function()
     except BaseException as error:  # raised by result(), in the thread that wants it
       self.error = error
-    self.done = True
-    self.then()
 
   def result(self) -> T:
     while self.thread.is_alive():
@@ -3381,10 +3373,6 @@ class PartFile:
       with self.hashing:
         self.hash_step()
 
-  def head(self) -> bytes:
-    """The first bytes, which tell what kind of file it is."""
-    return os.pread(self.part_fd, HEAD_BYTES, 0)
-
 
 class OtherDownload:
   """A download of another qvm, as far as its files tell; it may begin, end or go meanwhile."""
@@ -3566,7 +3554,7 @@ class Download:
     if not self.file.complete():
       with_retries(self.net, self.url, self.fetch_rest, lambda: self.file.done)
     self.file.hash_all(self.net.cancelled)
-    self.check_kind(self.file.head())
+    self.check_kind(os.pread(self.file.part_fd, HEAD_BYTES, 0))
 
   def fetch_rest(self) -> None:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
@@ -4917,14 +4905,11 @@ def drop_layers(plan: Plan, new: AssetRecord) -> None:
 
 
 def fetch_asset(
-  releases: Releases,
-  asset: Asset,
-  folder: str,
-  refused: Optional[Callable[[str, str], None]] = None,
+  releases: Releases, asset: Asset, folder: str, plan: Optional[Plan] = None
 ) -> Download:
   """Download an asset into a folder and check its digest; one that differs is fetched once more.
 
-  If some of what differs was there before, refused(problem, validator) is called.
+  plan is an image's: instances may have run on what was there of one that differs.
   """
   for last in (False, True):
     expected = Future(lambda: releases.digest(asset))
@@ -4940,8 +4925,8 @@ def fetch_asset(
       check_digest(result, wanted)
       break
     except RefusedError as problem:
-      if result.resumed and refused:
-        refused(str(problem), validator)
+      if result.resumed and plan:
+        condemn(plan, str(problem), validator)
       if last:
         raise
       say(f"{problem}; fetching it once more")
@@ -5161,7 +5146,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
         return remove_tree(folder)
       check_exists(releases.net, asset.url(releases.net))
       check_unneeded(plan, "refreshed")  # before the download; install_image looks again
-    download = fetch_asset(releases, asset, folder, functools.partial(condemn, plan))
+    download = fetch_asset(releases, asset, folder, plan)
     if asset.tag not in (pinned, releases.tag(asset.repo)):
       newest = releases.tag(asset.repo)
       say(f"{asset.name} comes from {asset.tag}; the newest release, {newest}, has none")
@@ -5169,7 +5154,7 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       tools()
     install_image(plan, download)
 
-  with download_lock(plan.cache.downloads, plan.download) as folder:
+  with download_lock(plan.cache.downloads, os.path.basename(plan.base)) as folder:
     there = not is_missing(plan, plan.base)
     if there and not plan.refresh:
       return remove_tree(folder)
@@ -5240,14 +5225,12 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   The threads are daemons, and the main thread only waits: a signal ends qvm at once, and what
   has been downloaded stays for the next run.
   """
-  ended = threading.Event()
-  futures = [Future(job, ended.set) for job in jobs]
+  futures = [Future(job) for job in jobs]
   left = list(futures)
   try:
     while left:
-      ended.wait(0.2)  # so often is the progress drawn
-      ended.clear()
-      for future in [each for each in left if each.done]:
+      left[0].thread.join(0.2)  # so often is the progress drawn
+      for future in [each for each in left if not each.thread.is_alive()]:
         left.remove(future)
         future.result()
       progress.show()
@@ -8345,7 +8328,8 @@ def streamed_base(
     return None
   stream.socket = answer.socket
   image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
-  backing = f"{STREAMED}///{plan.download[: -len('.qcow2')]}?socket={answer.socket}"
+  name = os.path.basename(plan.base)[: -len(".qcow2")]
+  backing = f"{STREAMED}///{name}?socket={answer.socket}"
   return Base(backing, image, fds=(life,))
 
 
@@ -8410,8 +8394,8 @@ class Server:
   def bring_image(self, serving: contextlib.ExitStack) -> bool:
     """Download the image while the guest runs, if it is not there; False when that is all."""
     with contextlib.ExitStack() as stack:
-      downloads, name = self.plan.cache.downloads, self.plan.download
-      self.folder = stack.enter_context(download_lock(downloads, name))
+      lock = download_lock(self.plan.cache.downloads, os.path.basename(self.plan.base))
+      self.folder = stack.enter_context(lock)
       if os.path.isfile(self.plan.base):
         send_answer(ServerAnswer())
         return False
@@ -9765,7 +9749,6 @@ class Checkpoint:
     If it fails although the checkpoint is fresh, a record counts that for later runs.
     """
     machine = self.machine
-    begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
     try:
       ours = self.start(self.layer.memory, "off", ())
     except QvmError as error:  # it was deleted just now; anything else stops a normal boot, too
@@ -9776,7 +9759,7 @@ class Checkpoint:
       try:
         self.go_on(Control(ours))
       except QvmError as error:
-        problem = self.failed(error, begun)
+        problem = self.failed(error)
       else:
         machine.resumed = True
         say(f"{machine.plan.name} resumes from the checkpoint {self.name}")
@@ -9815,14 +9798,14 @@ class Checkpoint:
     ):
       raise QvmError(f"ssh has not answered within {seconds:g} s")
 
-  def failed(self, error: QvmError, begun: int) -> str:
+  def failed(self, error: QvmError) -> str:
     """End QEMU; returns why the machine did not resume, with QEMU's last output."""
     process = self.machine.process
     end_process(process)
-    self.machine.console_written()
-    output = last_lines(self.machine.console, 3, begun)
     if process.stderr:
       output = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
+    else:
+      output = self.machine.last_words(3)
     return " ".join(" ".join([str(error), *output]).split())
 
 

@@ -3091,7 +3091,6 @@ READAHEAD_BLOCKS = 4  # what a reader's first request brings; each next in a row
 MAX_READAHEAD_BLOCKS = 64  # 4 MiB, a second at 30 Mbit/s: so long may another read wait behind it
 MAX_READERS = 3  # connections for what is waited for, beside the lead: as many as helpers
 HEAD_BYTES = 512  # enough to tell a web page or a qcow2 image
-CHANGED = 412  # as the code of a Transient: the object is another one than before
 STRONG_ETAG_RE = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
 
 
@@ -3596,10 +3595,8 @@ class Download:
       self.down = False
     except Transient as error:
       self.connections.address = ""  # the next attempt asks for a new one
-      if restart and error.code in (CHANGED, NO_SUCH_RANGE):
+      if restart and error.code == NO_SUCH_RANGE:
         self.file.discard()
-      if self.streamed and self.accepted and error.code == CHANGED:  # or a node has another ETag
-        raise Transient(f"{redacted(self.url)}: the server has another image now", code=CHANGED)
       raise
     finally:
       self.file.release(span)
@@ -3657,10 +3654,11 @@ class Download:
     fits = place and [int(text) for text in place.groups()] == [span.position, self.file.total]
     same = validator in (etag, body.headers.get("Last-Modified"))
     if body.getcode() != 206 or not fits or not same:
-      code = CHANGED if etag and etag != validator else NO_SUCH_RANGE
+      changed = etag and etag != validator  # or a node has another ETag
+      problem = "has another file now" if changed else "sends another part than asked for"
       raise Transient(
-        f"{redacted(self.url)}: the server sends another part than asked for",
-        code=code if self.read_chunk(body.peek, 1) else 0,  # it may have ended in its headers
+        f"{redacted(self.url)}: the server {problem}",
+        code=NO_SUCH_RANGE if self.read_chunk(body.peek, 1) else 0,  # it may end in its headers
       )
 
   def gives_ranges(self, headers: "Headers") -> bool:
@@ -5147,8 +5145,8 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
       check_exists(releases.net, asset.url(releases.net))
       check_unneeded(plan, "refreshed")  # before the download; install_image looks again
     download = fetch_asset(releases, asset, folder, plan)
-    if asset.tag not in (pinned, releases.tag(asset.repo)):
-      newest = releases.tag(asset.repo)
+    newest = pinned or releases.tag(asset.repo)
+    if asset.tag != newest:
       say(f"{asset.name} comes from {asset.tag}; the newest release, {newest}, has none")
     if asset.name == plan.bundle_asset:
       tools()

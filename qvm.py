@@ -91,7 +91,6 @@ if TYPE_CHECKING:
   import marshal
   import platform
   import pwd
-  import queue
   import random
   import resource
   import select
@@ -193,7 +192,7 @@ else:
 
   for _name in (
     *("array", "bz2", "calendar", "difflib", "fcntl", "fnmatch", "grp", "gzip", "hashlib"),
-    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "platform", "queue", "random"),
+    *("ipaddress", "itertools", "json", "lzma", "marshal", "pwd", "platform", "random"),
     *("resource", "select"),
     *("shlex", "shutil", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile"),
     *("termios", "tty", "unicodedata", "zlib"),
@@ -1716,11 +1715,6 @@ class Plan(NamedTuple):
     """The downloaded QEMU's program, even if --qemu names another one to run."""
     return self.cache.qemu_program(QEMU_CPUS[self.guest.arch], self.qemu_release)
 
-  @property
-  def download(self) -> str:
-    """The name of the image's download, whatever the asset is called."""
-    return self.image_asset if self.own_image else os.path.basename(self.base)
-
 
 def check_host(host: Host, guest: Guest, own_qemu: str) -> None:
   """Refuse a host for which no QEMU can be downloaded, unless the user names one.
@@ -1886,13 +1880,15 @@ def replace_by_record(path: str, record: NamedTuple, mode: int, aside: str, keep
 
 
 @contextlib.contextmanager
-def unfinished(cache: Cache) -> Iterator[str]:
-  """A new folder in downloads/ for unfinished files, locked while it exists, removed at the end.
+def unfinished(cache: Cache, name: str = "", waits: Callable[[], object] = bool) -> Iterator[str]:
+  """A folder in downloads/ for unfinished files, locked while it exists, removed at the end.
 
-  Whatever is unlocked in downloads/ is a leftover of a killed qvm.
+  With a name it is the only one of that name, see Lock.hold(). Whatever is unlocked in downloads/
+  is a leftover of a killed qvm.
   """
-  with Lock(os.path.join(cache.downloads, SCRATCH + os.urandom(6).hex()), folder=True) as lock:
-    lock.hold()
+  name = SCRATCH + (name or os.urandom(6).hex())
+  with Lock(os.path.join(cache.downloads, name), folder=True) as lock:
+    lock.hold(waits=waits)
     try:
       yield lock.path
     finally:
@@ -2658,11 +2654,10 @@ def available_memory(meminfo: str) -> Optional[int]:
 class Future(Generic[T]):
   """A call in a thread of its own; result() waits for it and raises its error."""
 
-  def __init__(self, function: Callable[[], T], then: Callable[[], object] = bool) -> None:
-    self.function, self.then = function, then
+  def __init__(self, function: Callable[[], T]) -> None:
+    self.function = function
     self.value: Optional[T] = None
     self.error: Optional[BaseException] = None
-    self.done = False
     self.thread = threading.Thread(target=self.work, daemon=True)
     self.thread.start()
 
@@ -2671,8 +2666,6 @@ class Future(Generic[T]):
       self.value = self.function()
     except BaseException as error:  # raised by result(), in the thread that wants it
       self.error = error
-    self.done = True
-    self.then()
 
   def result(self) -> T:
     while self.thread.is_alive():
@@ -2692,6 +2685,7 @@ FAMILY_SECONDS = 3.0  # for an address while others are left: its first packet m
 URL_RE = (
   r"(https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?|file://(/[!-~]*)?)\Z"
 )
+TAG_MARK = "/releases/tag/"  # in the address of a release's page
 QUOTA_HINT = "GITHUB_TOKEN raises it from 60 to 5,000 requests an hour"
 RETRY_CODES = (408, 425, 429, 500, 502, 503, 504)
 NO_SUCH_RANGE = 416
@@ -2725,6 +2719,10 @@ class Cancelled(Exception):
 
 class NotFound(QvmError):
   """The server says that there is no such thing."""
+
+
+class ReleasePage(QvmError):
+  """A redirect to the page of a release, which is not followed: only its address matters."""
 
 
 def net_from(environ: Mapping[str, str]) -> Net:
@@ -2775,11 +2773,11 @@ def impatient(net: Net) -> Net:
   return net._replace(timeout=min(net.timeout, 10.0), attempts=2, patience=10.0)
 
 
-def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
+def handlers() -> "List[urllib.request.BaseHandler]":
   """What urllib does in its own way otherwise: redirects, proxies, and connections by connect().
 
-  A redirect never leaves https, and strips proxy credentials. One to an address that contains stop
-  is not followed: open_url returns it. A proxy is not used for networks in no_proxy.
+  A redirect never leaves https, and strips proxy credentials. A proxy is not used for networks in
+  no_proxy.
   """
 
   class Redirects(urllib.request.HTTPRedirectHandler):
@@ -2794,9 +2792,9 @@ def handlers(stop: str) -> "List[urllib.request.BaseHandler]":
         raise QvmError(
           f"{redacted(req.full_url)} redirects from {old} to {redacted(newurl)}, which is not safe"
         )
-      if stop and stop in newurl:
-        return None
       fp.close()  # or else urllib reads the whole body, however long
+      if TAG_MARK in newurl:
+        raise ReleasePage(f"{redacted(req.full_url)} redirects to {redacted(newurl)}")
       kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
       return urllib.request.Request(newurl, None, kept, req.origin_req_host, True, req.get_method())
 
@@ -2896,13 +2894,10 @@ def trust_system() -> None:
     os.environ["SSL_CERT_FILE"] = system  # where OpenSSL looks, in every context
 
 
-def open_url(
-  net: Net, url: str, headers: Optional[Dict[str, str]] = None, stop: str = ""
-) -> "Response":
+def open_url(net: Net, url: str, headers: Optional[Dict[str, str]] = None) -> "Response":
   """Request a URL and return the open response; only Connections.open_address goes another way.
 
   Raises Transient for what may pass (no connection, 5xx, 429, …), QvmError for what will not.
-  With stop, a redirect to an address that contains it is returned instead of followed.
   """
   trust_system()
   request = urllib.request.Request(url, headers=dict(headers or {}))
@@ -2912,10 +2907,8 @@ def open_url(
     request.add_unredirected_header("Authorization", "Bearer " + net.token)
   response: Response  # of a file:/// URL it is another class with the same methods
   try:
-    response = urllib.request.build_opener(*handlers(stop)).open(request, timeout=net.timeout)
+    response = urllib.request.build_opener(*handlers()).open(request, timeout=net.timeout)
   except urllib.error.HTTPError as error:
-    if 300 <= error.code < 400 and stop and stop in error.headers.get("Location", ""):
-      return error  # type: ignore[return-value] # it has the methods of a response
     error.close()
     raise http_failure(url, error)
   except QvmError:
@@ -3033,12 +3026,9 @@ def with_retries(net: Net, url: str, attempt: Callable[[], T], done: Callable[[]
         raise Cancelled()
 
 
-def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
-  """One attempt at a small answer: its body, and its Location where a redirect was asked for."""
-  with open_url(net, url, stop=stop) as response:
-    location = response.headers.get("Location") or ""
-    if stop and stop in location:
-      return b"", location
+def fetch_bytes(net: Net, url: str) -> bytes:
+  """One attempt at a small answer: its body."""
+  with open_url(net, url) as response:
     try:
       body = response.read(MAX_RELEASE_DATA_BYTES + 1)
     except Exception as error:
@@ -3047,12 +3037,12 @@ def fetch_bytes(net: Net, url: str, stop: str = "") -> Tuple[bytes, str]:
     raise QvmError(f"{redacted(url)}: the answer is larger than any release data")
   if getattr(response, "length", None):  # read() takes what there is; a file has no such field
     raise Transient(f"{redacted(url)}: the connection ended before the answer did")
-  return body, ""
+  return body
 
 
 def get_page(net: Net, url: str) -> str:
   """The text of a page, with retries."""
-  return with_retries(net, url, lambda: fetch_bytes(net, url)[0]).decode("utf-8", "replace")
+  return with_retries(net, url, lambda: fetch_bytes(net, url)).decode("utf-8", "replace")
 
 
 def check_exists(net: Net, url: str) -> None:
@@ -3101,7 +3091,6 @@ READAHEAD_BLOCKS = 4  # what a reader's first request brings; each next in a row
 MAX_READAHEAD_BLOCKS = 64  # 4 MiB, a second at 30 Mbit/s: so long may another read wait behind it
 MAX_READERS = 3  # connections for what is waited for, beside the lead: as many as helpers
 HEAD_BYTES = 512  # enough to tell a web page or a qcow2 image
-CHANGED = 412  # as the code of a Transient: the object is another one than before
 STRONG_ETAG_RE = r'"[^"]*"\Z'  # an ETag that stands for the very bytes
 
 
@@ -3383,10 +3372,6 @@ class PartFile:
       with self.hashing:
         self.hash_step()
 
-  def head(self) -> bytes:
-    """The first bytes, which tell what kind of file it is."""
-    return os.pread(self.part_fd, HEAD_BYTES, 0)
-
 
 class OtherDownload:
   """A download of another qvm, as far as its files tell; it may begin, end or go meanwhile."""
@@ -3526,20 +3511,33 @@ class Connections:
         link.close()
 
 
+class Asset(NamedTuple):
+  """A file of a release."""
+
+  repo: str
+  tag: str
+  name: str
+
+  def url(self, net: Net) -> str:
+    tag, name = map(urllib.parse.quote, (self.tag, self.name))
+    return f"{net.releases}/{self.repo}/releases/download/{tag}/{name}"
+
+
 class NoStream(QvmError):
   """Why a file must be downloaded before it can be read."""
 
 
 class Download:
-  """One file on its way into a folder of its own, over one to four connections.
+  """An asset on its way into a folder of its own, over one to four connections.
 
   With streamed, others read of it meanwhile: it must stay one object, of which ranges can be had.
   """
 
-  def __init__(self, net: Net, url: str, name: str, folder: str, streamed: bool = False) -> None:
-    self.net, self.url, self.name, self.streamed = net, url, name, streamed
-    self.file = PartFile(folder, name, url)
-    self.connections = Connections(net, url)
+  def __init__(self, net: Net, asset: Asset, folder: str, streamed: bool = False) -> None:
+    self.net, self.asset, self.streamed = net, asset, streamed
+    self.name, self.url = asset.name, asset.url(net)
+    self.file = PartFile(folder, self.name, self.url)
+    self.connections = Connections(net, self.url)
     self.resumed, self.started = self.file.done, time.monotonic()
     self.vouched = False  # whether it has the digest that its release names
     self.accepted = False  # whether an answer has been: readers depend on its object from then on
@@ -3555,7 +3553,7 @@ class Download:
     if not self.file.complete():
       with_retries(self.net, self.url, self.fetch_rest, lambda: self.file.done)
     self.file.hash_all(self.net.cancelled)
-    self.check_kind(self.file.head())
+    self.check_kind(os.pread(self.file.part_fd, HEAD_BYTES, 0))
 
   def fetch_rest(self) -> None:
     """One attempt: fetch the gaps in their order, and what others turn out not to fetch."""
@@ -3597,10 +3595,8 @@ class Download:
       self.down = False
     except Transient as error:
       self.connections.address = ""  # the next attempt asks for a new one
-      if restart and error.code in (CHANGED, NO_SUCH_RANGE):
+      if restart and error.code == NO_SUCH_RANGE:
         self.file.discard()
-      if self.streamed and self.accepted and error.code == CHANGED:  # or a node has another ETag
-        raise Transient(f"{redacted(self.url)}: the server has another image now", code=CHANGED)
       raise
     finally:
       self.file.release(span)
@@ -3638,8 +3634,8 @@ class Download:
     sized = re.match(r"[0-9]{1,15}\Z", length) and not chunked
     if not sized and not chunked:  # the connection may have ended before it did
       raise Transient(f"{redacted(self.url)}: the server does not say how long the file is")
+    self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
     if self.file.done:
-      self.check_kind(self.read_chunk(body.peek, HEAD_BYTES), keep=True)
       say(f"{self.name} has changed or cannot be resumed; starting from the beginning")
     self.file.discard()
     self.resumed = 0
@@ -3658,10 +3654,11 @@ class Download:
     fits = place and [int(text) for text in place.groups()] == [span.position, self.file.total]
     same = validator in (etag, body.headers.get("Last-Modified"))
     if body.getcode() != 206 or not fits or not same:
-      code = CHANGED if etag and etag != validator else NO_SUCH_RANGE
+      changed = etag and etag != validator  # or a node has another ETag
+      problem = "has another file now" if changed else "sends another part than asked for"
       raise Transient(
-        f"{redacted(self.url)}: the server sends another part than asked for",
-        code=code if self.read_chunk(body.peek, 1) else 0,  # it may have ended in its headers
+        f"{redacted(self.url)}: the server {problem}",
+        code=NO_SUCH_RANGE if self.read_chunk(body.peek, 1) else 0,  # it may end in its headers
       )
 
   def gives_ranges(self, headers: "Headers") -> bool:
@@ -3678,8 +3675,7 @@ class Download:
       raise disk_full(self.file.part, missing - free)
 
   def copy_body(self, body: "Response", span: Span, lead: bool) -> None:
-    """Write a body to the part, looking at the file's first bytes on the way."""
-    looked = not lead or self.file.hashed >= HEAD_BYTES
+    """Write a body to the part."""
     began, start = time.monotonic(), span.position
     while not self.net.cancelled.is_set():
       chunk = self.read_chunk(body.read1, min(CHUNK_BYTES, span.left))
@@ -3690,9 +3686,6 @@ class Download:
         return
       self.file.yield_to_urgent(span)
       self.file.write(span, chunk)
-      if not looked and self.file.hashed >= HEAD_BYTES:
-        looked = True
-        self.check_kind(self.file.head())
       seconds = time.monotonic() - began
       if lead and seconds > SLOW_AFTER_SECONDS and span.position - start < SLOW_RATE * seconds:
         self.add_helpers(body.headers)
@@ -3821,9 +3814,9 @@ class Download:
       self.file.lock.notify_all()
 
 
-def download(net: Net, url: str, name: str, folder: str) -> Download:
-  """Fetch url into a folder, resuming what is there; returns it complete and looked at."""
-  result = Download(net, url, name, folder)
+def download(net: Net, asset: Asset, folder: str) -> Download:
+  """Fetch an asset into a folder, resuming what is there; returns it complete and looked at."""
+  result = Download(net, asset, folder)
   with progress.including(result.file):  # until its bytes are put away: a signal waits for that
     try:
       result.fetch()
@@ -3831,7 +3824,7 @@ def download(net: Net, url: str, name: str, folder: str) -> Download:
       result.file.close()
   fetched, seconds = result.file.done - result.resumed, time.monotonic() - result.started
   rate = megabytes(fetched / max(seconds, 0.001))
-  say(f"downloaded {name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
+  say(f"downloaded {asset.name}: {megabytes(fetched)} in {seconds:.1f} s ({rate}/s)")
   return result
 
 
@@ -3876,16 +3869,16 @@ def newest_tag(net: Net, repo: str) -> str:
   GitHub redirects to …/releases/tag/TAG, without an API quota, and skips prereleases. On a plain
   file server releases/latest is a file that contains the tag.
   """
-  url, mark = f"{net.releases}/{repo}/releases/latest", "/releases/tag/"
-  body, location = with_retries(net, url, lambda: fetch_bytes(net, url, mark))
-  if location:
-    tag = urllib.parse.unquote(location.split("?")[0].split("#")[0].rpartition(mark)[2])
-  else:
+  url, body = f"{net.releases}/{repo}/releases/latest", b""
+  try:
+    body = with_retries(net, url, lambda: fetch_bytes(net, url))
     tag = body[:200].decode("ascii", "replace").strip()
+  except ReleasePage as page:
+    tag = urllib.parse.unquote(str(page).rpartition(TAG_MARK)[2])
   if not re.match(TAG_RE, tag):
-    page = ": it is an HTML page" if looks_like_html(body) else ""
+    kind = ": it is an HTML page" if looks_like_html(body) else ""
     raise QvmError(
-      f"{redacted(url)} names no release{page}",
+      f"{redacted(url)} names no release{kind}",
       f"does {repo} have releases? does this network first want a login in a browser?",
     )
   return tag
@@ -3894,18 +3887,6 @@ def newest_tag(net: Net, repo: str) -> str:
 def releases_hint(net: Net, repo: str) -> str:
   """Where a user can look at what releases there are."""
   return f"see {net.releases}/{repo}/releases"
-
-
-class Asset(NamedTuple):
-  """A file of a release."""
-
-  repo: str
-  tag: str
-  name: str
-
-  def url(self, net: Net) -> str:
-    tag, name = map(urllib.parse.quote, (self.tag, self.name))
-    return f"{net.releases}/{self.repo}/releases/download/{tag}/{name}"
 
 
 def api_release(data: Any) -> Optional[Release]:
@@ -3928,7 +3909,7 @@ def api_data(net: Net, path: str) -> Any:
   """The API's answer, from a single attempt; QvmError says why there is none."""
   url = f"{net.api}/{path}"
   try:
-    return parse_json(fetch_bytes(net, url)[0])
+    return parse_json(fetch_bytes(net, url))
   except (ValueError, RecursionError, MemoryError):
     raise QvmError(f"{redacted(url)}: the answer is not JSON")
   except Transient as error:
@@ -4922,32 +4903,28 @@ def drop_layers(plan: Plan, new: AssetRecord) -> None:
 
 
 def fetch_asset(
-  releases: Releases,
-  asset: Asset,
-  folder: str,
-  refused: Optional[Callable[[str, str], None]] = None,
+  releases: Releases, asset: Asset, folder: str, plan: Optional[Plan] = None
 ) -> Download:
   """Download an asset into a folder and check its digest; one that differs is fetched once more.
 
-  If some of what differs was there before, refused(problem, validator) is called.
+  plan is an image's: instances may have run on what was there of one that differs.
   """
-  url = asset.url(releases.net)
   for last in (False, True):
     expected = Future(lambda: releases.digest(asset))
-    result = download(releases.net, url, asset.name, folder)
+    result = download(releases.net, asset, folder)
     validator = result.file.note.validator
     try:
       wanted = expected.result()
       if not wanted and asset.repo == "resources" and is_open(releases.net.releases):
         raise QvmError(
-          f"{redacted(url)} comes over http and without a digest, and qvm would execute it",
+          f"{redacted(result.url)} comes over http and without a digest, and qvm would execute it",
           "qvm pull --mirror makes a mirror with digests; or use an https address",
         )
       check_digest(result, wanted)
       break
     except RefusedError as problem:
-      if result.resumed and refused:
-        refused(str(problem), validator)
+      if result.resumed and plan:
+        condemn(plan, str(problem), validator)
       if last:
         raise
       say(f"{problem}; fetching it once more")
@@ -4970,11 +4947,11 @@ def check_digest(download: Download, expected: str) -> None:
   download.vouched = bool(expected)
 
 
-def asset_record(download: Download, tag: str, digest: str) -> AssetRecord:
+def asset_record(download: Download, digest: str) -> AssetRecord:
   """The record of a complete asset; digest: of what was made of it, empty for the asset itself."""
   asset_digest = download.file.hash.hexdigest()
   return AssetRecord(
-    release=tag,
+    release=download.asset.tag,
     url=download.url,
     validator=download.file.note.validator,
     size=download.file.done,
@@ -5027,7 +5004,7 @@ def is_missing(plan: Plan, path: str) -> bool:
   return path in plan.damaged or not os.path.isfile(path)
 
 
-Install = Callable[[Plan, str, Download], None]  # its str is the release's tag
+Install = Callable[[Plan, Download], None]
 
 
 def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install: Install) -> None:
@@ -5038,13 +5015,13 @@ def fetch_resource(plan: Plan, releases: Releases, path: str, name: str, install
       asset = resources_asset(plan, releases, name)
       if not there or not is_newest(path, releases.net, asset):
         try:
-          return install(plan, asset.tag, fetch_asset(releases, asset, folder))
+          return install(plan, fetch_asset(releases, asset, folder))
         except NotFound as error:
           raise QvmError(str(error), releases_hint(releases.net, "resources"))
     remove_tree(folder)  # what a qvm has left that was killed once it had installed it
 
 
-def install_qemu(plan: Plan, tag: str, download: Download) -> None:
+def install_qemu(plan: Plan, download: Download) -> None:
   """Put the tree of a downloaded QEMU in place."""
   with installing(download) as aside:
     program = unpack_aside(download.file.part, aside, ("bin/qemu",))
@@ -5058,14 +5035,12 @@ def install_qemu(plan: Plan, tag: str, download: Download) -> None:
     if not os.path.isfile(named):
       os.rename(program, named)
     os.chmod(named, 0o755)
-    record = asset_record(download, tag, tree_sha256(root))
+    record = asset_record(download, tree_sha256(root))
     write_record(plan.cache, note, record._replace(bytes=tree_bytes(root)))
-    flush_tree(root)
-    with instances_lock(plan.cache):
-      swap_tree(root, tree_of(plan.tree_program))
+    swap_tree(plan.cache, root, tree_of(plan.tree_program))
 
 
-def swap_tree(root: str, link: str) -> None:
+def swap_tree(cache: Cache, root: str, link: str) -> None:
   """Make link, a symbolic link, lead to a new tree, so that it is replaced in one step.
 
   The tree before stays until the next one comes, for a QEMU that is just starting from it.
@@ -5074,37 +5049,33 @@ def swap_tree(root: str, link: str) -> None:
   before = os.readlink(link) if os.path.islink(link) else ""
   now, aside = (f".{name}-{os.urandom(4).hex()}" for _ in range(2))  # no tag has such a name
   try:
-    os.rename(root, os.path.join(folder, now))
-  except OSError as error:
-    if error.errno != errno.EXDEV:
-      raise
-    try:
-      shutil.copytree(root, os.path.join(folder, now), symlinks=True)
-    except shutil.Error as each:  # all that went wrong
-      raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
-    flush_tree(os.path.join(folder, now))
+    shutil.move(root, os.path.join(folder, now))
+  except shutil.Error as each:  # all that went wrong with a copy to another file system
+    raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
+  flush_tree(os.path.join(folder, now))
   try:
     os.symlink(now, os.path.join(folder, aside))
   except OSError as error:
     remove_tree(os.path.join(folder, now))
     raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
-  if not os.path.islink(link):
-    remove_tree(link)  # from a copy of the cache that followed links
-  os.replace(os.path.join(folder, aside), link)
-  flush(folder)
-  for entry in os.listdir(folder):
-    # The tag of another release may begin with this one's.
-    mine = re.fullmatch(re.escape(f".{name}-") + "[0-9a-f]{8}", entry)
-    if mine and entry not in (now, before):
-      remove_tree(os.path.join(folder, entry))
+  with instances_lock(cache):
+    if not os.path.islink(link):
+      remove_tree(link)  # from a copy of the cache that followed links
+    os.replace(os.path.join(folder, aside), link)
+    flush(folder)
+    for entry in os.listdir(folder):
+      # The tag of another release may begin with this one's.
+      mine = re.fullmatch(re.escape(f".{name}-") + "[0-9a-f]{8}", entry)
+      if mine and entry not in (now, before):
+        remove_tree(os.path.join(folder, entry))
 
 
-def install_qemu_img(plan: Plan, tag: str, download: Download) -> None:
+def install_qemu_img(plan: Plan, download: Download) -> None:
   """Put a downloaded qemu-img in place."""
   with installing(download) as aside:
     unpacked = unpack_aside(download.file.part, aside, ("qemu-img", "bin/qemu-img"))
     program = os.path.realpath(unpacked)
-    record = asset_record(download, tag, file_sha256(program))
+    record = asset_record(download, file_sha256(program))
     with instances_lock(plan.cache):
       publish_with_record(plan.cache, program, plan.qemu_img, record, 0o755)
 
@@ -5173,15 +5144,15 @@ def fetch_image(plan: Plan, releases: Releases, tools: Callable[[], None]) -> No
         return remove_tree(folder)
       check_exists(releases.net, asset.url(releases.net))
       check_unneeded(plan, "refreshed")  # before the download; install_image looks again
-    download = fetch_asset(releases, asset, folder, functools.partial(condemn, plan))
-    if asset.tag not in (pinned, releases.tag(asset.repo)):
-      newest = releases.tag(asset.repo)
+    download = fetch_asset(releases, asset, folder, plan)
+    newest = pinned or releases.tag(asset.repo)
+    if asset.tag != newest:
       say(f"{asset.name} comes from {asset.tag}; the newest release, {newest}, has none")
     if asset.name == plan.bundle_asset:
       tools()
-    install_image(plan, asset.tag, download)
+    install_image(plan, download)
 
-  with download_lock(plan.cache.downloads, plan.download) as folder:
+  with download_lock(plan.cache.downloads, os.path.basename(plan.base)) as folder:
     there = not is_missing(plan, plan.base)
     if there and not plan.refresh:
       return remove_tree(folder)
@@ -5199,7 +5170,7 @@ def gone_image(plan: Plan, tag: str) -> QvmError:
   )
 
 
-def install_image(plan: Plan, tag: str, download: Download) -> None:
+def install_image(plan: Plan, download: Download) -> None:
   """Check a complete image, converted if it is a bundle, and make it the base image."""
   with installing(download) as aside:
     source, digest = download.file.part, ""
@@ -5207,7 +5178,7 @@ def install_image(plan: Plan, tag: str, download: Download) -> None:
       source = convert_bundle(plan, download, aside)
       digest = file_sha256(source)
     check_image(source)
-    record = asset_record(download, tag, digest)
+    record = asset_record(download, digest)
     with instances_lock(plan.cache):
       check_unneeded(plan, "replaced by another image", record)
       drop_layers(plan, record)
@@ -5252,14 +5223,12 @@ def in_parallel(net: Net, jobs: Sequence[Callable[[], None]]) -> None:
   The threads are daemons, and the main thread only waits: a signal ends qvm at once, and what
   has been downloaded stays for the next run.
   """
-  ended = threading.Event()
-  futures = [Future(job, ended.set) for job in jobs]
+  futures = [Future(job) for job in jobs]
   left = list(futures)
   try:
     while left:
-      ended.wait(0.2)  # so often is the progress drawn
-      ended.clear()
-      for future in [each for each in left if each.done]:
+      left[0].thread.join(0.2)  # so often is the progress drawn
+      for future in [each for each in left if not each.thread.is_alive()]:
         left.remove(future)
         future.result()
       progress.show()
@@ -8243,34 +8212,30 @@ class Stream:
   def __init__(self, process: "Process", life: int) -> None:
     self.process, self.life = process, life
     self.socket = ""  # its path
-    self.answers: queue.Queue[ServerAnswer] = queue.Queue()
-    self.error_raised = False
+    self.answer = ServerAnswer(error="the server of the image has ended")  # unless it says more
+    self.answered = threading.Event()
     self.reader = threading.Thread(target=self.read_answers, daemon=True)
     self.reader.start()
 
   def read_answers(self) -> None:
-    """Pass on what the server says, and keep its answers."""
+    """Pass on what the server says, and keep its last answer."""
     assert self.process.stdout
     for line in self.process.stdout:
       text = line.decode("utf-8", "replace").rstrip("\n")
       if text.startswith("{"):
-        self.answers.put(ServerAnswer(**json.loads(text)))
+        self.answer = ServerAnswer(**json.loads(text))
+        self.answered.set()
       elif text:
         say(re.sub(r"\Aqvm: ", "", text))
+    self.answered.set()
 
-  def next_answer(self) -> ServerAnswer:
-    """The next answer; QvmError if it is an error, or if the server has ended."""
-    answer = None
-    while not answer:
-      ended = not self.reader.is_alive()  # asked first: its last words may be an answer
-      with contextlib.suppress(queue.Empty):
-        answer = self.answers.get(timeout=0 if ended else POLL_SECONDS)
-      if ended and not answer:
-        answer = ServerAnswer(error="the server of the image has ended")
-    if answer.error:
-      self.error_raised = True
-      raise QvmError(answer.error, answer.hint)
-    return answer
+  def first_answer(self) -> ServerAnswer:
+    """What the server answers; QvmError if it is an error, or if the server has ended."""
+    while not self.answered.wait(POLL_SECONDS):
+      pass
+    if self.answer.error:
+      raise QvmError(self.answer.error, self.answer.hint)
+    return self.answer
 
   def release(self) -> None:
     """From now on the server lives as long as QEMU."""
@@ -8291,10 +8256,9 @@ class Stream:
   def raise_server_error(self, kind: object, error: Optional[BaseException], trace: object) -> None:
     """Exit callback: if the server failed, raise its error, because it explains QEMU's."""
     self.finish()
-    failed = any(answer.error for answer in list(self.answers.queue))
-    if failed and (error is None or isinstance(error, QvmError)):
-      self.next_answer()
-    if self.process.returncode and not failed and not self.error_raised:
+    if self.answer.error and (error is None or isinstance(error, QvmError)):
+      raise QvmError(self.answer.error, self.answer.hint)
+    if self.process.returncode and not self.answer.error:
       say(f"the server of the image was ended from outside ({ending(self.process.returncode)})")
       drop_socket(self.socket)
 
@@ -8326,7 +8290,7 @@ def streamed_base(
       os.close(ours)
     stream = Stream(process, life)
     stack.push(stream.raise_server_error)
-  answer = stream.next_answer()
+  answer = stream.first_answer()
   if answer.reason:
     say(f"{answer.reason}: it is downloaded first")
   if not answer.socket:
@@ -8334,7 +8298,8 @@ def streamed_base(
     return None
   stream.socket = answer.socket
   image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
-  backing = f"{STREAMED}///{plan.download[: -len('.qcow2')]}?socket={answer.socket}"
+  name = os.path.basename(plan.base)[: -len(".qcow2")]
+  backing = f"{STREAMED}///{name}?socket={answer.socket}"
   return Base(backing, image, fds=(life,))
 
 
@@ -8378,7 +8343,7 @@ class Server:
     self.fresh = not os.path.lexists(self.paths.disk)
     self.ready = False  # whether QEMU may have been started
     self.gone = threading.Event()  # set when QEMU and qvm have ended
-    self.folder = self.tag = self.validator = ""
+    self.folder = self.validator = ""
     self.fd, self.size = -1, 0  # of the image
     threading.Thread(target=self.watch_pipe, daemon=True).start()
 
@@ -8399,8 +8364,8 @@ class Server:
   def bring_image(self, serving: contextlib.ExitStack) -> bool:
     """Download the image while the guest runs, if it is not there; False when that is all."""
     with contextlib.ExitStack() as stack:
-      downloads, name = self.plan.cache.downloads, self.plan.download
-      self.folder = stack.enter_context(download_lock(downloads, name))
+      lock = download_lock(self.plan.cache.downloads, os.path.basename(self.plan.base))
+      self.folder = stack.enter_context(lock)
       if os.path.isfile(self.plan.base):
         send_answer(ServerAnswer())
         return False
@@ -8411,7 +8376,12 @@ class Server:
       self.check_header()
       self.validator = self.download.file.note.validator
       self.digest.thread.join(DIGEST_SECONDS)
-      served = (self.listen(serving), self.tag, self.validator, self.digest.value or "")
+      served = (
+        self.listen(serving),
+        self.download.asset.tag,
+        self.validator,
+        self.digest.value or "",
+      )
       say("the guest runs while its image comes; the digest is checked when all of it is there")
       with self.download.file.lock:
         if self.download.error:
@@ -8422,12 +8392,10 @@ class Server:
 
   def begin(self, asset: Asset) -> None:
     """Start to fetch the image, and wait for its beginning; NotFound if it is not there."""
-    url = asset.url(self.net)
     if asset.name != self.plan.image_asset:
-      check_exists(self.net, url)
+      check_exists(self.net, asset.url(self.net))
       raise NoStream(f"{asset.name} of {asset.tag} is a bundle")
-    self.tag = asset.tag
-    self.download = Download(self.net, url, asset.name, self.folder, streamed=True)
+    self.download = Download(self.net, asset, self.folder, streamed=True)
     self.filler = threading.Thread(target=self.fill, daemon=True)
     self.filler.start()
     self.digest = Future(lambda: self.releases.digest(asset))
@@ -8506,7 +8474,7 @@ class Server:
     digest = self.digest.result()
     try:
       check_digest(self.download, digest)
-      install_image(self.plan, self.tag, self.download)
+      install_image(self.plan, self.download)
     except RefusedError as error:
       hint = "what its guest wrote in this run is gone" if self.fresh else error.hint
       raise BadImageError(f"{error}: the machine is ended", hint)
@@ -9751,7 +9719,6 @@ class Checkpoint:
     If it fails although the checkpoint is fresh, a record counts that for later runs.
     """
     machine = self.machine
-    begun = os.path.getsize(machine.console) if os.path.exists(machine.console) else 0
     try:
       ours = self.start(self.layer.memory, "off", ())
     except QvmError as error:  # it was deleted just now; anything else stops a normal boot, too
@@ -9762,7 +9729,7 @@ class Checkpoint:
       try:
         self.go_on(Control(ours))
       except QvmError as error:
-        problem = self.failed(error, begun)
+        problem = self.failed(error)
       else:
         machine.resumed = True
         say(f"{machine.plan.name} resumes from the checkpoint {self.name}")
@@ -9801,14 +9768,14 @@ class Checkpoint:
     ):
       raise QvmError(f"ssh has not answered within {seconds:g} s")
 
-  def failed(self, error: QvmError, begun: int) -> str:
+  def failed(self, error: QvmError) -> str:
     """End QEMU; returns why the machine did not resume, with QEMU's last output."""
     process = self.machine.process
     end_process(process)
-    self.machine.console_written()
-    output = last_lines(self.machine.console, 3, begun)
     if process.stderr:
       output = [process.stderr.read(TAIL_BYTES).decode("utf-8", "replace")]
+    else:
+      output = self.machine.last_words(3)
     return " ".join(" ".join([str(error), *output]).split())
 
 
@@ -9933,14 +9900,10 @@ class SetUp:
     if self.options.rebuild or not self.is_whole(count):
       text = f"another qvm is making the layer {layer.name}: waiting for it"
       waits = functools.lru_cache(None)(lambda: say(text))  # said once
-      with Lock(os.path.join(self.plan.cache.downloads, SCRATCH + layer.name), folder=True) as lock:
-        lock.hold(waits=waits)
-        try:
-          anew = self.options.rebuild and file_stamp(layer.disk) == before  # no other has made it
-          if anew or not self.is_whole(count):
-            self.make(layer)
-        finally:
-          remove_tree(lock.path)
+      with unfinished(self.plan.cache, layer.name, waits):
+        anew = self.options.rebuild and file_stamp(layer.disk) == before  # no other has made it
+        if anew or not self.is_whole(count):
+          self.make(layer)
     return layer_base(self.plan, self.base, layer.name)
 
   def make(self, layer: LayerPaths) -> None:
@@ -10217,7 +10180,6 @@ def cmd_pull(options: Options) -> int:
   with downloads_lock(plan.cache.downloads):  # until all has been looked at, which takes a while
     plan = plan._replace(damaged=damaged_files(plan))
     fetch_missing(plan, net)
-    check_base(plan)
     bad = verify(plan, Releases(impatient(net))) if options.verify else ()
     damaged = tuple(path for path in bad if record_of(path).sha256)
     if damaged:

@@ -123,9 +123,9 @@ def test_any_release_page(latest, feed, fragment):
   net = qvm_source.Net("http://h", "", "", 1.0, 0.0, 1, threading.Event())
   answers = {"releases/latest": latest, "releases.atom": feed}
 
-  def answer(net, url, stop=""):
+  def answer(net, url):
     text = next((text for end, text in answers.items() if url.endswith(end)), fragment)
-    return text.encode("utf-8", "surrogatepass"), ""
+    return text.encode("utf-8", "surrogatepass")
 
   before, qvm_source.fetch_bytes = qvm_source.fetch_bytes, answer
   try:

@@ -357,7 +357,8 @@ class Ending(qvm_source.Span):
 def test_the_lead_waits_for_who_comes_behind_one_that_ends(tmp_path):
   """What another connection still fetches is not over because a third one has just ended."""
   net = qvm_source.net_from({})
-  lead = qvm_source.Download(net, URL, "name", str(tmp_path))
+  asset = qvm_source.Asset("repo", "v1", "name")
+  lead = qvm_source.Download(net, asset, str(tmp_path))
   lead.file.create(qvm_source.DownloadNote(URL, '"v"', 2 * BLOCK))
   file, first, second = lead.file, lead.file.claim_blocks(0, 1), lead.file.claim_blocks(1, 2)
   file.write(first, bytes(BLOCK))

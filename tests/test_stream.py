@@ -862,7 +862,7 @@ def test_an_object_that_changes_throws_nothing_away(streamer, server, tmp_path, 
   before = read_until(process.stderr, "the guest runs while")  # its digest is known
   server.replace_asset("freebsd-builder", "v0.16.0", IMAGE, packed[:BLOCK] + packed[BLOCK:][::-1])
   go.set()
-  before += read_until(process.stderr, "the server has another image now.*an I/O error")
+  before += read_until(process.stderr, "the server has another file now.*an I/O error")
   with gate_of(tmp_path) as gate:
     gate.write("go")
   assert finished(process, before).returncode == 3

@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
-from types import FrameType, TracebackType
+from types import FrameType
 
 __version__ = "0.2.0"
 TYPE_CHECKING = False  # mypy takes it for true
@@ -805,6 +805,9 @@ class Address(NamedTuple):
   host: str = "127.0.0.1"
   port: int = SSH_PORT
   chosen: bool = False
+
+  def __str__(self) -> str:
+    return f"{self.host}:{self.port}"
 
 
 class Forward(NamedTuple):
@@ -5647,23 +5650,24 @@ def planned_instance(plan: Plan) -> Optional[Instance]:
   return instance
 
 
-def check_instance(plan: Plan) -> None:
-  """Refuse to run an existing instance as another OS, or on another base image.
+def check_instance(plan: Plan) -> Optional[Instance]:
+  """Refuse to run an existing instance as another OS, or on another base image; returns it.
 
   A missing or damaged record is rebuilt from the name of the disk's base image.
   """
   paths, instance = plan.paths, planned_instance(plan)
   if not instance:
-    return
+    return None
   if instance != sound_record(Instance(), paths.record):
     write_record(paths.cache, paths.record, instance, keep=True)
     say(f"the record of the instance {paths.name} was missing or damaged; "
         "it has been rebuilt from its disk")  # fmt: skip
   if plan.own_image or is_missing(plan, plan.base):
-    return  # in the second case it is downloaded, and then compared
+    return instance  # in the second case it is downloaded, and then compared
   known = instance.base_sha256 or is_streamed(paths.disk)  # else the record had to be rebuilt
   if known and not fits(instance, base_record(plan)):
     raise other_base(paths, plan.base, instance)
+  return instance
 
 
 def check_disks(plan: Plan, size: str) -> None:
@@ -5905,10 +5909,8 @@ CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"  # see needs_cpu_ma
 class HostFacts(NamedTuple):
   """The facts about this host and run that decide on adjustments."""
 
-  address: Address
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
-  forwards: Tuple[Forward, ...] = ()
   data: str = ""  # the second disk; empty: there is none
   display: str = ""  # the kind of window, as in DISPLAYS; empty: none
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
@@ -5927,9 +5929,8 @@ class Adjustment(NamedTuple):
 
 def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjustment]:
   """All differences between the table and the command that runs; README.md says why."""
-  address = facts.address
-  published = [f"hostfwd={it.kind}:{it.host}:{it.port}-:{it.guest}," for it in facts.forwards]
-  hostfwd = "".join(published) + f"hostfwd=tcp:{address.host}:{address.port}-"
+  published = [f"hostfwd={it.kind}:{it.host}:{it.port}-:{it.guest}," for it in options.publish]
+  hostfwd = "".join(published) + f"hostfwd=tcp:{options.ssh}-"
   changes = [
     Adjustment("-netdev", "hostfwd=tcp::2847-", hostfwd),
     Adjustment("-machine", "accel=" + TABLE_ACCEL, "accel=" + facts.accel),
@@ -8792,9 +8793,7 @@ def reserve_port(
     address, why = wanted._replace(port=port), "something uses its UDP port, by which qvm locks it"
     lock = bind(socket.SOCK_DGRAM, address)
     if lock and free_port(socket.SOCK_STREAM, address):
-      fd = lock.detach()
-      stack.callback(os.close, fd)
-      return address, fd
+      return address, stack.enter_context(lock).fileno()
     if lock:
       why = "something uses its TCP port"
       lock.close()
@@ -8813,9 +8812,7 @@ def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> I
   for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
     lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
     if lock:
-      fd = lock.detach()
-      stack.callback(os.close, fd)
-      yield fd
+      yield stack.enter_context(lock).fileno()
 
 
 def has_linaro(share: str) -> bool:
@@ -8924,12 +8921,11 @@ def is_emulated(guest: Guest, accel: str) -> bool:
   return not fast or guest.arch != this_host().arch
 
 
-def kept_options(paths: InstancePaths, options: Options) -> Options:
+def kept_options(instance: Optional[Instance], options: Options) -> Options:
   """The options, with what an instance keeps of earlier runs where nothing else is given."""
   with contextlib.suppress(UsageError):
-    if not options.publish and os.path.lexists(paths.disk):
-      texts = sound_record(Instance(), paths.record).publish.split()
-      return options._replace(publish=tuple(map(parse_forward, texts)))
+    if instance and not options.publish:
+      return options._replace(publish=tuple(map(parse_forward, instance.publish.split())))
   return options
 
 
@@ -8948,14 +8944,12 @@ def display_of(plan: Plan) -> str:
   return found[0]
 
 
-def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
+def host_facts(plan: Plan, options: Options, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
   accel = accelerators_for(plan, options)
   log_in = options.detach or options.guest_command or options.warm
   emulated = is_emulated(plan.guest, accel)
   return HostFacts(
-    address=address,
-    forwards=options.publish,
     display=display_of(plan) if options.display else "",
     data=plan.paths.data if options.disk or os.path.lexists(plan.paths.data) else "",
     linaro=has_linaro(plan.share),
@@ -9025,20 +9019,18 @@ class Machine:
   process: "Process"  # from start() on, as are these
   facts: HostFacts
   untouched: Tuple[int, int]  # the disk's stamp before QEMU started
-  published: str  # the ports to publish, as given
+  log_start: int  # the offset in the console log at which this run begins
   began: float
 
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
-    self.address = options.ssh
+    self.asked = options  # as given, or kept with the instance; self.options has what is used
     self.port_locks: List[int] = []
     self.log: Optional[IO[bytes]] = None
-    self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
-    self.words = "\0".join(words_of(options, STARTED_WITH))
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -9047,9 +9039,7 @@ class Machine:
       if os.path.exists(self.paths.mark):  # of a --rm run that was killed since the last sweep
         remove_instance(self.paths)
       check_disks(self.plan, self.options.disk)
-      check_instance(self.plan)
-      self.options = kept_options(self.paths, self.options)
-      self.published = " ".join(map(str, self.options.publish))
+      self.asked = self.options = kept_options(check_instance(self.plan), self.options)
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
         open(self.paths.mark, "w").close()
@@ -9063,17 +9053,12 @@ class Machine:
       self.stack = stack.pop_all()
     return self
 
-  def __exit__(
-    self,
-    kind: Optional[Type[BaseException]],
-    error: Optional[BaseException],
-    trace: Optional[TracebackType],
-  ) -> None:
-    self.stack.__exit__(kind, error, trace)
+  def __exit__(self, *error: Any) -> None:
+    self.stack.__exit__(*error)
 
   @property
   def login(self) -> Login:
-    return Login(self.paths, self.plan.guest, self.address, self.patience, self.has_ended)
+    return Login(self.paths, self.plan.guest, self.options.ssh, self.patience, self.has_ended)
 
   @property
   def patience(self) -> float:
@@ -9091,19 +9076,17 @@ class Machine:
     """Reserve the ssh port and those to publish, unless that has already been done."""
     if not self.port_locks:
       others = [forward.port for forward in self.options.publish]
-      self.address, lock = reserve_port(self.options.ssh, stack, others)
+      address, lock = reserve_port(self.options.ssh, stack, others)
       forwards = tuple(map(free_forward, self.options.publish))
-      self.options = self.options._replace(publish=forwards)
+      self.options = self.options._replace(ssh=address, publish=forwards)
       self.port_locks = [lock, *lock_forwards(forwards, stack)]
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
     if self.options.console_log:
       self.log = open(self.options.console_log, "wb", 0, opener=appending)  # noqa: SIM115
-      self.log_start = os.fstat(self.log.fileno()).st_size
     elif self.options.detach or self.options.guest_command:
-      if not os.path.lexists(self.paths.disk):
-        stack.callback(self.remove_stray_log)
+      stack.callback(self.remove_stray_log)
       self.log = new_console_log(self.paths)
     if self.log:
       stack.callback(self.log.close)
@@ -9132,13 +9115,13 @@ class Machine:
       check_backing(plan, base)
       if not is_served(base.backing):  # the image may just have been replaced
         base = base._replace(image=cached_base(plan).image)
-      ports = " ".join(map(str, options.publish))
-      ssh = f"{self.address.host}:{self.address.port}"
-      run = Instance(ssh=ssh, publish=self.published, ports=ports, words=self.words)
+      asked, ports = (" ".join(map(str, it.publish)) for it in (self.asked, options))
+      words = "\0".join(words_of(self.asked, STARTED_WITH))
+      run = Instance(ssh=str(options.ssh), publish=asked, ports=ports, words=words)
       record_instance(plan, run, base)
       make_overlay(plan, base.backing, self.lock)
       make_data_disk(plan, options.disk, self.lock)
-      self.facts = facts = host_facts(plan, options, self.address, base.image.release)
+      self.facts = facts = host_facts(plan, options, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
         write_key_disk(self.paths, plan.guest.key_disk)
       self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
@@ -9247,7 +9230,7 @@ class Machine:
         end_process(self.process)
       return self.has_ended()
 
-    answers = wait_for_ssh(self.address, self.patience, ended)
+    answers = wait_for_ssh(self.options.ssh, self.patience, ended)
     report.erase()
     if self.has_ended():
       words = "\n".join(self.last_words(40))
@@ -9271,9 +9254,9 @@ class Machine:
       raise again
     return answers
 
-  def log_in(self, began: float) -> float:
+  def log_in(self) -> float:
     """For how many seconds to retry logins: the guest may still be installing the key."""
-    left = max(0.0, began + self.patience - time.monotonic())
+    left = max(0.0, self.began + self.patience - time.monotonic())
     return min(left, KEY_LOGIN_SECONDS) if os.path.exists(self.paths.key_disk) else 0.0
 
   def relay_console(self) -> int:
@@ -9313,10 +9296,10 @@ class Machine:
     if self.greeted:
       return
     self.greeted = True
-    guest, port = self.plan.guest, self.address.port
-    if port != SSH_PORT and not self.address.chosen:
-      say(f"port {SSH_PORT} is taken; this machine uses {port}")
-    say(ssh_line(guest, self.address))
+    guest, address = self.plan.guest, self.options.ssh
+    if address.port != SSH_PORT and not address.chosen:
+      say(f"port {SSH_PORT} is taken; this machine uses {address.port}")
+    say(ssh_line(guest, address))
     self.tell_ports()
     if self.facts.display:
       say("the guest has a window; Ctrl-C here, or closing it, ends the machine at once")
@@ -9325,9 +9308,8 @@ class Machine:
 
   def tell_ports(self) -> None:
     """Say where the guest's ports are that were to be on a free one."""
-    asked = self.published.split()
-    for text in [each for each in map(str, self.options.publish) if each not in asked]:
-      say(f"{self.plan.name} publishes {text}")
+    for forward in [each for each in self.options.publish if each not in self.asked.publish]:
+      say(f"{self.plan.name} publishes {forward}")
 
   def leave_running(self) -> int:
     """Wait until ssh answers, then let the machine go; QvmError if it ends before that."""
@@ -9342,7 +9324,7 @@ class Machine:
       self.log.close()
     if not answers:
       say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
-    line = ssh_line(self.plan.guest, self.address)
+    line = ssh_line(self.plan.guest, self.options.ssh)
     try:
       emit(self.plan.name)
       emit(line)
@@ -9352,7 +9334,6 @@ class Machine:
 
   def run_command(self) -> int:
     """Run the command once ssh answers, then power off a persistent instance; its exit code."""
-    began = time.monotonic()
     if not self.resumed and not self.greeted:
       self.greeted = True
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
@@ -9362,7 +9343,7 @@ class Machine:
     report.phase("running")
     login, failure = self.login, None
     try:
-      code = run_command(login, self.options, self.log_in(began), self.resumed)
+      code = run_command(login, self.options, self.log_in(), self.resumed)
     except LoginError as error:
       raise self.explained(error)
     except QvmError as error:  # results that cannot come are still in the guest
@@ -9463,9 +9444,8 @@ def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> 
 def print_command(plan: Plan, options: Options) -> int:
   """Print the QEMU command that `run` would execute, unless the instance is another one."""
   check_disks(plan, options.disk)
-  planned_instance(plan)
-  options = kept_options(plan.paths, options)
-  facts = host_facts(plan, options, options.ssh, image_record(plan).release)
+  options = kept_options(planned_instance(plan), options)
+  facts = host_facts(plan, options, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
 
@@ -9596,7 +9576,8 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts, layer: str) -
   Paths, address and ports may differ. The accelerator in use is known only once QEMU runs.
   """
   named = plan._replace(qemu="QEMU", share="SHARE", paths=Cache("").instance("DISK"))
-  facts = facts._replace(address=Address(), forwards=(), key_disk="KEYS" if facts.key_disk else "")
+  options = options._replace(ssh=Address(), publish=())
+  facts = facts._replace(key_disk="KEYS" if facts.key_disk else "")
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
@@ -9640,7 +9621,7 @@ class Checkpoint:
   def __init__(self, machine: Machine, base: Base, set_up: Callable[[], object] = bool) -> None:
     plan, options = machine.plan, machine.options
     self.machine, self.plan, self.base, self.set_up = machine, plan, base, set_up
-    facts = host_facts(plan, options, machine.address, base.image.release)
+    facts = host_facts(plan, options, base.image.release)
     if facts.key_disk:
       with instances_lock(plan.cache):
         make_key(plan.cache)
@@ -9747,7 +9728,7 @@ class Checkpoint:
 
   def wait_for_login(self) -> None:
     """Wait until the guest accepts a login."""
-    machine, began = self.machine, time.monotonic()
+    machine = self.machine
     if not machine.wait_for_ssh():
       raise BootError(
         f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
@@ -9755,7 +9736,7 @@ class Checkpoint:
       )
     if find_program("ssh"):
       answered = wait_up_to(machine.login, machine.patience)
-      in_guest(machine.login, "true", answered, machine.log_in(began))
+      in_guest(machine.login, "true", answered, machine.log_in())
 
   def freeze(self, control: Control, made: LayerPaths, below: Stamps) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
@@ -9825,7 +9806,7 @@ class Checkpoint:
     control.load(self.layer.state)
     seconds = min(RESUME_SECONDS, machine.patience)
     if not wait_for_ssh(
-      machine.address, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
+      machine.options.ssh, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
     ):
       raise QvmError(f"ssh has not answered within {seconds:g} s")
 
@@ -10011,7 +9992,6 @@ class SetUp:
 
   def boot(self, machine: Machine, base: Base, done: int) -> None:
     """Boot the machine and set its guest up."""
-    began = time.monotonic()
     machine.start(base)
     say(f"{machine.plan.name} is booting to be set up; its console goes to {machine.console}")
     if not machine.wait_for_ssh():
@@ -10019,7 +9999,7 @@ class SetUp:
         f"ssh has not answered within {machine.patience:g} s; no layer is made",
         "--boot-timeout allows more time",
       )
-    self.run(machine, machine.log_in(began), done)
+    self.run(machine, machine.log_in(), done)
 
   def boot_warm(self, machine: Machine, base: Base, done: int) -> bool:
     """The same, in the boot of which the checkpoint is made; then the guest goes on from that.
@@ -10562,7 +10542,6 @@ def cmd_clone(options: Options) -> int:
         raise QvmError(f"{error}; nothing was cloned", f"stop it: qvm stop {each.name}")
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
-    check_spelling(new.disk)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="", words="")
     folder = stack.enter_context(unfinished(cache))
     sources = [*sync_records(paths), paths.data, paths.disk]

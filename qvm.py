@@ -11098,6 +11098,10 @@ class Check(NamedTuple):
   fix: str = ""
 
 
+class Warned(QvmError):
+  """What a check finds that is no fault: qvm can do without."""
+
+
 FIRST_RUN_BYTES = 2 << 30  # a first run's QEMU and image, and some of what the guest writes
 DOCTOR_SECONDS = 8.0  # for all network checks: enough for two slow requests, short for a user
 
@@ -11106,14 +11110,25 @@ def cmd_doctor(options: Options) -> int:
   """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
-  refused = attempted("cache", check_folders, cache)  # then no command uses it
-  checks = [check_system(), check_python(), check_ssh()]
-  checks += [*(refused or [check_cache(cache)]), check_zstd()]
-  checks += [] if refused else check_qemu(cache)  # it runs QEMU
-  checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
-  if not refused:
-    checks += attempted("remembered", check_failed, cache)
-    checks += attempted("instances", check_instances, cache)
+  folders = checked("cache", check_folders, cache)
+  usable = folders.state == "ok"  # else no command uses it, and nothing in it is run
+  checks = [checked("host", check_system), checked("Python", check_python)]
+  checks += [checked("ssh", check_ssh)]
+  checks += [checked("cache", check_cache, cache) if usable else folders]
+  checks += [checked("zstd", check_zstd), *(check_qemu(cache) if usable else [])]
+  qemu = ""  # the downloaded one for the host's own CPU
+  with contextlib.suppress(QvmError):
+    qemu = cache.qemu_program(QEMU_CPUS[this_host().arch]) if usable else ""
+  if sys.platform == "darwin":
+    checks.append(checked("HVF", check_hvf, qemu))
+  else:
+    checks.append(checked("KVM", check_kvm, "/dev/kvm", qemu))
+  if usable:
+    folder = cache.path("accelerators")
+    known = paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else []
+    tried = [checked("remembered", check_failed, cache, path) for path in known]
+    checks += [*filter(operator.attrgetter("text"), tried)]
+    checks.append(checked("instances", check_instances, cache))
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -11125,29 +11140,29 @@ def cmd_doctor(options: Options) -> int:
   return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
 
 
-def attempted(
-  name: str, check: Callable[..., Optional[List[Check]]], *about: object
-) -> List[Check]:
-  """What a check of something has to say; its error is a fault."""
+def checked(name: str, check: Callable[..., Optional[str]], *about: object) -> Check:
+  """The result of a check, which returns what is well, and raises what is not."""
   try:
-    return check(*about) or []
+    return Check("ok", name, check(*about) or "")
+  except Warned as error:
+    return Check("warning", name, str(error), error.hint)
   except QvmError as error:
-    return [Check("fault", name, str(error), error.hint or "correct it, or unset it")]
+    return Check("fault", name, str(error), error.hint)
 
 
 def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
   """The result of the network checks, or a fault if they take longer."""
   later.thread.join(seconds)
   if later.thread.is_alive():
-    return [
-      Check(
-        "fault", "network", f"no answer within {seconds:g} s", "is a proxy needed? set https_proxy"
-      )
-    ]
-  return attempted("network", later.result)
+    fix = "is a proxy needed? set https_proxy"
+    return [Check("fault", "network", f"no answer within {seconds:g} s", fix)]
+  try:
+    return later.result()
+  except QvmError as error:
+    return [Check("fault", "network", str(error), error.hint or "correct it, or unset it")]
 
 
-def check_system() -> Check:
+def check_system() -> str:
   """Whether qvm supports this system."""
   uname = os.uname()
   version = platform.mac_ver()[0]
@@ -11157,52 +11172,50 @@ def check_system() -> Check:
     host = this_host()
     check_host(host, GUESTS[0], "")
   except QvmError as error:
-    return Check("fault", "host", f"{text}: {error}", error.hint)
+    raise QvmError(f"{text}: {error}", error.hint)
   if lacks_rosetta(host):
-    return Check("fault", "host", f"{text}, without Rosetta, which QEMU needs", ROSETTA_FIX)
-  return Check("ok", "host", text)
+    raise QvmError(f"{text}, without Rosetta, which QEMU needs", ROSETTA_FIX)
+  return text
 
 
-def check_python() -> Check:
+def check_python() -> str:
   """The Python that runs qvm, and its TLS."""
   version = sys.version.split()[0]
   try:
-    tls = ssl.OPENSSL_VERSION
+    return f"{version}, {ssl.OPENSSL_VERSION}, {sys.executable}"
   except ImportError:
-    return Check("fault", "Python", f"{version} without ssl", "use a Python with TLS support")
-  return Check("ok", "Python", f"{version}, {tls}, {sys.executable}")
+    raise QvmError(f"{version} without ssl", "use a Python with TLS support")
 
 
-def check_ssh() -> Check:
+def check_ssh() -> str:
   """The OpenSSH client, which commands in the guest and `stop` need."""
-  if not find_program("ssh"):
-    text = "no ssh found on PATH: qvm cannot run commands in guests or power them off"
-    return Check("warning", "ssh", text, SSH_FIX)
+  program = find_program("ssh")
+  if not program:
+    raise Warned(
+      "no ssh found on PATH: qvm cannot run commands in guests or power them off", SSH_FIX
+    )
   if not is_known_user():
-    return Check("warning", "ssh", f"ssh cannot run: {NO_USER}", NO_USER_FIX)
-  code, output = ask_program([find_program("ssh"), "-V"])
+    raise Warned(f"ssh cannot run: {NO_USER}", NO_USER_FIX)
+  code, output = ask_program([program, "-V"])
   if code:
-    return Check("warning", "ssh", f"ssh does not start: {output}", "reinstall the OpenSSH client")
-  return Check("ok", "ssh", output)
+    raise Warned(f"ssh does not start: {output}", "reinstall the OpenSSH client")
+  return output
 
 
-def check_cache(cache: Cache) -> Check:
+def check_cache(cache: Cache) -> str:
   """Whether the cache folder, or where it will be created, is writable and has space."""
-  root = cache.root
-  if os.path.lexists(root) and not os.path.isdir(root):
-    return Check("fault", "cache", f"{root} is not a folder", "move it out of the way")
-  there = nearest(root)
+  root, there = cache.root, nearest(cache.root)
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
-    return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
+    raise QvmError(f"{text}: not writable", OTHER_CACHE)
   if not locks_work(there):
-    return Check("warning", "cache", f"{text}: its locks let everybody in", NFS_FIX)
+    raise Warned(f"{text}: its locks let everybody in", NFS_FIX)
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
     text += f"; a first run needs {megabytes(FIRST_RUN_BYTES)}"
-    return Check("warning", "cache", text, "qvm clean --all --dry-run lists what can be deleted")
-  return Check("ok", "cache", text)
+    raise Warned(text, "qvm clean --all --dry-run lists what can be deleted")
+  return text
 
 
 def file_system(path: str, mounts: str) -> str:
@@ -11219,26 +11232,22 @@ def file_system(path: str, mounts: str) -> str:
 
 def check_qemu(cache: Cache) -> List[Check]:
   """The cached programs: whether they start, and which accelerators the QEMUs offer."""
-  programs = [
-    ("QEMU " + cpu, cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
-  ]
-  checks: List[Check] = []
-  for name, *words in [*programs, ("qemu-img", cache.qemu_img, "--version")]:
-    checks += attempted(name, check_program, name, words)
-  return checks
+  programs = [(cpu, cache.qemu_program(cpu)) for cpu in QEMU_CPUS.values()]
+  checks = [checked("QEMU " + cpu, check_program, path, "-accel", "help") for cpu, path in programs]
+  return [*checks, checked("qemu-img", check_program, cache.qemu_img, "--version")]
 
 
-def check_program(name: str, words: Sequence[str]) -> List[Check]:
+def check_program(*words: str) -> str:
   """Whether a cached program starts, and which accelerators it offers if it is asked."""
   if not os.path.isfile(words[0]):
-    return [Check("ok", name, "not downloaded yet")]
+    return "not downloaded yet"
   release = record_of(words[0]).release or "unknown release"
   code, output = ask_program(words)
   if code:
     fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
-    return [Check("fault", name, f"{release} does not start: {output}", fix)]
+    raise QvmError(f"{release} does not start: {output}", fix)
   offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
-  return [Check("ok", name, release + offers * (words[-1] == "help"))]
+  return release + offers * (words[-1] == "help")
 
 
 FULL_SPEED = (
@@ -11248,84 +11257,64 @@ FULL_SPEED = (
 FALLS_BACK = "runs fall back to emulation, which is much slower; --accel tcg goes there at once"
 
 
-def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
-  """Whether guests of the host's own CPU can run at full speed."""
-  if system == "darwin":
-    return [check_hvf(qemu)]
+def check_kvm(kvm: str, qemu: str) -> str:
+  """Whether Linux runs guests of its own CPU at full speed; qemu is the one for that CPU."""
+  emulated = "guests are emulated, which is much slower"
   if not os.path.exists(kvm):
     fix = "enable virtualisation in the firmware, or nested virtualisation if this is a guest"
-    text = f"there is no {kvm}: guests are emulated, which is much slower"
-    return [Check("warning", "KVM", text, fix)]
+    raise Warned(f"there is no {kvm}: {emulated}", fix)
   try:
     fd = os.open(kvm, os.O_RDWR)
   except OSError as error:
-    text = f"cannot open {kvm} ({describe(error)}): guests are emulated, which is much slower"
-    return [Check("warning", "KVM", text, KVM_FIX)]
+    raise Warned(f"cannot open {kvm} ({describe(error)}): {emulated}", KVM_FIX)
   try:
     version = fcntl.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION, 12 since Linux 2.6.22
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
-    text = f"{kvm} cannot create a virtual machine: {describe(error)}"
-    return [Check("warning", "KVM", text, FALLS_BACK)]
+    raise Warned(f"{kvm} cannot create a virtual machine: {describe(error)}", FALLS_BACK)
   finally:
     os.close(fd)
   if not os.path.isfile(qemu):
-    return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
+    return f"{kvm} can be opened, API {version}; not tried without QEMU"
   code, output = try_accelerator(qemu, "kvm")
   if code:
     cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
-    fix = FALLS_BACK if re.search(KVM_RE, output) else cause[1]
-    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", fix)]
-  return [Check("ok", "KVM", f"{kvm} works, API {version}")]
+    raise Warned(f"{kvm}: {cause[0]}", FALLS_BACK if re.search(KVM_RE, output) else cause[1])
+  return f"{kvm} works, API {version}"
 
 
-def check_hvf(qemu: str) -> Check:
+def check_hvf(qemu: str) -> str:
   """What macOS' own accelerator is good for here; qemu is the one for this Mac's CPU."""
   if not has_hvf():
-    text = "kern.hv_support is not 1, as in most virtual machines: guests are emulated"
-    return Check("ok", "HVF", text)
+    return "kern.hv_support is not 1, as in most virtual machines: guests are emulated"
   if this_host().arch == "x86-64":
-    return Check("ok", "HVF", "kern.hv_support is 1: x86-64 guests run at full speed")
+    return "kern.hv_support is 1: x86-64 guests run at full speed"
   own = find_program(os.environ.get("QVM_QEMU_AARCH64", ""))
-  if not is_intel_program(own or qemu):
-    text = f"kern.hv_support is 1: arm64 guests run at full speed ({own or qemu})"
-    return Check("ok", "HVF", text)
-  text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
-  return Check("warning", "HVF", text, FULL_SPEED)
+  if is_intel_program(own or qemu):
+    text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
+    raise Warned(text, FULL_SPEED)
+  return f"kern.hv_support is 1: arm64 guests run at full speed ({own or qemu})"
 
 
-def check_failed(cache: Cache) -> List[Check]:
-  """Try accelerators again that have failed here, and forget those that start now."""
-  checks: List[Check] = []
-  folder = cache.path("accelerators")
-  for path in paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else ():
-    failed = sound_record(FailedAccelerator(), path)
-    if accelerator_path(cache, failed.qemu) != path:
-      continue  # of another host, kernel or QEMU
-    name = failed.accelerator.upper()
-    text = f"{name} failed on {failed.time} with {failed.qemu} ({failed.problem})"
-    if try_accelerator(failed.qemu, failed.accelerator)[0]:
-      fix = f"it still does; --accel {failed.accelerator} tries it all the same"
-      checks.append(Check("warning", "remembered", text, fix))
-    else:
-      remove_file(path)
-      checks.append(Check("ok", "remembered", f"{text}; it starts now: the next run uses it again"))
-  return checks
+def check_failed(cache: Cache, path: str) -> str:
+  """Try an accelerator again that has failed here, and forget it if it starts now."""
+  failed = sound_record(FailedAccelerator(), path)
+  if accelerator_path(cache, failed.qemu) != path:
+    return ""  # of another host, kernel or QEMU
+  text = (
+    f"{failed.accelerator.upper()} failed on {failed.time} with {failed.qemu} ({failed.problem})"
+  )
+  if try_accelerator(failed.qemu, failed.accelerator)[0]:
+    raise Warned(text, f"it still does; --accel {failed.accelerator} tries it all the same")
+  remove_file(path)
+  return f"{text}; it starts now: the next run uses it again"
 
 
-def native_qemu(cache: Cache) -> str:
-  """The path of the downloaded QEMU for the host's own CPU, even if it does not exist."""
-  try:
-    return cache.qemu_program(QEMU_CPUS[this_host().arch])
-  except QvmError:
-    return cache.qemu_program("none")
-
-
-def check_zstd() -> Check:
+def check_zstd() -> str:
   """Whether bundles can be unpacked."""
   if not can_unzstd():
-    return Check("warning", "zstd", "none: the newest images cannot be unpacked", ZSTD_HINT)
-  return Check("ok", "zstd", (unzstd_command() or ["Python's own"])[0])
+    raise Warned("none: the newest images cannot be unpacked", ZSTD_HINT)
+  return (unzstd_command() or ["Python's own"])[0]
 
 
 def check_network(net: Net) -> List[Check]:
@@ -11334,18 +11323,16 @@ def check_network(net: Net) -> List[Check]:
   proxies = {name: proxy_name(url) for name, url in known if name != "no"}
   checks = [Check("ok", "proxy", ", ".join(f"{k}: {v}" for k, v in proxies.items()) or "none")]
   one = impatient(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_SECONDS / 2))
-  try:
-    checks.append(
-      Check("ok", "releases", f"{redacted(net.releases)}: {newest_tag(one, 'resources')}")
-    )
-  except QvmError as error:
-    checks.append(Check("fault", "releases", str(error), error.hint))
-  if net.api:
-    checks.append(check_quota(one))
-  return checks
+  checks.append(checked("releases", check_releases, one))
+  return [*checks, checked("API", check_quota, one)] if net.api else checks
 
 
-def check_quota(net: Net) -> Check:
+def check_releases(net: Net) -> str:
+  """Whether the release server answers."""
+  return f"{redacted(net.releases)}: {newest_tag(net, 'resources')}"
+
+
+def check_quota(net: Net) -> str:
   """Whether GitHub's API, which has digests and older releases, still answers."""
   url = f"{net.api}/resources/releases?per_page=1"
   try:
@@ -11353,20 +11340,18 @@ def check_quota(net: Net) -> Check:
       left = answer.headers.get("x-ratelimit-remaining")
   except (QvmError, Transient) as error:
     hint = getattr(error, "hint", "") or "no action needed; GITHUB_TOKEN raises the quota"
-    return Check("warning", "API", f"{error}; qvm reads the release pages instead", hint)
-  return Check(
-    "ok", "API", f"{redacted(net.api)}" + (f", {left} requests left this hour" if left else "")
-  )
+    raise Warned(f"{error}; qvm reads the release pages instead", hint)
+  return redacted(net.api) + (f", {left} requests left this hour" if left else "")
 
 
-def check_instances(cache: Cache) -> List[Check]:
+def check_instances(cache: Cache) -> str:
   """The number of instances, and those that are running."""
   try:
     rows = [row for row in list_instances(cache) if row.state in ("running", "stopped")]
   except OSError as error:
     raise QvmError(f"{cache.root}: {describe(error)}", "restore your ownership of the folder")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
-  return [Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")]
+  return f"{len(rows)}, running: {', '.join(running) or 'none'}"
 
 
 # ---- Completion and main ------------------------------------------------------------------------

@@ -892,14 +892,17 @@ def parse_arch(text: str) -> str:
   return arch
 
 
+def matching(text: str, pattern: str, what: str, use: str) -> str:
+  """A word that matches a pattern; UsageError says what to use in its place."""
+  if not re.match(pattern, text):
+    raise UsageError(f"invalid {what} '{text}': use {use}")
+  return text
+
+
 def parse_name(text: str) -> str:
   """An instance's name, which becomes part of file names."""
-  if not re.match(NAME_RE, text):
-    raise UsageError(
-      f"invalid instance name '{text}': use up to 100 letters, digits and . _ + ~ -, "
-      "starting with a letter or digit"
-    )
-  return text
+  use = "up to 100 letters, digits and . _ + ~ -, starting with a letter or digit"
+  return matching(text, NAME_RE, "instance name", use)
 
 
 PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
@@ -907,17 +910,13 @@ PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
 
 def parse_tag(text: str) -> str:
   """The tag of a release."""
-  if not re.match(PINNED_RE, text):
-    raise UsageError(f"invalid release '{text}': use its tag, as in v0.14.0")
-  return text
+  return matching(text, PINNED_RE, "release", "its tag, as in v0.14.0")
 
 
 def parse_version(text: str) -> str:
   """A version, which becomes part of file names and URLs."""
-  if not re.match(VERSION_RE, text):
-    raise UsageError(
-      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
-    )
+  use = "up to 50 letters, digits and . _ + ~ -, as in 15.1"
+  matching(text, VERSION_RE, "version", use)
   for tag in text.split("+", 1)[1:]:  # as `search` shows what is cached of just one release
     parse_tag(tag)
   return text
@@ -992,21 +991,16 @@ def parse_count(text: str, what: str, most: int) -> int:
 
 def parse_variable(text: str) -> str:
   """An environment variable as NAME or NAME=VALUE."""
-  if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
-    raise UsageError(
-      f"invalid variable '{text}': use NAME or NAME=VALUE, starting with a letter or _"
-    )
-  return text
+  use = "NAME or NAME=VALUE, starting with a letter or _"
+  return matching(text, r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", "variable", use)
 
 
 def parse_packages(text: str) -> str:
   """Names of packages, separated by spaces; none can be taken for an option, or for shell."""
+  use = "names as the guest's package manager has them, separated by spaces, as in "
+  use += "--install 'git cmake'"
   for name in text.split() or [text]:
-    if not re.match(r"[A-Za-z0-9][A-Za-z0-9._+:@/,%=~-]{0,199}\Z", name):
-      raise UsageError(
-        f"invalid package name '{name}': use names as the guest's package manager has them, "
-        "separated by spaces, as in --install 'git cmake'"
-      )
+    matching(name, r"[A-Za-z0-9][A-Za-z0-9._+:@/,%=~-]{0,199}\Z", "package name", use)
   return " ".join(text.split())
 
 
@@ -1345,16 +1339,16 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--refresh gets the newest release: it excludes --release and --qemu-release")
   if options.warm and options.disk:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
-  for option in OPTIONS:
+  for_set_up = SET_UP + (SET_UP_ONLY if options.command == "pull" else ())
+  bare_run = options.command == "run" and not options.guest_command
+  for option in [each for each in OPTIONS if each.field in fields]:
     flag = option.flags[-1]
-    for_set_up = SET_UP + (SET_UP_ONLY if options.command == "pull" else ())
-    if option.field in fields and option.field in for_set_up and not options.sets_up:
+    if option.field in for_set_up and not options.sets_up:
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
-    wants_command = option.field in fields and option.field in IN_GUEST
-    bare = option.field == "env" and options.sets_up  # then it is for the scripts
-    if wants_command and options.command == "run" and not options.guest_command and not bare:
+    for_scripts = option.field == "env" and options.sets_up
+    if bare_run and option.field in IN_GUEST and not for_scripts:
       raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
-    if option.field in fields and option.field.startswith("sync_") and not options.sync:
+    if option.field.startswith("sync_") and not options.sync:
       raise UsageError(f"{flag} needs --sync DIR")
   if options.command == "each" and not options.guest_command and not fields & set(EVERYWHERE):
     raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")

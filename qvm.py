@@ -234,10 +234,6 @@ class BadImageError(QvmError):
   """An image on which guests have run is not the one that its release names, or is unsafe."""
 
 
-class RunningError(QvmError):
-  """An instance is running, and the operation needs it stopped."""
-
-
 class Interrupted(BaseException):
   """A signal asked qvm to stop; clean-up runs as this propagates."""
 
@@ -5513,16 +5509,17 @@ def check_here(paths: InstancePaths) -> None:
     )
 
 
-def take_instance(paths: InstancePaths, stack: contextlib.ExitStack) -> Lock:
-  """Take an instance's lock until the stack ends; RunningError names the process that holds it."""
+def take_instance(
+  paths: InstancePaths, stack: contextlib.ExitStack, undone: str = "", hint: str = ""
+) -> Lock:
+  """Take an instance's lock until the stack ends; QvmError names the process that holds it."""
   lock = Lock(paths.lock)
   check_spelling(paths.disk)
   with instances_lock(paths.cache), signals.hold():
     if not lock.try_():
-      raise RunningError(
-        f"the instance {paths.name} is already running ({holder(paths)})",
-        "use another --name, or --rm, for a second machine",
-      )
+      problem = f"the instance {paths.name} is already running ({holder(paths)})"
+      hint = hint or "use another --name, or --rm, for a second machine"
+      raise QvmError(problem + undone, hint)
     stack.callback(lock.remove)
     note_holder(lock, "qvm")
   return lock
@@ -5696,7 +5693,7 @@ class Base(NamedTuple):
   """
 
   backing: str  # as the overlay names it
-  image: Instance  # identifies the base image by base_sha256, release and validator
+  image: AssetRecord  # of which sha256, asset_sha256, release and validator identify it
   needs: Tuple[str, ...] = ()  # files that must exist when the overlay is created
   fds: Tuple[int, ...] = ()  # descriptors for QEMU
   adjust: Callable[[List[str]], List[str]] = list  # changes QEMU's usual command line
@@ -5705,13 +5702,7 @@ class Base(NamedTuple):
 
 def cached_base(plan: Plan) -> Base:
   """The base image in the cache, of which the digest is known if the instance is to stay."""
-  record = image_record(plan) if plan.ephemeral else base_record(plan)
-  image = Instance(
-    base_sha256=record.sha256,
-    release=record.release,
-    validator=record.validator,
-    asset_sha256=record.asset_sha256,
-  )
+  image = image_record(plan) if plan.ephemeral else base_record(plan)
   backing = plan.base if plan.own_image else backing_name(plan, plan.base)
   return Base(backing, image, (plan.base,))
 
@@ -5734,15 +5725,14 @@ def layer_base(plan: Plan, base: Base, name: str) -> Base:
 def record_instance(plan: Plan, run: Instance, base: Base) -> None:
   """Write the record of an instance: what it is, and what `run` says of this run."""
   guest, image = plan.guest, base.image
-  record = image._replace(
+  record = run._replace(
     name=plan.name,
     os=guest.os,
     version=plan.version,
     arch=guest.arch,
-    ssh=run.ssh,
-    publish=run.publish,
-    ports=run.ports,
-    words=run.words,
+    base_sha256=image.sha256,
+    release=image.release,
+    asset_sha256=image.asset_sha256,
     image=plan.base if plan.own_image else "",
     validator=image.validator if plan.own_image or is_served(base.backing) else "",
   )
@@ -5751,11 +5741,10 @@ def record_instance(plan: Plan, run: Instance, base: Base) -> None:
 
 
 def backing_name(plan: Plan, path: str, disk: str = "") -> str:
-  """The relative path by which an overlay names its base, so that the cache can be moved.
+  """The path by which an overlay, the instance's or `disk`, names its base.
 
-  The overlay is the instance's, or else `disk`.
-
-  The system follows a link that instances/ is before it goes up from there.
+  It is relative, so that the cache can be moved. The system follows a link that instances/ is
+  before it goes up from there.
   """
   folder = os.path.dirname(disk or plan.paths.disk)
   plain = os.path.relpath(path, folder)
@@ -5786,25 +5775,25 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   # The host keys of a guest that is no more, and what was noted of its folders.
   for path in (plan.paths.known_hosts, *sync_records(plan.paths)):
     remove_file(path)
-  with unfinished(plan.cache) as folder:
-    create = [*options, os.path.join(folder, "disk.qcow2")]
-    if not is_served(backing):  # a relative name does not resolve there: qemu-img finds no size
-      size = virtual_size(os.path.join(plan.cache.instances, backing))
-      create = ["-u", *create, str(size)]
-    # An orphaned qemu-img keeps the lock.
-    run_program([plan.qemu_img, "create", *create], (lock.fd,))
-    move(os.path.join(folder, "disk.qcow2"), disk, not plan.ephemeral)
+  if not is_served(backing):  # a relative name does not resolve aside: qemu-img finds no size
+    size = virtual_size(os.path.join(plan.cache.instances, backing))
+    options += ["-u", "-o", f"size={size}"]
+  create_disk(plan, disk, options, lock)
 
 
 def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
   """Create the instance's second disk, if that is asked for and does not exist; never change it."""
-  path = plan.paths.data
-  if not size or os.path.lexists(path):
-    return
+  if size and not os.path.lexists(plan.paths.data):
+    options = ["-q", "-f", "qcow2", "-o", f"size={memory_bytes(size)}"]
+    create_disk(plan, plan.paths.data, options, lock)
+
+
+def create_disk(plan: Plan, path: str, options: Sequence[str], lock: Lock) -> None:
+  """Have qemu-img make a disk, which is there once it is complete."""
   with unfinished(plan.cache) as folder:
-    aside = os.path.join(folder, "data.qcow2")
-    command = [plan.qemu_img, "create", "-q", "-f", "qcow2", aside, str(memory_bytes(size))]
-    run_program(command, (lock.fd,))
+    aside = os.path.join(folder, "disk.qcow2")
+    # An orphaned qemu-img keeps the lock.
+    run_program([plan.qemu_img, "create", *options, aside], (lock.fd,))
     move(aside, path, not plan.ephemeral)
 
 
@@ -8356,7 +8345,7 @@ def streamed_base(
     stream.finish()
     return None
   stream.socket = answer.socket
-  image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
+  image = AssetRecord(sha256=answer.digest, release=answer.release, validator=answer.validator)
   backing = f"{STREAMED}///{plan.download[: -len('.qcow2')]}?socket={answer.socket}"
   return Base(backing, image, fds=(life,))
 
@@ -9378,7 +9367,7 @@ def check_backing(plan: Plan, base: Base) -> None:
     check_base(plan)
   elif os.path.lexists(plan.paths.disk):
     instance, image = read_instance(plan.paths), base.image
-    same = instance.base_sha256 and instance.base_sha256 == image.base_sha256
+    same = instance.base_sha256 and instance.base_sha256 == image.sha256
     if not same and instance.validator != image.validator:
       raise other_base(plan.paths, "the server has now", instance)
 
@@ -10311,20 +10300,20 @@ def cmd_search(options: Options) -> int:
   # All at the same time.
   asked = {name: Future(functools.partial(images_of, releases, name)) for name in names}
   rows: List[SearchRow] = []
-  errors: Dict[str, QvmError] = {}
+  failed = False
   for name in names:
+    images: List[Image] = []
     try:
       images = asked[name].result()
     except QvmError as error:
-      errors[name], images = error, []
+      failed = True
+      say(f"showing only cached images of {name}: {error}")
     rows += search_rows(cache, name, images)
-  for name, problem in errors.items():
-    say(f"showing only cached images of {name}: {problem}")
   if options.json:
     emit_json([row._asdict() for row in rows])
   else:
     show_search(rows)
-  return EXIT_FAILED if errors and not rows else 0
+  return EXIT_FAILED if failed and not rows else 0
 
 
 class SearchRow(NamedTuple):
@@ -10341,20 +10330,17 @@ class SearchRow(NamedTuple):
 
 def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]:
   """The images of an OS, the newest version first."""
-  here: Dict[Tuple[str, str], int] = {}
-  known = {(image.version, image.arch) for image in images}
-  every = list(images)
+  sizes: Dict[Tuple[str, str], int] = {}
+  every = {(image.version, image.arch): image for image in images}
   for it in cached_images(cache, name):
     with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-      here[it.version, it.arch] = tree_size(cache.path("base", it.asset))
-      if (it.version, it.arch) not in known:
-        every.append(it)
-  every.sort(key=lambda image: version_key(image.version), reverse=True)
+      sizes[it.version, it.arch] = tree_size(cache.path("base", it.asset))
+      every.setdefault((it.version, it.arch), it)
   rows = []
-  for version, arch, release, asset in every:
-    size = here.get((version, arch))
+  for version, arch, release, asset in every.values():
+    size = sizes.get((version, arch))
     rows.append(SearchRow(name, version, arch, release or None, asset, size is not None, size or 0))
-  return rows
+  return sorted(rows, key=lambda row: version_key(row.version), reverse=True)
 
 
 def show_search(rows: List[SearchRow]) -> None:
@@ -10530,10 +10516,7 @@ def cmd_clone(options: Options) -> int:
   sweep(cache)
   with contextlib.ExitStack() as stack:
     for each in (paths, new):
-      try:
-        take_instance(each, stack)
-      except RunningError as error:
-        raise QvmError(f"{error}; nothing was cloned", f"stop it: qvm stop {each.name}")
+      take_instance(each, stack, "; nothing was cloned", f"stop it: qvm stop {each.name}")
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="", words="")
@@ -10578,11 +10561,8 @@ def cmd_rm(options: Options) -> int:
       stop_instance(paths, True)
   with contextlib.ExitStack() as stack:
     for paths in chosen:
-      try:
-        take_instance(paths, stack)
-      except RunningError as error:
-        hint = f"stop it: qvm stop {paths.name}; or use qvm rm --force"
-        raise QvmError(f"{error}; nothing was deleted", hint)
+      hint = f"stop it: qvm stop {paths.name}; or use qvm rm --force"
+      take_instance(paths, stack, "; nothing was deleted", hint)
     for paths in chosen:
       remove_instance(paths)
       emit(paths.name)

@@ -8729,22 +8729,20 @@ def bind(kind: int, address: Address, flag: str = "--ssh-port") -> Optional["soc
   return taken
 
 
-def somebody_answers(address: Address) -> bool:
-  """Whether a connection succeeds: macOS lets QEMU bind one address of a port that is taken."""
-  with socket.socket() as probe:  # create_connection() loads the codec for names, which takes 2 ms
-    probe.settimeout(1.0)
-    return probe.connect_ex((reachable(address), address.port)) == 0
-
-
 def free_port(kind: int, address: Address, flag: str = "--ssh-port") -> int:
   """An address's port, or in place of 0 a free one, which QEMU binds soon after; 0: it is taken."""
   probe = bind(kind, address, flag)
   if not probe:
     return 0
-  with probe:  # not closed before: a connection to a port that nobody has can be one to itself
-    port = int(probe.getsockname()[1])
-    answered = address.port and kind == socket.SOCK_STREAM and somebody_answers(address)
-  return 0 if answered else port
+  # macOS lets QEMU bind one address of a port that is taken: a connection tells. The probe stays
+  # open for that, as one to a port that nobody has can be one to itself. create_connection() would
+  # load the codec for names, which takes 2 ms.
+  with probe, socket.socket() as link:
+    if address.port and kind == socket.SOCK_STREAM:
+      link.settimeout(1.0)
+      if link.connect_ex((reachable(address), address.port)) == 0:
+        return 0
+    return int(probe.getsockname()[1])
 
 
 def free_forward(forward: Forward) -> Forward:
@@ -10653,21 +10651,17 @@ def unfinished_downloads(cache: Cache, every: Sequence[Overlay]) -> List[str]:
 
 def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
   """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
-  found = []
-  for path in paths_in(cache.instances):
-    name = re.sub(SYNC_SUFFIX_RE + r"\Z", ".keys", os.path.basename(path))  # as such files
-    suffix = next(
-      (end for end in (".lock", ".tmp", *InstancePaths.SUFFIXES) if name.endswith(end)), ""
-    )
-    stem = name[: -len(suffix)]
-    instance = cache.instance(re.sub(r"\.(qcow2|json)\Z", "", stem) if suffix == ".tmp" else stem)
-    if not suffix or Lock(instance.lock).is_held():
+  own = map(re.escape, (".lock", *InstancePaths.SUFFIXES))
+  ends = "|".join([*own, SYNC_SUFFIX_RE, r"(?:\.qcow2|\.json)?\.tmp"])
+  pattern, found = re.compile(f"(.*?)({ends})", re.DOTALL), []
+  for match in filter(None, map(pattern.fullmatch, names_in(cache.instances))):
+    name, end = match.groups()
+    paths, path = cache.instance(name), cache.path("instances", name + end)
+    if Lock(paths.lock).is_held():
       continue
-    useless = suffix in (".lock", ".tmp") or instance.name in orphans
-    if suffix == ".json":
-      mine = known_record(Instance(), path).name == instance.name
-      useless = useless or (mine and not os.path.lexists(instance.disk))
-    if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
+    useless = end.endswith((".lock", ".tmp")) or name in orphans
+    kept = end == ".data" or end == ".json" and known_record(Instance(), path).name != name
+    if useless or not (kept or os.path.lexists(paths.disk)):
       found.append(path)
   return sorted(found, key=lambda path: path.endswith(".ephemeral"))  # as remove_instance
 

@@ -933,17 +933,15 @@ def parse_memory(text: str, what: str = "memory") -> str:
 
 def parse_address(text: str) -> Address:
   """[ADDRESS:]PORT, with an IPv4 address of this host."""
-  host, colon, port = text.rpartition(":")
-  host = host if colon else Address().host
-  numbers = host.split(".")
-  good_host = len(numbers) == 4 and all(re.match(r"[0-9]{1,3}\Z", n) for n in numbers)
-  good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
-  if not good_host or not good_port or any(int(n) > 255 for n in numbers):
+  match = re.match(r"(?:((?:[0-9]{1,3}\.){3}[0-9]{1,3}):)?([0-9]{1,5})\Z", text)
+  host, port = (match.group(1) or Address().host, int(match.group(2))) if match else ("0", 0)
+  numbers = [*map(int, host.split("."))]
+  if not 1 <= port <= 65535 or max(numbers) > 255:
     raise UsageError(
       f"invalid ssh port '{text}': use a port from 1 to 65535, or ADDRESS:PORT with an IPv4 "
       "address of this host, as in 2847 or 0.0.0.0:2847"
     )
-  return Address(".".join(str(int(n)) for n in numbers), int(port), True)
+  return Address(".".join(map(str, numbers)), port, True)
 
 
 def parse_forward(text: str) -> Forward:
@@ -9093,9 +9091,7 @@ class Machine:
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
       check_instance(plan)
-      check_backing(plan, base)
-      if not is_served(base.backing):  # the image may just have been replaced
-        base = base._replace(image=cached_base(plan).image)
+      base = base_now(plan, base)
       asked, ports = (" ".join(map(str, it.publish)) for it in (self.asked, options))
       words = "\0".join(words_of(self.asked, STARTED_WITH))
       run = Instance(ssh=str(options.ssh), publish=asked, ports=ports, words=words)
@@ -9359,15 +9355,17 @@ def flush_disk(paths: InstancePaths) -> None:
         flush(path)
 
 
-def check_backing(plan: Plan, base: Base) -> None:
-  """Refuse an unsafe base image, or another one than the overlay was created on."""
+def base_now(plan: Plan, base: Base) -> Base:
+  """The base, whose image may just have been replaced; an unsafe or another one is refused."""
   if not is_served(base.backing):
     check_base(plan)
-  elif os.path.lexists(plan.paths.disk):
+    return base._replace(image=cached_base(plan).image)
+  if os.path.lexists(plan.paths.disk):
     instance, image = read_instance(plan.paths), base.image
     same = instance.base_sha256 and instance.base_sha256 == image.sha256
     if not same and instance.validator != image.validator:
       raise other_base(plan.paths, "the server has now", instance)
+  return base
 
 
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
@@ -11080,22 +11078,24 @@ def cmd_doctor(options: Options) -> int:
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
   folders = checked("cache", check_folders, cache)
   usable = folders.state == "ok"  # else no command uses it, and nothing in it is run
-  checks = [checked("host", check_system), checked("Python", check_python)]
-  checks += [checked("ssh", check_ssh)]
-  checks += [checked("cache", check_cache, cache) if usable else folders]
-  checks += [checked("zstd", check_zstd), *(check_qemu(cache) if usable else [])]
   qemu = ""  # the downloaded one for the host's own CPU
   with contextlib.suppress(QvmError):
     qemu = cache.qemu_program(QEMU_CPUS[this_host().arch]) if usable else ""
-  if sys.platform == "darwin":
-    checks.append(checked("HVF", check_hvf, qemu))
-  else:
-    checks.append(checked("KVM", check_kvm, "/dev/kvm", qemu))
+  is_mac = sys.platform == "darwin"
+  checks = [
+    checked("host", check_system),
+    checked("Python", check_python),
+    checked("ssh", check_ssh),
+    checked("cache", check_cache, cache) if usable else folders,
+    checked("zstd", check_zstd),
+    *(check_qemu(cache) if usable else []),
+    checked("HVF", check_hvf, qemu) if is_mac else checked("KVM", check_kvm, "/dev/kvm", qemu),
+  ]
   if usable:
     folder = cache.path("accelerators")
     known = paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else []
     tried = [checked("remembered", check_failed, cache, path) for path in known]
-    checks += [*filter(operator.attrgetter("text"), tried)]
+    checks += [check for check in tried if check.text]
     checks.append(checked("instances", check_instances, cache))
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
@@ -11109,7 +11109,7 @@ def cmd_doctor(options: Options) -> int:
 
 
 def checked(name: str, check: Callable[..., Optional[str]], *about: object) -> Check:
-  """The result of a check, which returns what is well, and raises what is not."""
+  """The result of a check, which returns what is well, if anything, and raises what is not."""
   try:
     return Check("ok", name, check(*about) or "")
   except Warned as error:

@@ -67,7 +67,7 @@ import sys
 import threading
 import time
 from stat import S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, S_ISVTX
-from types import FrameType, TracebackType
+from types import FrameType
 
 __version__ = "0.2.0"
 TYPE_CHECKING = False  # mypy takes it for true
@@ -231,10 +231,6 @@ class RefusedError(QvmError):
 
 class BadImageError(QvmError):
   """An image on which guests have run is not the one that its release names, or is unsafe."""
-
-
-class RunningError(QvmError):
-  """An instance is running, and the operation needs it stopped."""
 
 
 class Interrupted(BaseException):
@@ -805,6 +801,9 @@ class Address(NamedTuple):
   port: int = SSH_PORT
   chosen: bool = False
 
+  def __str__(self) -> str:
+    return f"{self.host}:{self.port}"
+
 
 class Forward(NamedTuple):
   """A port of the guest on the host: --publish; port 0 is a free one, chosen at the start."""
@@ -888,14 +887,17 @@ def parse_arch(text: str) -> str:
   return arch
 
 
+def matching(text: str, pattern: str, what: str, use: str) -> str:
+  """A word that matches a pattern; UsageError says what to use in its place."""
+  if not re.match(pattern, text):
+    raise UsageError(f"invalid {what} '{text}': use {use}")
+  return text
+
+
 def parse_name(text: str) -> str:
   """An instance's name, which becomes part of file names."""
-  if not re.match(NAME_RE, text):
-    raise UsageError(
-      f"invalid instance name '{text}': use up to 100 letters, digits and . _ + ~ -, "
-      "starting with a letter or digit"
-    )
-  return text
+  use = "up to 100 letters, digits and . _ + ~ -, starting with a letter or digit"
+  return matching(text, NAME_RE, "instance name", use)
 
 
 PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
@@ -903,17 +905,13 @@ PINNED_RE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"  # a tag in file names
 
 def parse_tag(text: str) -> str:
   """The tag of a release."""
-  if not re.match(PINNED_RE, text):
-    raise UsageError(f"invalid release '{text}': use its tag, as in v0.14.0")
-  return text
+  return matching(text, PINNED_RE, "release", "its tag, as in v0.14.0")
 
 
 def parse_version(text: str) -> str:
   """A version, which becomes part of file names and URLs."""
-  if not re.match(VERSION_RE, text):
-    raise UsageError(
-      f"invalid version '{text}': use up to 50 letters, digits and . _ + ~ -, as in 15.1"
-    )
+  use = "up to 50 letters, digits and . _ + ~ -, as in 15.1"
+  matching(text, VERSION_RE, "version", use)
   for tag in text.split("+", 1)[1:]:  # as `search` shows what is cached of just one release
     parse_tag(tag)
   return text
@@ -934,17 +932,15 @@ def parse_memory(text: str, what: str = "memory") -> str:
 
 def parse_address(text: str) -> Address:
   """[ADDRESS:]PORT, with an IPv4 address of this host."""
-  host, colon, port = text.rpartition(":")
-  host = host if colon else Address().host
-  numbers = host.split(".")
-  good_host = len(numbers) == 4 and all(re.match(r"[0-9]{1,3}\Z", n) for n in numbers)
-  good_port = re.match(r"[0-9]{1,5}\Z", port) and 1 <= int(port) <= 65535
-  if not good_host or not good_port or any(int(n) > 255 for n in numbers):
+  match = re.match(r"(?:((?:[0-9]{1,3}\.){3}[0-9]{1,3}):)?([0-9]{1,5})\Z", text)
+  host, port = (match.group(1) or Address().host, int(match.group(2))) if match else ("0", 0)
+  numbers = [*map(int, host.split("."))]
+  if not 1 <= port <= 65535 or max(numbers) > 255:
     raise UsageError(
       f"invalid ssh port '{text}': use a port from 1 to 65535, or ADDRESS:PORT with an IPv4 "
       "address of this host, as in 2847 or 0.0.0.0:2847"
     )
-  return Address(".".join(str(int(n)) for n in numbers), int(port), True)
+  return Address(".".join(map(str, numbers)), port, True)
 
 
 def parse_forward(text: str) -> Forward:
@@ -988,21 +984,16 @@ def parse_count(text: str, what: str, most: int) -> int:
 
 def parse_variable(text: str) -> str:
   """An environment variable as NAME or NAME=VALUE."""
-  if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", text):
-    raise UsageError(
-      f"invalid variable '{text}': use NAME or NAME=VALUE, starting with a letter or _"
-    )
-  return text
+  use = "NAME or NAME=VALUE, starting with a letter or _"
+  return matching(text, r"[A-Za-z_][A-Za-z0-9_]*(=|\Z)", "variable", use)
 
 
 def parse_packages(text: str) -> str:
   """Names of packages, separated by spaces; none can be taken for an option, or for shell."""
+  use = "names as the guest's package manager has them, separated by spaces, as in "
+  use += "--install 'git cmake'"
   for name in text.split() or [text]:
-    if not re.match(r"[A-Za-z0-9][A-Za-z0-9._+:@/,%=~-]{0,199}\Z", name):
-      raise UsageError(
-        f"invalid package name '{name}': use names as the guest's package manager has them, "
-        "separated by spaces, as in --install 'git cmake'"
-      )
+    matching(name, r"[A-Za-z0-9][A-Za-z0-9._+:@/,%=~-]{0,199}\Z", "package name", use)
   return " ".join(text.split())
 
 
@@ -1341,16 +1332,16 @@ def check_together(options: Options, fields: Set[str]) -> None:
     raise UsageError("--refresh gets the newest release: it excludes --release and --qemu-release")
   if options.warm and options.disk:
     raise UsageError("--disk cannot be combined with --warm: a checkpoint has no second disk")
-  for option in OPTIONS:
+  for_set_up = SET_UP + (SET_UP_ONLY if options.command == "pull" else ())
+  bare_run = options.command == "run" and not options.guest_command
+  for option in [each for each in OPTIONS if each.field in fields]:
     flag = option.flags[-1]
-    for_set_up = SET_UP + (SET_UP_ONLY if options.command == "pull" else ())
-    if option.field in fields and option.field in for_set_up and not options.sets_up:
+    if option.field in for_set_up and not options.sets_up:
       raise UsageError(f"{flag} needs --prepare SCRIPT or --install 'PKG...'")
-    wants_command = option.field in fields and option.field in IN_GUEST
-    bare = option.field == "env" and options.sets_up  # then it is for the scripts
-    if wants_command and options.command == "run" and not options.guest_command and not bare:
+    for_scripts = option.field == "env" and options.sets_up
+    if bare_run and option.field in IN_GUEST and not for_scripts:
       raise UsageError(f"{flag} needs a command: qvm run {flag} … OS VERSION -- COMMAND")
-    if option.field in fields and option.field.startswith("sync_") and not options.sync:
+    if option.field.startswith("sync_") and not options.sync:
       raise UsageError(f"{flag} needs --sync DIR")
   if options.command == "each" and not options.guest_command and not fields & set(EVERYWHERE):
     raise UsageError("each needs a command: qvm each GUEST... -- COMMAND")
@@ -5485,16 +5476,17 @@ def check_here(paths: InstancePaths) -> None:
     )
 
 
-def take_instance(paths: InstancePaths, stack: contextlib.ExitStack) -> Lock:
-  """Take an instance's lock until the stack ends; RunningError names the process that holds it."""
+def take_instance(
+  paths: InstancePaths, stack: contextlib.ExitStack, undone: str = "", hint: str = ""
+) -> Lock:
+  """Take an instance's lock until the stack ends; QvmError names the process that holds it."""
   lock = Lock(paths.lock)
   check_spelling(paths.disk)
   with instances_lock(paths.cache), signals.hold():
     if not lock.try_():
-      raise RunningError(
-        f"the instance {paths.name} is already running ({holder(paths)})",
-        "use another --name, or --rm, for a second machine",
-      )
+      problem = f"the instance {paths.name} is already running ({holder(paths)})"
+      hint = hint or "use another --name, or --rm, for a second machine"
+      raise QvmError(problem + undone, hint)
     stack.callback(lock.remove)
     note_holder(lock, "qvm")
   return lock
@@ -5616,23 +5608,24 @@ def planned_instance(plan: Plan) -> Optional[Instance]:
   return instance
 
 
-def check_instance(plan: Plan) -> None:
-  """Refuse to run an existing instance as another OS, or on another base image.
+def check_instance(plan: Plan) -> Optional[Instance]:
+  """Refuse to run an existing instance as another OS, or on another base image; returns it.
 
   A missing or damaged record is rebuilt from the name of the disk's base image.
   """
   paths, instance = plan.paths, planned_instance(plan)
   if not instance:
-    return
+    return None
   if instance != sound_record(Instance(), paths.record):
     write_record(paths.cache, paths.record, instance, keep=True)
     say(f"the record of the instance {paths.name} was missing or damaged; "
         "it has been rebuilt from its disk")  # fmt: skip
   if plan.own_image or is_missing(plan, plan.base):
-    return  # in the second case it is downloaded, and then compared
+    return instance  # in the second case it is downloaded, and then compared
   known = instance.base_sha256 or is_streamed(paths.disk)  # else the record had to be rebuilt
   if known and not fits(instance, base_record(plan)):
     raise other_base(paths, plan.base, instance)
+  return instance
 
 
 def check_disks(plan: Plan, size: str) -> None:
@@ -5667,7 +5660,7 @@ class Base(NamedTuple):
   """
 
   backing: str  # as the overlay names it
-  image: Instance  # identifies the base image by base_sha256, release and validator
+  image: AssetRecord  # of which sha256, asset_sha256, release and validator identify it
   needs: Tuple[str, ...] = ()  # files that must exist when the overlay is created
   fds: Tuple[int, ...] = ()  # descriptors for QEMU
   adjust: Callable[[List[str]], List[str]] = list  # changes QEMU's usual command line
@@ -5676,13 +5669,7 @@ class Base(NamedTuple):
 
 def cached_base(plan: Plan) -> Base:
   """The base image in the cache, of which the digest is known if the instance is to stay."""
-  record = image_record(plan) if plan.ephemeral else base_record(plan)
-  image = Instance(
-    base_sha256=record.sha256,
-    release=record.release,
-    validator=record.validator,
-    asset_sha256=record.asset_sha256,
-  )
+  image = image_record(plan) if plan.ephemeral else base_record(plan)
   backing = plan.base if plan.own_image else backing_name(plan, plan.base)
   return Base(backing, image, (plan.base,))
 
@@ -5705,15 +5692,14 @@ def layer_base(plan: Plan, base: Base, name: str) -> Base:
 def record_instance(plan: Plan, run: Instance, base: Base) -> None:
   """Write the record of an instance: what it is, and what `run` says of this run."""
   guest, image = plan.guest, base.image
-  record = image._replace(
+  record = run._replace(
     name=plan.name,
     os=guest.os,
     version=plan.version,
     arch=guest.arch,
-    ssh=run.ssh,
-    publish=run.publish,
-    ports=run.ports,
-    words=run.words,
+    base_sha256=image.sha256,
+    release=image.release,
+    asset_sha256=image.asset_sha256,
     image=plan.base if plan.own_image else "",
     validator=image.validator if plan.own_image or is_served(base.backing) else "",
   )
@@ -5722,11 +5708,10 @@ def record_instance(plan: Plan, run: Instance, base: Base) -> None:
 
 
 def backing_name(plan: Plan, path: str, disk: str = "") -> str:
-  """The relative path by which an overlay names its base, so that the cache can be moved.
+  """The path by which an overlay, the instance's or `disk`, names its base.
 
-  The overlay is the instance's, or else `disk`.
-
-  The system follows a link that instances/ is before it goes up from there.
+  It is relative, so that the cache can be moved. The system follows a link that instances/ is
+  before it goes up from there.
   """
   folder = os.path.dirname(disk or plan.paths.disk)
   plain = os.path.relpath(path, folder)
@@ -5757,25 +5742,25 @@ def make_overlay(plan: Plan, backing: str, lock: Lock) -> None:
   # The host keys of a guest that is no more, and what was noted of its folders.
   for path in (plan.paths.known_hosts, *sync_records(plan.paths)):
     remove_file(path)
-  with unfinished(plan.cache) as folder:
-    create = [*options, os.path.join(folder, "disk.qcow2")]
-    if not is_served(backing):  # a relative name does not resolve there: qemu-img finds no size
-      size = virtual_size(os.path.join(plan.cache.instances, backing))
-      create = ["-u", *create, str(size)]
-    # An orphaned qemu-img keeps the lock.
-    run_program([plan.qemu_img, "create", *create], (lock.fd,))
-    move(os.path.join(folder, "disk.qcow2"), disk, not plan.ephemeral)
+  if not is_served(backing):  # a relative name does not resolve aside: qemu-img finds no size
+    size = virtual_size(os.path.join(plan.cache.instances, backing))
+    options += ["-u", "-o", f"size={size}"]
+  create_disk(plan, disk, options, lock)
 
 
 def make_data_disk(plan: Plan, size: str, lock: Lock) -> None:
   """Create the instance's second disk, if that is asked for and does not exist; never change it."""
-  path = plan.paths.data
-  if not size or os.path.lexists(path):
-    return
+  if size and not os.path.lexists(plan.paths.data):
+    options = ["-q", "-f", "qcow2", "-o", f"size={memory_bytes(size)}"]
+    create_disk(plan, plan.paths.data, options, lock)
+
+
+def create_disk(plan: Plan, path: str, options: Sequence[str], lock: Lock) -> None:
+  """Have qemu-img make a disk, which is there once it is complete."""
   with unfinished(plan.cache) as folder:
-    aside = os.path.join(folder, "data.qcow2")
-    command = [plan.qemu_img, "create", "-q", "-f", "qcow2", aside, str(memory_bytes(size))]
-    run_program(command, (lock.fd,))
+    aside = os.path.join(folder, "disk.qcow2")
+    # An orphaned qemu-img keeps the lock.
+    run_program([plan.qemu_img, "create", *options, aside], (lock.fd,))
     move(aside, path, not plan.ephemeral)
 
 
@@ -5874,10 +5859,8 @@ CPU_MASK = "amx-tile=off,amx-int8=off,amx-bf16=off,la57=off"  # see needs_cpu_ma
 class HostFacts(NamedTuple):
   """The facts about this host and run that decide on adjustments."""
 
-  address: Address
   linaro: bool  # the unpacked QEMU includes a real linaro_uefi.fd
   mask_cpu: bool  # KVM would show the guest CPU features that crash it
-  forwards: Tuple[Forward, ...] = ()
   data: str = ""  # the second disk; empty: there is none
   display: str = ""  # the kind of window, as in DISPLAYS; empty: none
   key_disk: str = ""  # the disk with the key that may log in; empty: none is needed
@@ -5896,9 +5879,8 @@ class Adjustment(NamedTuple):
 
 def adjustments(options: Options, guest: Guest, facts: HostFacts) -> List[Adjustment]:
   """All differences between the table and the command that runs; README.md says why."""
-  address = facts.address
-  published = [f"hostfwd={it.kind}:{it.host}:{it.port}-:{it.guest}," for it in facts.forwards]
-  hostfwd = "".join(published) + f"hostfwd=tcp:{address.host}:{address.port}-"
+  published = [f"hostfwd={it.kind}:{it.host}:{it.port}-:{it.guest}," for it in options.publish]
+  hostfwd = "".join(published) + f"hostfwd=tcp:{options.ssh}-"
   changes = [
     Adjustment("-netdev", "hostfwd=tcp::2847-", hostfwd),
     Adjustment("-machine", "accel=" + TABLE_ACCEL, "accel=" + facts.accel),
@@ -8297,7 +8279,7 @@ def streamed_base(
     stream.finish()
     return None
   stream.socket = answer.socket
-  image = Instance(base_sha256=answer.digest, release=answer.release, validator=answer.validator)
+  image = AssetRecord(sha256=answer.digest, release=answer.release, validator=answer.validator)
   name = os.path.basename(plan.base)[: -len(".qcow2")]
   backing = f"{STREAMED}///{name}?socket={answer.socket}"
   return Base(backing, image, fds=(life,))
@@ -8685,22 +8667,20 @@ def bind(kind: int, address: Address, flag: str = "--ssh-port") -> Optional["soc
   return taken
 
 
-def somebody_answers(address: Address) -> bool:
-  """Whether a connection succeeds: macOS lets QEMU bind one address of a port that is taken."""
-  with socket.socket() as probe:  # create_connection() loads the codec for names, which takes 2 ms
-    probe.settimeout(1.0)
-    return probe.connect_ex((reachable(address), address.port)) == 0
-
-
 def free_port(kind: int, address: Address, flag: str = "--ssh-port") -> int:
   """An address's port, or in place of 0 a free one, which QEMU binds soon after; 0: it is taken."""
   probe = bind(kind, address, flag)
   if not probe:
     return 0
-  with probe:  # not closed before: a connection to a port that nobody has can be one to itself
-    port = int(probe.getsockname()[1])
-    answered = address.port and kind == socket.SOCK_STREAM and somebody_answers(address)
-  return 0 if answered else port
+  # macOS lets QEMU bind one address of a port that is taken: a connection tells. The probe stays
+  # open for that, as one to a port that nobody has can be one to itself. create_connection() would
+  # load the codec for names, which takes 2 ms.
+  with probe, socket.socket() as link:
+    if address.port and kind == socket.SOCK_STREAM:
+      link.settimeout(1.0)
+      if link.connect_ex((reachable(address), address.port)) == 0:
+        return 0
+    return int(probe.getsockname()[1])
 
 
 def free_forward(forward: Forward) -> Forward:
@@ -8732,9 +8712,7 @@ def reserve_port(
     address, why = wanted._replace(port=port), "something uses its UDP port, by which qvm locks it"
     lock = bind(socket.SOCK_DGRAM, address)
     if lock and free_port(socket.SOCK_STREAM, address):
-      fd = lock.detach()
-      stack.callback(os.close, fd)
-      return address, fd
+      return address, stack.enter_context(lock).fileno()
     if lock:
       why = "something uses its TCP port"
       lock.close()
@@ -8753,9 +8731,7 @@ def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> I
   for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
     lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
     if lock:
-      fd = lock.detach()
-      stack.callback(os.close, fd)
-      yield fd
+      yield stack.enter_context(lock).fileno()
 
 
 def has_linaro(share: str) -> bool:
@@ -8864,12 +8840,11 @@ def is_emulated(guest: Guest, accel: str) -> bool:
   return not fast or guest.arch != this_host().arch
 
 
-def kept_options(paths: InstancePaths, options: Options) -> Options:
+def kept_options(instance: Optional[Instance], options: Options) -> Options:
   """The options, with what an instance keeps of earlier runs where nothing else is given."""
   with contextlib.suppress(UsageError):
-    if not options.publish and os.path.lexists(paths.disk):
-      texts = sound_record(Instance(), paths.record).publish.split()
-      return options._replace(publish=tuple(map(parse_forward, texts)))
+    if instance and not options.publish:
+      return options._replace(publish=tuple(map(parse_forward, instance.publish.split())))
   return options
 
 
@@ -8888,14 +8863,12 @@ def display_of(plan: Plan) -> str:
   return found[0]
 
 
-def host_facts(plan: Plan, options: Options, address: Address, release: str) -> HostFacts:
+def host_facts(plan: Plan, options: Options, release: str) -> HostFacts:
   """Collect what decides on adjustments; release is the base image's, empty if unknown."""
   accel = accelerators_for(plan, options)
   log_in = options.detach or options.guest_command or options.warm
   emulated = is_emulated(plan.guest, accel)
   return HostFacts(
-    address=address,
-    forwards=options.publish,
     display=display_of(plan) if options.display else "",
     data=plan.paths.data if options.disk or os.path.lexists(plan.paths.data) else "",
     linaro=has_linaro(plan.share),
@@ -8965,20 +8938,18 @@ class Machine:
   process: "Process"  # from start() on, as are these
   facts: HostFacts
   untouched: Tuple[int, int]  # the disk's stamp before QEMU started
-  published: str  # the ports to publish, as given
+  log_start: int  # the offset in the console log at which this run begins
   began: float
 
   def __init__(self, plan: Plan, options: Options) -> None:
     self.plan, self.options, self.paths = plan, options, plan.paths
-    self.address = options.ssh
+    self.asked = options  # as given, or kept with the instance; self.options has what is used
     self.port_locks: List[int] = []
     self.log: Optional[IO[bytes]] = None
-    self.log_start = 0  # the offset in the console log at which this run begins
     self.resumed = False  # whether it was started from a checkpoint
     self.starts = 0
     self.greeted = False
     self.attempts = options.boot_attempts  # left
-    self.words = "\0".join(words_of(options, STARTED_WITH))
     self.stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Machine":
@@ -8987,9 +8958,7 @@ class Machine:
       if os.path.exists(self.paths.mark):  # of a --rm run that was killed since the last sweep
         remove_instance(self.paths)
       check_disks(self.plan, self.options.disk)
-      check_instance(self.plan)
-      self.options = kept_options(self.paths, self.options)
-      self.published = " ".join(map(str, self.options.publish))
+      self.asked = self.options = kept_options(check_instance(self.plan), self.options)
       if self.plan.ephemeral:
         stack.callback(remove_instance, self.paths)
         open(self.paths.mark, "w").close()
@@ -9003,17 +8972,12 @@ class Machine:
       self.stack = stack.pop_all()
     return self
 
-  def __exit__(
-    self,
-    kind: Optional[Type[BaseException]],
-    error: Optional[BaseException],
-    trace: Optional[TracebackType],
-  ) -> None:
-    self.stack.__exit__(kind, error, trace)
+  def __exit__(self, *error: Any) -> None:
+    self.stack.__exit__(*error)
 
   @property
   def login(self) -> Login:
-    return Login(self.paths, self.plan.guest, self.address, self.patience, self.has_ended)
+    return Login(self.paths, self.plan.guest, self.options.ssh, self.patience, self.has_ended)
 
   @property
   def patience(self) -> float:
@@ -9031,19 +8995,17 @@ class Machine:
     """Reserve the ssh port and those to publish, unless that has already been done."""
     if not self.port_locks:
       others = [forward.port for forward in self.options.publish]
-      self.address, lock = reserve_port(self.options.ssh, stack, others)
+      address, lock = reserve_port(self.options.ssh, stack, others)
       forwards = tuple(map(free_forward, self.options.publish))
-      self.options = self.options._replace(publish=forwards)
+      self.options = self.options._replace(ssh=address, publish=forwards)
       self.port_locks = [lock, *lock_forwards(forwards, stack)]
 
   def open_log(self, stack: contextlib.ExitStack) -> None:
     """Open the console log if the user asked for one or the console is not shown."""
     if self.options.console_log:
       self.log = open(self.options.console_log, "wb", 0, opener=appending)  # noqa: SIM115
-      self.log_start = os.fstat(self.log.fileno()).st_size
     elif self.options.detach or self.options.guest_command:
-      if not os.path.lexists(self.paths.disk):
-        stack.callback(self.remove_stray_log)
+      stack.callback(self.remove_stray_log)
       self.log = new_console_log(self.paths)
     if self.log:
       stack.callback(self.log.close)
@@ -9069,16 +9031,14 @@ class Machine:
         if not os.path.isfile(path):
           raise QvmError(f"{path} is gone", "was it deleted? run this command again")
       check_instance(plan)
-      check_backing(plan, base)
-      if not is_served(base.backing):  # the image may just have been replaced
-        base = base._replace(image=cached_base(plan).image)
-      ports = " ".join(map(str, options.publish))
-      ssh = f"{self.address.host}:{self.address.port}"
-      run = Instance(ssh=ssh, publish=self.published, ports=ports, words=self.words)
+      base = base_now(plan, base)
+      asked, ports = (" ".join(map(str, it.publish)) for it in (self.asked, options))
+      words = "\0".join(words_of(self.asked, STARTED_WITH))
+      run = Instance(ssh=str(options.ssh), publish=asked, ports=ports, words=words)
       record_instance(plan, run, base)
       make_overlay(plan, base.backing, self.lock)
       make_data_disk(plan, options.disk, self.lock)
-      self.facts = facts = host_facts(plan, options, self.address, base.image.release)
+      self.facts = facts = host_facts(plan, options, base.image.release)
       if facts.key_disk and plan.guest.key_disk:
         write_key_disk(self.paths, plan.guest.key_disk)
       self.log_start = os.fstat(self.log.fileno()).st_size if self.log else 0
@@ -9187,7 +9147,7 @@ class Machine:
         end_process(self.process)
       return self.has_ended()
 
-    answers = wait_for_ssh(self.address, self.patience, ended)
+    answers = wait_for_ssh(self.options.ssh, self.patience, ended)
     report.erase()
     if self.has_ended():
       words = "\n".join(self.last_words(40))
@@ -9211,9 +9171,9 @@ class Machine:
       raise again
     return answers
 
-  def log_in(self, began: float) -> float:
+  def log_in(self) -> float:
     """For how many seconds to retry logins: the guest may still be installing the key."""
-    left = max(0.0, began + self.patience - time.monotonic())
+    left = max(0.0, self.began + self.patience - time.monotonic())
     return min(left, KEY_LOGIN_SECONDS) if os.path.exists(self.paths.key_disk) else 0.0
 
   def relay_console(self) -> int:
@@ -9253,10 +9213,10 @@ class Machine:
     if self.greeted:
       return
     self.greeted = True
-    guest, port = self.plan.guest, self.address.port
-    if port != SSH_PORT and not self.address.chosen:
-      say(f"port {SSH_PORT} is taken; this machine uses {port}")
-    say(ssh_line(guest, self.address))
+    guest, address = self.plan.guest, self.options.ssh
+    if address.port != SSH_PORT and not address.chosen:
+      say(f"port {SSH_PORT} is taken; this machine uses {address.port}")
+    say(ssh_line(guest, address))
     self.tell_ports()
     if self.facts.display:
       say("the guest has a window; Ctrl-C here, or closing it, ends the machine at once")
@@ -9265,9 +9225,8 @@ class Machine:
 
   def tell_ports(self) -> None:
     """Say where the guest's ports are that were to be on a free one."""
-    asked = self.published.split()
-    for text in [each for each in map(str, self.options.publish) if each not in asked]:
-      say(f"{self.plan.name} publishes {text}")
+    for forward in [each for each in self.options.publish if each not in self.asked.publish]:
+      say(f"{self.plan.name} publishes {forward}")
 
   def leave_running(self) -> int:
     """Wait until ssh answers, then let the machine go; QvmError if it ends before that."""
@@ -9282,7 +9241,7 @@ class Machine:
       self.log.close()
     if not answers:
       say(f"ssh has not answered within {self.patience:g} s; the machine keeps running")
-    line = ssh_line(self.plan.guest, self.address)
+    line = ssh_line(self.plan.guest, self.options.ssh)
     try:
       emit(self.plan.name)
       emit(line)
@@ -9292,7 +9251,6 @@ class Machine:
 
   def run_command(self) -> int:
     """Run the command once ssh answers, then power off a persistent instance; its exit code."""
-    began = time.monotonic()
     if not self.resumed and not self.greeted:
       self.greeted = True
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
@@ -9302,7 +9260,7 @@ class Machine:
     report.phase("running")
     login, failure = self.login, None
     try:
-      code = run_command(login, self.options, self.log_in(began), self.resumed)
+      code = run_command(login, self.options, self.log_in(), self.resumed)
     except LoginError as error:
       raise self.explained(error)
     except QvmError as error:  # results that cannot come are still in the guest
@@ -9337,15 +9295,17 @@ def flush_disk(paths: InstancePaths) -> None:
         flush(path)
 
 
-def check_backing(plan: Plan, base: Base) -> None:
-  """Refuse an unsafe base image, or another one than the overlay was created on."""
+def base_now(plan: Plan, base: Base) -> Base:
+  """The base, whose image may just have been replaced; an unsafe or another one is refused."""
   if not is_served(base.backing):
     check_base(plan)
-  elif os.path.lexists(plan.paths.disk):
+    return base._replace(image=cached_base(plan).image)
+  if os.path.lexists(plan.paths.disk):
     instance, image = read_instance(plan.paths), base.image
-    same = instance.base_sha256 and instance.base_sha256 == image.base_sha256
+    same = instance.base_sha256 and instance.base_sha256 == image.sha256
     if not same and instance.validator != image.validator:
       raise other_base(plan.paths, "the server has now", instance)
+  return base
 
 
 def in_background(log: Optional[IO[bytes]]) -> Spawn:
@@ -9403,9 +9363,8 @@ def start_keeper(log: Handle, bound: bool = True, fds: Tuple[int, ...] = ()) -> 
 def print_command(plan: Plan, options: Options) -> int:
   """Print the QEMU command that `run` would execute, unless the instance is another one."""
   check_disks(plan, options.disk)
-  planned_instance(plan)
-  options = kept_options(plan.paths, options)
-  facts = host_facts(plan, options, options.ssh, image_record(plan).release)
+  options = kept_options(planned_instance(plan), options)
+  facts = host_facts(plan, options, image_record(plan).release)
   emit(" ".join(map(shlex.quote, qemu_command(plan, options, facts))))
   return 0
 
@@ -9536,7 +9495,8 @@ def checkpoint_key(plan: Plan, options: Options, facts: HostFacts, layer: str) -
   Paths, address and ports may differ. The accelerator in use is known only once QEMU runs.
   """
   named = plan._replace(qemu="QEMU", share="SHARE", paths=Cache("").instance("DISK"))
-  facts = facts._replace(address=Address(), forwards=(), key_disk="KEYS" if facts.key_disk else "")
+  options = options._replace(ssh=Address(), publish=())
+  facts = facts._replace(key_disk="KEYS" if facts.key_disk else "")
   tree = record_of(plan.tree_program).sha256
   own = file_sha256(plan.qemu) if plan.own_qemu or not tree else ""
   public = public_key(plan.cache) if facts.key_disk else b""
@@ -9580,7 +9540,7 @@ class Checkpoint:
   def __init__(self, machine: Machine, base: Base, set_up: Callable[[], object] = bool) -> None:
     plan, options = machine.plan, machine.options
     self.machine, self.plan, self.base, self.set_up = machine, plan, base, set_up
-    facts = host_facts(plan, options, machine.address, base.image.release)
+    facts = host_facts(plan, options, base.image.release)
     if facts.key_disk:
       with instances_lock(plan.cache):
         make_key(plan.cache)
@@ -9687,7 +9647,7 @@ class Checkpoint:
 
   def wait_for_login(self) -> None:
     """Wait until the guest accepts a login."""
-    machine, began = self.machine, time.monotonic()
+    machine = self.machine
     if not machine.wait_for_ssh():
       raise BootError(
         f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
@@ -9695,7 +9655,7 @@ class Checkpoint:
       )
     if find_program("ssh"):
       answered = wait_up_to(machine.login, machine.patience)
-      in_guest(machine.login, "true", answered, machine.log_in(began))
+      in_guest(machine.login, "true", answered, machine.log_in())
 
   def freeze(self, control: Control, made: LayerPaths, below: Stamps) -> None:
     """Save the state of a guest that has just booted, end its QEMU and publish the layer."""
@@ -9764,7 +9724,7 @@ class Checkpoint:
     control.load(self.layer.state)
     seconds = min(RESUME_SECONDS, machine.patience)
     if not wait_for_ssh(
-      machine.address, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
+      machine.options.ssh, seconds, lambda pause: machine.has_ended(min(pause, 0.02))
     ):
       raise QvmError(f"ssh has not answered within {seconds:g} s")
 
@@ -9946,7 +9906,6 @@ class SetUp:
 
   def boot(self, machine: Machine, base: Base, done: int) -> None:
     """Boot the machine and set its guest up."""
-    began = time.monotonic()
     machine.start(base)
     say(f"{machine.plan.name} is booting to be set up; its console goes to {machine.console}")
     if not machine.wait_for_ssh():
@@ -9954,7 +9913,7 @@ class SetUp:
         f"ssh has not answered within {machine.patience:g} s; no layer is made",
         "--boot-timeout allows more time",
       )
-    self.run(machine, machine.log_in(began), done)
+    self.run(machine, machine.log_in(), done)
 
   def boot_warm(self, machine: Machine, base: Base, done: int) -> bool:
     """The same, in the boot of which the checkpoint is made; then the guest goes on from that.
@@ -10271,20 +10230,20 @@ def cmd_search(options: Options) -> int:
   # All at the same time.
   asked = {name: Future(functools.partial(images_of, releases, name)) for name in names}
   rows: List[SearchRow] = []
-  errors: Dict[str, QvmError] = {}
+  failed = False
   for name in names:
+    images: List[Image] = []
     try:
       images = asked[name].result()
     except QvmError as error:
-      errors[name], images = error, []
+      failed = True
+      say(f"showing only cached images of {name}: {error}")
     rows += search_rows(cache, name, images)
-  for name, problem in errors.items():
-    say(f"showing only cached images of {name}: {problem}")
   if options.json:
     emit_json([row._asdict() for row in rows])
   else:
     show_search(rows)
-  return EXIT_FAILED if errors and not rows else 0
+  return EXIT_FAILED if failed and not rows else 0
 
 
 class SearchRow(NamedTuple):
@@ -10301,20 +10260,17 @@ class SearchRow(NamedTuple):
 
 def search_rows(cache: Cache, name: str, images: List[Image]) -> List[SearchRow]:
   """The images of an OS, the newest version first."""
-  here: Dict[Tuple[str, str], int] = {}
-  known = {(image.version, image.arch) for image in images}
-  every = list(images)
+  sizes: Dict[Tuple[str, str], int] = {}
+  every = {(image.version, image.arch): image for image in images}
   for it in cached_images(cache, name):
     with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-      here[it.version, it.arch] = tree_size(cache.path("base", it.asset))
-      if (it.version, it.arch) not in known:
-        every.append(it)
-  every.sort(key=lambda image: version_key(image.version), reverse=True)
+      sizes[it.version, it.arch] = tree_size(cache.path("base", it.asset))
+      every.setdefault((it.version, it.arch), it)
   rows = []
-  for version, arch, release, asset in every:
-    size = here.get((version, arch))
+  for version, arch, release, asset in every.values():
+    size = sizes.get((version, arch))
     rows.append(SearchRow(name, version, arch, release or None, asset, size is not None, size or 0))
-  return rows
+  return sorted(rows, key=lambda row: version_key(row.version), reverse=True)
 
 
 def show_search(rows: List[SearchRow]) -> None:
@@ -10490,13 +10446,9 @@ def cmd_clone(options: Options) -> int:
   sweep(cache)
   with contextlib.ExitStack() as stack:
     for each in (paths, new):
-      try:
-        take_instance(each, stack)
-      except RunningError as error:
-        raise QvmError(f"{error}; nothing was cloned", f"stop it: qvm stop {each.name}")
+      take_instance(each, stack, "; nothing was cloned", f"stop it: qvm stop {each.name}")
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
-    check_spelling(new.disk)
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="", words="")
     folder = stack.enter_context(unfinished(cache))
     sources = [*sync_records(paths), paths.data, paths.disk]
@@ -10539,11 +10491,8 @@ def cmd_rm(options: Options) -> int:
       stop_instance(paths, True)
   with contextlib.ExitStack() as stack:
     for paths in chosen:
-      try:
-        take_instance(paths, stack)
-      except RunningError as error:
-        hint = f"stop it: qvm stop {paths.name}; or use qvm rm --force"
-        raise QvmError(f"{error}; nothing was deleted", hint)
+      hint = f"stop it: qvm stop {paths.name}; or use qvm rm --force"
+      take_instance(paths, stack, "; nothing was deleted", hint)
     for paths in chosen:
       remove_instance(paths)
       emit(paths.name)
@@ -10634,21 +10583,17 @@ def unfinished_downloads(cache: Cache, every: Sequence[Overlay]) -> List[str]:
 
 def instance_leftovers(cache: Cache, orphans: Sequence[str]) -> List[str]:
   """The files of orphans, locks that nobody holds, and what there is beside a disk without one."""
-  found = []
-  for path in paths_in(cache.instances):
-    name = re.sub(SYNC_SUFFIX_RE + r"\Z", ".keys", os.path.basename(path))  # as such files
-    suffix = next(
-      (end for end in (".lock", ".tmp", *InstancePaths.SUFFIXES) if name.endswith(end)), ""
-    )
-    stem = name[: -len(suffix)]
-    instance = cache.instance(re.sub(r"\.(qcow2|json)\Z", "", stem) if suffix == ".tmp" else stem)
-    if not suffix or Lock(instance.lock).is_held():
+  own = map(re.escape, (".lock", *InstancePaths.SUFFIXES))
+  ends = "|".join([*own, SYNC_SUFFIX_RE, r"(?:\.qcow2|\.json)?\.tmp"])
+  pattern, found = re.compile(f"(.*?)({ends})", re.DOTALL), []
+  for match in filter(None, map(pattern.fullmatch, names_in(cache.instances))):
+    name, end = match.groups()
+    paths, path = cache.instance(name), cache.path("instances", name + end)
+    if Lock(paths.lock).is_held():
       continue
-    useless = suffix in (".lock", ".tmp") or instance.name in orphans
-    if suffix == ".json":
-      mine = known_record(Instance(), path).name == instance.name
-      useless = useless or (mine and not os.path.lexists(instance.disk))
-    if useless or not (suffix in (".json", ".data") or os.path.lexists(instance.disk)):
+    useless = end.endswith((".lock", ".tmp")) or name in orphans
+    kept = end == ".data" or end == ".json" and known_record(Instance(), path).name != name
+    if useless or not (kept or os.path.lexists(paths.disk)):
       found.append(path)
   return sorted(found, key=lambda path: path.endswith(".ephemeral"))  # as remove_instance
 
@@ -11053,6 +10998,10 @@ class Check(NamedTuple):
   fix: str = ""
 
 
+class Warned(QvmError):
+  """What a check finds that is no fault: qvm can do without."""
+
+
 FIRST_RUN_BYTES = 2 << 30  # a first run's QEMU and image, and some of what the guest writes
 DOCTOR_SECONDS = 8.0  # for all network checks: enough for two slow requests, short for a user
 
@@ -11061,14 +11010,27 @@ def cmd_doctor(options: Options) -> int:
   """Report what this host can and cannot do, with fixes; downloads nothing."""
   cache = cache_from(os.environ)
   network = None if options.offline else Future(lambda: check_network(net_from(os.environ)))
-  refused = attempted("cache", check_folders, cache)  # then no command uses it
-  checks = [check_system(), check_python(), check_ssh()]
-  checks += [*(refused or [check_cache(cache)]), check_zstd()]
-  checks += [] if refused else check_qemu(cache)  # it runs QEMU
-  checks += check_accelerators(sys.platform, "/dev/kvm", "" if refused else native_qemu(cache))
-  if not refused:
-    checks += attempted("remembered", check_failed, cache)
-    checks += attempted("instances", check_instances, cache)
+  folders = checked("cache", check_folders, cache)
+  usable = folders.state == "ok"  # else no command uses it, and nothing in it is run
+  qemu = ""  # the downloaded one for the host's own CPU
+  with contextlib.suppress(QvmError):
+    qemu = cache.qemu_program(QEMU_CPUS[this_host().arch]) if usable else ""
+  is_mac = sys.platform == "darwin"
+  checks = [
+    checked("host", check_system),
+    checked("Python", check_python),
+    checked("ssh", check_ssh),
+    checked("cache", check_cache, cache) if usable else folders,
+    checked("zstd", check_zstd),
+    *(check_qemu(cache) if usable else []),
+    checked("HVF", check_hvf, qemu) if is_mac else checked("KVM", check_kvm, "/dev/kvm", qemu),
+  ]
+  if usable:
+    folder = cache.path("accelerators")
+    known = paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else []
+    tried = [checked("remembered", check_failed, cache, path) for path in known]
+    checks += [check for check in tried if check.text]
+    checks.append(checked("instances", check_instances, cache))
   checks += within(network, DOCTOR_SECONDS) if network else [Check("ok", "network", "skipped")]
   if options.json:
     emit_json([check._asdict() for check in checks])
@@ -11080,29 +11042,29 @@ def cmd_doctor(options: Options) -> int:
   return EXIT_FAILED if any(check.state == "fault" for check in checks) else 0
 
 
-def attempted(
-  name: str, check: Callable[..., Optional[List[Check]]], *about: object
-) -> List[Check]:
-  """What a check of something has to say; its error is a fault."""
+def checked(name: str, check: Callable[..., Optional[str]], *about: object) -> Check:
+  """The result of a check, which returns what is well, if anything, and raises what is not."""
   try:
-    return check(*about) or []
+    return Check("ok", name, check(*about) or "")
+  except Warned as error:
+    return Check("warning", name, str(error), error.hint)
   except QvmError as error:
-    return [Check("fault", name, str(error), error.hint or "correct it, or unset it")]
+    return Check("fault", name, str(error), error.hint)
 
 
 def within(later: "Future[List[Check]]", seconds: float) -> List[Check]:
   """The result of the network checks, or a fault if they take longer."""
   later.thread.join(seconds)
   if later.thread.is_alive():
-    return [
-      Check(
-        "fault", "network", f"no answer within {seconds:g} s", "is a proxy needed? set https_proxy"
-      )
-    ]
-  return attempted("network", later.result)
+    fix = "is a proxy needed? set https_proxy"
+    return [Check("fault", "network", f"no answer within {seconds:g} s", fix)]
+  try:
+    return later.result()
+  except QvmError as error:
+    return [Check("fault", "network", str(error), error.hint or "correct it, or unset it")]
 
 
-def check_system() -> Check:
+def check_system() -> str:
   """Whether qvm supports this system."""
   uname = os.uname()
   version = platform.mac_ver()[0]
@@ -11112,52 +11074,50 @@ def check_system() -> Check:
     host = this_host()
     check_host(host, GUESTS[0], "")
   except QvmError as error:
-    return Check("fault", "host", f"{text}: {error}", error.hint)
+    raise QvmError(f"{text}: {error}", error.hint)
   if lacks_rosetta(host):
-    return Check("fault", "host", f"{text}, without Rosetta, which QEMU needs", ROSETTA_FIX)
-  return Check("ok", "host", text)
+    raise QvmError(f"{text}, without Rosetta, which QEMU needs", ROSETTA_FIX)
+  return text
 
 
-def check_python() -> Check:
+def check_python() -> str:
   """The Python that runs qvm, and its TLS."""
   version = sys.version.split()[0]
   try:
-    tls = ssl.OPENSSL_VERSION
+    return f"{version}, {ssl.OPENSSL_VERSION}, {sys.executable}"
   except ImportError:
-    return Check("fault", "Python", f"{version} without ssl", "use a Python with TLS support")
-  return Check("ok", "Python", f"{version}, {tls}, {sys.executable}")
+    raise QvmError(f"{version} without ssl", "use a Python with TLS support")
 
 
-def check_ssh() -> Check:
+def check_ssh() -> str:
   """The OpenSSH client, which commands in the guest and `stop` need."""
-  if not find_program("ssh"):
-    text = "no ssh found on PATH: qvm cannot run commands in guests or power them off"
-    return Check("warning", "ssh", text, SSH_FIX)
+  program = find_program("ssh")
+  if not program:
+    raise Warned(
+      "no ssh found on PATH: qvm cannot run commands in guests or power them off", SSH_FIX
+    )
   if not is_known_user():
-    return Check("warning", "ssh", f"ssh cannot run: {NO_USER}", NO_USER_FIX)
-  code, output = ask_program([find_program("ssh"), "-V"])
+    raise Warned(f"ssh cannot run: {NO_USER}", NO_USER_FIX)
+  code, output = ask_program([program, "-V"])
   if code:
-    return Check("warning", "ssh", f"ssh does not start: {output}", "reinstall the OpenSSH client")
-  return Check("ok", "ssh", output)
+    raise Warned(f"ssh does not start: {output}", "reinstall the OpenSSH client")
+  return output
 
 
-def check_cache(cache: Cache) -> Check:
+def check_cache(cache: Cache) -> str:
   """Whether the cache folder, or where it will be created, is writable and has space."""
-  root = cache.root
-  if os.path.lexists(root) and not os.path.isdir(root):
-    return Check("fault", "cache", f"{root} is not a folder", "move it out of the way")
-  there = nearest(root)
+  root, there = cache.root, nearest(cache.root)
   text = f"{root} on {file_system(there, '/proc/mounts')}"
   if not os.access(there, os.W_OK | os.X_OK):
-    return Check("fault", "cache", f"{text}: not writable", OTHER_CACHE)
+    raise QvmError(f"{text}: not writable", OTHER_CACHE)
   if not locks_work(there):
-    return Check("warning", "cache", f"{text}: its locks let everybody in", NFS_FIX)
+    raise Warned(f"{text}: its locks let everybody in", NFS_FIX)
   free = free_space(there)
   text += f", {megabytes(tree_size(root)) if there == root else 'empty'}, {megabytes(free)} free"
   if free < FIRST_RUN_BYTES:
     text += f"; a first run needs {megabytes(FIRST_RUN_BYTES)}"
-    return Check("warning", "cache", text, "qvm clean --all --dry-run lists what can be deleted")
-  return Check("ok", "cache", text)
+    raise Warned(text, "qvm clean --all --dry-run lists what can be deleted")
+  return text
 
 
 def file_system(path: str, mounts: str) -> str:
@@ -11174,26 +11134,22 @@ def file_system(path: str, mounts: str) -> str:
 
 def check_qemu(cache: Cache) -> List[Check]:
   """The cached programs: whether they start, and which accelerators the QEMUs offer."""
-  programs = [
-    ("QEMU " + cpu, cache.qemu_program(cpu), "-accel", "help") for cpu in QEMU_CPUS.values()
-  ]
-  checks: List[Check] = []
-  for name, *words in [*programs, ("qemu-img", cache.qemu_img, "--version")]:
-    checks += attempted(name, check_program, name, words)
-  return checks
+  programs = [(cpu, cache.qemu_program(cpu)) for cpu in QEMU_CPUS.values()]
+  checks = [checked("QEMU " + cpu, check_program, path, "-accel", "help") for cpu, path in programs]
+  return [*checks, checked("qemu-img", check_program, cache.qemu_img, "--version")]
 
 
-def check_program(name: str, words: Sequence[str]) -> List[Check]:
+def check_program(*words: str) -> str:
   """Whether a cached program starts, and which accelerators it offers if it is asked."""
   if not os.path.isfile(words[0]):
-    return [Check("ok", name, "not downloaded yet")]
+    return "not downloaded yet"
   release = record_of(words[0]).release or "unknown release"
   code, output = ask_program(words)
   if code:
     fix = ROSETTA_FIX if "Bad CPU type" in output else QEMU_FIX
-    return [Check("fault", name, f"{release} does not start: {output}", fix)]
+    raise QvmError(f"{release} does not start: {output}", fix)
   offers = f", accelerators: {' '.join(output.partition(':')[2].split())}"
-  return [Check("ok", name, release + offers * (words[-1] == "help"))]
+  return release + offers * (words[-1] == "help")
 
 
 FULL_SPEED = (
@@ -11203,84 +11159,64 @@ FULL_SPEED = (
 FALLS_BACK = "runs fall back to emulation, which is much slower; --accel tcg goes there at once"
 
 
-def check_accelerators(system: str, kvm: str, qemu: str) -> List[Check]:
-  """Whether guests of the host's own CPU can run at full speed."""
-  if system == "darwin":
-    return [check_hvf(qemu)]
+def check_kvm(kvm: str, qemu: str) -> str:
+  """Whether Linux runs guests of its own CPU at full speed; qemu is the one for that CPU."""
+  emulated = "guests are emulated, which is much slower"
   if not os.path.exists(kvm):
     fix = "enable virtualisation in the firmware, or nested virtualisation if this is a guest"
-    text = f"there is no {kvm}: guests are emulated, which is much slower"
-    return [Check("warning", "KVM", text, fix)]
+    raise Warned(f"there is no {kvm}: {emulated}", fix)
   try:
     fd = os.open(kvm, os.O_RDWR)
   except OSError as error:
-    text = f"cannot open {kvm} ({describe(error)}): guests are emulated, which is much slower"
-    return [Check("warning", "KVM", text, KVM_FIX)]
+    raise Warned(f"cannot open {kvm} ({describe(error)}): {emulated}", KVM_FIX)
   try:
     version = fcntl.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION, 12 since Linux 2.6.22
     os.close(fcntl.ioctl(fd, 0xAE01, 0))  # KVM_CREATE_VM
   except OSError as error:
-    text = f"{kvm} cannot create a virtual machine: {describe(error)}"
-    return [Check("warning", "KVM", text, FALLS_BACK)]
+    raise Warned(f"{kvm} cannot create a virtual machine: {describe(error)}", FALLS_BACK)
   finally:
     os.close(fd)
   if not os.path.isfile(qemu):
-    return [Check("ok", "KVM", f"{kvm} can be opened, API {version}; not tried without QEMU")]
+    return f"{kvm} can be opened, API {version}; not tried without QEMU"
   code, output = try_accelerator(qemu, "kvm")
   if code:
     cause = explain(output) or [f"QEMU does not start with it: {output[-200:]}", TCG_FIX]
-    fix = FALLS_BACK if re.search(KVM_RE, output) else cause[1]
-    return [Check("warning", "KVM", f"{kvm}: {cause[0]}", fix)]
-  return [Check("ok", "KVM", f"{kvm} works, API {version}")]
+    raise Warned(f"{kvm}: {cause[0]}", FALLS_BACK if re.search(KVM_RE, output) else cause[1])
+  return f"{kvm} works, API {version}"
 
 
-def check_hvf(qemu: str) -> Check:
+def check_hvf(qemu: str) -> str:
   """What macOS' own accelerator is good for here; qemu is the one for this Mac's CPU."""
   if not has_hvf():
-    text = "kern.hv_support is not 1, as in most virtual machines: guests are emulated"
-    return Check("ok", "HVF", text)
+    return "kern.hv_support is not 1, as in most virtual machines: guests are emulated"
   if this_host().arch == "x86-64":
-    return Check("ok", "HVF", "kern.hv_support is 1: x86-64 guests run at full speed")
+    return "kern.hv_support is 1: x86-64 guests run at full speed"
   own = find_program(os.environ.get("QVM_QEMU_AARCH64", ""))
-  if not is_intel_program(own or qemu):
-    text = f"kern.hv_support is 1: arm64 guests run at full speed ({own or qemu})"
-    return Check("ok", "HVF", text)
-  text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
-  return Check("warning", "HVF", text, FULL_SPEED)
+  if is_intel_program(own or qemu):
+    text = "kern.hv_support is 1, but the downloaded QEMU is built for Intel: guests are emulated"
+    raise Warned(text, FULL_SPEED)
+  return f"kern.hv_support is 1: arm64 guests run at full speed ({own or qemu})"
 
 
-def check_failed(cache: Cache) -> List[Check]:
-  """Try accelerators again that have failed here, and forget those that start now."""
-  checks: List[Check] = []
-  folder = cache.path("accelerators")
-  for path in paths_in(folder) if os.access(folder, os.R_OK | os.X_OK) else ():
-    failed = sound_record(FailedAccelerator(), path)
-    if accelerator_path(cache, failed.qemu) != path:
-      continue  # of another host, kernel or QEMU
-    name = failed.accelerator.upper()
-    text = f"{name} failed on {failed.time} with {failed.qemu} ({failed.problem})"
-    if try_accelerator(failed.qemu, failed.accelerator)[0]:
-      fix = f"it still does; --accel {failed.accelerator} tries it all the same"
-      checks.append(Check("warning", "remembered", text, fix))
-    else:
-      remove_file(path)
-      checks.append(Check("ok", "remembered", f"{text}; it starts now: the next run uses it again"))
-  return checks
+def check_failed(cache: Cache, path: str) -> str:
+  """Try an accelerator again that has failed here, and forget it if it starts now."""
+  failed = sound_record(FailedAccelerator(), path)
+  if accelerator_path(cache, failed.qemu) != path:
+    return ""  # of another host, kernel or QEMU
+  text = (
+    f"{failed.accelerator.upper()} failed on {failed.time} with {failed.qemu} ({failed.problem})"
+  )
+  if try_accelerator(failed.qemu, failed.accelerator)[0]:
+    raise Warned(text, f"it still does; --accel {failed.accelerator} tries it all the same")
+  remove_file(path)
+  return f"{text}; it starts now: the next run uses it again"
 
 
-def native_qemu(cache: Cache) -> str:
-  """The path of the downloaded QEMU for the host's own CPU, even if it does not exist."""
-  try:
-    return cache.qemu_program(QEMU_CPUS[this_host().arch])
-  except QvmError:
-    return cache.qemu_program("none")
-
-
-def check_zstd() -> Check:
+def check_zstd() -> str:
   """Whether bundles can be unpacked."""
   if not can_unzstd():
-    return Check("warning", "zstd", "none: the newest images cannot be unpacked", ZSTD_HINT)
-  return Check("ok", "zstd", (unzstd_command() or ["Python's own"])[0])
+    raise Warned("none: the newest images cannot be unpacked", ZSTD_HINT)
+  return (unzstd_command() or ["Python's own"])[0]
 
 
 def check_network(net: Net) -> List[Check]:
@@ -11289,18 +11225,16 @@ def check_network(net: Net) -> List[Check]:
   proxies = {name: proxy_name(url) for name, url in known if name != "no"}
   checks = [Check("ok", "proxy", ", ".join(f"{k}: {v}" for k, v in proxies.items()) or "none")]
   one = impatient(net)._replace(attempts=1, timeout=min(net.timeout, DOCTOR_SECONDS / 2))
-  try:
-    checks.append(
-      Check("ok", "releases", f"{redacted(net.releases)}: {newest_tag(one, 'resources')}")
-    )
-  except QvmError as error:
-    checks.append(Check("fault", "releases", str(error), error.hint))
-  if net.api:
-    checks.append(check_quota(one))
-  return checks
+  checks.append(checked("releases", check_releases, one))
+  return [*checks, checked("API", check_quota, one)] if net.api else checks
 
 
-def check_quota(net: Net) -> Check:
+def check_releases(net: Net) -> str:
+  """Whether the release server answers."""
+  return f"{redacted(net.releases)}: {newest_tag(net, 'resources')}"
+
+
+def check_quota(net: Net) -> str:
   """Whether GitHub's API, which has digests and older releases, still answers."""
   url = f"{net.api}/resources/releases?per_page=1"
   try:
@@ -11308,20 +11242,18 @@ def check_quota(net: Net) -> Check:
       left = answer.headers.get("x-ratelimit-remaining")
   except (QvmError, Transient) as error:
     hint = getattr(error, "hint", "") or "no action needed; GITHUB_TOKEN raises the quota"
-    return Check("warning", "API", f"{error}; qvm reads the release pages instead", hint)
-  return Check(
-    "ok", "API", f"{redacted(net.api)}" + (f", {left} requests left this hour" if left else "")
-  )
+    raise Warned(f"{error}; qvm reads the release pages instead", hint)
+  return redacted(net.api) + (f", {left} requests left this hour" if left else "")
 
 
-def check_instances(cache: Cache) -> List[Check]:
+def check_instances(cache: Cache) -> str:
   """The number of instances, and those that are running."""
   try:
     rows = [row for row in list_instances(cache) if row.state in ("running", "stopped")]
   except OSError as error:
     raise QvmError(f"{cache.root}: {describe(error)}", "restore your ownership of the folder")
   running = [f"{row.name} ({row.ssh})" for row in rows if row.state == "running"]
-  return [Check("ok", "instances", f"{len(rows)}, running: {', '.join(running) or 'none'}")]
+  return f"{len(rows)}, running: {', '.join(running) or 'none'}"
 
 
 # ---- Completion and main ------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def test_on_arm64_kvm_runs_the_hosts_own_cpu_only(offline, guest, kvm, accel, cp
 def test_an_emulated_guest_has_more_time(given, emulated, seconds):
   machine = types.SimpleNamespace(
     options=qvm_source.Options(boot_timeout=given),
-    facts=qvm_source.HostFacts(qvm_source.Address(), False, False, emulated=emulated),
+    facts=qvm_source.HostFacts(False, False, emulated=emulated),
   )
   assert qvm_source.Machine.patience.fget(machine) == seconds
 

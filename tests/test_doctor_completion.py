@@ -166,7 +166,7 @@ def test_each_program_that_unpacks_zstd(host, bare, name):
 
 def test_a_python_without_tls(monkeypatch):
   monkeypatch.setitem(sys.modules, "ssl", None)
-  check = qvm_source.check_python()
+  check = qvm_source.checked("Python", qvm_source.check_python)
   assert check.state == "fault" and check.fix
 
 
@@ -243,7 +243,7 @@ def test_qemu_that_hangs(host, impatient, monkeypatch, code):
 
 def test_a_kvm_question_that_hangs(host, impatient, monkeypatch, kvm):
   monkeypatch.setenv("DOCTOR", json.dumps({"hang": True, "exit": 0, "stdout": ""}))
-  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
+  check = kvm_check(kvm, qemu_of(host))
   assert check.state == "warning"
   assert "--accel tcg" in check.fix
 
@@ -264,40 +264,44 @@ def kvm(tmp_path, monkeypatch):
   return str(path)
 
 
+def kvm_check(kvm, qemu):
+  return qvm_source.checked("KVM", qvm_source.check_kvm, str(kvm), qemu)
+
+
 def qemu_of(qvm):
   return str(qvm.cache / "qemu" / "x86_64" / "bin" / "qemu-system-x86_64")
 
 
 def test_no_kvm(tmp_path):
-  (check,) = qvm_source.check_accelerators("linux", str(tmp_path / "kvm"), "")
+  check = kvm_check(tmp_path / "kvm", "")
   assert check.state == "warning" and "emulated" in check.text and check.fix
 
 
 def test_kvm_that_may_not_be_opened(tmp_path):
-  (check,) = qvm_source.check_accelerators("linux", str(tmp_path), "")  # a folder opens for nobody
+  check = kvm_check(tmp_path, "")  # a folder opens for nobody
   assert check.state == "warning" and "cannot open " in check.text
   assert "sudo usermod -aG kvm $USER" in check.fix and "chmod o+rw /dev/kvm" in check.fix
 
 
 def test_kvm_that_makes_no_machine(tmp_path):
   (tmp_path / "kvm").write_bytes(b"")
-  (check,) = qvm_source.check_accelerators("linux", str(tmp_path / "kvm"), "")
+  check = kvm_check(tmp_path / "kvm", "")
   assert check.state == "warning" and check.fix.startswith("runs fall back to emulation")
 
 
 def test_kvm_with_which_qemu_fails(host, kvm, monkeypatch):
   monkeypatch.setenv("DOCTOR", json.dumps({"exit": 1, "stdout": "kvm run failed Bad address"}))
-  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
+  check = kvm_check(kvm, qemu_of(host))
   assert check.state == "warning" and check.fix.startswith("runs fall back to emulation")
 
 
 def test_kvm_is_not_tried_without_qemu(tmp_path, kvm):
-  (check,) = qvm_source.check_accelerators("linux", kvm, str(tmp_path / "none"))
+  check = kvm_check(kvm, str(tmp_path / "none"))
   assert check.state == "ok"
 
 
 def test_kvm_works(host, kvm):
-  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
+  check = kvm_check(kvm, qemu_of(host))
   assert (check.state, check.fix) == ("ok", "")
 
 
@@ -312,14 +316,14 @@ def test_kvm_works(host, kvm):
 )
 def test_kvm_broken(host, kvm, monkeypatch, what, text):
   monkeypatch.setenv("DOCTOR", json.dumps({"stdout": "", **what}))
-  (check,) = qvm_source.check_accelerators("linux", kvm, qemu_of(host))
+  check = kvm_check(kvm, qemu_of(host))
   assert check.state == "warning"
   assert text in check.text
   assert check.fix
 
 
 def test_hvf():
-  (check,) = qvm_source.check_accelerators("darwin", "/dev/kvm", "")
+  check = qvm_source.checked("HVF", qvm_source.check_hvf, "")
   assert (check.name, check.state, check.fix) == ("HVF", "ok", "")
   assert "hv_support" in check.text and "emulated" in check.text
 
@@ -385,7 +389,7 @@ def test_a_cache_that_is_not_there_yet(offline):
 
 def test_little_space(tmp_path, monkeypatch):
   monkeypatch.setattr(qvm_source, "free_space", lambda folder: 10 << 20)
-  check = qvm_source.check_cache(qvm_source.Cache(str(tmp_path)))
+  check = qvm_source.checked("cache", qvm_source.check_cache, qvm_source.Cache(str(tmp_path)))
   assert check.state == "warning"
   assert "10.5 MB free" in check.text and "2.1 GB" in check.text
   assert "clean --all" in check.fix

@@ -199,7 +199,7 @@ def test_qemu_knows_the_words_of_the_cpu_mask(real, os_name):
   plan = qvm_source.make_plan(
     options, qvm_source.Host("linux", "x86-64"), qvm_source.Cache(str(real.cache)), "abcdef"
   )
-  argv = qvm_source.qemu_command(plan, options, qvm_source.HostFacts(options.ssh, False, True))
+  argv = qvm_source.qemu_command(plan, options, qvm_source.HostFacts(False, True))
   cpu = argv[argv.index("-cpu") + 1]
   assert MASK in cpu
   program = str(real_qemu.find_qemu().x86_64)

@@ -131,7 +131,7 @@ def argv_of(*words, linaro=True, mask=False, cache="/c", emulated=True):
     options, qvm_source.Host("linux", "x86-64"), qvm_source.Cache(cache), "abcdef"
   )
   accel = options.accel or "hvf:kvm:tcg"
-  facts = qvm_source.HostFacts(options.ssh, linaro, mask, accel=accel, emulated=emulated)
+  facts = qvm_source.HostFacts(linaro, mask, accel=accel, emulated=emulated)
   return qvm_source.qemu_command(plan, options, facts)
 
 

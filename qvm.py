@@ -8712,7 +8712,9 @@ def reserve_port(
     address, why = wanted._replace(port=port), "something uses its UDP port, by which qvm locks it"
     lock = bind(socket.SOCK_DGRAM, address)
     if lock and free_port(socket.SOCK_STREAM, address):
-      return address, stack.enter_context(lock).fileno()
+      fd = lock.detach()
+      stack.callback(os.close, fd)
+      return address, fd
     if lock:
       why = "something uses its TCP port"
       lock.close()
@@ -8731,7 +8733,9 @@ def lock_forwards(forwards: Sequence[Forward], stack: contextlib.ExitStack) -> I
   for host, port in [(it.host, it.port) for it in forwards if it.port not in udp]:
     lock = bind(socket.SOCK_DGRAM, Address(host, port), "--publish")
     if lock:
-      yield stack.enter_context(lock).fileno()
+      fd = lock.detach()
+      stack.callback(os.close, fd)
+      yield fd
 
 
 def has_linaro(share: str) -> bool:

@@ -312,14 +312,14 @@ def test_wrong_always(qvm, server, name):
 
 
 def kill_at(qvm, server, name, size, *words):
-  """Run, and kill -9 once that much of the asset has come; returns the path of the part."""
+  """Run, and kill -9 once half of what has come is known to be there; returns the part's path."""
   fault = server.fault(name, pause=threading.Event(), pause_at=size)
   process = qvm.start(*words)
   assert fault.reached.wait(20), process.communicate()
   part = qvm.cache / "downloads" / name / "part"
-  patience = time.monotonic() + 20
-  while not part.exists() or part.stat().st_size < size // 2:  # some may wait in a buffer
-    assert time.monotonic() < patience, "nothing is written"
+  patience, known = time.monotonic() + 20, part.parent / "map"
+  while not known.exists() or known.read_bytes().count(1) * qvm_source.BLOCK_BYTES < size // 2:
+    assert time.monotonic() < patience, "nothing is written"  # some may wait in a buffer
     time.sleep(0.01)
   process.kill()
   process.communicate()

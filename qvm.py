@@ -2713,7 +2713,11 @@ class NotFound(QvmError):
 
 
 class ReleasePage(QvmError):
-  """A redirect to the page of a release, which is not followed: only its address matters."""
+  """A redirect to the page of a release, which is not followed: it tells the release's tag."""
+
+  def __init__(self, url: str, page: str) -> None:
+    super().__init__(f"{redacted(url)} redirects to {redacted(page)}")
+    self.tag = urllib.parse.unquote(redacted(page).rpartition(TAG_MARK)[2])
 
 
 def net_from(environ: Mapping[str, str]) -> Net:
@@ -2785,7 +2789,7 @@ def handlers() -> "List[urllib.request.BaseHandler]":
         )
       fp.close()  # or else urllib reads the whole body, however long
       if TAG_MARK in newurl:
-        raise ReleasePage(f"{redacted(req.full_url)} redirects to {redacted(newurl)}")
+        raise ReleasePage(req.full_url, newurl)
       kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
       return urllib.request.Request(newurl, None, kept, req.origin_req_host, True, req.get_method())
 
@@ -3865,7 +3869,7 @@ def newest_tag(net: Net, repo: str) -> str:
     body = with_retries(net, url, lambda: fetch_bytes(net, url))
     tag = body[:200].decode("ascii", "replace").strip()
   except ReleasePage as page:
-    tag = urllib.parse.unquote(str(page).rpartition(TAG_MARK)[2])
+    tag = page.tag
   if not re.match(TAG_RE, tag):
     kind = ": it is an HTML page" if looks_like_html(body) else ""
     raise QvmError(
@@ -7798,8 +7802,7 @@ class Sync:
     target = self.receiver.folder.path
     problem = f"what changed in {self.login.paths.name} cannot be brought to {target}"
     receiver = self.receiver
-    asked = (path for path in receiver.asked if path in receiver.present)
-    missing = [path for path in asked if path not in receiver.done]
+    missing = [it for it in receiver.asked if it in receiver.present and it not in receiver.done]
     if not self.list or receiver.cut or (missing and receiver.is_empty and code):
       say_each(missing[:10], "stays in the guest")
       raise QvmError(f"{problem} ({ending(code)}): {receiver.cut} {words}".replace("  ", " "))
@@ -9863,7 +9866,7 @@ class SetUp:
     before = file_stamp(layer.disk)
     if self.options.rebuild or not self.is_whole(count):
       text = f"another qvm is making the layer {layer.name}: waiting for it"
-      waits = functools.lru_cache(None)(lambda: say(text))  # said once
+      waits = functools.partial(say, text)
       with unfinished(self.plan.cache, layer.name, waits):
         anew = self.options.rebuild and file_stamp(layer.disk) == before  # no other has made it
         if anew or not self.is_whole(count):

@@ -2715,9 +2715,9 @@ class NotFound(QvmError):
 class ReleasePage(QvmError):
   """A redirect to the page of a release, which is not followed: it tells the release's tag."""
 
-  def __init__(self, url: str, page: str) -> None:
-    super().__init__(f"{redacted(url)} redirects to {redacted(page)}")
-    self.tag = urllib.parse.unquote(redacted(page).rpartition(TAG_MARK)[2])
+  def __init__(self, message: str, tag: str = "") -> None:
+    super().__init__(message)
+    self.tag = tag
 
 
 def net_from(environ: Mapping[str, str]) -> Net:
@@ -2789,7 +2789,9 @@ def handlers() -> "List[urllib.request.BaseHandler]":
         )
       fp.close()  # or else urllib reads the whole body, however long
       if TAG_MARK in newurl:
-        raise ReleasePage(req.full_url, newurl)
+        page = redacted(newurl)
+        tag = urllib.parse.unquote(page.rpartition(TAG_MARK)[2])
+        raise ReleasePage(f"{redacted(req.full_url)} redirects to {page}", tag)
       kept = {k: v for k, v in req.headers.items() if k.lower() != "proxy-authorization"}
       return urllib.request.Request(newurl, None, kept, req.origin_req_host, True, req.get_method())
 

@@ -7345,20 +7345,22 @@ while IFS= read -r line && [ "$line" ]; do eval "$line"; done
 all
 finish
 """
-# On the way in: folders that cannot be listed are opened.
-OPEN = "mkdir -p {0} && cd {0} && find . -type d ! -perm -500 -exec chmod u+rwx {{}} \\;"
+# On the way in: folders that cannot be listed are opened, but for those that are excluded.
+OPEN = """mkdir -p {0} && cd {0} &&
+find . ! -name . \\( {1} \\) -prune -o -type d ! -perm -500 -exec chmod u+rwx {{}} \\;"""
 # On the way out: the rest is lines that call t with names.
 ASK = 'eval "$(cat)"; exit $code'
 
 
 def sync_script(first: str, folder: str, patterns: Sequence[str]) -> str:
-  """The script for a folder, quoted for sh; first is what it does before all.
+  """The script for a folder, quoted for sh; first is what it does before all: {0} is the folder.
 
   Only patterns of which the guest's find says what fnmatch says are for it; all hold here.
   """
   names = [text.rstrip("/") for text in (".git", *patterns)]
   plain = [text for text in names if text and not re.search(r"[/\[\\?]", text)]
-  return LIST + SYNC % (first, folder, " -o ".join("-name " + shlex.quote(text) for text in plain))
+  excluded = " -o ".join("-name " + shlex.quote(text) for text in plain)
+  return LIST + SYNC % (first.format(folder, excluded), folder, excluded)
 
 
 def guest_lines(command: str, paths: Iterable[str]) -> List[str]:
@@ -7563,7 +7565,7 @@ class Sync:
           raise RefusedError(self.receiver.cut or "the guest does not stop sending")
 
     pipe = subprocess.PIPE
-    script = sync_script(first.format(self.copy), self.copy, self.options.sync_exclude)
+    script = sync_script(first, self.copy, self.options.sync_exclude)
     self.list = None
     code = in_guest(self.login, shell_line(script), talk, patience, Spawn(pipe, pipe, pipe))
     return code, said[-1].result()

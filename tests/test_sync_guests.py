@@ -295,6 +295,19 @@ def test_a_closed_folder_goes(guest, project):
   arrives(guest.sync(project, "true", options=IN), guest, project)
 
 
+def test_what_is_excluded_stays_closed(guest, project):
+  """Opened to be listed, though it is not listed, and never closed again."""
+  put(project, z="z")
+  works(guest.sync(project, "true", options=IN))
+  put(guest.there(project), d__k_o__closed__x="x", shut__x="x", _git__closed__x="x")
+  for path in ("d/k.o/closed", ".git/closed", "shut"):
+    (guest.there(project) / path).chmod(0)
+  works(guest.sync(project, "true", options=(*BOTH, "--sync-exclude", "*.o")))
+  found = tree(guest.there(project))
+  assert found["d/k.o/closed"][1] == found[".git/closed"][1] == 0
+  assert contents(project)["shut/x"] == b"x"
+
+
 @on("freebsd", "netbsd")
 def test_a_guest_that_tells_only_names(guest, project):
   """Its modes are those that it got from here."""

@@ -2329,16 +2329,15 @@ class Lock:
     self.path, self.folder = path, folder
     self.fd = -1  # while it is not held
 
-  def try_(self) -> bool:
+  def try_(self, shared: bool = False) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return self._take((fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
   def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    if not self._take(how | fcntl.LOCK_NB):
+    if not self.try_(shared):
       waits()
-      self._take(how)
+      self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     return self
 
   def is_held(self) -> bool:
@@ -2359,9 +2358,10 @@ class Lock:
     self.fd = -1
 
   def remove(self) -> None:
-    """Delete the lock's file, then release the lock."""
+    """Delete the lock's file, unless others share the lock, then release the lock."""
     with signals.hold():
-      remove_file(self.path)
+      if self._flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        remove_file(self.path)
       self.release()
 
   def __enter__(self) -> "Lock":
@@ -5483,13 +5483,17 @@ def check_here(paths: InstancePaths) -> None:
 
 
 def take_instance(
-  paths: InstancePaths, stack: contextlib.ExitStack, undone: str = "", hint: str = ""
+  paths: InstancePaths,
+  stack: contextlib.ExitStack,
+  undone: str = "",
+  hint: str = "",
+  shared: bool = False,
 ) -> Lock:
   """Take an instance's lock until the stack ends; QvmError names the process that holds it."""
   lock = Lock(paths.lock)
   check_spelling(paths.disk)
   with instances_lock(paths.cache), signals.hold():
-    if not lock.try_():
+    if not lock.try_(shared):
       problem = f"the instance {paths.name} is already running ({holder(paths)})"
       hint = hint or "use another --name, or --rm, for a second machine"
       raise QvmError(problem + undone, hint)
@@ -10457,7 +10461,8 @@ def cmd_clone(options: Options) -> int:
   sweep(cache)
   with contextlib.ExitStack() as stack:
     for each in (paths, new):
-      take_instance(each, stack, "; nothing was cloned", f"stop it: qvm stop {each.name}")
+      hint = f"stop it: qvm stop {each.name}"
+      take_instance(each, stack, "; nothing was cloned", hint, shared=each is paths)
       if any(map(os.path.lexists, (new.disk, new.data, cache.layer(new.name).record))):
         raise QvmError(f"there is already an instance {new.name}", "choose another name")
     record = read_instance(paths)._replace(name=new.name, ssh="", ports="", words="")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 from pathlib import Path
 
@@ -393,6 +394,22 @@ def test_a_machine_that_runs_is_not_cloned(used, background):
   background(used, *RUN)
   fails(used("clone", FREEBSD, "new"), "already running", f"stop it: qvm stop {FREEBSD}")
   assert not (used.cache / "instances/new.json").exists()
+
+
+def test_clones_of_one_machine_at_once(used, tmp_path):
+  """The second said that the machine ran, and to stop it; that would have ended the first."""
+  works(used(*RUN))
+  clone = shlex.join(used.command("clone", FREEBSD, "second"))
+  run = shlex.join(used.command(*RUN))
+  another = ["sh", "-c", f"{clone} && ! {run} && {clone}2 && ! {run}"]
+  first = with_another(used, ["clone", FREEBSD, "first"], "copy_sparse", another, tmp_path)
+  assert works(first).stdout == "first\n" and "second\nqvm" in first.stderr
+  assert first.stderr.count(f"{FREEBSD} is already running (qvm process ") == 2
+  names = {FREEBSD, "first", "second", "second2"}
+  assert set(instance_names(used)) == {
+    f"{name}.{end}" for name in names for end in ("qcow2", "json")
+  }
+  works(used(*RUN))
 
 
 def test_kill_9_of_clone_leaves_nothing(used, kill_at):

@@ -7073,7 +7073,8 @@ def hand_on(login: Login, pid_file: str, number: int) -> int:
   elif number == signal.SIGHUP:
     script += f"rm -f {pid_file}"  # its shell may be killed with it
   try:
-    return in_guest(login._replace(patience=10.0), shell_line(script), wait_up_to(login, 30))
+    login = login._replace(patience=TERM_GRACE_SECONDS)
+    return in_guest(login, shell_line(script), wait_up_to(login, 3 * TERM_GRACE_SECONDS))
   except QvmError:
     return 2
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import pytest
 import ssh_guest
+from support import DEADLINE
 
 
 class System:
@@ -294,7 +295,13 @@ class Toolbox:
     env = {"HOME": self.folder, "LC_ALL": "C"}
     command = [self.shell, "-c", line]
     return subprocess.run(
-      command, input=data, capture_output=True, env=env, cwd=cwd or self.work, timeout=60, **more
+      command,
+      input=data,
+      capture_output=True,
+      env=env,
+      cwd=cwd or self.work,
+      timeout=DEADLINE,
+      **more,
     )
 
   def set_clock(self, seconds):

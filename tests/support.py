@@ -37,7 +37,7 @@ TOOLS = f"resources-{HOST}.tar"
 BASE = f"base/{IMAGE}"
 PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
 DEAD = "http://127.0.0.1:9/nowhere"
-DEADLINE = 40  # seconds until a test gives up
+DEADLINE = 240  # seconds until a test gives up; a busy machine may be slow
 
 
 def default_signals():
@@ -351,7 +351,7 @@ def free_port():
 
 def finished(process, before=""):
   """The result of a started process; before is what has been read of its stderr."""
-  output, errors = process.communicate(timeout=60)
+  output, errors = process.communicate(timeout=DEADLINE)
   return subprocess.CompletedProcess(process.args, process.returncode, output, before + errors)
 
 

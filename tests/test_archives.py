@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
+  DEADLINE,
   HOST,
   PULL,
   PYTHON,
@@ -524,7 +525,7 @@ def test_memory(tmp_path, what):
   (tmp_path / "x.tar" / "part").write_bytes(content)
   paths = {"part": str(tmp_path / "x.tar" / "part"), "folder": str(tmp_path / "x.tmp")}
   script = LIMITED.format(root=str(Qvm.compiled.parent), **paths)
-  result = subprocess.run([PYTHON, "-c", script], capture_output=True, timeout=60)
+  result = subprocess.run([PYTHON, "-c", script], capture_output=True, timeout=DEADLINE)
   assert (result.returncode, result.stdout) == (0, b"refused\n"), result.stderr
   assert list(tmp_path.rglob("*")) == [tmp_path / "x.tar"]
 

@@ -15,6 +15,7 @@ from release_server import ReleaseServer
 from support import (
   BASE,
   DEAD,
+  DEADLINE,
   FREEBSD,
   IMAGE,
   PULL,
@@ -292,7 +293,7 @@ def test_the_patience_of_restart_is_for_what_it_starts_too(guests):
   guests.play(ignore_shutdown=True)
   guests.up("vm")
   guests.play(listen=False)
-  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm", timeout=30))
+  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm", timeout=DEADLINE))
   assert "ssh has not answered within 2 s; the machine keeps running" in run.stderr
   works(guests.qvm("stop", "--force", "vm"))
 
@@ -304,7 +305,7 @@ def test_logs(guests):
   follower = guests.qvm.start("logs", "-f", "vm")
   assert follower.stdout.readline() == "first line\n"
   works(guests.qvm("stop", "vm"))
-  output, errors = follower.communicate(timeout=30)
+  output, errors = follower.communicate(timeout=DEADLINE)
   assert (follower.returncode, errors) == (0, "") and output.endswith("guest powers off\n")
   works(guests.qvm("rm", "vm"))
   fails(guests.qvm("logs", "vm"), "no instance vm")
@@ -322,7 +323,7 @@ def log_on_a_terminal(guests, folder, console):
 def test_a_terminal_gets_a_log_without_what_harms_it(guests, tmp_path):
   with log_on_a_terminal(guests, tmp_path, "safe\x1b]0;title\x07\n") as terminal:
     terminal.until(b"powers off")
-    assert terminal.process.wait(30) == 0
+    assert terminal.process.wait(DEADLINE) == 0
   assert "safe" in terminal.text and "title" not in terminal.text
 
 
@@ -385,7 +386,7 @@ def test_a_console_that_goes_where_nothing_stays(used, fifo, kind):
   reader = os.open(fifo, os.O_RDWR)
   used.play(stdout="one\n")
   works(used(*RUN, "--console-log", path))
-  fails(used("logs", FREEBSD, timeout=10), f"there is no file {path}")
+  fails(used("logs", FREEBSD, timeout=DEADLINE), f"there is no file {path}")
   assert kind == "device" or os.read(reader, 100) == b"one\n"
   os.close(reader)
 

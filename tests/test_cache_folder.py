@@ -10,7 +10,7 @@ import tempfile
 import types
 
 import pytest
-from support import FREEBSD, ROOT, Qvm, fails, obey_modes, works
+from support import DEADLINE, FREEBSD, ROOT, Qvm, fails, obey_modes, works
 
 import qvm as qvm_source
 
@@ -34,7 +34,9 @@ tracing = pytest.mark.skipif(not can("strace", "-o", "/dev/null", "true"), reaso
 def below(qvm, before, *words, **more):
   """Run qvm below another program."""
   command = [*before, *qvm.command(*words)]
-  return subprocess.run(command, env=qvm.env, capture_output=True, text=True, timeout=60, **more)
+  return subprocess.run(
+    command, env=qvm.env, capture_output=True, text=True, timeout=DEADLINE, **more
+  )
 
 
 def injected(fault):

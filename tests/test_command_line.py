@@ -11,6 +11,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEADLINE
 
 import qvm as qvm_source
 
@@ -27,7 +28,9 @@ def raw(qvm, *words, env=None, **more):
   """Run with any environment, in bytes."""
   more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
   env = qvm.env if env is None else env
-  return subprocess.run(qvm.command(*words), env=env, stdin=subprocess.DEVNULL, timeout=60, **more)
+  return subprocess.run(
+    qvm.command(*words), env=env, stdin=subprocess.DEVNULL, timeout=DEADLINE, **more
+  )
 
 
 # --- Orders and spellings --------------------------------------------------------------------

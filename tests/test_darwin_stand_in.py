@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from darwin_host import APPLE, DARWIN, INTEL, MACHINES, Mac, macho, put_program, qemu
+from support import DEADLINE
 from support_pythons import MODERN, every_python
 
 REAL_MAC = sys.platform == "darwin"
@@ -45,7 +46,7 @@ def under(mac, lines, python=sys.executable, **more):
     env={**mac.env, **more.pop("env", {})},
     cwd=str(mac.home),
     capture_output=True,
-    timeout=60,
+    timeout=DEADLINE,
     **more,
   )
   assert run.returncode == 0 and run.stderr == b"", run.stderr.decode()

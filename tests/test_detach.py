@@ -148,7 +148,7 @@ class Machines:
   def running(self):
     return list(processes_of(self.qvm.cache))
 
-  def patient(self, *words, stop=0.3, end=0.3, timeout=60):
+  def patient(self, *words, stop=0.3, end=0.3, timeout=DEADLINE):
     """Run qvm with little patience: the constants are set from outside."""
     code = f"qvm.POWER_OFF_SECONDS, qvm.TERM_GRACE_SECONDS = {stop}, {end}"
     return self.qvm(*words, code=code, timeout=timeout)

@@ -338,7 +338,7 @@ def as_bound(qvm, *words):
   """Run qvm as a user whom modes of folders stop."""
   command = [*(BOUND if os.geteuid() == 0 else []), *qvm.command(*words)]
   return subprocess.run(
-    command, env=qvm.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    command, env=qvm.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE
   )
 
 
@@ -466,7 +466,7 @@ def test_a_release_server_that_is_down(offline):
 def test_a_server_that_hangs(host, server, origin):
   server.fault("", origin=origin, times=None, stall="headers")
   host.env["QVM_TIMEOUT"] = "1"
-  checks = doctor(host, timeout=30)
+  checks = doctor(host, timeout=DEADLINE)
   if origin == "api":
     assert checks["releases"]["state"] == "ok"
     assert checks["API"]["state"] == "warning"
@@ -478,7 +478,7 @@ def test_a_server_that_never_ends_its_answer(host, server):
   """Each time a byte comes the time-out starts anew; doctor's own patience ends."""
   host.env["QVM_TIMEOUT"] = "600"
   server.fault("", origin="github", times=None, stall="headers")
-  result = host("doctor", "--json", code="qvm.DOCTOR_SECONDS = 1.0", timeout=30)
+  result = host("doctor", "--json", code="qvm.DOCTOR_SECONDS = 1.0", timeout=DEADLINE)
   assert result.returncode == 1
   assert any(check["state"] == "fault" for check in checks_of(result).values())
   assert {"host", "instances"} <= set(checks_of(result))

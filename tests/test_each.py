@@ -272,7 +272,7 @@ def test_a_signal_ends_all_machines(each, number):
   with ended(each.start(*THREE, "--", "trap '' TERM HUP INT; " + sleeping(each))) as process:
     running(each, process)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=40)
+    output, errors = process.communicate(timeout=DEADLINE)
   assert process.returncode == 128 + number, errors
   assert table(output) == dict.fromkeys(THREE, "not run")
   assert each.nothing_left()
@@ -292,7 +292,7 @@ def test_a_child_that_does_not_listen(each):
     running(each, process)
     os.kill(child_for("netbsd-10.1", each, process)[0], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=40)
+    process.communicate(timeout=DEADLINE)
   assert process.returncode == 130
   shutil.rmtree(each.qvm.env["TMPDIR"])  # it could not take its ssh's log away
   os.mkdir(each.qvm.env["TMPDIR"])
@@ -304,7 +304,7 @@ def test_a_signal_while_they_boot(each):
   with ended(each.start(*THREE, "--", "true")) as process:
     wait_for(lambda: len(processes_of(each.qvm.cache / "qemu")) == 3)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=40)
+    process.communicate(timeout=DEADLINE)
   assert process.returncode == 130
   assert each.nothing_left()
 
@@ -330,7 +330,7 @@ def test_a_child_that_was_killed(each):
     os.kill(child, signal.SIGKILL)
     wait_for(lambda: processes_of(name) == {})
     go.touch()
-    output, errors = process.communicate(timeout=40)
+    output, errors = process.communicate(timeout=DEADLINE)
   assert process.returncode == 125, errors
   assert table(output) == {"freebsd-15.1": "ok", "freebsd-15.0": "ok", "netbsd-10.1": "not run"}
   assert "its qvm has ended (signal 9)" in output
@@ -343,7 +343,7 @@ def test_a_reader_that_goes_away(each):
   with ended(each.start(*THREE, "--", "while echo line; do :; done")) as process:
     assert process.stdout.readline()
     process.stdout.close()
-    process.wait(40)
+    process.wait(DEADLINE)
   assert process.returncode == 128 + signal.SIGPIPE
   assert each.nothing_left()
 

@@ -26,6 +26,7 @@ from release_server import ReleaseServer
 from support import (
   BASE,
   DEAD,
+  DEADLINE,
   FREEBSD,
   IMAGE,
   PULL,
@@ -344,7 +345,7 @@ def test_two_cpus_at_once(qvm, server, image):
   for process, fault in zip(every, faults):
     hangs(process, fault)
   go.set()
-  assert [process.wait(30) for process in every] == [0, 0]
+  assert [process.wait(DEADLINE) for process in every] == [0, 0]
   assert len(server.requests(TOOLS, "cdn")) == 1
   trees = [name for name in os.listdir(str(qvm.cache / "qemu")) if name[0] != "."]
   assert sorted(trees) == ["aarch64", "x86_64"]
@@ -369,7 +370,7 @@ def test_streamed_to_disk(no_image, server, image, tmp_path):
     [sys.executable, "-c", MEASURE, *no_image.command(*PULL)],
     env=no_image.env,
     stdout=subprocess.PIPE,
-    timeout=60,
+    timeout=DEADLINE,
   )
   assert result.returncode == 0
   peak = int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
@@ -640,7 +641,7 @@ def test_retry_after_is_at_most_a_minute(no_image, server):
   process = no_image.start(*PULL)
   lines = lines_until(process.stderr, "trying again")
   process.terminate()
-  assert process.wait(30) == 128 + signal.SIGTERM
+  assert process.wait(DEADLINE) == 128 + signal.SIGTERM
   assert "trying again in 60.0 s" in lines[-1]
 
 
@@ -1214,7 +1215,7 @@ def test_ipv6_that_hangs_where_ipv4_works(no_image, server, image, tmp_path):
     address = f"http://both.test:{url.port}"
     env = {**no_image.env, "QVM_RELEASES_URL": address + url.path, "QVM_TIMEOUT": "600"}
     command = [*before, *no_image.command(*PULL)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE)
   check_works(no_image, result, image)
   assert "trying again" not in result.stderr
 
@@ -1398,7 +1399,7 @@ def test_progress_without_a_terminal(no_image, server, image):
   lines = lines_until(process.stderr, "%")
   go.set()
   lines += list(process.stderr)
-  assert process.wait(30) == 0
+  assert process.wait(DEADLINE) == 0
   assert all(line.startswith("qvm: ") for line in lines)
   assert [line for line in lines if re.match(rf"qvm: {IMAGE} [0-9]+% [0-9]+ kB\n", line)]
   assert "\r" not in "".join(lines) and "\033" not in "".join(lines)

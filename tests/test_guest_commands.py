@@ -15,6 +15,7 @@ from darwin_host import put_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
+  DEADLINE,
   FREEBSD,
   fails,
   free_port,
@@ -190,7 +191,7 @@ def test_a_name_as_long_as_allowed(guests):
 def test_closed_streams(guests, closed):
   command = shlex.join(guests.qvm.command(*guests.words(command=["cat; exit 4"])))
   run = subprocess.run(f"{command} {closed}", shell=True, env=guests.qvm.env, capture_output=True,
-                       stdin=subprocess.DEVNULL, timeout=60)  # fmt: skip
+                       stdin=subprocess.DEVNULL, timeout=DEADLINE)  # fmt: skip
   assert run.returncode == 4, run.stderr
   assert guests.nothing_left()
 
@@ -199,7 +200,7 @@ def test_nobody_reads_on(guests):
   command = shlex.join(guests.qvm.command(*guests.words(command=["yes"])))
   script = f"set -o pipefail; {command} | head -n 1"
   run = subprocess.run(["bash", "-c", script], env=guests.qvm.env, capture_output=True,
-                       stdin=subprocess.DEVNULL, timeout=60)  # fmt: skip
+                       stdin=subprocess.DEVNULL, timeout=DEADLINE)  # fmt: skip
   assert (run.returncode, run.stdout) == (141, b"y\n"), run.stderr
   assert guests.nothing_left()
 
@@ -259,7 +260,7 @@ def test_the_first_ctrl_c_goes_to_the_command(guests):
   process = guests.start("sh", "-c", script)
   assert process.stdout.readline() == "up\n"
   process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert (process.returncode, out) == (9, "got\n"), err
   assert guests.nothing_left()
 
@@ -268,7 +269,7 @@ def test_a_command_that_ctrl_c_ends(guests):
   process = guests.start("echo up; sleep 600; echo no")
   assert process.stdout.readline() == "up\n"
   process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert (process.returncode, out) == (130, ""), err
 
 
@@ -295,7 +296,7 @@ def test_ctrl_c_of_a_terminal_with_a_pipe_behind(guests, tmp_path, unblocks):
   process = guests.start("sh", "-c", script, start_new_session=True)
   assert process.stdout.readline() == "up\n"
   os.killpg(process.pid, signal.SIGINT)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert (process.returncode, out) == (9, "got\n"), err
 
 
@@ -339,7 +340,7 @@ def test_the_second_ctrl_c_ends_the_machine(guests):
   process.send_signal(signal.SIGINT)
   assert process.stdout.readline() == "got\n"
   process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert (process.returncode, out) == (130, ""), err
   assert guests.nothing_left()
 
@@ -349,7 +350,7 @@ def test_other_signals_end_the_machine(guests, number):
   process = guests.start("echo up; sleep 600")
   assert process.stdout.readline() == "up\n"
   process.send_signal(number)
-  process.communicate(timeout=60)
+  process.communicate(timeout=DEADLINE)
   assert process.returncode == 128 + number
   assert guests.nothing_left()
 
@@ -359,7 +360,7 @@ def test_ctrl_c_while_it_boots(guests, fifo):
   process = guests.start("true")
   fifo.read_text()
   process.send_signal(signal.SIGINT)
-  process.communicate(timeout=60)
+  process.communicate(timeout=DEADLINE)
   assert process.returncode == 130
   assert guests.nothing_left()
 
@@ -390,7 +391,7 @@ def test_a_machine_that_dies_under_the_command(guests):
   process = guests.start("echo up; sleep 600")
   assert process.stdout.readline() == "up\n"
   os.kill(guests.machine(), signal.SIGKILL)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert (process.returncode, out) == (125, ""), err
   assert "has ended (signal 9)" in err and "| ssh guest boots" in err
   assert guests.nothing_left()
@@ -634,7 +635,7 @@ def test_ssh_waits_for_a_machine_that_boots(guests, fifo):
     result = guests.qvm("ssh", "vm", "--", "echo in")
     assert (result.returncode, result.stdout) == (0, "in\n"), result.stderr
     works(guests.qvm("stop", "vm"))
-    process.communicate(timeout=60)
+    process.communicate(timeout=DEADLINE)
 
 
 def test_stop_uses_the_key(guests):
@@ -653,6 +654,6 @@ def test_several_at_once(guests, tmp_path):
     processes.append(guests.qvm.start(*words, env=env, stdin=subprocess.PIPE))
   assert [process.stdout.readline() for process in processes] == [f"{n}\n" for n in range(4)]
   for n, process in enumerate(processes):
-    assert process.communicate(f"text {n}", timeout=60)[0] == f"text {n}"
+    assert process.communicate(f"text {n}", timeout=DEADLINE)[0] == f"text {n}"
     assert process.returncode == 0
   assert guests.nothing_left()

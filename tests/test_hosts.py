@@ -24,7 +24,7 @@ import pytest
 import ssh_guest
 from darwin_host import DARWIN, Mac, put_program, qemu_text
 from release_server import ReleaseServer
-from support import PYTHON, fill, free_port, obey_modes, works
+from support import DEADLINE, PYTHON, fill, free_port, obey_modes, works
 from support_pythons import MODERN, since
 
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
@@ -480,7 +480,7 @@ def test_t2_the_callers_pipes_stay_as_they_are(machine, tmp_path, fifo, log):
     with open(str(fifo), "w"):  # as soon as QEMU has done what it does to its streams
       during = [os.get_blocking(fd) for fd in streams.values()]
       process.terminate()
-      process.wait(30)
+      process.wait(DEADLINE)
     after = [os.get_blocking(fd) for fd in streams.values()]
   finally:
     for fd in (fd for pair in pipes for fd in pair):
@@ -502,7 +502,7 @@ def test_t2_the_callers_pipes_during_a_command(machine, tmp_path):
       os.write(pipes[0][1], b"typed\0\xff")
       assert out.read(7) == b"typed\0\xff"
     os.close(pipes[0][1])
-    assert process.wait(30) == 0
+    assert process.wait(DEADLINE) == 0
     assert [os.get_blocking(fd) for fd in streams.values()] == [True, True, True]
     assert os.read(pipes[2][0], 1 << 16).endswith(b"no\n")
   finally:
@@ -520,7 +520,7 @@ def test_t2_a_reader_that_leaves_ends_the_command(machine, tmp_path):
   process = machine.start(*words)
   assert process.stdout.read(2) == "y\n"
   process.stdout.close()
-  process.communicate(timeout=60)
+  process.communicate(timeout=DEADLINE)
   assert process.returncode != 0
 
 
@@ -552,7 +552,12 @@ def is_silent(qvm, *words):
   for options in (("-W", "error"), ("-X", "dev", "-W", "error")):
     command = [PYTHON, *options, str(qvm.program), *words]
     run = subprocess.run(
-      command, env=qvm.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+      command,
+      env=qvm.env,
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+      timeout=DEADLINE,
     )
     assert run.returncode == 0, run.stderr
     assert "Warning" not in run.stderr and "Traceback" not in run.stderr, run.stderr

@@ -16,6 +16,7 @@ import pytest
 from release_server import ReleaseServer
 from support import (
   BASE,
+  DEADLINE,
   FREEBSD,
   IMAGE,
   PULL,
@@ -183,7 +184,7 @@ def test_rm_has_a_disk_of_its_own(used, background):
   assert image_info(disk)["backing-filename"] == f"../{BASE}"
   write_into(disk)
   process.terminate()
-  assert process.wait(30) == 143
+  assert process.wait(DEADLINE) == 143
   assert state(used.cache) == before
 
 
@@ -234,14 +235,14 @@ def test_a_second_run_is_refused_by_name(used, background):
   assert used(*RUN, "--name", "other").returncode == 0
   assert process.poll() is None
   os.kill(record["pid"], signal.SIGTERM)
-  assert process.wait(30) == 143
+  assert process.wait(DEADLINE) == 143
   assert used(*RUN).returncode == 0
 
 
 def test_a_second_run_is_refused_during_the_download_too(qvm, server):
   fault = server.fault("freebsd-15.1", stall="headers")
   with ended(qvm.start(*RUN)) as process:
-    assert fault.reached.wait(30)
+    assert fault.reached.wait(DEADLINE)
     fails(qvm(*RUN), f"{FREEBSD} is already running (qvm process {process.pid})")
     fails(qvm("rm", FREEBSD), f"no instance {FREEBSD}")
     assert rows(qvm) == {}
@@ -285,7 +286,7 @@ def test_of_many_runs_at_once_one_wins(qvm, tmp_path):
   try:
     assert len(winners) == 1
     assert disk_of(heard(fifo, winners[0])["argv"]) == str(qvm.cache / DISK)
-    assert winners[0].wait(30) == 5
+    assert winners[0].wait(DEADLINE) == 5
   finally:
     for run in winners:
       run.kill()
@@ -689,7 +690,7 @@ def test_a_throw_away_name_is_free_again_after_a_kill(used, background):
 def test_a_run_that_was_killed_while_it_downloaded_leaves_no_instance(qvm, server):
   fault = server.fault("freebsd-15.1", stall="headers")
   with ended(qvm.start(*RUN, "--rm")) as process:
-    assert fault.reached.wait(30)
+    assert fault.reached.wait(DEADLINE)
     process.kill()
     process.wait()
   assert any(name.endswith(".ephemeral") for name in instance_names(qvm))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import (
   BASE,
+  DEADLINE,
   FREEBSD,
   fails,
   free_port,
@@ -318,7 +319,7 @@ def test_a_signal_while_it_is_set_up(prepare, number, code):
   process = prepare.start("true", options=with_scripts(waiting(prepare)))
   until_it_runs(prepare, process)
   process.send_signal(number)
-  process.communicate(timeout=30)
+  process.communicate(timeout=DEADLINE)
   assert process.returncode == code and no_layer(prepare)
 
 
@@ -397,7 +398,7 @@ def test_two_at_once(prepare, tmp_path):
   assert all("another qvm is making the layer" in line for line in said)
   (prepare.scripts / "go").touch()
   for number, process in enumerate([first, *others], 1):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (0, f"{number}\n"), err
     assert "another qvm is making" not in err
   assert ran(prepare) == [] and len(layer_names(prepare)) == 1 and prepare.nothing_left()
@@ -411,9 +412,9 @@ def test_whoever_waits_for_one_that_fails_makes_it(prepare, tmp_path):
   second = prepare.start("echo 2", options=options)
   assert "another qvm is making the layer" in second.stderr.readline()
   first.terminate()
-  first.communicate(timeout=30)
+  first.communicate(timeout=DEADLINE)
   (prepare.scripts / "go").touch()
-  out, err = second.communicate(timeout=60)
+  out, err = second.communicate(timeout=DEADLINE)
   assert (second.returncode, out) == (0, "2\n"), err
   assert ran(prepare) == ["x"] and len(layer_names(prepare)) == 1
 
@@ -639,7 +640,7 @@ def test_an_image_is_not_replaced_while_a_guest_on_it_is_set_up(prepare, server,
   works(prepare.qvm("clean", "--all"))
   ssh_guest_as_qemu(prepare.qvm.cache)
   (prepare.scripts / "go").touch()
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert (process.returncode, out) == (0, "fine\n"), err
 
 
@@ -697,7 +698,7 @@ def test_two_rebuilds_at_once(prepare, tmp_path):
   assert "another qvm is making the layer" in second.stderr.readline()
   (prepare.scripts / "go").touch()
   for number, process in enumerate([first, second], 1):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (0, f"{number}\n"), err
   assert ran(prepare) == [] and prepare.nothing_left()
 
@@ -766,7 +767,7 @@ def test_modes_and_command_line(prepare, fifo):
   argv = heard(fifo, process)["argv"]
   drive = next(word for word in argv if "id=drive0" in word and "file=" in word)
   assert "-rm-" in drive and "discard=ignore" in drive
-  process.communicate(timeout=30)
+  process.communicate(timeout=DEADLINE)
   (name,) = layer_names(prepare)
   modes = {end: path_of(prepare, name, end).stat().st_mode & 0o777 for end in (".qcow2", ".json")}
   assert modes == {".qcow2": 0o400, ".json": 0o600}
@@ -783,7 +784,7 @@ def test_a_disk_that_becomes_full(prepare):
     process = prepare.start("true", options=with_scripts(waiting(prepare)))
     until_it_runs(prepare, process)
     disk.fill()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 125 and "the disk is full" in err, err
     disk.empty()
     assert no_layer(prepare)
@@ -1018,7 +1019,7 @@ def test_a_layer_is_not_replaced_below_one_that_is_being_made(prepare, tmp_path)
   prepare.play()
   works(prepare.run("true", options=("--rebuild", *with_scripts(first))))
   go.write_text("go\n")
-  _, errors = maker.communicate(timeout=60)
+  _, errors = maker.communicate(timeout=DEADLINE)
   assert maker.returncode == 125 and "has been replaced meanwhile" in errors
   assert len(layer_names(prepare)) == 1
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from support import (
+  DEADLINE,
   FREEBSD,
   PYTHON,
   STAND_IN,
@@ -144,7 +145,7 @@ def test_a_signal_ends_qemu_and_qvm(used, background, number, more):
   before = state(used.cache)
   process, record = background(used, *RUN, *more, "--ssh-port", str(free_port()))
   process.send_signal(number)
-  assert process.wait(30) == 128 + number
+  assert process.wait(DEADLINE) == 128 + number
   assert not alive(record["pid"])
   after = state(used.cache)
   if not more:
@@ -161,7 +162,7 @@ def test_a_qemu_that_ignores_sigterm_is_killed(used, background):
   process, record = background(used, *RUN, "--rm", "--ssh-port", str(free_port()), play=play)
   process.terminate()
   process.send_signal(signal.SIGHUP)
-  code = process.wait(60)
+  code = process.wait(DEADLINE)
   assert code in (143, 129)
   assert not alive(record["pid"])
   assert state(used.cache) == before
@@ -176,7 +177,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_so(used, background, num
   os.kill(record["pid"], number)
   process.send_signal(number)
   process.terminate()
-  assert process.wait(30) == 143
+  assert process.wait(DEADLINE) == 143
 
 
 def test_qemu_ignores_no_signal_of_its_own_accord(used, tmp_path):
@@ -199,14 +200,14 @@ def test_a_signal_ends_a_download_that_stalls(qvm, server, number):
   fault = server.fault(name, stall=1 << 20)
   env = {"QVM_TIMEOUT": "3600"}
   with ended(qvm.start(*RUN, "--rm", env=env)) as process:
-    assert fault.reached.wait(30)
+    assert fault.reached.wait(DEADLINE)
     part = qvm.cache / f"downloads/{name}/part"
     patience = time.monotonic() + 30
     while not part.exists() or part.stat().st_size < (1 << 20) - (1 << 18):
       assert time.monotonic() < patience
       time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(30) == 128 + number
+    assert process.wait(DEADLINE) == 128 + number
     assert "Traceback" not in process.stderr.read()
   assert content.startswith(part.read_bytes())
   kept = (part.parent / "map").read_bytes().count(1) * qvm_source.BLOCK_BYTES
@@ -225,9 +226,9 @@ def test_a_signal_ends_a_download_that_stalls(qvm, server, number):
 def test_a_signal_ends_the_wait_for_an_answer(qvm, server, match, origin, number):
   fault = server.fault(match, origin=origin, times=None, stall="headers")
   with ended(qvm.start("pull", *RUN[1:], env={"QVM_TIMEOUT": "3600"})) as process:
-    assert fault.reached.wait(30)
+    assert fault.reached.wait(DEADLINE)
     process.send_signal(number)
-    assert process.wait(30) == 128 + number
+    assert process.wait(DEADLINE) == 128 + number
     assert "Traceback" not in process.stderr.read()
 
 
@@ -236,7 +237,7 @@ def test_a_signal_ends_the_wait_before_a_retry(qvm, server):
   with ended(qvm.start("pull", *RUN[1:], env={"QVM_RETRY_DELAY": "3600"})) as process:
     read_until(process.stderr, "trying again")
     process.terminate()
-    assert process.wait(30) == 143
+    assert process.wait(DEADLINE) == 143
 
 
 @contextlib.contextmanager
@@ -259,7 +260,7 @@ def test_a_signal_ends_the_wait_for_another_qvm(qvm, name, number):
     with ended(qvm.start(*RUN)) as process:
       read_until(process.stderr, f"waiting for another qvm that downloads {name}")
       process.send_signal(number)
-      assert process.wait(30) == 128 + number
+      assert process.wait(DEADLINE) == 128 + number
       assert "Traceback" not in process.stderr.read()
     assert os.path.samestat(os.fstat(fd), lock.stat()), "a lock that it never had"
   assert instance_names(qvm) == []
@@ -280,7 +281,7 @@ def test_a_signal_while_the_overlay_is_made(used, tmp_path):
       process.terminate()
     with open(fifo, "w"):
       pass
-    assert process.wait(30) == 143
+    assert process.wait(DEADLINE) == 143
   assert not (tmp_path / "record").exists()
   assert instance_names(used) == [f"{FREEBSD}.json", f"{FREEBSD}.qcow2"]
 
@@ -301,10 +302,10 @@ def test_no_thread_is_left_to_the_interpreters_end(qvm, server, ending):
     server.fault("releases/latest", origin="github", times=None, status=404)
   at_end = "import atexit; atexit.register(os.write, 2, b'the interpreter ends')"
   with ended(qvm.start(*RUN, code=at_end, env={"QVM_TIMEOUT": "3600"})) as process:
-    assert stalled.reached.wait(30)
+    assert stalled.reached.wait(DEADLINE)
     if ending == "signal":
       process.terminate()
-    assert process.wait(30) == (143 if ending == "signal" else 1)
+    assert process.wait(DEADLINE) == (143 if ending == "signal" else 1)
     assert "the interpreter ends" not in process.stderr.read()
 
 
@@ -765,7 +766,7 @@ def test_the_terminal_is_given_back_as_it_was(used, terminal, fifo, tmp_path, en
     if ending == "SIGTERM to qvm":
       process.terminate()
     expected = {"killed itself": 137, "exit": 0, "SIGTERM to qvm": 143, "SIGKILL": 137}[ending]
-    assert process.wait(30) == expected
+    assert process.wait(DEADLINE) == expected
     assert terminal.state() == before
   finally:
     process.kill()
@@ -780,7 +781,7 @@ def test_ctrl_c_ends_qemu_and_qvm(used, terminal, fifo):
   try:
     record = heard(fifo, process)
     os.write(terminal.outside, b"\x03")
-    assert process.wait(30) == 130
+    assert process.wait(DEADLINE) == 130
     assert not alive(record["pid"])
     assert terminal.state() == before
     assert state(used.cache) == files
@@ -794,7 +795,7 @@ def test_what_is_typed_reaches_qemu(used, terminal):
   tty.setraw(terminal.inside)
   os.write(terminal.outside, b"boot -s")
   process = on(terminal, used, *RUN)
-  assert process.communicate(timeout=30)[0] == "boot -s"
+  assert process.communicate(timeout=DEADLINE)[0] == "boot -s"
 
 
 def test_a_terminal_that_hangs_up(used, terminal, fifo):
@@ -805,7 +806,7 @@ def test_a_terminal_that_hangs_up(used, terminal, fifo):
   try:
     record = heard(fifo, process)
     terminal.hang_up()
-    assert process.wait(30) == 129
+    assert process.wait(DEADLINE) == 129
     assert not alive(record["pid"])
     assert state(used.cache) == files
   finally:
@@ -827,7 +828,7 @@ qvm.signals.install()
 def done_by(program):
   """What a program that uses qvm as a module has written: on stdout, on stderr."""
   command = [PYTHON, "-c", BEGIN + program, str(Qvm.compiled.parent)]
-  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
   return result.stdout, result.stderr
 
 
@@ -932,5 +933,5 @@ def test_ctrl_c_while_qvm_is_loaded(offline, program, tmp_path):
   )
   command = [PYTHON, str(program), "list"]
   env = {**offline.env, "PYTHONPATH": str(tmp_path)}
-  result = subprocess.run(command, env=env, stderr=subprocess.PIPE, timeout=30)
+  result = subprocess.run(command, env=env, stderr=subprocess.PIPE, timeout=DEADLINE)
   assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")

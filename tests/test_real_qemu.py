@@ -10,7 +10,7 @@ import guests
 import pytest
 import real_qemu
 from release_server import ReleaseServer
-from support import ROOT, Qvm, digest, ended, free_port, read_until, rows
+from support import DEADLINE, ROOT, Qvm, digest, ended, free_port, read_until, rows
 
 import qvm as qvm_source
 
@@ -144,7 +144,7 @@ def test_qemu_listens_while_it_runs_and_just_there(real, host):
     running = [row["ssh"] for row in rows(real).values() if row["state"] == "running"]
     assert running == [f"{host}:{port}"]
     process.terminate()
-    assert process.wait(30) == 143
+    assert process.wait(DEADLINE) == 143
   assert listeners(port) == []
   assert not [row for row in rows(real).values() if row["ephemeral"]]
 
@@ -159,7 +159,7 @@ def test_a_signal_ends_the_real_qemu(real, number):
     if number == signal.SIGKILL:
       (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     os.kill(pid, number)
-    assert process.wait(30) == 128 + number
+    assert process.wait(DEADLINE) == 128 + number
   assert not [row for row in rows(real).values() if row["ephemeral"]]
 
 
@@ -170,7 +170,7 @@ def test_what_is_typed_reaches_the_guest(real):
     process.stdin.write("Hiq")
     process.stdin.flush()
     assert "<48><69>" in read_until(process.stdout, "<69>")
-    assert process.wait(30) == 0
+    assert process.wait(DEADLINE) == 0
 
 
 def test_the_zipapp_boots_too(real_home, releases, pyz):
@@ -204,5 +204,5 @@ def test_qemu_knows_the_words_of_the_cpu_mask(real, os_name):
   assert MASK in cpu
   program = str(real_qemu.find_qemu().x86_64)
   command = [program, "-cpu", cpu, "-accel", "tcg", "-display", "none", "-S", "-monitor", "stdio"]
-  run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60)
+  run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=DEADLINE)
   assert (run.returncode, "not found" in run.stderr) == (0, False), run.stderr

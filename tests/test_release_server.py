@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 import pytest
 import release_server
 from release_server import ReleaseServer
-from support import ended
+from support import DEADLINE, ended
 
 BODY = bytes(range(256)) * 1000
 SIZE = len(BODY)
@@ -48,7 +48,7 @@ def server() -> Iterator[ReleaseServer]:
 def get(url: str, headers: Mapping[str, str] = {}, method: str = "GET") -> Reply:
   """One request on a connection of its own, following no redirect."""
   parts = urlsplit(url)
-  connection = http.client.HTTPConnection(parts.netloc, timeout=5)
+  connection = http.client.HTTPConnection(parts.netloc, timeout=DEADLINE)
   try:
     query = f"?{parts.query}" if parts.query else ""
     connection.request(method, parts.path + query, headers=dict(headers))
@@ -116,7 +116,9 @@ def test_signed_address(server: ReleaseServer) -> None:
   assert query["sig"] != parse_qs(parts[1].query)["sig"]
   assert 500 < len(parts[0].query) < 1000
   assert get(addresses[0]).body == BODY
-  with urllib.request.urlopen(f"{server.url}/b/releases/download/v1/{QUOTED}", timeout=5) as reply:
+  with urllib.request.urlopen(
+    f"{server.url}/b/releases/download/v1/{QUOTED}", timeout=DEADLINE
+  ) as reply:
     assert reply.read() == BODY
 
 
@@ -295,7 +297,7 @@ def test_file_is_streamed(server: ReleaseServer, tmp_path: Path) -> None:
 
 def test_keep_alive_and_rate(server: ReleaseServer) -> None:
   parts = urlsplit(server.url)
-  connection = http.client.HTTPConnection(parts.netloc, timeout=5)
+  connection = http.client.HTTPConnection(parts.netloc, timeout=DEADLINE)
   connection.connect()
   first = connection.sock
   for path in "latest", "tag/v1", "latest", "download/v1/no":
@@ -464,7 +466,7 @@ def test_stall(server: ReleaseServer, stall: int | str) -> None:
   url = urlsplit(signed(server))
   connection = http.client.HTTPConnection(url.netloc, timeout=0.1)
   connection.request("GET", f"{url.path}?{url.query}")
-  assert fault.reached.wait(5)
+  assert fault.reached.wait(DEADLINE)
   with pytest.raises(TimeoutError):
     connection.getresponse().read()
   connection.close()
@@ -479,10 +481,10 @@ def test_pause(server: ReleaseServer, place: int | None) -> None:
   fault = server.fault(NAME, pause=event, pause_at=place)
   client = threading.Thread(target=lambda: replies.append(cdn(server)))
   client.start()
-  assert fault.reached.wait(5)
+  assert fault.reached.wait(DEADLINE)
   assert (server.started, len(server.log), replies) == (2, 1, [])
   event.set()
-  client.join(5)
+  client.join(DEADLINE)
   assert replies[0].body == BODY and server.log[-1].sent == SIZE
 
 
@@ -539,21 +541,21 @@ def test_tls(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fine: list[dict[str, Any]] = [{}, {"no_length": True}, {"chunked": True}]
     for kind in fine:
       server.fault(NAME, **kind)
-      with urllib.request.urlopen(url, timeout=5, context=trusting) as reply:
+      with urllib.request.urlopen(url, timeout=DEADLINE, context=trusting) as reply:
         assert reply.read() == BODY
     for place in 10, 0:
       server.fault(NAME, cut=place)
       with pytest.raises(http.client.IncompleteRead):
-        urllib.request.urlopen(url, timeout=5, context=trusting).read()
+        urllib.request.urlopen(url, timeout=DEADLINE, context=trusting).read()
     server.fault(NAME, cut="connect", reset=True)
     with pytest.raises(OSError):
-      urllib.request.urlopen(url, timeout=5, context=trusting).read()
+      urllib.request.urlopen(url, timeout=DEADLINE, context=trusting).read()
     with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
-      urllib.request.urlopen(url, timeout=5)
+      urllib.request.urlopen(url, timeout=DEADLINE)
     silent = socket.create_connection(("127.0.0.1", urlsplit(url).port or 0))
     stalled = server.fault(NAME, stall=10)
-    reply = urllib.request.urlopen(url, timeout=5, context=trusting)
-    assert reply.read(10) == BODY[:10] and stalled.reached.wait(5)
+    reply = urllib.request.urlopen(url, timeout=DEADLINE, context=trusting)
+    assert reply.read(10) == BODY[:10] and stalled.reached.wait(DEADLINE)
     began = time.monotonic()
   assert time.monotonic() - began < 0.5
   silent.close()
@@ -576,4 +578,4 @@ def test_by_hand(tmp_path: Path) -> None:
     with urllib.request.urlopen(data[1]["assets"][0]["browser_download_url"]) as reply:
       assert reply.read() == b"v9"
     process.send_signal(2)
-    assert process.wait(5) == 0
+    assert process.wait(DEADLINE) == 0

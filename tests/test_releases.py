@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
-from support import BASE, DEAD, FREEBSD, ROOT, Qvm, fails, fill, rewrite, sha256, works
+from support import BASE, DEAD, DEADLINE, FREEBSD, ROOT, Qvm, fails, fill, rewrite, sha256, works
 
 import qvm as qvm_source
 
@@ -315,7 +315,7 @@ def kill_at(qvm, server, name, size, *words):
   """Run, and kill -9 once half of what has come is known to be there; returns the part's path."""
   fault = server.fault(name, pause=threading.Event(), pause_at=size)
   process = qvm.start(*words)
-  assert fault.reached.wait(20), process.communicate()
+  assert fault.reached.wait(DEADLINE), process.communicate()
   part = qvm.cache / "downloads" / name / "part"
   patience, known = time.monotonic() + 20, part.parent / "map"
   while not known.exists() or known.read_bytes().count(1) * qvm_source.BLOCK_BYTES < size // 2:

@@ -20,6 +20,7 @@ from release_server import ReleaseServer
 from support import (
   BASE,
   DEAD,
+  DEADLINE,
   FREEBSD,
   PULL,
   ROOT,
@@ -200,7 +201,7 @@ def test_all_are_asked_at_the_same_time(world, server, origin, place):
     server.fault(f"{name}-builder/{place}", origin=origin, pause=go) for name in qvm_source.OS_NAMES
   ]
   process = world.start("search", env={"QVM_TIMEOUT": "20"})
-  together = [fault.reached.wait(15) for fault in faults]
+  together = [fault.reached.wait(DEADLINE) for fault in faults]
   go.set()
   output, errors = process.communicate()
   assert all(together), errors
@@ -334,7 +335,7 @@ def test_instance_made_during_a_refresh_keeps_its_image(pulled, server, image):
   newer(server, image)
   fault = server.fault(FREEBSD, after=1, pause=threading.Event(), pause_at=300000)
   refresh = pulled.start(*REFRESH, env={"QVM_TIMEOUT": "30"})
-  assert fault.reached.wait(20), refresh.communicate()
+  assert fault.reached.wait(DEADLINE), refresh.communicate()
   works(pulled(*RUN))
   fault.pause.set()
   errors = refresh.communicate()[1]
@@ -381,7 +382,7 @@ def test_qemu_is_replaced_while_others_start(pulled, server, tools_tar):
       publish(f"v{number}")
       works(pulled(*REFRESH))
       for _ in threads:
-        assert once.acquire(timeout=30)
+        assert once.acquire(timeout=DEADLINE)
   finally:
     done.set()
     for thread in threads:
@@ -501,7 +502,7 @@ def half(qvm, server, name, *words):
   """Kill -9 a qvm in the middle of a download."""
   fault = server.fault(name, pause=threading.Event(), pause_at=300000)
   process = qvm.start(*words)
-  assert fault.reached.wait(20), process.communicate()
+  assert fault.reached.wait(DEADLINE), process.communicate()
   part = qvm.cache / "downloads" / name / "part"
   patience = time.monotonic() + 20
   while not part.exists() or not part.stat().st_size:
@@ -596,7 +597,7 @@ def test_clean_leaves_what_is_being_downloaded(
   enlarge(server, "resources-linux.tar", tools_tar)
   fault = server.fault(name, pause=threading.Event(), pause_at=300000)
   pull = qvm.start(*COMING[name], env={"QVM_TIMEOUT": "30"})
-  assert fault.reached.wait(20), pull.communicate()
+  assert fault.reached.wait(DEADLINE), pull.communicate()
   place = name.replace(".tar.zst", ".qcow2")  # a bundle comes where its image is made
   part = qvm.cache / "downloads" / place / "part"
   patience = time.monotonic() + 20
@@ -924,7 +925,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
     if self.server.pause and path.name.endswith(self.server.pause):
       self.wfile.write(content[start : start + 300000])
       self.wfile.flush()
-      return self.server.reached.set() or self.server.go.wait(20)
+      return self.server.reached.set() or self.server.go.wait(DEADLINE)
     self.wfile.write(content[start:])
 
   def log_message(self, *words):
@@ -1034,7 +1035,7 @@ def test_mirror_that_resumes(client, mirror, ranges_server, image):
   server = ranges_server(mirror, f"{FREEBSD}.qcow2")
   client.env["QVM_RELEASES_URL"] = server.url
   process = client.start(*PULL)
-  assert server.reached.wait(20), process.communicate()
+  assert server.reached.wait(DEADLINE), process.communicate()
   part = client.cache / "downloads" / f"{FREEBSD}.qcow2" / "part"
   patience = time.monotonic() + 20
   while not part.exists() or not part.stat().st_size:
@@ -1134,7 +1135,7 @@ def test_mirror_gets_nothing_wrong(qvm, server, tmp_path):
 def test_killed_mirror_goes_on(qvm, server, tmp_path, image):
   fault = server.fault(FREEBSD, pause=threading.Event(), pause_at=300000)
   process = qvm.start(*PULL, "--mirror", str(tmp_path / "m"))
-  assert fault.reached.wait(20), process.communicate()
+  assert fault.reached.wait(DEADLINE), process.communicate()
   process.kill()
   process.communicate()
   server.clear_faults()
@@ -1151,7 +1152,7 @@ def test_two_fill_a_mirror(qvm, server, tmp_path, tools_tar):
   tools_tar = enlarge(server, "resources-linux.tar", tools_tar)
   fault = server.fault("resources-linux.tar", pause=threading.Event(), pause_at=300000)
   first = qvm.start("pull", "freebsd", "15.1", *words, env={"QVM_TIMEOUT": "30"})
-  assert fault.reached.wait(20), first.communicate()
+  assert fault.reached.wait(DEADLINE), first.communicate()
   second = qvm.start("pull", "freebsd", "15.0", *words)
   until_waiting(second)
   fault.pause.set()

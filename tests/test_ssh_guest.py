@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ssh_guest
 import ssh_keeper
-from support import alive, free_port, heard, processes_of, wait_for
+from support import DEADLINE, alive, free_port, heard, processes_of, wait_for
 
 SHELLS = ("/bin/sh", "/bin/bash", "/bin/csh", "/usr/bin/fish", "/bin/zsh")
 SECTOR, MIB = 512, 1 << 20
@@ -74,7 +74,7 @@ class Guest:
     base = ("ssh", "-F", "/dev/null", *check, "-p", str(self.port), *options)
     return [*base, "runner@127.0.0.1", *words]
 
-  def __call__(self, *words, options=(), stdin=b"", timeout=30):
+  def __call__(self, *words, options=(), stdin=b"", timeout=DEADLINE):
     """Run a command in the guest: exit code, stdout, stderr without ssh's own words."""
     run = subprocess.run(
       self.ssh(*words, options=options),
@@ -221,7 +221,7 @@ def test_nothing_listens(guests):
 
 def test_a_guest_that_dies_at_once(guests):
   guest = guests(console="boom\n", die={"after": "start", "exit": 3}).start(record=False)
-  assert guest.process.communicate(timeout=30) == (b"boom\n", b"")
+  assert guest.process.communicate(timeout=DEADLINE) == (b"boom\n", b"")
   assert guest.process.returncode == 3
 
 
@@ -231,7 +231,7 @@ def test_the_port_is_taken(guests):
     other.bind(("127.0.0.1", guest.port))
     other.listen(1)
     guest.start(record=False)
-    out, error = guest.process.communicate(timeout=30)
+    out, error = guest.process.communicate(timeout=DEADLINE)
   assert guest.process.returncode == 1 and b"hostfwd" not in out
   assert b"Could not set up host forwarding rule" in error
 
@@ -240,7 +240,7 @@ def test_the_port_is_taken(guests):
 def test_shutdown(guests, command):
   guest = guests().start()
   assert guest(command)[0] == 255  # cut off by the remote host
-  out = guest.process.communicate(timeout=30)
+  out = guest.process.communicate(timeout=DEADLINE)
   assert (out, guest.process.returncode) == ((b"ssh guest boots\nguest powers off\n", b""), 0)
 
 
@@ -283,13 +283,13 @@ def test_nothing_outlives_it(guests, tmp_path, number):
       session.pid,
     }
     guest.process.send_signal(number)
-    assert guest.process.communicate(timeout=30) == (b"ssh guest boots\n", b"")
+    assert guest.process.communicate(timeout=DEADLINE) == (b"ssh guest boots\n", b"")
     if number == signal.SIGKILL:
       ssh_guest.wait_until_gone(guest.folder)
     assert guest.process.returncode == (-number if number == signal.SIGKILL else 0)
     assert not any(map(alive, pids))
     assert pipe.read() == b""
-    assert session.wait(30) == 255
+    assert session.wait(DEADLINE) == 255
   with pytest.raises(ConnectionRefusedError):
     socket.create_connection(("127.0.0.1", guest.port), 10)
 
@@ -343,7 +343,7 @@ def test_boots_again_with_the_same_key(guests):
   guest = guests(delay=0.1).start()
   key = (guest.folder / "host_key.pub").read_text()
   assert guest("sudo shutdown now; true")[0] == 255
-  guest.process.communicate(timeout=30)
+  guest.process.communicate(timeout=DEADLINE)
   guest.start()
   assert guest("echo up")[1] == "up\n"
   assert (guest.folder / "host_key.pub").read_text() == key

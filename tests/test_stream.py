@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from release_server import ReleaseServer
 from support import (
+  DEADLINE,
   FREEBSD,
   IMAGE,
   PULL,
@@ -1081,7 +1082,7 @@ def link(request):
   assert ours.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
   yield ours
   ours.close()
-  thread.join(10)
+  thread.join(DEADLINE)
   assert not thread.is_alive()
 
 

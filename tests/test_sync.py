@@ -14,7 +14,7 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import contents, fails, lines, obey_modes, tree, works
+from support import DEADLINE, contents, fails, lines, obey_modes, tree, works
 from support_pythons import MODERN, every_python
 
 import qvm as qvm_source
@@ -177,7 +177,7 @@ def test_changed_here_meanwhile(guests, tmp_path):
   assert process.stdout.readline() == "up\n"
   for name in ("both", "here", "new", "gone"):
     (folder / name).write_text("my own\n")
-  out, err = process.communicate("\n", timeout=60)
+  out, err = process.communicate("\n", timeout=DEADLINE)
   assert process.returncode == 0, err
   said = [line for line in lines(err) if "stays as it is" in line]
   assert sorted(os.path.basename(line.split()[0]) for line in said) == ["both", "new"]
@@ -331,7 +331,7 @@ def test_a_machine_that_dies_while_files_go_there(guests, tmp_path):
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(0.1)
   os.kill(guests.machine(), 9)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 125 and "has ended (signal 9)" in err
   assert guests.nothing_left()
 

@@ -23,7 +23,7 @@ import pytest
 from guest_tools import bsd_guest  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support import ended, free_port, obey_modes, processes_of, wait_for
+from support import DEADLINE, ended, free_port, obey_modes, processes_of, wait_for
 
 pytestmark = pytest.mark.skipif(
   guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"
@@ -1220,7 +1220,7 @@ def test_a_signal_reaches_the_command(guest, project, number):
   with ended(process):
     assert process.stdout.readline() == "up\n"
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 9, err
   assert (project / "a").read_text() == "oldgot\n"
 
@@ -1231,7 +1231,7 @@ def test_a_command_that_sigterm_ends(guest, project):
   with ended(process):
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 143, err
 
 

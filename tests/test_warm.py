@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import FREEBSD, fails, heard, lines, processes_of, rows, with_another, works
+from support import DEADLINE, FREEBSD, fails, heard, lines, processes_of, rows, with_another, works
 from support_machines import OPENBSD_GUEST, RESTORED, SAVED
 
 import qvm as qvm_source
@@ -155,7 +155,7 @@ def test_the_command_line_is_the_users_but_for_what_restoring_takes(warm, tmp_pa
   warm.play(record=str(fifo))
   process = warm.start("cat", options=("--warm", "-m", "6G"), stdin=-1)
   argv = heard(fifo, process)["argv"]
-  process.communicate("", timeout=30)
+  process.communicate("", timeout=DEADLINE)
   added = argv[len(plain) :]
   assert added[::2] == ["-object", "-chardev", "-mon", "-incoming"]
   assert argv[argv.index("-machine") + 1].endswith(",memory-backend=qvm-memory")
@@ -172,7 +172,7 @@ def test_several_at_once(warm, tmp_path):
     warm.play(folder=str(tmp_path / f"guest{number}"))
     processes.append(warm.start(f"echo {number}", options=("--warm",)))
   for number, process in enumerate(processes):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (0, f"{number}\n"), err
   assert frozen(warm) == WHOLE and warm.nothing_left()
 
@@ -210,7 +210,7 @@ def test_clean_and_refresh_beside_a_running_machine(warm, fifo):
   assert (warm.qvm.cache / "base" / f"{FREEBSD}.qcow2").exists()
   name = next(row["name"] for row in rows(warm.qvm).values() if row["state"] == "checkpoint")
   works(warm.qvm("rm", name))  # by name it goes; the machine has its files open
-  out, err = process.communicate("still there", timeout=30)
+  out, err = process.communicate("still there", timeout=DEADLINE)
   assert (process.returncode, out) == (0, "still there"), err
   assert warm.nothing_left()
 
@@ -413,7 +413,7 @@ def test_beside_one_that_makes_the_checkpoint(warm, tmp_path):
   second = works(run(warm, "echo fine"))
   assert second.stdout == "fine\n" and "another qvm is creating the checkpoint" in second.stderr
   first.terminate()
-  assert first.wait(30) == 143
+  assert first.wait(DEADLINE) == 143
   first.communicate()
   assert frozen(warm) == [] and warm.nothing_left()
 
@@ -459,7 +459,7 @@ def test_a_signal_while_it_boots(warm, fifo, number, code):
   process = warm.start("true", options=("--warm",))
   heard(fifo, process)
   process.send_signal(number)
-  process.communicate(timeout=30)
+  process.communicate(timeout=DEADLINE)
   assert process.returncode == code
   assert frozen(warm) == [] and warm.nothing_left()
 

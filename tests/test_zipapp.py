@@ -12,7 +12,7 @@ import sys
 import zipfile
 
 import pytest
-from support import FREEBSD, ROOT, Qvm, ended, fails, free_port, obey_modes, works
+from support import DEADLINE, FREEBSD, ROOT, Qvm, ended, fails, free_port, obey_modes, works
 from support_pythons import OUTDATED, every_python, own_python
 
 import qvm as qvm_source
@@ -192,9 +192,9 @@ def test_a_stopped_download_with_each_python(tmp_path, pyz, server, python):
   fault = server.fault("releases/latest", origin="github", times=None, stall="headers")
   qvm = Qvm(tmp_path / "home", pyz, server)
   with ended(qvm.start(*RUN, "--rm", env={"QVM_TIMEOUT": "3600"}, python=python)) as process:
-    assert fault.reached.wait(30)
+    assert fault.reached.wait(DEADLINE)
     process.terminate()
-    assert process.wait(30) == 143
+    assert process.wait(DEADLINE) == 143
     assert process.stderr.read() == ""
   assert not qvm.files() or {path.split("/")[0] for path in qvm.files()} <= {"downloads"}
 

@@ -321,6 +321,7 @@ def change_os():
     put(name, two_paths_safely(name, getattr(os, name)))
   if not DIR_FD:
     os.supports_dir_fd.clear()
+    sys.modules.pop("shutil", None)  # a .pth file of the machine may have loaded it before
   lose("os", os)
   put("uname", uname)
   put("fsync", noted_fsync(os.fsync))

@@ -2619,10 +2619,8 @@ def this_host() -> Host:
   apple = uname.sysname == "Darwin" and "RELEASE_ARM64" in uname.version
   machine = "arm64" if apple else uname.machine
   if uname.sysname not in systems or machine.lower() not in ARCHES:
-    raise QvmError(
-      f"{uname.sysname} on {machine} is not supported; qvm runs on Linux and macOS, on x86-64 and "
-      "arm64"
-    )
+    problem = f"{uname.sysname} on {machine} is not supported"
+    raise QvmError(problem, "qvm runs on Linux and macOS, on x86-64 and arm64")
   return Host(systems[uname.sysname], ARCHES[machine.lower()])
 
 
@@ -11087,11 +11085,8 @@ def check_system() -> str:
   version = platform.mac_ver()[0]
   system = f"macOS {version}" if version else f"{uname.sysname} {uname.release}"
   text = f"{system} on {uname.machine}"
-  try:
-    host = this_host()
-    check_host(host, GUESTS[0], "")
-  except QvmError as error:
-    raise QvmError(f"{text}: {error}", error.hint)
+  host = this_host()
+  check_host(host, GUESTS[0], "")
   if lacks_rosetta(host):
     raise QvmError(f"{text}, without Rosetta, which QEMU needs", ROSETTA_FIX)
   return text

@@ -203,6 +203,13 @@ def test_another_qemu_is_tried_again(picky):
   assert picky.starts() == [TABLE, "tcg", TABLE, "tcg"]
 
 
+def test_what_is_remembered_of_a_qemu_that_is_gone(picky):
+  works(picky.qvm(*RUN))
+  [about] = picky.remembered()
+  picky.program.unlink()
+  assert picky.doctor() == [] and picky.remembered() == [about]
+
+
 def test_doctor_shows_what_still_fails_and_forgets_what_does_not(picky):
   assert picky.doctor() == []
   works(picky.qvm(*RUN))

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -480,6 +481,16 @@ def test_m3_a_file_that_gets_another_spelling_stays(project):
   assert {path.name.lower(): path.read_text() for path in folder.iterdir()} == {
     "foo": "foo\n", "bar": "bar\nedited\n",
   }, result.stderr  # fmt: skip
+
+
+@with_guest
+def test_m3_what_gets_another_spelling_here_meanwhile_is_not_deleted(project):
+  mac, folder, run = project
+  (folder / "Foo").write_text("foo\n")
+  (folder / "Old").write_text("old\n")
+  here = shlex.quote(str(folder))  # the guest's shell can reach it: both are this machine
+  works(run(f"rm Foo Old; mv {here}/Foo {here}/foo", "--sync-delete"))
+  assert {path.name: path.read_text() for path in folder.iterdir()} == {"foo": "foo\n"}
 
 
 @with_guest

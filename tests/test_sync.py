@@ -165,6 +165,65 @@ def test_patterns(guests, tmp_path):
   }  # fmt: skip
 
 
+def test_very_many_that_stay_here_are_not_all_named(guests, tmp_path):
+  (tmp_path / "p").mkdir()
+  for n in range(57):
+    os.mkfifo(tmp_path / f"p/{n:02}")
+  result = works(guests.run("ls | wc -l", options=("--sync", str(tmp_path / "p"))))
+  assert result.stdout.strip() == "0"
+  named = [line for line in result.stderr.splitlines() if "is no file, folder or link" in line]
+  assert len(named) == 51 and named[-1].startswith("qvm: and 7 more")
+
+
+# What happens to a folder once qvm has looked at it, or while.
+BETWEEN = """
+real = qvm.{name}
+def patched(*words):
+  found = real(*words)
+  {action}
+  return found
+qvm.{name} = patched
+"""
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_at(guests, tmp_path):
+  for name in ("d", "e"):
+    (tmp_path / f"p/{name}").mkdir(parents=True)
+    (tmp_path / f"p/{name}/x").write_text("x")
+  action = f"import shutil; shutil.rmtree({str(tmp_path / 'p/d')!r}, True)"
+  code = BETWEEN.format(name="entries_of", action="found = list(found); " + action)
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "find . -type f; echo new >new")
+  assert works(guests.qvm(*words, code=code)).stdout == "./e/x\n"
+  assert (tmp_path / "p/new").read_text() == "new\n"
+
+
+def test_a_file_that_may_not_be_read_any_more(guests, tmp_path):
+  (tmp_path / "p").mkdir()
+  (tmp_path / "p/a").write_text("x")
+  code = BETWEEN.format(name="Sync.sendable", action=f"os.chmod({str(tmp_path / 'p/a')!r}, 0)")
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo ran")
+  result = guests.qvm(*words, code=code, preexec_fn=obey_modes)
+  fails(result, str(tmp_path / "p/a"), "Permission denied", "--sync-exclude /a", code=125)
+  assert result.stdout == ""
+
+
+def test_what_may_not_be_deleted_here_stays_and_is_named(guests, tmp_path):
+  """It is another user's folder, in which this one may do nothing but read."""
+  if os.geteuid() != 0:
+    pytest.skip("only root has folders of others")
+  (tmp_path / "p/d").mkdir(parents=True)
+  (tmp_path / "p/d/x").write_text("x")
+  (tmp_path / "p/y").write_text("y")
+  os.chown(tmp_path / "p/d", 12345, 12345)
+  guests.up()
+  words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--sync-delete", "--", "rm d/x y")
+  result = works(guests.qvm(*words, preexec_fn=obey_modes))
+  assert f"{tmp_path / 'p/d/x'} stays here: Permission denied" in result.stderr
+  assert contents(tmp_path / "p") == {"d": None, "d/x": b"x"}
+
+
 def test_changed_here_meanwhile(guests, tmp_path):
   """What was changed on both sides stays as it is here, and that is said; then nothing goes."""
   folder = tmp_path / "p"
@@ -646,6 +705,19 @@ def test_what_comes_has_to_fit(here, monkeypatch):
   with pytest.raises(qvm_source.QvmError, match="disk is full: .*/x needs 7 B more"):
     receive(here, stream(member("x"), member("y")))
   assert not {"x", "y"} & set(tree(here))
+
+
+def test_a_disk_that_is_full_all_the_same(here, monkeypatch):
+  """Of inodes, or by what another writes; what fits no more is no name that cannot be here."""
+
+  def rename(folder, path, new):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(qvm_source.Folder, "rename", rename)
+  before = tree(here)
+  with pytest.raises(qvm_source.QvmError, match="/x: the disk is full"):
+    receive(here, stream(member("x"), member("y")))
+  assert tree(here) == before
 
 
 # --- what has gone wrong once ----------------------------------------------------------------

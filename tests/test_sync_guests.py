@@ -295,6 +295,33 @@ def test_a_closed_folder_goes(guest, project):
   arrives(guest.sync(project, "true", options=IN), guest, project)
 
 
+@on("openbsd")
+def test_a_file_that_becomes_too_large_for_the_guests_tar(guest, project):
+  """A sparse file that has grown since qvm looked."""
+  put(project, big="old", z="z")
+  code = f"""
+sendable = qvm.Sync.sendable
+def grown(self):
+  mine = sendable(self)
+  os.truncate({str(project / "big")!r}, 1 << 33)
+  return mine
+qvm.Sync.sendable = grown
+"""
+  result = works(guest.sync(project, *script("ls"), options=IN, code=code))
+  assert result.stdout == "z\n" and is_said(result, "big")
+
+
+@on("freebsd", "haiku")
+def test_results_in_a_closed_folder(guest, project):
+  put(project, c__f="old", c__d__g="old", c__d__gone="x")
+  for path in ("c/d", "c"):
+    (project / path).chmod(0o555)
+  text = "chmod u+w c c/d; echo new >c/f; echo new >c/d/new; rm c/d/gone; chmod u-w c c/d"
+  works(guest.sync(project, *script(text), options=BOTH, preexec_fn=obey_modes))
+  assert contents(project) == {"c/f": b"new\n", "c/d/g": b"old", "c/d/new": b"new\n"}
+  assert [entry[1] for path, entry in tree(project).items() if path in ("c", "c/d")] == [0o555] * 2
+
+
 def test_what_is_excluded_stays_closed(guest, project):
   """Opened to be listed, though it is not listed, and never closed again."""
   put(project, z="z")
@@ -1233,6 +1260,19 @@ def test_a_command_that_sigterm_ends(guest, project):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 143, err
+
+
+@on("freebsd", "omnios")
+def test_the_session_that_waits_is_lost(guest, project):
+  """While the command ran: another one brings what it has made."""
+  put(project, a="old")
+  works(guest.sync(project, "true"))
+  with running(guest, project, "echo new >a; exit 3") as step:
+    sessions = processes_of(str(guest.qvm.home.parent))
+    [waits] = [pid for pid, words in sessions.items() if "LC_ALL=C" in words and "ssh\0-T" in words]
+    os.kill(waits, signal.SIGKILL)
+    works(step(), 3)
+  assert (project / "a").read_text() == "new\n"
 
 
 # --- what two do at the same time ------------------------------------------------------------

@@ -359,6 +359,14 @@ class ControlSocket:
       return self.link.sendall(b"no JSON\n")
     if self.play.get("fail") == order:
       return self.say({"error": {"class": "GenericError", "desc": "told to fail at " + order}})
+    if self.play.get("shut") == order:
+      os.close(self.passed)
+      return self.say({"return": {}})
+    if self.play.get("broken") == order:
+      return self.say({"return": {"status": "failed", "error-desc": "told to break at " + order}})
+    if self.play.get("slow") == order:
+      self.play["slow"] = None
+      return self.say({"return": {"status": "active"}})
     result = {}
     accelerator = self.play.get("accelerator", "tcg")
     if order == "query-kvm":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shlex
 import socket
 from pathlib import Path
@@ -309,6 +310,21 @@ def test_logs(guests):
   assert (follower.returncode, errors) == (0, "") and output.endswith("guest powers off\n")
   works(guests.qvm("rm", "vm"))
   fails(guests.qvm("logs", "vm"), "no instance vm")
+
+
+def test_a_log_that_is_cut_while_it_is_followed(guests):
+  guests.play(console="long " * 100 + "first\n")
+  guests.up("vm")
+  log = guests.qvm.cache / "instances/vm.console.log"
+  follower = guests.qvm.start("logs", "-f", "vm")
+  assert follower.stdout.readline().endswith("first\n")
+  os.truncate(log, 0)
+  while not select.select([follower.stdout], [], [], 0.1)[0]:
+    with open(log, "a") as file:
+      file.write("next\n")
+  works(guests.qvm("stop", "vm"))
+  output, _ = follower.communicate(timeout=DEADLINE)
+  assert output.startswith("next\n") and output.endswith("guest powers off\n")
 
 
 @contextlib.contextmanager

@@ -656,6 +656,20 @@ def test_a_line_as_a_terminal_would_leave_it(line, text):
   assert qvm_source.plain(line) == text
 
 
+@pytest.mark.parametrize("phase, text, ended, line", [
+  ("downloading", "40 %", False, "downloading 40 %"),
+  ("waiting", "", False, "waiting "),
+  ("running", "ok 7", False, "running 12 s: ok 7"),
+  ("failed", "ok 7", True, "failed 3 s: exit code 2"),
+])  # fmt: skip
+def test_what_a_line_says(monkeypatch, phase, text, ended, line):
+  monkeypatch.setattr(qvm_source.time, "monotonic", lambda: 112.0)
+  child = object.__new__(qvm_source.Child)
+  child.phase, child.text, child.reason, child.ended = phase, text, "exit code 2", ended
+  child.since, child.seconds = 100.0, 3.0
+  assert child.state() == line
+
+
 def test_a_child_tells_of_its_download(monkeypatch):
   reading, writing = os.pipe()
   monkeypatch.setattr(qvm_source.report, "phases", writing)

@@ -312,6 +312,14 @@ def test_m1_doctor_tells_the_way_to_full_speed(mac_of, machine):
   assert "Intel; on Apple" not in hvf["text"] or not machine.startswith("intel")
 
 
+def test_m1_a_qemu_of_the_macs_own_runs_arm64_at_full_speed(mac_of):
+  mac = mac_of("silicon")
+  own = str(put_program(mac.home / "own/qemu-system-aarch64", darwin_host.qemu(APPLE)))
+  run = mac("doctor", "--offline", "--json", env={"QVM_QEMU_AARCH64": own})
+  hvf = next(check for check in json.loads(run.stdout) if check["name"] == "HVF")
+  assert hvf["state"] == "ok" and hvf["text"].endswith(f"at full speed ({own})")
+
+
 def test_m1_hvf_that_fails_against_expectation_is_passed_over(mac_of):
   """QEMU aborts before the guest ran: once more with the next accelerator, said in one line."""
   mac = mac_of("intel")

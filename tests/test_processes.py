@@ -390,6 +390,16 @@ def test_a_chosen_port_of_another_qvm(used, background, tmp_path):
   fails(used(*RUN, "--rm", "--ssh-port", str(port)), f"port {port}", "taken")
 
 
+def test_a_port_that_only_root_may_have(monkeypatch):
+  def bind(self, address):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(socket.socket, "bind", bind)
+  address = qvm_source.Address("127.0.0.1", 80)
+  with pytest.raises(qvm_source.QvmError, match="port 80 needs root .--publish.; choose one above"):
+    qvm_source.bind(socket.SOCK_STREAM, address, "--publish")
+
+
 def test_two_caches_share_no_port(used, first_port, background, tmp_path):
   """The other QEMU may not listen yet, and its cache is none of ours."""
   _, record = background(used, *RUN)

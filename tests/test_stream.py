@@ -183,6 +183,14 @@ def test_a_guest_reads_what_has_not_come_yet(streamer, server, tmp_path, disk, p
   base_is(streamer, packed)
 
 
+def test_no_checkpoint_is_made_before_the_image_is_there(streamer):
+  play(streamer, ["print", "it boots\n"])
+  words = ("run", "--rm", "--warm", "--stream", *GUEST)
+  first = works(streamer(*words))
+  assert first.stdout == "it boots\n" and "no warm start while the image is" in first.stderr
+  assert not list((streamer.cache / "layers").iterdir())
+
+
 def test_the_guest_runs_before_the_image_is_whole(streamer, server, tmp_path, disk, packed):
   """The first connection hangs; what the guest reads comes all the same."""
   go = threading.Event()

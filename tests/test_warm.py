@@ -1,5 +1,6 @@
 """Warm starts: a stand-in for QEMU with a control socket and a real sshd."""
 
+import itertools
 import json
 import os
 import re
@@ -9,7 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
-from support import DEADLINE, FREEBSD, fails, heard, lines, processes_of, rows, with_another, works
+from support import (
+  DEADLINE,
+  FREEBSD,
+  ended,
+  fails,
+  heard,
+  lines,
+  processes_of,
+  read_until,
+  rows,
+  with_another,
+  works,
+)
 from support_machines import OPENBSD_GUEST, RESTORED, SAVED
 
 import qvm as qvm_source
@@ -319,18 +332,60 @@ def test_an_error_without_words():
       control("stop")
 
 
-@pytest.mark.parametrize("order", ["stop", "migrate", "query-migrate"])
-@pytest.mark.parametrize("way", ["fail", "die", "garble"])
+SAVING = itertools.product(("fail", "die", "garble"), ("stop", "migrate", "query-migrate"))
+
+
+@pytest.mark.parametrize("way, order", [*SAVING, ("broken", "query-migrate")])
 def test_a_saving_that_fails_boots_as_always(warm, way, order):
   control(warm, **{way: order})
   result = works(run(warm, "echo fine"))
   assert result.stdout == "fine\n" and "no checkpoint is created: QEMU" in result.stderr
+  assert way != "broken" or "told to break" in result.stderr
   assert "timed out" not in result.stderr  # its end is seen at once
   assert frozen(warm) == [] and warm.nothing_left()
 
 
+def test_a_qemu_that_does_not_answer(warm):
+  control(warm, hang="stop")
+  result = works(run(warm, "echo fine", code="qvm.RESUME_SECONDS = 0.5"))
+  assert result.stdout == "fine\n" and "QEMU does not answer: time" in result.stderr
+  assert frozen(warm) == [] and warm.nothing_left()
+
+
+def test_no_room_for_the_state(warm):
+  code = """
+import errno
+def on_full_disk(path, *more, **named):
+  if str(path).endswith("state"):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+  return open(path, *more, **named)
+qvm.open = on_full_disk
+"""
+  result = works(run(warm, "echo fine", code=code))
+  assert result.stdout == "fine\n"
+  assert re.search("no checkpoint is created: .*disk is full", result.stderr)
+  assert frozen(warm) == [] and warm.nothing_left()
+
+
+def test_a_state_that_takes_its_time(warm):
+  control(warm, slow="query-migrate")
+  works(run(warm))
+  assert orders(warm).count("query-migrate") == 2 and frozen(warm) == WHOLE
+
+
+def test_what_qemu_says_at_a_terminal(warm):
+  """Its words do not go to a log then."""
+  works(run(warm))
+  warm.play(control={"die": "migrate-incoming"})
+  words = [word for word in warm.words("--warm") if word != "--"]
+  with ended(warm.qvm.start(*words)) as process:
+    said = read_until(process.stderr, "create the checkpoint")
+  assert "cannot be used: QEMU has ended qemu: it dies at migrate-incoming" in said
+
+
 @pytest.mark.parametrize("way, order, words", [
   ("fail", "migrate-incoming", "told to fail"),
+  ("shut", "migrate-incoming", "QEMU does not accept the device state"),
   ("garble", "cont", "QEMU's answer makes no sense"),
   ("die", "migrate-incoming", "qemu: it dies at migrate-incoming"),
   ("fail", "cont", "told to fail"),

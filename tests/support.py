@@ -295,7 +295,7 @@ def parent_of(pid):
 def written(fifo, process):
   """The descriptor of a FIFO once it has been written; an error, no hang, when there is none."""
   fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-  patience = time.monotonic() + 30
+  patience = time.monotonic() + DEADLINE
   while not select.select([fd], [], [], 0.1)[0]:
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < patience, "nobody writes"

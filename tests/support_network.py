@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.parse
 
-from support import IMAGE, PULL, finished
+from support import DEADLINE, IMAGE, PULL, finished
 
 import qvm as qvm_source
 
@@ -44,7 +44,7 @@ def ranges(server, name=IMAGE):
 
 def hangs(process, *faults):
   """Wait until the process hangs in each of the faults."""
-  until = time.monotonic() + 30
+  until = time.monotonic() + DEADLINE
   for fault in faults:
     while not fault.reached.wait(0.05):
       assert process.poll() is None, process.stderr.read()

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import PYTHON, fails, replace_qemu_img, works
+from support import DEADLINE, PYTHON, fails, replace_qemu_img, works
 
 STEM = "netbsd-11.0-x86-64"
 REPO = "netbsd-builder"
@@ -624,7 +624,7 @@ def test_the_good_member_is_good(no_image, server):
 def waiting(fifo, process):
   """The process id that a WAITER writes once it waits; an error, no hang, when it never does."""
   with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-    patience = time.monotonic() + 30
+    patience = time.monotonic() + DEADLINE
     while not select.select([file], [], [], 0.1)[0]:
       assert process.poll() is None, process.communicate()
       assert time.monotonic() < patience, "the program was not started"

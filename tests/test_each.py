@@ -656,6 +656,24 @@ def test_a_line_as_a_terminal_would_leave_it(line, text):
   assert qvm_source.plain(line) == text
 
 
+def test_a_child_that_does_not_end_in_an_orderly_way(offline):
+  """Once its parent is gone it has some seconds."""
+  code = """
+import time
+qvm.STOP_SECONDS = 0.1
+def hang(options):
+  with qvm.signals.hold():
+    time.sleep(600)
+qvm.CALLS["list"] = hang
+"""
+  life, parents = os.pipe()
+  words = (qvm_source.CHILD, f"-1,{life},", "list")
+  with ended(offline.start(*words, code=code, pass_fds=(life,))) as process:
+    os.close(life)
+    os.close(parents)
+    assert process.wait(DEADLINE) == 143
+
+
 @pytest.mark.parametrize("phase, text, ended, line", [
   ("downloading", "40 %", False, "downloading 40 %"),
   ("waiting", "", False, "waiting "),

@@ -422,7 +422,7 @@ def in_the_background(qvm, *words, typed=b""):
   )
   os.close(inside)
   os.set_blocking(outside, False)
-  shown, deadline = b"", time.monotonic() + 40
+  shown, deadline = b"", time.monotonic() + DEADLINE
   try:
     if typed:
       os.write(outside, typed)

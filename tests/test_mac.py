@@ -24,7 +24,7 @@ import pytest
 import ssh_guest
 from darwin_host import APPLE, INTEL, MACHINES, Mac, put_program
 from release_server import ReleaseServer
-from support import ROOT, Qvm, fails, fill, free_port, tar_of, works
+from support import DEADLINE, ROOT, Qvm, fails, fill, free_port, tar_of, works
 from support_pythons import MODERN
 
 GUEST = ("freebsd", "15.1")
@@ -783,7 +783,7 @@ def test_m14_the_mac_stays_awake_for_as_long_as_qemu_runs(mac_of, detached):
 
 def awake(mac, pid):
   """The caffeinates that still wait for that process; none once it has ended."""
-  deadline = time.monotonic() + 30
+  deadline = time.monotonic() + DEADLINE
   while time.monotonic() < deadline:
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):

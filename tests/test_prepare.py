@@ -301,7 +301,7 @@ def test_a_power_off_that_takes_too_long(prepare):
 
 def until_it_runs(prepare, process):
   """Wait until the script says that it runs."""
-  patience = time.monotonic() + 40
+  patience = time.monotonic() + DEADLINE
   while not prepare.log.exists():
     assert process.poll() is None and time.monotonic() < patience
     time.sleep(0.01)
@@ -869,7 +869,7 @@ def test_kill_9_while_the_checkpoint_is_made(warm, order):
   warm.control(hang=order)
   options = ("--warm", *with_scripts(script(warm)))
   process = warm.start("true", options=options)
-  patience = time.monotonic() + 40
+  patience = time.monotonic() + DEADLINE
   while not warm.note.exists() or order not in warm.note.read_text().split():
     assert time.monotonic() < patience
     time.sleep(0.01)

@@ -317,7 +317,7 @@ def kill_at(qvm, server, name, size, *words):
   process = qvm.start(*words)
   assert fault.reached.wait(DEADLINE), process.communicate()
   part = qvm.cache / "downloads" / name / "part"
-  patience, known = time.monotonic() + 20, part.parent / "map"
+  patience, known = time.monotonic() + DEADLINE, part.parent / "map"
   while not known.exists() or known.read_bytes().count(1) * qvm_source.BLOCK_BYTES < size // 2:
     assert time.monotonic() < patience, "nothing is written"  # some may wait in a buffer
     time.sleep(0.01)

@@ -37,6 +37,7 @@ from support import (
   sha256,
   tar_of,
   wait_for,
+  with_another,
   works,
 )
 from support_machines import disk_was_full, small_cache
@@ -180,6 +181,15 @@ def test_a_guest_reads_what_has_not_come_yet(streamer, server, tmp_path, disk, p
   if "is there, and has the digest" in result.stderr:
     base_is(streamer, packed)
   works(streamer(*PULL))
+  base_is(streamer, packed)
+
+
+def test_an_image_that_another_qvm_has_brought_meanwhile(streamer, server, tmp_path, packed):
+  play(streamer, ["print", "it boots\n"])
+  pull = streamer.command(*PULL)
+  run = with_another(streamer, ("run", "--stream", "--rm", *GUEST), "own_program", pull, tmp_path)
+  assert works(run).stdout == "it boots\n" and "digest is checked" not in run.stderr
+  assert len(server.requests("/download/")) == 1
   base_is(streamer, packed)
 
 

@@ -475,7 +475,7 @@ def test_beside_one_that_makes_the_checkpoint(warm, tmp_path):
 
 def await_order(warm, order):
   """Wait until QEMU has got an order."""
-  patience = time.monotonic() + 30
+  patience = time.monotonic() + DEADLINE
   while not warm.note.exists() or order not in warm.note.read_text().split():
     assert time.monotonic() < patience
     time.sleep(0.01)

@@ -10558,7 +10558,7 @@ def clean(cache: Cache, options: Options) -> int:
     for path in dict.fromkeys(paths):
       try:
         size = tree_size(path)
-      except FileNotFoundError:  # a run has just ended and deleted its lock
+      except FileNotFoundError:  # not there at all, or a run has just ended and deleted its lock
         continue
       if not options.dry_run:
         if os.path.dirname(path) == cache.downloads and os.path.isdir(path):
@@ -10656,16 +10656,14 @@ def unneeded(cache: Cache, every: Sequence[Overlay]) -> List[str]:
   images = (image.asset for name in OS_NAMES for image in cached_images(cache, name))
   for base in (cache.path("base", image) for image in images):
     if not needed & {os.path.basename(base), None}:  # None: unknown
-      beside = (base, record_path(base), record_path(base) + ".new")
-      found += [path for path in beside if os.path.exists(path)]
+      found += [base, record_path(base), record_path(base) + ".new"]
   if any(Lock(path).is_held() for path in paths_in(cache.instances) if path.endswith(".lock")):
     say("an instance is running: QEMU is kept")
     return found
   programs = [*qemu_links(cache), *named_leftovers(cache, "qemu")]
   bin_re = re.escape(cache.qemu_img) + r"(\+.*|\.json)?\Z"
   programs += [path for path in paths_in(cache.path("bin")) if re.match(bin_re, path)]
-  programs += paths_in(cache.path("accelerators"))
-  return found + [path for path in programs if os.path.lexists(path)]
+  return found + programs + paths_in(cache.path("accelerators"))
 
 
 def qemu_links(cache: Cache) -> List[str]:

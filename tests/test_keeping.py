@@ -220,6 +220,16 @@ def test_clean_all_keeps_what_an_unreadable_streamed_overlay_is_to_go_on_with(ke
   assert part.exists()
 
 
+def test_clean_keeps_every_download_while_nobody_knows_which_is_needed(kept):
+  """By a disk that cannot be read, and whose record is damaged."""
+  replace(kept.cache / DISK, b"")
+  replace(kept.cache / RECORD, b"{")
+  for name in (IMAGE, "netbsd-11.0-x86-64.qcow2", qvm_source.SCRATCH + "0123456789ab"):
+    (kept.cache / "downloads" / name).mkdir()
+  works(kept("clean"))
+  assert sorted(os.listdir(kept.cache / "downloads")) == [IMAGE, "netbsd-11.0-x86-64.qcow2"]
+
+
 # --- Clean-up ----------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from support import (
   Qvm,
   fails,
   fill,
+  instance_names,
   rewrite,
   stand_in_tar,
   state,
@@ -541,6 +542,8 @@ size = qvm.tree_size
 def and_another(path):
   if path.endswith("a.qcow2"):
     qvm.another = qvm.Lock(path, folder=True).hold()
+    keeps_others_out = qvm.Lock(os.path.dirname(path), folder=True).is_held()
+    assert keeps_others_out
   return size(path)
 qvm.tree_size = and_another
 """
@@ -704,6 +707,29 @@ def test_clean_takes_a_download_that_only_an_orphan_needs(pulled):
   clean(pulled)
   assert not part.exists() and not disk.exists()
   assert clean(pulled) == []
+
+
+def test_clean_takes_what_there_is_beside_a_disk_that_is_gone(pulled):
+  """But for a second disk, and a record that is another's."""
+  works(pulled(*RUN, "--name", "vm", "--disk", "64M"))
+  beside = ["vm.console.log", "vm.known_hosts", "vm.sync-0123456789abcdef"]
+  for name in beside:
+    (pulled.cache / "instances" / name).write_text("x")
+  (pulled.cache / "instances/other.json").write_text("{}")
+  before = instance_names(pulled)
+  assert clean(pulled) == [] and instance_names(pulled) == before
+  (pulled.cache / "instances/vm.qcow2").unlink()
+  assert sorted(clean(pulled)) == sorted(f"instances/{name}" for name in [*beside, "vm.json"])
+  assert instance_names(pulled) == ["other.json", "vm.data"]
+
+
+def test_clean_of_a_cache_that_is_a_link(pulled, tmp_path):
+  """What the cache has is known by either path."""
+  link = tmp_path / "link"
+  link.symlink_to(pulled.cache)
+  (pulled.cache / "base/old-1.0-x86-64.json").write_text("{}")
+  paths, _ = cleaned(pulled("clean", env={"QVM_CACHE_DIR": str(link)}))
+  assert paths == ["base/old-1.0-x86-64.json"]
 
 
 def test_clean_never_takes_an_instance(pulled):

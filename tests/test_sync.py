@@ -340,8 +340,8 @@ def test_a_guest_that_tells_no_times(guests, project):  # noqa: F811
   busybox(guests)
   before = {path: os.lstat(project / path).st_mtime_ns for path in tree(project)}
   words = ("ssh", "vm", "--sync", str(project), "--sync-delete", "--")
-  result = works(guests.qvm(*words, "echo x >made; rm src/all; chmod 500 empty"))
-  assert result.stderr == ""
+  result = works(guests.qvm(*words, "echo x >made; rm src/all; chmod 500 empty; mkdir -p d/e"))
+  assert result.stderr == "" and (project / "d/e").is_dir()
   assert (project / "made").read_text() == "x\n" and not (project / "src/all").exists()
   files = [p for p in before if p != "src/all" and not os.path.isdir(project / p)]
   assert {path: os.lstat(project / path).st_mtime_ns for path in files} == {

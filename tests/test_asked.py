@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 from pathlib import Path
 
 import guests as guests_module
@@ -552,6 +553,7 @@ def test_unsafe_and_bad_own_images(offline, tmp_path, image):
   fails(offline(*words[:-1], ""), "--image needs a value", code=2)
   bad.write_bytes(image)
   fails(offline(*words, "15.1"), "--image takes the place of a VERSION", code=2)
+  fails(offline(*words, "--release", "v1"), "--image and --release exclude each other", code=2)
   for content, problem in (
     (b"", "neither qcow2 nor a raw disk"),
     (b"<html>", "neither qcow2 nor a raw disk"),
@@ -793,6 +795,23 @@ def test_a_layer_of_a_newer_qvm_is_listed_with_question_marks(used):
   found = rows(used)
   assert found[FREEBSD]["os"] == "freebsd"
   assert found[f"{FREEBSD}-prepared-0123456789"]["os"] == "?"
+  (line,) = re.findall(r"LAYER .*\n(.*)", used("list").stdout)
+  assert line.split() == [f"{FREEBSD}-prepared-0123456789", "-", "now", "-", "-"]
+
+
+def test_layers_that_lie_on_each_other(used):
+  """Nobody knows on what, so nothing is deleted that it may be."""
+  names = [f"{FREEBSD}-prepared-{digits}" for digits in ("0123456789", "9876543210")]
+  (used.cache / "layers").mkdir(exist_ok=True)
+  for name, below in zip(names, reversed(names)):
+    words = ("-u", "-f", "qcow2", "-F", "qcow2", "-b", f"../layers/{below}.qcow2")
+    disk = used.cache / f"layers/{name}.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", *words, str(disk), "1M"], check=True)
+    disk.with_suffix(".json").write_text("{}")
+  before = used.files()
+  assert [rows(used)[name]["needed_by"] for name in names] == [[name] for name in names[::-1]]
+  works(used("clean"))
+  assert used.files() == before
 
 
 @pytest.mark.parametrize("gone", [BASE, "qemu/x86_64/share/qemu/uefi.fd"])

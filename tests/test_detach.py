@@ -25,6 +25,8 @@ from support import (
   works,
 )
 
+import qvm as qvm_source
+
 # As $MACHINE says: prints, listens where hostfwd says, and lives until it is told to end. SIGUSR1
 # is the guest's power button, which `ssh` below presses.
 MACHINE = f"""#!{sys.executable} -IS
@@ -571,9 +573,11 @@ def test_each_guest_is_powered_off_in_its_own_way(machines, image, os_name, arch
   assert machines.running() == []
 
 
-def test_a_connection_that_the_guest_closes_is_no_failure(machines):
+@pytest.mark.parametrize("log", ["stderr", "log"])
+def test_a_connection_that_the_guest_closes_is_no_failure(machines, log):
+  closed = f"{qvm_source.LOGGED_IN}\nConnection to 127.0.0.1 closed by remote host.\r\n"
   machines.up()
-  machines.ssh(press="vm", exit=255, stderr="Connection to 127.0.0.1 closed by remote host.\r\n")
+  machines.ssh(press="vm", exit=255, **{log: closed})
   result = machines.qvm("stop", "vm")
   assert result.returncode == 0, result.stderr
   assert "SIGTERM" not in result.stderr

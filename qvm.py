@@ -4226,7 +4226,7 @@ def tar_members(
         return
       # One archive for each member: it would keep all, and nothing of it is needed for the next.
       archive = tarfile.TarFile(fileobj=tape, encoding="utf-8", errors="surrogateescape")
-      member = archive.next()
+      member = next(iter(archive), None)  # next() itself would go back where there is none
     except (tarfile.TarError, LookupError, OverflowError, RecursionError, MemoryError) as error:
       raise ValueError(f"it is no tar stream, or damaged: {describe(error)}")
     if member is None:  # which tarfile takes for the end
@@ -5043,16 +5043,18 @@ def swap_tree(cache: Cache, root: str, link: str) -> None:
   folder, name = os.path.split(link)
   before = os.readlink(link) if os.path.islink(link) else ""
   now, aside = (f".{name}-{os.urandom(4).hex()}" for _ in range(2))  # no tag has such a name
-  try:
-    shutil.move(root, os.path.join(folder, now))
-  except shutil.Error as each:  # all that went wrong with a copy to another file system
-    raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
-  flush_tree(os.path.join(folder, now))
-  try:
-    os.symlink(now, os.path.join(folder, aside))
-  except OSError as error:
-    remove_tree(os.path.join(folder, now))
-    raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
+  with contextlib.ExitStack() as unless_made:
+    unless_made.callback(remove_tree, os.path.join(folder, now))
+    try:
+      shutil.move(root, os.path.join(folder, now))
+    except shutil.Error as each:  # all that went wrong with a copy to another file system
+      raise QvmError(f"{link} cannot be copied there: {each.args[0][0][2]}", OTHER_CACHE)
+    flush_tree(os.path.join(folder, now))
+    try:
+      os.symlink(now, os.path.join(folder, aside))
+    except OSError as error:
+      raise QvmError(f"{link} cannot be made, a symbolic link: {describe(error)}", OTHER_CACHE)
+    unless_made.pop_all()
   with instances_lock(cache):
     if not os.path.islink(link):
       remove_tree(link)  # from a copy of the cache that followed links

@@ -5,6 +5,7 @@ import http.client
 import http.server
 import os
 import select
+import shutil
 import socket
 import ssl
 import subprocess
@@ -91,13 +92,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     headers = {k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")}
     connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
     answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
     self.send_response_only(answer.status, answer.reason)
     for name, value in answer.getheaders():
       self.send_header(name, value)
     self.end_headers()
-    self.wfile.write(body)
+    shutil.copyfileobj(answer, self.wfile)
+    connection.close()
 
   def do_CONNECT(self):
     self.server.seen.append((self.path, self.headers.get("Proxy-Authorization")))

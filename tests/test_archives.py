@@ -465,7 +465,7 @@ def test_each_header_is_needed(unpacker, number):
   start = sum(512 + -(-len(content) // 512) * 512 for _, content in SOUND[:number])
   broken = bytearray(WHOLE)
   broken[start + 20] ^= 1
-  with pytest.raises(qvm_source.QvmError):
+  with pytest.raises(qvm_source.RefusedError, match="it is no tar stream, or damaged"):
     unpacker(bytes(broken))
   assert unpacker.is_as_before()
 
@@ -550,6 +550,14 @@ def test_long_headers_take_no_long_time(unpacker, kind):
   body = HEADERS[kind]
   with pytest.raises(qvm_source.RefusedError, match="header"):
     unpacker(hostile(entry("x", body, tarfile.XHDTYPE), file("./a")))
+  assert unpacker.is_as_before()
+
+
+def test_a_map_of_holes_without_end(unpacker):
+  """tarfile would read it to its end, and keep it all."""
+  first = header(entry("./holes", kind=tarfile.GNUTYPE_SPARSE)[0], _482_1=b"\1")
+  with pytest.raises(qvm_source.RefusedError, match="headers without end"):
+    unpacker(with_raw(first + (bytes(504) + b"\1" + bytes(7)) * 3000))
   assert unpacker.is_as_before()
 
 
@@ -765,6 +773,27 @@ def test_unfit_tools(full, server, content):
   for name in os.listdir(str(full.cache / "bin")):
     (full.cache / "bin" / name).unlink()
   check_refused(full, server, TOOLS, content)
+
+
+# The folder qemu of the cache is a link to another disk, which gets full.
+ANOTHER_DISK = """
+import errno, shutil
+plain = os.rename
+def rename(source, target):
+  if os.path.isdir(source):
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
+  plain(source, target)
+def full(source, target, **more):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+os.rename, shutil.copyfile = rename, full
+"""
+
+
+def test_a_qemu_that_has_no_room_where_it_is_to_be(no_qemu):
+  before = contents(no_qemu.cache / "qemu")
+  result = no_qemu(*PULL, code=ANOTHER_DISK)
+  check_failed(result, "/qemu/x86_64 cannot be copied there: .*No space left.*\n.*QVM_CACHE_DIR")
+  assert contents(no_qemu.cache / "qemu") == before, "half a copy would take the room of the next"
 
 
 def installed(qvm, server, content, name=QEMU):

@@ -7,6 +7,7 @@ import re
 import select
 import shlex
 import socket
+import subprocess
 from pathlib import Path
 
 import guests as guests_module
@@ -290,6 +291,44 @@ def test_only_force_pulls_the_plug(guests):
   works(guests.qvm("stop", "vm"))
 
 
+def change(guests, **commands):
+  """Let commands of the running guest do something else."""
+  for name, line in commands.items():
+    line = line.format(folder=guests.folder, pid=guests.machine())
+    (guests.folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+    (guests.folder / "bin" / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+  "shutdown, timeout, problems",
+  [
+    ("exit 1", 2, ["vm: sudo shutdown -r now failed", "vm has not rebooted within 2 s; it still"]),
+    ("kill -USR1 {pid}", DEADLINE, ["the machine vm has ended instead of rebooting"]),
+    ("echo DenyUsers runner >>{folder}/sshd_config", DEADLINE, ["cannot log in to vm as runner"]),
+  ],
+)
+def test_a_guest_that_does_not_come_back(guests, shutdown, timeout, problems):
+  guests.up("vm")
+  change(guests, shutdown=shutdown)
+  run = guests.qvm("restart", "--boot-timeout", str(timeout), "vm")
+  assert (run.returncode, run.stdout) == (1, "")
+  assert [problem in run.stderr for problem in problems] == [True] * len(problems), run.stderr
+
+
+def test_a_guest_that_does_not_tell_its_boot(guests):
+  guests.up("vm")
+  change(guests, sysctl="exit")
+  fails(guests.qvm("restart", "vm"), "the guest of vm does not tell its boot")
+  assert not (guests.folder / "reboots").exists()
+
+
+def test_a_guest_that_goes_down_while_it_is_asked(guests):
+  guests.up("vm")
+  change(guests, sysctl="cd {folder}; [ ! -e asked ] || exec mv asked boot; [ -e boot ]; echo $?")
+  works(guests.qvm("restart", "vm"))
+  assert (guests.folder / "boot").read_text() == "2\n"
+
+
 def test_the_patience_of_restart_is_for_what_it_starts_too(guests):
   guests.play(ignore_shutdown=True)
   guests.up("vm")
@@ -328,11 +367,12 @@ def test_a_log_that_is_cut_while_it_is_followed(guests):
 
 
 @contextlib.contextmanager
-def log_on_a_terminal(guests, folder, console):
+def log_on_a_terminal(guests, folder, console, code=None):
   guests.play(console=console)
   guests.up("vm", "--console-log", str(folder / "log"))
   works(guests.qvm("stop", "vm"))
-  with contextlib.closing(Terminal(guests.qvm.command("logs", "vm"), guests.qvm.env)) as terminal:
+  command = guests.qvm.command("logs", "vm", code=code)
+  with contextlib.closing(Terminal(command, guests.qvm.env)) as terminal:
     yield terminal
 
 
@@ -352,6 +392,15 @@ def test_what_a_terminal_answers_to_a_log_is_not_typed_into_the_shell(guests, tm
     assert terminal.end() == 0 and terminal.state() == terminal.before
     assert unread(terminal.inside) == 0
   assert "\x1b[?25h" in terminal.text and "[24;1R" not in terminal.text
+
+
+def test_a_terminal_that_is_gone_has_no_more_answers(guests, tmp_path):
+  """Where SIGHUP is ignored, as below nohup."""
+  code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nqvm.ANSWER_SECONDS = 1e6"
+  with log_on_a_terminal(guests, tmp_path, "where\x1b[6n\n", code) as terminal:
+    terminal.until(b"\x1b[c")
+    terminal.hang_up()
+    assert terminal.process.wait(DEADLINE) == 0
 
 
 def test_a_clone_of_what_cannot_be_read_names_that(used):
@@ -568,6 +617,7 @@ def test_unsafe_and_bad_own_images(offline, tmp_path, image):
   fails(offline(*words[:-1], ""), "--image needs a value", code=2)
   bad.write_bytes(image)
   fails(offline(*words, "15.1"), "--image takes the place of a VERSION", code=2)
+  fails(offline(*words, "--release", "v1"), "--image and --release exclude each other", code=2)
   for content, problem in (
     (b"", "neither qcow2 nor a raw disk"),
     (b"<html>", "neither qcow2 nor a raw disk"),
@@ -809,6 +859,23 @@ def test_a_layer_of_a_newer_qvm_is_listed_with_question_marks(used):
   found = rows(used)
   assert found[FREEBSD]["os"] == "freebsd"
   assert found[f"{FREEBSD}-prepared-0123456789"]["os"] == "?"
+  (line,) = re.findall(r"LAYER .*\n(.*)", used("list").stdout)
+  assert line.split() == [f"{FREEBSD}-prepared-0123456789", "-", "now", "-", "-"]
+
+
+def test_layers_that_lie_on_each_other(used):
+  """Nobody knows on what, so nothing is deleted that it may be."""
+  names = [f"{FREEBSD}-prepared-{digits}" for digits in ("0123456789", "9876543210")]
+  (used.cache / "layers").mkdir(exist_ok=True)
+  for name, below in zip(names, reversed(names)):
+    words = ("-u", "-f", "qcow2", "-F", "qcow2", "-b", f"../layers/{below}.qcow2")
+    disk = used.cache / f"layers/{name}.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", *words, str(disk), "1M"], check=True)
+    disk.with_suffix(".json").write_text("{}")
+  before = used.files()
+  assert [rows(used)[name]["needed_by"] for name in names] == [[name] for name in names[::-1]]
+  works(used("clean"))
+  assert used.files() == before
 
 
 @pytest.mark.parametrize("gone", [BASE, "qemu/x86_64/share/qemu/uefi.fd"])

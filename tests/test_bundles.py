@@ -593,6 +593,13 @@ def test_hostile(no_image, server, tmp_path, case):
   hostile(no_image, server, tmp_path, HOSTILE[case])
 
 
+def test_what_follows_a_bundle_has_an_end(no_image, server):
+  """The checksum comes behind it, so it is read."""
+  serve(server, squeeze(GOOD + END + bytes(MB)))
+  fails(no_image(*PULL, code="qvm.MAX_REST_BYTES = qvm.CHUNK_BYTES"), STEM, "it does not end")
+  works(no_image(*PULL))
+
+
 @pytest.mark.parametrize(
   "case", ["parent", "absolute", "symbolic link", "two disks", "absurd size"]
 )

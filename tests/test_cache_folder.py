@@ -10,7 +10,7 @@ import tempfile
 import types
 
 import pytest
-from support import DEADLINE, FREEBSD, ROOT, Qvm, fails, obey_modes, works
+from support import BASE, DEADLINE, FREEBSD, IMAGE, ROOT, Qvm, fails, obey_modes, works
 
 import qvm as qvm_source
 
@@ -284,6 +284,13 @@ def test_a_folder_on_a_disk_that_is_not_mounted(full, tmp_path, folder, words):
   assert full.files() == before
 
 
+def test_a_download_on_a_disk_that_is_not_mounted(full, tmp_path):
+  (full.cache / BASE).unlink()
+  path = full.cache / "downloads" / IMAGE
+  path.symlink_to(tmp_path / "nowhere")
+  fails(full(*PULL), f"{path} is a link to", "is its disk mounted?")
+
+
 @pytest.mark.parametrize("folder", [".", "instances", "base", "downloads"])
 @pytest.mark.parametrize("words", ["list", "clean", "search freebsd", "run freebsd 15.1"])
 def test_a_file_in_the_place_of_a_folder(full, folder, words):
@@ -334,7 +341,20 @@ def test_a_home_that_cannot_be_made(qvm, server):
   assert server.started == 0
 
 
+def test_the_path_of_what_cannot_be_deleted_is_told(full):
+  path = full.cache / "downloads" / IMAGE
+  (path / "inside").mkdir(parents=True)
+  (path / "inside" / "file").touch()
+  (path / "inside").chmod(0o500)
+  fails(full("clean", preexec_fn=obey_modes), f"{path}: Permission denied")
+
+
 # --- What it lies on -------------------------------------------------------------------------
+
+
+def test_locks_that_let_everybody_in_are_told(full):
+  run = works(full(*RUN, code="qvm.fcntl.flock = lambda fd, how: None"))
+  assert f"{full.cache}: locks do not work on its file system: run one qvm at a time" in run.stderr
 
 
 @tracing

@@ -265,6 +265,26 @@ def test_keys_reach_a_guest_that_comes_to_the_foreground(player, opened):
   assert terminal.state() == terminal.before
 
 
+def test_a_terminal_of_another_session_is_not_read(player):
+  """As below setsid: its shell reads it, too."""
+  play(player, exit=5)
+  with contextlib.closing(Terminal()) as terminal:
+    terminal.type(b"for the shell\n")
+    result = player(*RUN, stdin=terminal.inside, start_new_session=True)
+    assert result.returncode == 5 and unread(terminal.inside) == len(b"for the shell\n")
+    assert terminal.state() == terminal.before
+
+
+def test_what_qemu_leaves_behind_does_not_keep_qvm(offline, image):
+  """A process of its own that has its output, as one that it has started."""
+  furnish(offline.cache, "#!/bin/sh\nsleep 1000 &\necho ends\nexit 5\n", image)
+  try:
+    result = offline(*RUN)
+    assert (result.returncode, result.stdout) == (5, "ends\n")
+  finally:
+    end_processes(f"HOME={offline.home}", environment=True)
+
+
 # As a shell that controls jobs: when the job has stopped it takes its terminal back, as it was.
 STOPPER = """
 import os, signal, subprocess, sys, termios

@@ -398,6 +398,38 @@ def test_a_flood(each):
   assert b"first\n" in log[:5000] and log.endswith(b"last\n") and b"[qvm left out " in log
 
 
+# The terminal goes while a guest runs, and SIGHUP is ignored, as below nohup. The guest goes on
+# once somebody has asked for the size of what is no terminal any more.
+GONE = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+size = qvm.terminal_size
+def terminal_size():
+  found = size()
+  if not os.isatty(2) and os.path.exists({go!r}):
+    open({go!r}, "w").close()
+    os.unlink({go!r})
+  return found
+qvm.terminal_size = terminal_size
+"""
+
+
+def test_a_terminal_that_is_gone(each, tmp_path):
+  os.mkfifo(tmp_path / "go")
+  code = GONE.format(go=str(tmp_path / "go"))
+  words = ("each", "--json", "netbsd-10.1", "--", f"cat {tmp_path}/go; exit 3")
+  with open(tmp_path / "out", "w") as out:
+    terminal = Terminal(each.qvm.command(*words, code=code), each.qvm.env, stdout=out)
+  try:
+    terminal.until(b"running")
+    terminal.hang_up()
+    assert terminal.process.wait(DEADLINE) == 1
+  finally:
+    terminal.close()
+  (result,) = json.loads((tmp_path / "out").read_text())
+  assert result["code"] == 3
+
+
 class Tmux:
   """A terminal of a given size in which commands run, and whose window can be resized."""
 

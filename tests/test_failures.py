@@ -26,6 +26,7 @@ from support import (
   processes_of,
   stand_in_tar,
   wait_for,
+  works,
 )
 from support_machines import SmallDisk, disk_was_full, small_cache
 
@@ -364,6 +365,18 @@ def test_available_memory_where_nobody_tells(tmp_path, text):
     (tmp_path / "meminfo").write_text(text)
   all_there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   assert qvm_source.available_memory(str(tmp_path / "meminfo")) == all_there_is
+
+
+@pytest.mark.parametrize("words", ["raise ValueError('unrecognized name')", "raise OSError()"])
+def test_a_system_that_tells_of_no_memory_gets_no_warning(stand_in, words):
+  """As macOS with Python before 3.13."""
+  code = f"""
+def sysconf(name):
+  {words}
+os.sysconf, memory = sysconf, qvm.available_memory
+qvm.available_memory = lambda path: memory("/nowhere")
+"""
+  assert "of memory" not in works(stand_in(*RUN, "-m", "4T", code=code)).stderr
 
 
 def test_too_much_memory_is_said_and_tried(stand_in):

@@ -417,6 +417,10 @@ FAULTS = {
   "403 for the resume": ([{"cut": 1000}, {"status": 403}], None),
   "400": ([{"status": 400}], "400"),
   "404": ([{"status": 404}], None),
+  "404 each time": (
+    [{"status": 404, "times": None}],
+    "a release names FreeBSD 15.1 for x86-64, but the server has it not",
+  ),
   "too long a Content-Length": ([{"content_length": lambda size: size + 1}], None),
   "far too long a Content-Length": ([{"content_length": 10**15}], None),
   "too short a Content-Length": ([{"content_length": lambda size: size - 100_000}], None),

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,33 @@ def test_what_is_cancelled_is_not_written(tmp_path):
   with pytest.raises(qvm_source.Cancelled):
     file.write(span, content)
   assert os.path.getsize(file.part) == 0
+
+
+def test_a_whole_file_that_is_cancelled_or_cut_while_it_is_hashed(tmp_path):
+  make(tmp_path, 4 * BLOCK, 4 * BLOCK)[0].close()
+  file, cancelled = qvm_source.PartFile(str(tmp_path), "name", URL), threading.Event()
+  cancelled.set()
+  with pytest.raises(qvm_source.Cancelled):
+    file.hash_all(cancelled)
+  os.truncate(file.part, BLOCK)
+  with pytest.raises(qvm_source.QvmError, match="/part became shorter while it was read"):
+    file.hash_all(threading.Event())
+
+
+@pytest.mark.parametrize("address", ["file:///x", "http://user:secret@127.0.0.1/x"])
+def test_addresses_that_only_urllib_understands(address):
+  connections = qvm_source.Connections(qvm_source.net_from({}), URL)
+  assert connections.open_address(address, {}, 1) is None
+
+
+def test_a_connection_that_has_been_idle_for_long_is_closed(monkeypatch):
+  monkeypatch.setattr(qvm_source, "IDLE_SECONDS", 0.0)
+  closed = []
+  link = types.SimpleNamespace(sock="open", close=lambda: closed.append("link"))
+  body = types.SimpleNamespace(close=lambda: closed.append("body"))
+  connections = qvm_source.Connections(qvm_source.net_from({}), URL)
+  connections.keep((body, link), complete=True)
+  assert closed == ["body"] and connections.take_idle() is None and closed == ["body", "link"]
 
 
 def test_a_helper_that_comes_while_the_file_starts_over(tmp_path):

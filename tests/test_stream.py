@@ -1,5 +1,6 @@
 """`qvm run --stream` with a stand-in for QEMU that reads its disk through the real qemu-img."""
 
+import collections
 import contextlib
 import errno
 import json
@@ -381,7 +382,9 @@ def test_a_pull_that_waits_shows_how_far_the_other_is(
   base_is(streamer, packed)
 
 
-def test_an_early_end_keeps_what_has_come(streamer, server, tmp_path, disk, packed):
+@pytest.mark.parametrize("digests", [True, False])
+def test_an_early_end_keeps_what_has_come(streamer, server, tmp_path, disk, packed, digests):
+  server.find("freebsd-builder", "v0.16.0").digests = digests
   write = ["write", "-P", "7", "3M", "256k"]
   process, pid = begun(streamer, server, tmp_path, *STREAM, steps=[write])
   result = end(process, pid)
@@ -687,15 +690,15 @@ def test_https(streamer, packed, tools_tar, tmp_path, disk):
 
 
 def test_a_proxy(streamer, server, tmp_path, disk, proxy):
-  """All of it goes through the proxy."""
-  server.fault(IMAGE, times=1, cut=1_000_000)
+  """All of it goes through the proxy, also what is read beside the first connection."""
   streamer.env["http_proxy"] = f"http://127.0.0.1:{proxy.port}"
+  scattered(streamer, server)
   play(streamer, ["convert", str(tmp_path / "seen")])
   works(streamer(*STREAM))
   assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
   paths = [f"{path.partition('://')[2].partition('/')[2]}" for path, _ in proxy.seen]
-  assert sorted(paths) == sorted(each.target.lstrip("/") + "?" * bool(each.query) + each.query
-                                 for each in server.log)  # fmt: skip
+  logged = [each.target.lstrip("/") + "?" * bool(each.query) + each.query for each in server.log]
+  assert len(logged) > 5 and not collections.Counter(logged) - collections.Counter(paths)
 
 
 SCATTERED = [["read", f"{place}k", "4k"] for place in (5000, 3000, 4000, 2200, 5400, 3500, 4600)]

@@ -166,6 +166,7 @@ HOSTILE = (
 )  # fmt: skip
 RUN = ("run", *FREEBSD)
 BAD = [
+  (("pull", "--refresh", "--qemu-release", "v1.0.0", "freebsd", "15.1"), ["--qemu-release"]),
   (
     (),
     ["run, each, pull, search, list, ssh, stop, restart, logs, clone, rm, clean, doctor"],

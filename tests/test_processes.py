@@ -330,11 +330,15 @@ def forwarded(record):
 @pytest.fixture
 def first_port(used, tmp_path):
   """Where qvm begins to look for a port, which is no one else's; other tests have the real one."""
-  port = random.SystemRandom().randrange(10000, 15000, 10)  # below support.PORTS
   text = used.program.read_text()
   used.program = tmp_path / "qvm.py"
-  used.program.write_text(text.replace("SSH_PORT = 2847\n", f"SSH_PORT = {port}\n"))
-  return port
+  with socket.socket() as mine:
+    while not mine.getsockname()[1]:
+      port = random.SystemRandom().randrange(10000, 15000, 10)  # below support.PORTS
+      with contextlib.suppress(OSError):
+        mine.bind(("", port + 9))  # for a test beside this one that comes upon the same
+    used.program.write_text(text.replace("SSH_PORT = 2847\n", f"SSH_PORT = {port}\n"))
+    yield port
 
 
 def test_the_welcome_line(used, first_port, tmp_path):

@@ -359,6 +359,9 @@ class ControlSocket:
       return self.link.sendall(b"no JSON\n")
     if self.play.get("fail") == order:
       return self.say({"error": {"class": "GenericError", "desc": "told to fail at " + order}})
+    if self.play.get("flood") == order:
+      with contextlib.suppress(OSError):
+        return self.link.sendall(b"x" * (1 << 22))
     if self.play.get("shut") == order:
       os.close(self.passed)
       return self.say({"return": {}})

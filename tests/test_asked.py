@@ -329,6 +329,16 @@ def test_a_guest_that_goes_down_while_it_is_asked(guests):
   assert (guests.folder / "boot").read_text() == "2\n"
 
 
+def test_force_does_not_end_a_machine_that_is_thrown_away_then(guests):
+  guests.play(ignore_shutdown=True)
+  guests.up("vm", "--rm")
+  before = guests.machine()
+  run = guests.qvm("restart", "--force", "--boot-timeout", "2", "vm")
+  assert run.returncode == 1 and "not that of a --rm machine" in run.stderr
+  assert guests.machine() == before
+  works(guests.qvm("stop", "--force", "vm"))
+
+
 def test_the_patience_of_restart_is_for_what_it_starts_too(guests):
   guests.play(ignore_shutdown=True)
   guests.up("vm")

@@ -502,6 +502,17 @@ def test_m3_what_gets_another_spelling_here_meanwhile_is_not_deleted(project):
 
 
 @with_guest
+def test_m3_what_is_excluded_is_not_overwritten_in_another_spelling(project):
+  mac, folder, run = project
+  (folder / "Keep").write_text("mine\n")
+  result = run("echo theirs >keep; echo new >made", "--sync-exclude", "Keep")
+  assert {path.name: path.read_text() for path in folder.iterdir()} == {
+    "Keep": "mine\n", "made": "new\n",
+  }, result.stderr  # fmt: skip
+  assert "keep" in own_lines(result.stderr)
+
+
+@with_guest
 def test_m3_two_spellings_do_not_overwrite_each_other(project):
   """Whichever comes first is here; the other stays in the guest, and that is said."""
   mac, folder, _ = project

@@ -325,6 +325,18 @@ def test_a_guest_without_tar(guests, project):
   assert tree(project) == before
 
 
+def test_a_tar_that_writes_nothing(guests, tmp_path):
+  guests.up()
+  (guests.folder / "bin" / "tar").write_text("#!/bin/sh\ncat >/dev/null\n")
+  (guests.folder / "bin" / "tar").chmod(0o755)
+  (tmp_path / "p").mkdir()
+  for n in range(12):
+    (tmp_path / f"p/{n:02}").write_text("x")
+  result = guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo ran")
+  fails(result, "12 of 12 are not there: 00, 01, 02, 03, 04, 05, 06, 07, 08, 09, ...", code=125)
+  assert result.stdout == ""
+
+
 def busybox(guests):  # noqa: F811
   """A guest whose find and stat tell nothing but names and kinds."""
   program = guests.folder / "bin" / "find"
@@ -995,6 +1007,17 @@ def test_qvms_cache_is_out_of_reach_by_any_path(here, monkeypatch, capfd):
   assert tree(here) == before and receiver.held == {"real/cache/bin/qemu-img"}
   with contextlib.closing(qvm_source.Folder(str(here))) as opened:
     assert "real/cache" not in qvm_source.walk_folder(opened, qvm_source.Excludes(()))
+
+
+@pytest.mark.parametrize("spelling", [".GIT", ".gi\u200ct"])
+def test_git_stays_here_in_any_spelling(guests, tmp_path, spelling):
+  """To a Mac each of them is the repository."""
+  for folder in (spelling, f"sub/{spelling}"):
+    (tmp_path / "p" / folder).mkdir(parents=True)
+    (tmp_path / "p" / folder / "config").write_text("secret")
+  (tmp_path / "p/.gitignore").write_text("x")
+  result = works(guests.run("find .", options=("--sync", str(tmp_path / "p"))))
+  assert sorted(result.stdout.split()) == [".", "./.gitignore", "./sub"]
 
 
 @pytest.mark.parametrize("spelling", [".git", ".GIT", ".Git", ".g\u200cit", ".gi\ufefft"])

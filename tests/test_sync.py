@@ -325,6 +325,17 @@ def test_a_guest_without_tar(guests, project):
   assert tree(project) == before
 
 
+def test_a_list_that_is_cut_short_is_none():
+  """Else what it lacks would be gone in the guest."""
+  whole = b"//d 755 0 1/2/3 .\n//- 644 7 4/5.5/6.5 ./a b\n//- 644 7 4/5.5/6.5 ./c\n//end 0\n"
+  listing = qvm_source.read_list(io.BytesIO(whole))
+  assert listing.complete and list(listing.entries) == ["a b", "c"]
+  for end in range(whole.index(b"//end")):
+    assert qvm_source.read_list(io.BytesIO(whole[:end])) is None
+  for last in (b"//end 1\n", b"//end 0\n".replace(b"0", b"")):
+    assert not qvm_source.read_list(io.BytesIO(whole.replace(b"//end 0\n", last))).complete
+
+
 def test_a_tar_that_writes_nothing(guests, tmp_path):
   guests.up()
   (guests.folder / "bin" / "tar").write_text("#!/bin/sh\ncat >/dev/null\n")
@@ -334,6 +345,20 @@ def test_a_tar_that_writes_nothing(guests, tmp_path):
     (tmp_path / f"p/{n:02}").write_text("x")
   result = guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo ran")
   fails(result, "12 of 12 are not there: 00, 01, 02, 03, 04, 05, 06, 07, 08, 09, ...", code=125)
+  assert result.stdout == ""
+
+
+def test_a_tar_that_writes_half_a_file(guests, tmp_path):
+  """And says that all is well, as on a disk that is full."""
+  guests.up()
+  script = '#!/bin/sh\n/bin/tar "$@"\ncase $1 in -x*) truncate -s 4 b ;; esac\n'
+  (guests.folder / "bin" / "tar").write_text(script)
+  (guests.folder / "bin" / "tar").chmod(0o755)
+  (tmp_path / "p").mkdir()
+  for name in ("a", "b"):
+    (tmp_path / "p" / name).write_text("whole file")
+  result = guests.qvm("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo ran")
+  fails(result, "1 of 2 are not there: b", code=125)
   assert result.stdout == ""
 
 
@@ -709,6 +734,13 @@ def test_with_every_python(guests, project, pyz, python):
   assert not (project / "src/all").exists()
   assert tree(project)["src/tool"][1] == 0o755
   assert guests.nothing_left()
+
+
+@pytest.mark.parametrize("path", ["a/./b", "a/b/.", "../b", "/tmp/b", "a/../../b"])
+def test_a_folder_of_the_list_that_is_no_plain_path(here, capfd, path):
+  before = tree(here.parent)
+  receive(here, stream(), present={path: qvm_source.Entry("d", 0o755, 0, "d755")})
+  assert tree(here.parent) == before and "stays in the guest" in capfd.readouterr().err
 
 
 def test_what_comes_has_to_fit(here, monkeypatch):

@@ -2331,13 +2331,13 @@ class Lock:
 
   def try_(self, shared: bool = False) -> bool:
     """Take the lock unless another process holds it; returns whether it was taken."""
-    return self._take((fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    return self._take(shared, fcntl.LOCK_NB)
 
   def hold(self, shared: bool = False, waits: Callable[[], object] = bool) -> "Lock":
     """Take the lock; if another process holds it, call waits() and then wait."""
     if not self.try_(shared):
       waits()
-      self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+      self._take(shared, 0)
     return self
 
   def is_held(self) -> bool:
@@ -2391,7 +2391,8 @@ class Lock:
       )
     return True
 
-  def _take(self, how: int) -> bool:
+  def _take(self, shared: bool, flag: int) -> bool:
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | flag
     while True:
       self.fd = self._open()
       with contextlib.ExitStack() as unless_taken:

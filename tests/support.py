@@ -444,7 +444,7 @@ class Qvm:
     """Say what the stand-in for QEMU does in the next runs."""
     self.env["STAND_IN"] = json.dumps(play)
 
-  def __call__(self, *words, env=None, python=PYTHON, code=None, timeout=240, **more):
+  def __call__(self, *words, env=None, python=PYTHON, code=None, timeout=DEADLINE, **more):
     """Run to the end; stdout and stderr are text."""
     more = {
       "stdin": subprocess.DEVNULL,
@@ -489,25 +489,27 @@ class Qvm:
     return json.loads(Path(path).read_text())
 
 
-# Another qvm runs to its end just when a function of the first one has returned.
-ANOTHER = """
-import subprocess
-call = qvm.{name}
+# Something happens just when a function of qvm's has returned what is found.
+AFTER = """
+real = qvm.{name}
 def patched(*words, **named):
-  found = call(*words, **named)
-  if {test} and not os.path.exists({done!r}):
-    open({done!r}, "w").close()
-    subprocess.run({command!r}, check=True, stdout=2, env={{**os.environ, **{env!r}}})
+  found = real(*words, **named)
+  {action}
   return found
 qvm.{name} = patched
 """
+# Another qvm runs to its end, once.
+ANOTHER = """if {test} and not os.path.exists({done!r}):
+    import subprocess
+    open({done!r}, "w").close()
+    subprocess.run({command!r}, check=True, stdout=2, env={{**os.environ, **{env!r}}})"""
 
 
 def with_another(qvm, words, name, command, tmp_path, env=None, test="True"):
   """Run qvm, and a command once the named function has returned; test: of its words and found."""
   done = str(tmp_path / "done")
-  code = ANOTHER.format(name=name, test=test, done=done, command=command, env=env or {})
-  run = qvm(*words, code=code)
+  action = ANOTHER.format(test=test, done=done, command=command, env=env or {})
+  run = qvm(*words, code=AFTER.format(name=name, action=action))
   assert os.path.exists(done), run.stderr
   return run
 

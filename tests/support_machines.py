@@ -12,6 +12,7 @@ import guests
 import pytest
 import real_qemu
 import ssh_guest
+from darwin_host import put_program
 from support import forget_sizes, free_port, processes_of, works
 
 FREEBSD_GUEST = ("freebsd", "15.1")
@@ -144,7 +145,8 @@ class Guests:
 
   def words(self, *words, guest=FREEBSD_GUEST, command=(), rm=True):
     port = ("--ssh-port", str(free_port())) if "--ssh-port" not in words else ()
-    return ["run", *(["--rm"] if rm else []), *port, *words, *guest, "--", *command]
+    tail = ("--", *command) if command else ()
+    return ["run", *(["--rm"] if rm else []), *port, *words, *guest, *tail]
 
   def run(self, *command, options=(), guest=FREEBSD_GUEST, rm=True, **more):
     """Run a command in a guest of its own."""
@@ -157,6 +159,10 @@ class Guests:
     """Start a guest in the background."""
     port = str(free_port())
     works(self.qvm("run", "-d", "--name", name, "--ssh-port", port, *words, *guest))
+
+  def put_tool(self, name, text):
+    """Put a command of the test's in front of the guest's own."""
+    put_program(self.folder / "bin" / name, f"#!/bin/sh\n{text}\n")
 
   def machine(self):
     """The process of the only QEMU."""

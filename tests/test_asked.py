@@ -259,7 +259,7 @@ def test_restart_waits_for_another_boot(guests):
 
 def test_a_guest_that_floods_when_asked_for_its_boot_takes_no_memory(guests, monkeypatch):
   guests.up("vm")
-  (guests.folder / "bin" / "sysctl").write_text("#!/bin/sh\nexec head -c 1000000 /dev/zero\n")
+  guests.put_tool("sysctl", "exec head -c 1000000 /dev/zero")
   monkeypatch.setattr(qvm_source, "BOOT_ANSWER_SECONDS", 1.0)
   paths = qvm_source.Cache(str(guests.qvm.cache)).instance("vm")
   with pytest.raises(qvm_source.QvmError, match="guest of vm has not answered within 1 s"):
@@ -294,9 +294,7 @@ def test_only_force_pulls_the_plug(guests):
 def change(guests, **commands):
   """Let commands of the running guest do something else."""
   for name, line in commands.items():
-    line = line.format(folder=guests.folder, pid=guests.machine())
-    (guests.folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
-    (guests.folder / "bin" / name).chmod(0o755)
+    guests.put_tool(name, line.format(folder=guests.folder, pid=guests.machine()))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +341,7 @@ def test_the_patience_of_restart_is_for_what_it_starts_too(guests):
   guests.play(ignore_shutdown=True)
   guests.up("vm")
   guests.play(listen=False)
-  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm", timeout=DEADLINE))
+  run = works(guests.qvm("restart", "--force", "--boot-timeout", "2", "vm"))
   assert "ssh has not answered within 2 s; the machine keeps running" in run.stderr
   works(guests.qvm("stop", "--force", "vm"))
 
@@ -461,7 +459,7 @@ def test_a_console_that_goes_where_nothing_stays(used, fifo, kind):
   reader = os.open(fifo, os.O_RDWR)
   used.play(stdout="one\n")
   works(used(*RUN, "--console-log", path))
-  fails(used("logs", FREEBSD, timeout=DEADLINE), f"there is no file {path}")
+  fails(used("logs", FREEBSD), f"there is no file {path}")
   assert kind == "device" or os.read(reader, 100) == b"one\n"
   os.close(reader)
 
@@ -934,20 +932,20 @@ def test_what_a_real_guest_sees(linux, tmp_path):
   light = ("-m", "512M", "--cpus", "1", "--accel", "tcg", "--boot-timeout", "180")
   words = ("run", *light, "--platform", "x86-64", "--image", str(own), "midnightbsd")
   before = digest(own)
-  up = linux("--name", "vm", "-d", "-p", f"{port}:22", "--disk", "100M", *words, timeout=240)
+  up = linux("--name", "vm", "-d", "-p", f"{port}:22", "--disk", "100M", *words)
   works(up)
   with socket.create_connection(("127.0.0.1", port), 30) as link:
     assert link.recv(4) == b"SSH-"
   sizes = works(linux("ssh", "vm", "--", "cat /sys/block/vd*/size; echo kept >/mnt/kept")).stdout
   assert str((100 << 20) // 512) in sizes.split()
   boot = works(linux("ssh", "vm", "--", "cat /proc/sys/kernel/random/boot_id")).stdout
-  works(linux("restart", "--boot-timeout", "180", "vm", timeout=240))
+  works(linux("restart", "--boot-timeout", "180", "vm"))
   assert works(linux("ssh", "vm", "--", "cat /proc/sys/kernel/random/boot_id")).stdout != boot
   assert "linux guest powers off" in works(linux("logs", "vm")).stdout
   works(linux("stop", "vm"))
   works(linux("clone", "vm", "copy"))
   works(linux("rm", "vm"))
-  run = linux("--name", "copy", *words, "--", "cat /mnt/kept; ls /sys/block", timeout=240)
+  run = linux("--name", "copy", *words, "--", "cat /mnt/kept; ls /sys/block")
   assert "kept" in works(run).stdout and "vdb" in run.stdout
   assert digest(own) == before
 

@@ -637,7 +637,7 @@ qvm.Machine.start_qemu = lambda *words: (start(*words), os.kill(os.getpid(), 9))
 @pytest.mark.parametrize("words", [(), ("--detach",)])
 def test_a_qvm_that_is_killed_once_qemu_runs(machines, words):
   machines.play(**UP, stay=True)
-  result = machines.qvm("run", *words, "--name", "vm", *GUEST, code=KILLED, timeout=DEADLINE)
+  result = machines.qvm("run", *words, "--name", "vm", *GUEST, code=KILLED)
   assert result.returncode == -9
   (pid,) = machines.running()
   assert machines.states() == {"vm": "running"}

@@ -84,7 +84,6 @@ def test_a_command_in_a_machine_that_is_thrown_away(linux, tmp_path, os_name, ar
     *run(os_name, arch, *words, options=("--rm", "--sync", str(folder), "--sync-delete")),
     input="typed\n",
     stdin=None,
-    timeout=240,
   )
   assert result.returncode == 42, result.stderr
   user = "user" if os_name == "haiku" else "runner"
@@ -99,7 +98,7 @@ def test_a_command_in_a_machine_that_is_thrown_away(linux, tmp_path, os_name, ar
 def test_a_machine_for_several_steps(linux, tmp_path):
   """run --detach, ssh and stop, with e1000, UEFI and the key disk."""
   words = ("run", "-d", "--name", "vm", *LIGHT, "--ssh-port", str(free_port()))
-  works(linux(*words, "--platform", "x86-64", "openbsd", "1", timeout=240))
+  works(linux(*words, "--platform", "x86-64", "openbsd", "1"))
   assert json.loads(linux("list", "--json").stdout)[0]["state"] == "running"
   assert linux("ssh", "vm", "--", "echo one >/tmp/step; exit 5").returncode == 5
   assert works(linux("ssh", "vm", "--", "cat", "/tmp/step")).stdout == "one\n"
@@ -152,7 +151,7 @@ def test_each_of_two_guests_without_a_network(linux, tmp_path):
 def test_warm_starts(linux):
   """Each has its own copy of the world, and the time of the host."""
   note = "ls /tmp/mine; echo mine >/tmp/mine; md5sum </tmp/seed; date -u +%s"
-  first = works(linux(*warm("freebsd", "x86-64", note), timeout=240))
+  first = works(linux(*warm("freebsd", "x86-64", note)))
   assert "is booting to create the checkpoint" in first.stderr
   (row,) = json.loads(linux("list", "--json").stdout)
   assert row["state"] == "checkpoint" and 0 < row["size"] < 400e6
@@ -171,14 +170,14 @@ def test_warm_starts(linux):
   stat = state.stat()
   state.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
   os.utime(state, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-  damaged = works(linux(*warm("freebsd", "x86-64", "echo fine"), timeout=240))
+  damaged = works(linux(*warm("freebsd", "x86-64", "echo fine")))
   assert damaged.stdout == "fine\n" and "cannot be used: " in damaged.stderr
   works(linux("clean", "--all"))
   assert list(folder.iterdir()) == []
 
 
 def test_a_warm_start_on_arm64_with_a_key_in_a_terminal(linux):
-  works(linux(*warm("openbsd", "arm64", "true"), timeout=240))
+  works(linux(*warm("openbsd", "arm64", "true")))
   port = str(free_port())
   words = (
     "run",
@@ -219,7 +218,7 @@ def test_a_guest_that_is_kept_and_boots_while_its_image_comes(tmp_path, server, 
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "in").write_text("carried\n")
     words = run("netbsd", "x86-64", "cat in >out; echo kept >/mnt/kept; exit 3", options=sync)
-    first = linux(*words, timeout=240)
+    first = linux(*words)
   finally:
     server.rate = None
   assert first.returncode == 3, first.stderr
@@ -228,7 +227,7 @@ def test_a_guest_that_is_kept_and_boots_while_its_image_comes(tmp_path, server, 
   log = linux.cache / "instances" / (name + ".console.log")
   assert "linux guest powers off" in log.read_text()
   assert (tmp_path / "work" / "out").read_text() == "carried\n"
-  second = linux(*run("netbsd", "x86-64", "cat", "/mnt/kept"), timeout=240)
+  second = linux(*run("netbsd", "x86-64", "cat", "/mnt/kept"))
   assert (second.returncode, second.stdout) == (0, "kept\n"), second.stderr
   asset = server.find("netbsd-builder", "v1.0.0").assets[name + ".qcow2"].blob.content
   assert (base / (name + ".qcow2")).read_bytes() == asset.read_bytes()
@@ -258,13 +257,13 @@ def test_a_machine_is_set_up_once(linux, tmp_path):
   pull = ("pull", *LIGHT, "--platform", "x86-64")
   one = ("--install", "hello", "--prepare", str(tmp_path / "one.sh"), "-e", "WORD=kept")
   line = "hello; md5sum </mnt/data | cmp - /mnt/sum && cat /mnt/word 2>/dev/null; ls /mnt/gone"
-  first = works(linux(*pull, *one, "freebsd", "1", timeout=240))
+  first = works(linux(*pull, *one, "freebsd", "1"))
   assert "one says\n" in first.stderr and "installed hello\n" in first.stderr, first.stderr
   (name,) = prepared(linux)
   stat = (linux.cache / "layers" / name).stat()
   assert 20 << 20 < stat.st_blocks * 512 < 26 << 20
   both = (*one, "--prepare", str(tmp_path / "two.sh"))
-  second = linux(*run("freebsd", "x86-64", line, options=("--rm", *both)), timeout=240)
+  second = linux(*run("freebsd", "x86-64", line, options=("--rm", *both)))
   assert second.stdout == "this is hello\nkept\n", second.stderr
   assert "installed" not in second.stderr and len(prepared(linux)) == 2
   (upper,) = set(prepared(linux)) - {name}
@@ -276,16 +275,16 @@ def test_a_machine_is_set_up_once(linux, tmp_path):
 def test_a_warm_start_of_a_prepared_machine(linux):
   """The checkpoint and the prepared disk come of one boot."""
   install = ("--install", "hello")
-  first = works(linux(*warm("freebsd", "x86-64", "hello", options=install), timeout=240))
+  first = works(linux(*warm("freebsd", "x86-64", "hello", options=install)))
   assert first.stdout == "this is hello\n" and first.stderr.count("its console goes to") == 1
   for _ in range(2):
     note = "hello; ls /mnt/mine; echo >/mnt/mine"
     again = works(linux(*warm("freebsd", "x86-64", note, options=install), timeout=120))
     assert again.stdout == "this is hello\n" and "is booting" not in again.stderr
   (name,) = prepared(linux)
-  cold = linux(*run("freebsd", "x86-64", "hello", options=("--rm", *install)), timeout=240)
+  cold = linux(*run("freebsd", "x86-64", "hello", options=("--rm", *install)))
   assert cold.stdout == "this is hello\n" and "installed" not in cold.stderr
-  unknown = linux(*warm("freebsd", "x86-64", "true", options=("--install", "no-such")), timeout=240)
+  unknown = linux(*warm("freebsd", "x86-64", "true", options=("--install", "no-such")))
   assert unknown.returncode == 125
   assert "No packages available to install matching 'no-such'" in unknown.stderr.splitlines()[-1]
   assert prepared(linux) == [name] and len(list((linux.cache / "layers").iterdir())) == 6
@@ -304,7 +303,7 @@ def test_a_disk_that_is_full_while_a_machine_is_set_up(linux, tmp_path):
     words = run(
       "freebsd", "x86-64", "true", options=("--rm", "--prepare", str(tmp_path / "much.sh"))
     )
-    result = linux(*words, timeout=240)
+    result = linux(*words)
     assert result.returncode == 125 and "the disk is full" in result.stderr.splitlines()[-1]
     assert os.listdir(linux.cache / "instances") == [] and prepared(linux) == []
   finally:

@@ -14,7 +14,7 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEADLINE, contents, fails, lines, obey_modes, tree, works
+from support import AFTER, DEADLINE, contents, fails, lines, obey_modes, tree, works
 from support_pythons import MODERN, every_python
 
 import qvm as qvm_source
@@ -175,23 +175,12 @@ def test_very_many_that_stay_here_are_not_all_named(guests, tmp_path):
   assert len(named) == 51 and named[-1].startswith("qvm: and 7 more")
 
 
-# What happens to a folder once qvm has looked at it, or while.
-BETWEEN = """
-real = qvm.{name}
-def patched(*words):
-  found = real(*words)
-  {action}
-  return found
-qvm.{name} = patched
-"""
-
-
 def test_a_folder_that_vanishes_while_it_is_looked_at(guests, tmp_path):
   for name in ("d", "e"):
     (tmp_path / f"p/{name}").mkdir(parents=True)
     (tmp_path / f"p/{name}/x").write_text("x")
   action = f"import shutil; shutil.rmtree({str(tmp_path / 'p/d')!r}, True)"
-  code = BETWEEN.format(name="entries_of", action="found = list(found); " + action)
+  code = AFTER.format(name="entries_of", action="found = list(found); " + action)
   guests.up()
   words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "find . -type f; echo new >new")
   assert works(guests.qvm(*words, code=code)).stdout == "./e/x\n"
@@ -201,7 +190,7 @@ def test_a_folder_that_vanishes_while_it_is_looked_at(guests, tmp_path):
 def test_a_file_that_may_not_be_read_any_more(guests, tmp_path):
   (tmp_path / "p").mkdir()
   (tmp_path / "p/a").write_text("x")
-  code = BETWEEN.format(name="Sync.sendable", action=f"os.chmod({str(tmp_path / 'p/a')!r}, 0)")
+  code = AFTER.format(name="Sync.sendable", action=f"os.chmod({str(tmp_path / 'p/a')!r}, 0)")
   guests.up()
   words = ("ssh", "vm", "--sync", str(tmp_path / "p"), "--", "echo ran")
   result = guests.qvm(*words, code=code, preexec_fn=obey_modes)
@@ -317,8 +306,7 @@ def test_a_shell_that_greets(guests, project, shell, file):
 
 def test_a_guest_without_tar(guests, project):
   guests.up()
-  (guests.folder / "bin" / "tar").write_text("#!/bin/sh\necho no tar today >&2; exit 127\n")
-  (guests.folder / "bin" / "tar").chmod(0o755)
+  guests.put_tool("tar", "echo no tar today >&2; exit 127")
   before = tree(project)
   result = guests.qvm("ssh", "vm", "--sync", str(project), "--", "echo ran")
   fails(result, "cannot be copied to vm", "no tar today", code=125)
@@ -338,8 +326,7 @@ def test_a_list_that_is_cut_short_is_none():
 
 def test_a_tar_that_writes_nothing(guests, tmp_path):
   guests.up()
-  (guests.folder / "bin" / "tar").write_text("#!/bin/sh\ncat >/dev/null\n")
-  (guests.folder / "bin" / "tar").chmod(0o755)
+  guests.put_tool("tar", "cat >/dev/null")
   (tmp_path / "p").mkdir()
   for n in range(12):
     (tmp_path / f"p/{n:02}").write_text("x")
@@ -351,9 +338,7 @@ def test_a_tar_that_writes_nothing(guests, tmp_path):
 def test_a_tar_that_writes_half_a_file(guests, tmp_path):
   """And says that all is well, as on a disk that is full."""
   guests.up()
-  script = '#!/bin/sh\n/bin/tar "$@"\ncase $1 in -x*) truncate -s 4 b ;; esac\n'
-  (guests.folder / "bin" / "tar").write_text(script)
-  (guests.folder / "bin" / "tar").chmod(0o755)
+  guests.put_tool("tar", '/bin/tar "$@"\ncase $1 in -x*) truncate -s 4 b ;; esac')
   (tmp_path / "p").mkdir()
   for name in ("a", "b"):
     (tmp_path / "p" / name).write_text("whole file")
@@ -364,11 +349,7 @@ def test_a_tar_that_writes_half_a_file(guests, tmp_path):
 
 def busybox(guests):  # noqa: F811
   """A guest whose find and stat tell nothing but names and kinds."""
-  program = guests.folder / "bin" / "find"
-  program.write_text(
-    '#!/bin/sh\ncase "$*" in *printf\\ *%y*) exit 1;; esac\nexec /usr/bin/find "$@"\n'
-  )
-  program.chmod(0o755)
+  guests.put_tool("find", 'case "$*" in *printf\\ *%y*) exit 1;; esac\nexec /usr/bin/find "$@"')
 
 
 def test_a_guest_that_tells_no_times(guests, project):  # noqa: F811
@@ -459,17 +440,9 @@ def stream(*members, end=bytes(1024)):
   return data + end
 
 
-def tool(guests, name, text):
-  """Put a tool of the test's in front of the guest's own."""
-  path = guests.folder / "bin" / name
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text("#!/bin/sh\n" + text)
-  path.chmod(0o755)
-
-
 def test_a_tar_that_never_stops_sending(guests, project):
   """What it says after the end of the archive, or of qvm's patience with it, went on for ever."""
-  tool(guests, "tar", 'case $1 in -cf) exec yes ;; *) exec /bin/tar "$@" ;; esac\n')
+  guests.put_tool("tar", 'case $1 in -cf) exec yes ;; *) exec /bin/tar "$@" ;; esac')
   result = guests.run("echo more >>src/main.c", options=("--sync", str(project)))
   assert result.returncode == 125, result.stderr
   assert "what the guest sends is refused: it is no tar stream" in result.stderr
@@ -477,7 +450,7 @@ def test_a_tar_that_never_stops_sending(guests, project):
 
 
 def test_a_shell_that_greets_for_ever(guests, project):
-  tool(guests, "greeter", "exec yes\n")
+  guests.put_tool("greeter", "exec yes")
   guests.play(shell=str(guests.folder / "bin" / "greeter"))
   result = guests.run("true", options=("--sync", str(project)))
   assert result.returncode == 125 and "does not stop sending" in result.stderr, result.stderr
@@ -494,7 +467,7 @@ def test_a_line_of_the_list_that_is_none(guests, tmp_path, size):
   words = ("ssh", "--sync", str(tmp_path / "p"), "--sync-delete", "vm", "--")
   works(guests.qvm(*words, "true"))
   seen = f"sed 's,^//f 644 [0-9]* ,//f 644 {size} ,'"
-  tool(guests, "find", f'/usr/bin/find "$@" | {seen}\n')
+  guests.put_tool("find", f'/usr/bin/find "$@" | {seen}')
   result = works(guests.qvm(*words[:4], "--sync-direction", "out", *words[4:], "true"))
   assert "not all could be looked at in the guest" in result.stderr
   assert contents(tmp_path / "p") == {"f": b"a\n"}
@@ -508,9 +481,9 @@ def test_another_file_than_the_list_says_is_not_taken_for_the_same(guests, tmp_p
   guests.up()
   words = ("ssh", "--sync", str(tmp_path / "p"), "vm", "--")
   lies = f'case $1 in -cf) mkdir x; {other}; cd x ;; esac\nexec /bin/tar "$@"\n'
-  tool(guests, "tar", lies)
+  guests.put_tool("tar", lies)
   works(guests.qvm(*words, "echo b >f"))
-  tool(guests, "tar", 'exec /bin/tar "$@"\n')
+  guests.put_tool("tar", 'exec /bin/tar "$@"')
   works(guests.qvm(*words, "true"))
   assert contents(guests.folder / "home/runner/work/p")["f"] == contents(tmp_path / "p")["f"]
 
@@ -829,7 +802,9 @@ def test_a_list_of_names_without_end(guests, project, monkeypatch):  # noqa: F81
 def test_a_list_with_names_that_lead_out(guests, project, name):  # noqa: F811
   """With an absolute one qvm went round in circles for ever."""
   line = f"//f 644 3 1/1.5/1.5 ./{name}"
-  tool(guests, "find", f"/usr/bin/find \"$@\" | sed 's,^//d [^ ]* [^ ]* [^ ]* .$,&\\\n{line},'\n")
+  guests.put_tool(
+    "find", f"/usr/bin/find \"$@\" | sed 's,^//d [^ ]* [^ ]* [^ ]* .$,&\\\n{line},'\n"
+  )
   guests.up()
   works(guests.qvm("ssh", "vm", "--", f'mkdir -p ~/work/"{project.name}"'))
   words = ("ssh", "--sync", str(project), "--sync-direction", "out", "vm", "--", "true")

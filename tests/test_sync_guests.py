@@ -23,7 +23,7 @@ import pytest
 from guest_tools import bsd_guest  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support import DEADLINE, ended, free_port, obey_modes, processes_of, wait_for
+from support import AFTER, DEADLINE, ended, free_port, obey_modes, processes_of, wait_for
 
 pytestmark = pytest.mark.skipif(
   guest_tools.missing() != [], reason=f"not there: {guest_tools.missing()}"
@@ -299,14 +299,8 @@ def test_a_closed_folder_goes(guest, project):
 def test_a_file_that_becomes_too_large_for_the_guests_tar(guest, project):
   """A sparse file that has grown since qvm looked."""
   put(project, big="old", z="z")
-  code = f"""
-sendable = qvm.Sync.sendable
-def grown(self):
-  mine = sendable(self)
-  os.truncate({str(project / "big")!r}, 1 << 33)
-  return mine
-qvm.Sync.sendable = grown
-"""
+  action = f"os.truncate({str(project / 'big')!r}, 1 << 33)"
+  code = AFTER.format(name="Sync.sendable", action=action)
   result = works(guest.sync(project, *script("ls"), options=IN, code=code))
   assert result.stdout == "z\n" and is_said(result, "big")
 

@@ -111,7 +111,7 @@ def test_a_clock_that_cannot_be_set_is_said(warm, tmp_path, way):
   (warm.folder / "dates").unlink()
   (warm.folder / "dates").mkdir()  # its date writes there
   if way == "detach":
-    words = [word for word in warm.words("--warm", "-d", "--name", "vm") if word != "--"]
+    words = warm.words("--warm", "-d", "--name", "vm")
     result = works(warm.qvm(*words))
     works(warm.qvm("stop", "vm"))
   else:
@@ -143,7 +143,7 @@ def test_a_folder_goes_there_and_comes_back(warm, tmp_path):
 def test_in_the_background(warm):
   for step in ("made", "used"):
     control(warm)
-    words = [word for word in warm.words("--warm", "-d", "--name", step) if word != "--"]
+    words = warm.words("--warm", "-d", "--name", step)
     started = works(warm.qvm(*words))
     assert started.stdout.startswith(f"{step}\nssh -p ")
     assert works(warm.qvm("ssh", step, "--", "echo up")).stdout == "up\n"
@@ -378,7 +378,7 @@ def test_what_qemu_says_at_a_terminal(warm):
   """Its words do not go to a log then."""
   works(run(warm))
   warm.play(control={"die": "migrate-incoming"})
-  words = [word for word in warm.words("--warm") if word != "--"]
+  words = warm.words("--warm")
   with ended(warm.qvm.start(*words)) as process:
     said = read_until(process.stderr, "create the checkpoint")
   assert "cannot be used: QEMU has ended qemu: it dies at migrate-incoming" in said
@@ -434,7 +434,7 @@ def test_a_shell_that_hangs_does_not_hang_a_warm_start(warm, tmp_path, when, wor
   shell.chmod(0o755)
   warm.play(control={}, shell=str(shell))
   options = ("-d", "--warm", "--boot-timeout", "5", "--name", "vm")
-  result = works(warm.qvm(*[word for word in warm.words(*options) if word != "--"]))
+  result = works(warm.qvm(*warm.words(*options)))
   assert words in result.stderr
   works(warm.qvm("stop", "--force", "vm"))
 

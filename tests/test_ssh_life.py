@@ -343,7 +343,7 @@ def test_a_machine_in_the_background_whose_name_cannot_be_told(guests, way):
   """It runs as asked, so the code is 0, as docker's; stderr says what runs."""
   reading, writing = os.pipe()
   os.close(reading)
-  words = ("run", "-d", "--name", "vm", *guests.words()[-3:-1])
+  words = ("run", "-d", "--name", "vm", *guests.words()[-2:])
   with open("/dev/full", "w") as full:
     more = {"full": {"stdout": full}, "broken": {"stdout": writing}}.get(way, {})
     more = more or {"stdout": None, "preexec_fn": lambda: os.close(1)}
@@ -361,7 +361,7 @@ def test_python_warns_of_nothing(guests, tmp_path):
   guests.qvm.env["PYTHONDEVMODE"] = "1"
   (tmp_path / "p").mkdir()
   said = works(guests.run("true", options=("--sync", str(tmp_path / "p")))).stderr
-  words = guests.words("--name", "vm", rm=False)[:-1]
+  words = guests.words("--name", "vm", rm=False)
   said += works(guests.qvm(words[0], "-d", *words[1:])).stderr
   for words in (("ssh", "vm", "--", "true"), ("logs", "vm"), ("list",), ("stop", "vm")):
     said += works(guests.qvm(*words)).stderr

@@ -38,6 +38,7 @@ BASE = f"base/{IMAGE}"
 PULL = ("pull", "--platform", "x86-64", "freebsd", "15.1")
 DEAD = "http://127.0.0.1:9/nowhere"
 DEADLINE = 240  # seconds until a test gives up; a busy machine may be slow
+SHORT_TIMEOUT = {"QVM_TIMEOUT": "1"}  # until a server is silent; a busy one may take 0.3 s
 
 
 def default_signals():

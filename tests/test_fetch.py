@@ -31,6 +31,7 @@ from support import (
   IMAGE,
   PULL,
   QEMU,
+  SHORT_TIMEOUT,
   TOOLS,
   check_failed,
   fails,
@@ -474,7 +475,7 @@ def test_fault(no_image, server, image, faults, expected):
     places = {key: len(image) - 1 for key in ("cut", "stall") if fault.get(key) == LAST}
     server.fault(IMAGE, **{**fault, **places})
   stalls = any("stall" in fault for fault in faults)
-  result = no_image(*RUN, env={"QVM_TIMEOUT": "0.5"} if stalls else {})
+  result = no_image(*RUN, env=SHORT_TIMEOUT if stalls else {})
   check_outcome(no_image, result, image, expected)
   if result.returncode:
     server.clear_faults()
@@ -494,10 +495,11 @@ FOREVER += [(ASSET, {"cut": "connect", "reset": True})]
 @pytest.mark.parametrize("place, fault", FOREVER, ids=str)
 def test_five_attempts(no_image, server, image, place, fault):
   server.fault(place[0], origin=place[1], times=None, **fault)
-  result = no_image(*PULL, env={"QVM_TIMEOUT": "0.2"} if "stall" in fault else {})
+  result = no_image(*PULL, env=SHORT_TIMEOUT if "stall" in fault else {})
   check_outcome(no_image, result, image, r"http://(127\.0\.0\.1|localhost):.*\(5 attempts\)\n")
   assert server.wait_idle()
-  assert len(server.requests(*place)) == 5
+  seen = len(server.requests(*place))  # on a busy machine the way there may take too long, too
+  assert seen == 5 or ("stall" in fault and 0 < seen < 5)
   again = [line for line in result.stderr.splitlines() if "trying again in" in line]
   name = place[0].rpartition("/")[2]  # else may be slow, too
   assert len([line for line in again if name in line]) == 4, again
@@ -702,7 +704,7 @@ def test_nothing_is_kept_that_cannot_be_resumed(no_image, server, image):
 def test_what_came_before_a_stall_is_kept(no_image, server, image):
   server.fault(IMAGE, stall=100_000)
   server.fault(IMAGE, status=503)
-  check_works(no_image, no_image(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
+  check_works(no_image, no_image(*PULL, env=SHORT_TIMEOUT), image)
   first, second, third = sorted(ranges(server), key=bool)  # a stalled one is noted when it ends
   assert first is None and second and second == third
 
@@ -1009,7 +1011,7 @@ def test_https(no_image, secure, image):
 
 def test_stall_with_https(no_image, secure, image):
   secure.fault(IMAGE, stall=100_000)
-  check_works(no_image, no_image(*PULL, env={"QVM_TIMEOUT": "0.5"}), image)
+  check_works(no_image, no_image(*PULL, env=SHORT_TIMEOUT), image)
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "/nonexistent", ""])

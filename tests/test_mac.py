@@ -5,7 +5,6 @@ kind of Mac, and those that need the stand-in guest, which is Linux's, are left 
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -25,7 +24,7 @@ import ssh_guest
 from darwin_host import APPLE, INTEL, MACHINES, Mac, put_program
 from release_server import ReleaseServer
 from support import DEADLINE, ROOT, Qvm, fails, fill, free_port, tar_of, works
-from support_pythons import MODERN
+from support_pythons import MODERN, VERSION
 
 GUEST = ("freebsd", "15.1")
 X86 = ("--platform", "x86-64", *GUEST)
@@ -379,9 +378,7 @@ def is_the_disk(mac, bundle):
   return subprocess.run([*compare, str(base)], stdout=subprocess.DEVNULL).returncode == 0
 
 
-no_own_zstd = pytest.mark.skipif(
-  bool(importlib.util.find_spec("compression")), reason="this Python knows zstd"
-)
+no_own_zstd = pytest.mark.skipif(VERSION >= (3, 14), reason="this Python knows zstd")
 
 
 def test_m2_a_bundle_with_a_zstd(new_mac, bundled, bundle):

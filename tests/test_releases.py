@@ -14,7 +14,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from release_server import ReleaseServer
-from support import BASE, DEAD, DEADLINE, FREEBSD, ROOT, Qvm, fails, fill, rewrite, sha256, works
+from support import (
+  BASE,
+  DEAD,
+  DEADLINE,
+  FREEBSD,
+  ROOT,
+  SHORT_TIMEOUT,
+  Qvm,
+  fails,
+  fill,
+  rewrite,
+  sha256,
+  works,
+)
 
 import qvm as qvm_source
 
@@ -52,8 +65,8 @@ STATES = {
   "bad token": {"fault": {"status": 401}, "env": {"GH_TOKEN": "sesame"}},
   "error 500": {"fault": {"status": 500}},
   "error 404": {"fault": {"status": 404}},
-  "silent": {"fault": {"stall": "headers"}, "env": {"QVM_TIMEOUT": "0.3"}},
-  "stalls": {"fault": {"stall": 30}, "env": {"QVM_TIMEOUT": "0.3"}},
+  "silent": {"fault": {"stall": "headers"}, "env": SHORT_TIMEOUT},
+  "stalls": {"fault": {"stall": 30}, "env": SHORT_TIMEOUT},
   "cut": {"fault": {"cut": 30}},
   "hangs up": {"fault": {"cut": "connect"}},
   "gzip": {"fault": {"gzip": True}},

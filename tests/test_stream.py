@@ -27,6 +27,7 @@ from support import (
   PULL,
   PYTHON,
   ROOT,
+  SHORT_TIMEOUT,
   Qvm,
   end_processes,
   fill,
@@ -669,7 +670,7 @@ def test_faults_of_the_line(streamer, server, tmp_path, disk, packed, faults):
   for fault in faults:
     server.fault(IMAGE, **fault)
   play(streamer, ["convert", str(tmp_path / "seen")])
-  works(streamer(*STREAM, env={"QVM_TIMEOUT": "0.5"}))
+  works(streamer(*STREAM, env=SHORT_TIMEOUT))
   assert (tmp_path / "seen").read_bytes()[:SIZE] == disk
   settled(streamer)
   play(streamer)

@@ -9004,6 +9004,12 @@ class Machine:
     return EMULATED_BOOT_SECONDS if self.facts.emulated else BOOT_SECONDS
 
   @property
+  def more_time(self) -> str:
+    """What to do about a guest that has not booted in time."""
+    slow = "; KVM or HVF may itself be emulated here: --accel tcg can be faster"
+    return "--boot-timeout allows more time" + slow * (not self.facts.emulated)
+
+  @property
   def console(self) -> str:
     """The file for the console of a machine in the background."""
     return self.options.console_log or self.paths.console
@@ -9273,7 +9279,7 @@ class Machine:
       say(f"{self.plan.name} is booting; its console goes to {self.console}")
     if not self.wait_for_ssh():
       problem = f"ssh has not answered within {self.patience:g} s; ending the machine"
-      raise self.explained(QvmError(problem, "--boot-timeout allows more time"))
+      raise self.explained(QvmError(problem, self.more_time))
     report.phase("running")
     login, failure = self.login, None
     try:
@@ -9668,7 +9674,7 @@ class Checkpoint:
     if not machine.wait_for_ssh():
       raise BootError(
         f"ssh has not answered within {machine.patience:g} s; no checkpoint is created",
-        "--boot-timeout allows more time; without --warm qvm does not wait for ssh",
+        f"{machine.more_time}; without --warm qvm does not wait for ssh",
       )
     if find_program("ssh"):
       answered = wait_up_to(machine.login, machine.patience)
@@ -9928,7 +9934,7 @@ class SetUp:
     if not machine.wait_for_ssh():
       raise QvmError(
         f"ssh has not answered within {machine.patience:g} s; no layer is made",
-        "--boot-timeout allows more time",
+        machine.more_time,
       )
     self.run(machine, machine.log_in(), done)
 

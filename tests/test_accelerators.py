@@ -339,6 +339,24 @@ def test_an_emulated_guest_has_more_time(given, emulated, seconds):
   assert qvm_source.Machine.patience.fget(machine) == seconds
 
 
+KVM_IS_THERE = """
+real, uname = os.access, os.uname()
+os.access = lambda path, mode, **more: path == "/dev/kvm" or real(path, mode, **more)
+os.uname = lambda: os.uname_result((*uname[:4], "x86_64"))
+"""
+
+
+@pytest.mark.parametrize("accel, told", [("kvm:tcg", True), ("tcg", False)])
+@pytest.mark.parametrize("options", [(), ("--warm",), ("--install", "git")], ids=str)
+def test_a_kvm_that_is_slow_is_named(picky, accel, told, options):
+  """A KVM that is emulated itself starts each QEMU, but no guest boots with it in time."""
+  picky.fails(good=True, hangs=9)
+  words = ("run", "--rm", "--accel", accel, "--boot-timeout", "0", *options, *GUEST, "--", "true")
+  failed = picky.qvm(*words, code=KVM_IS_THERE)
+  assert failed.returncode == 125 and "--boot-timeout allows more time" in failed.stderr
+  assert ("--accel tcg can be faster" in failed.stderr) == told
+
+
 @pytest.mark.parametrize("terminal, shown", [(False, [30, 60, 95]), (True, [1, 2, 3])])
 def test_a_wait_is_shown(monkeypatch, terminal, shown):
   """At a terminal each second, elsewhere each half minute, whenever it is asked."""

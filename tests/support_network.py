@@ -5,7 +5,6 @@ import http.client
 import http.server
 import os
 import select
-import shutil
 import socket
 import ssl
 import subprocess
@@ -88,7 +87,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     if self.server.status:
       return self.send_error(self.server.status)
     parts = urllib.parse.urlsplit(self.path)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=10)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=DEADLINE)
     headers = {k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")}
     connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
     answer = connection.getresponse()
@@ -96,7 +95,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     for name, value in answer.getheaders():
       self.send_header(name, value)
     self.end_headers()
-    shutil.copyfileobj(answer, self.wfile)
+    for data in iter(lambda: answer.read1(1 << 16), b""):  # as it comes
+      self.wfile.write(data)
     connection.close()
 
   def do_CONNECT(self):
@@ -104,7 +104,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     if self.server.status:
       return self.send_error(self.server.status)
     host, port = self.path.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as far:
+    with socket.create_connection((host, int(port)), timeout=DEADLINE) as far:
       self.send_response_only(200)
       self.end_headers()
       other = {self.connection: far, far: self.connection}

@@ -221,7 +221,7 @@ def test_a_folder_of_roots_will_do(full):
   """Root can change everything anyway; a folder in an image of a container may be its own."""
   with tempfile.TemporaryDirectory() as home:  # pytest's own folders let nobody else in
     shutil.copytree(full.home, home, dirs_exist_ok=True, symlinks=True)
-    theirs = Qvm(home, ROOT / "qvm.py")
+    theirs = Qvm(home, shutil.copy(ROOT / "qvm.py", home))  # ROOT may be a folder of root's, too
     (theirs.cache / "qemu/x86_64/bin/qemu-system-x86_64").write_text("#!/bin/sh\n")
     for folder, folders, names in os.walk(home):
       for path in (os.path.join(folder, name) for name in (".", *folders, *names)):

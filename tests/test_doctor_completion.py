@@ -737,8 +737,11 @@ def complete(tmp_path):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_shell_completes(stocked, complete, shell):
-  answers = complete(stocked, shell, [line for line, _ in LINES])
+def test_a_shell_completes(stocked, complete, tmp_path, shell):
+  """In an empty folder: fish 4 also offers files that have the word within their names."""
+  (tmp_path / "empty").mkdir()
+  lines = [line for line, _ in LINES]
+  answers = complete(stocked, shell, lines, cwd=str(tmp_path / "empty"))
   assert len(answers) == len(LINES)
   for (line, wanted), answer in zip(LINES, answers):
     words = [word.partition("\t")[0] for word in answer]

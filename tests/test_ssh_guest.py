@@ -149,9 +149,9 @@ def test_the_other_user(guests):
 
 def test_terminal(guests):
   guest = guests().start()
-  code, out, _ = guest("tty; exit 3", options=("-tt",))
+  code, out, _ = guest("tty; echo end; exit 3", options=("-tt",))
   assert code == 3
-  assert out.startswith("/dev/pts/") and out.endswith("\r\n")
+  assert out.startswith("/dev/pts/") and out.endswith("end\r\n")
 
 
 @pytest.mark.parametrize("shell", SHELLS)

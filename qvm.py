@@ -3577,7 +3577,8 @@ class Download:
     restart = lead and not (self.streamed and self.accepted)
     try:
       start, end = span.position, span.end  # which others may cut meanwhile
-      opened = self.connections.open(self.range_headers(start, end), end - start)
+      headers = {} if restart and not self.file.done else self.range_headers(start, end)
+      opened = self.connections.open(headers, end - start)
       try:
         span = self.accept(opened[0], span, restart)
         self.copy_body(opened[0], span, lead)
@@ -3599,7 +3600,7 @@ class Download:
 
   def range_headers(self, start: int, end: int) -> Dict[str, str]:
     """What asks for a range, if it can be had of the same object; else for all of it."""
-    if not self.file.done or not self.file.note.validator or end == UNKNOWN:
+    if not self.file.note.validator or end == UNKNOWN:
       return {}
     last = "" if end == self.file.total else end - 1
     return {"Range": f"bytes={start}-{last}", "If-Range": self.file.note.validator}

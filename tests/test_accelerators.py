@@ -299,11 +299,12 @@ def test_a_qemu_once_for_all(picky, tmp_path):
   works(picky.qvm("list", env={"QVM_QEMU_X86_64": "/no/qemu"}))
 
 
-ARM64_HOST = """
+# The host has KVM, or not, and that CPU.
+HOST = """
 kvm = {kvm}
 real, uname = os.access, os.uname()
 os.access = lambda path, mode, **more: kvm if path == "/dev/kvm" else real(path, mode, **more)
-os.uname = lambda: os.uname_result((uname[0], uname[1], uname[2], uname[3], "aarch64"))
+os.uname = lambda: os.uname_result((uname[0], uname[1], uname[2], uname[3], "{machine}"))
 """
 
 
@@ -317,7 +318,7 @@ os.uname = lambda: os.uname_result((uname[0], uname[1], uname[2], uname[3], "aar
   (("--platform", "x86-64", "freebsd", "15.1"), True, (), "max"),
 ])  # fmt: skip
 def test_on_arm64_kvm_runs_the_hosts_own_cpu_only(offline, guest, kvm, accel, cpu):
-  code = ARM64_HOST.format(kvm=kvm)
+  code = HOST.format(kvm=kvm, machine="aarch64")
   words = ["run", "--dry-run", "--qemu", sys.executable, *accel, *guest]
   run = offline(*words, code=code)
   assert run.returncode == 0, run.stderr
@@ -339,20 +340,13 @@ def test_an_emulated_guest_has_more_time(given, emulated, seconds):
   assert qvm_source.Machine.patience.fget(machine) == seconds
 
 
-KVM_IS_THERE = """
-real, uname = os.access, os.uname()
-os.access = lambda path, mode, **more: path == "/dev/kvm" or real(path, mode, **more)
-os.uname = lambda: os.uname_result((*uname[:4], "x86_64"))
-"""
-
-
 @pytest.mark.parametrize("accel, told", [("kvm:tcg", True), ("tcg", False)])
 @pytest.mark.parametrize("options", [(), ("--warm",), ("--install", "git")], ids=str)
 def test_a_kvm_that_is_slow_is_named(picky, accel, told, options):
   """A KVM that is emulated itself starts each QEMU, but no guest boots with it in time."""
   picky.fails(good=True, hangs=9)
   words = ("run", "--rm", "--accel", accel, "--boot-timeout", "0", *options, *GUEST, "--", "true")
-  failed = picky.qvm(*words, code=KVM_IS_THERE)
+  failed = picky.qvm(*words, code=HOST.format(kvm=True, machine="x86_64"))
   assert failed.returncode == 125 and "--boot-timeout allows more time" in failed.stderr
   assert ("--accel tcg can be faster" in failed.stderr) == told
 

@@ -32,6 +32,7 @@ from support_machines import Guests, make_real_cache, ssh_guest_as_qemu
 from support_network import Proxy, served
 from support_pythons import VERSION
 from support_terminal import Terminal
+from support_zygote import Zygote
 
 default_signals()
 
@@ -78,11 +79,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
-  """Let the tests run a qvm.py that need not be compiled at each start."""
+  """Let the tests run a qvm.py that need not be compiled, and loaded by a new Python, each time."""
   path = tmp_path_factory.mktemp("compiled") / "qvm.pyc"
   code = "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
   subprocess.run([PYTHON, "-c", code, str(ROOT / "qvm.py"), str(path)], check=True)
   Qvm.compiled = path
+  with contextlib.ExitStack() as stack:
+    if sys.platform == "linux":
+      Qvm.zygote = stack.enter_context(contextlib.closing(Zygote(PYTHON, path)))
+    yield
 
 
 @pytest.fixture(scope="session")

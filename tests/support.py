@@ -23,6 +23,8 @@ import tarfile
 import time
 from pathlib import Path
 
+from support_zygote import Forked
+
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
   sys.path.append(str(ROOT))  # where bench.py and torture.py find qvm.py, too
@@ -415,8 +417,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Qvm:
   """Runs the program in a home of its own, against a release server."""
 
-  # To compile qvm.py takes longer than all that most runs do; conftest has it done once for all.
-  compiled = None
+  # To compile qvm.py, and to start a Python, takes longer than all that most runs do; conftest has
+  # both done once for all.
+  compiled = zygote = None
 
   def __init__(self, home, program, server=None):
     self.home, self.program = Path(home), Path(program)
@@ -429,13 +432,16 @@ class Qvm:
     if server:
       self.env.update(QVM_RELEASES_URL=server.url, QVM_API_URL=server.api_url)
 
+  def loaded(self, python):
+    """Whether it is the program that this Python need not compile."""
+    return self.compiled and python == PYTHON and self.program == ROOT / "qvm.py"
+
   def command(self, *words, python=PYTHON, code=None):
     """The words that start qvm: for this Python qvm.py as it has compiled it before.
 
     code, if given, changes it first: it is run once qvm is loaded, but not begun.
     """
-    compiled = self.compiled and python == PYTHON and self.program == ROOT / "qvm.py"
-    program = self.compiled if compiled else self.program
+    program = self.compiled if self.loaded(python) else self.program
     if code is None:
       return [python, str(program), *words]
     code = f"import os, sys\nsys.path.insert(0, {str(program.parent)!r})\nimport qvm\n{code}"
@@ -445,36 +451,32 @@ class Qvm:
     """Say what the stand-in for QEMU does in the next runs."""
     self.env["STAND_IN"] = json.dumps(play)
 
-  def __call__(self, *words, env=None, python=PYTHON, code=None, timeout=DEADLINE, **more):
+  def __call__(self, *words, timeout=DEADLINE, input=None, **more):
     """Run to the end; stdout and stderr are text."""
-    more = {
-      "stdin": subprocess.DEVNULL,
-      "stdout": subprocess.PIPE,
-      "stderr": subprocess.PIPE,
-      **more,
-    }
-    return subprocess.run(
-      self.command(*words, python=python, code=code),
-      env={**self.env, **(env or {})},
-      text=True,
-      timeout=timeout,
-      **more,
-    )
+    if input is not None:
+      more["stdin"] = subprocess.PIPE
+    with self.start(*words, **more) as process:
+      try:
+        output, errors = process.communicate(input, timeout=timeout)
+      except BaseException:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
   def start(self, *words, env=None, python=PYTHON, code=None, **more):
     """Start it and go on."""
+    command = self.command(*words, python=python, code=code)
     more = {
       "stdin": subprocess.DEVNULL,
       "stdout": subprocess.PIPE,
       "stderr": subprocess.PIPE,
+      "env": {**self.env, **(env or {})},
+      "text": True,
       **more,
     }
-    return subprocess.Popen(
-      self.command(*words, python=python, code=code),
-      env={**self.env, **(env or {})},
-      text=True,
-      **more,
-    )
+    if self.zygote and self.loaded(python):
+      return Forked(self.zygote, command, **more)
+    return subprocess.Popen(command, **more)
 
   def files(self):
     """The paths of all files below the cache, relative to it; QEMU's tree under its link only."""

@@ -106,7 +106,7 @@ def test_output_that_finds_no_room(guests, tmp_path, sync):
 
 
 def test_the_end_of_stdin_is_seen(guests):
-  assert guests.run("cat; echo end", input="text\n", stdin=None).stdout == "text\nend\n"
+  assert guests.run("cat; echo end", input="text\n").stdout == "text\nend\n"
 
 
 SHELLS = ("/bin/sh", "/bin/bash", "/bin/csh", "/usr/bin/fish", "/bin/zsh")
@@ -602,9 +602,9 @@ def test_ssh_into_a_running_instance(guests):
   assert (result.returncode, result.stdout, result.stderr) == (6, "a  b\n", "")
   result = guests.qvm("ssh", "-e", "A=b", "vm", "--", "echo $A")
   assert (result.returncode, result.stdout) == (0, "b\n")
-  result = guests.qvm("ssh", "vm", input="echo typed; exit 3\n", stdin=None)
+  result = guests.qvm("ssh", "vm", input="echo typed; exit 3\n")
   assert (result.returncode, result.stdout) == (3, "typed\n")
-  result = guests.qvm("ssh", "-e", "A=b", "vm", input="echo $A; exit 3\n", stdin=None)
+  result = guests.qvm("ssh", "-e", "A=b", "vm", input="echo $A; exit 3\n")
   assert (result.returncode, result.stdout) == (3, "b\n")
   works(guests.qvm("stop", "vm"))
 

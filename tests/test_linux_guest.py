@@ -83,7 +83,6 @@ def test_a_command_in_a_machine_that_is_thrown_away(linux, tmp_path, os_name, ar
   result = linux(
     *run(os_name, arch, *words, options=("--rm", "--sync", str(folder), "--sync-delete")),
     input="typed\n",
-    stdin=None,
   )
   assert result.returncode == 42, result.stderr
   user = "user" if os_name == "haiku" else "runner"

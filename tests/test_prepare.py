@@ -177,7 +177,7 @@ def test_a_script_has_no_input_and_stops_at_the_first_failure(prepare):
   one = script(
     prepare, f"cat >>{prepare.log}; echo end >>{prepare.log}; false; echo never >>{prepare.log}\n"
   )
-  result = prepare.run("true", options=with_scripts(one), input="typed\n", stdin=None)
+  result = prepare.run("true", options=with_scripts(one), input="typed\n")
   assert result.returncode == 125 and ran(prepare) == ["end"] and no_layer(prepare)
 
 

@@ -199,7 +199,7 @@ def test_255_is_the_commands(guests):
   for command in ("exit 255", "echo 'Connection to x closed by remote host.' >&2; exit 255"):
     result = guests.qvm("ssh", "vm", "--", command)
     assert result.returncode == 255 and "qvm:" not in result.stderr
-  result = guests.qvm("ssh", "vm", input="exit 255\n", stdin=None)
+  result = guests.qvm("ssh", "vm", input="exit 255\n")
   assert (result.returncode, result.stderr) == (255, "")
   works(guests.qvm("stop", "vm"))
 

@@ -285,7 +285,7 @@ def test_a_command_that_changes_at_once(guests, tmp_path):
 def test_an_interactive_shell_in_the_folder(guests, project):
   guests.up()
   words = ("ssh", "vm", "--sync", str(project))
-  result = works(guests.qvm(*words, input="pwd; echo x >typed\n", stdin=None))
+  result = works(guests.qvm(*words, input="pwd; echo x >typed\n"))
   assert result.stdout == f"{there(guests, project)}\n"
   assert (project / "typed").read_text() == "x\n"
 

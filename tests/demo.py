@@ -21,7 +21,7 @@ from release_server import ReleaseServer
 from support import ROOT, Qvm, default_signals, end_processes, tar_of
 
 PACKAGES = ROOT / ".venv" / "linux"
-GUESTS = ("freebsd", "netbsd", "haiku")  # whose images start with a BIOS
+GUESTS = ("freebsd", "netbsd", "omnios")  # whose images start with a BIOS, and have virtio
 SMALL = "-m 512M"
 LINES = (
   "pull freebsd",

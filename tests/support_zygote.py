@@ -1,8 +1,9 @@
 """qvm as a forked child of a process that has loaded it, which takes half the work of a new Python.
 
-The child has a command line, environment, folder, streams and descriptors of its own, and
-whoever starts it is its parent and has subprocess's usual handle. Where a child would differ from a
-new Python's process, a new Python it is.
+The child has words, an environment, a folder, streams and descriptors of its own, and whoever
+starts it is its parent and has subprocess's usual handle. Only /proc shows the words and the
+environment of the process that it was forked from; what it starts shows its own. Where a child
+would differ from a new Python's process, a new Python it is.
 """
 
 import array

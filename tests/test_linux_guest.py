@@ -28,6 +28,7 @@ IMAGES = {
   ("netbsd", "x86-64"): ("v1.0.0", "bios", "open"),
   ("haiku", "x86-64"): ("v1.0.0", "bios", "open"),
 }
+E1000 = ("openbsd", "x86-64"), ("haiku", "x86-64")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,10 @@ def server(archives, tmp_path_factory):
   folder = tmp_path_factory.mktemp("linux")
   releases = {}
   for (os_name, arch), (tag, firmware, login) in IMAGES.items():
-    path = folder / f"{arch}-{firmware}-{login}.qcow2"
+    kernel = "e1000" if (os_name, arch) in E1000 else "cloud"
+    path = folder / f"{arch}-{firmware}-{login}-{kernel}.qcow2"
     if not path.exists():
-      linux_guest.disk(str(PACKAGES), arch, firmware, login, str(path))
+      linux_guest.disk(str(PACKAGES), arch, firmware, login, str(path), kernel)
     releases.setdefault((os_name, tag), {})[f"{os_name}-1-{arch}.qcow2"] = path
   with ReleaseServer() as server:
     server.add_release("resources", "v2.0.0", archives)

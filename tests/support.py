@@ -276,10 +276,22 @@ def processes_of(path, environment=False):
 
 
 def end_processes(path, environment=False):
-  """Kill what a failed test has left."""
-  for pid in processes_of(path, environment):
+  """Kill them, wait until they are gone, and see to what they have started meanwhile."""
+  found = processes_of(path, environment)
+  for pid in found:
     with contextlib.suppress(ProcessLookupError):
       os.kill(pid, signal.SIGKILL)
+  if found:
+    wait_for(lambda: all(map(gone, found)))
+    end_processes(path, environment)
+
+
+def gone(pid):
+  """Whether a process has ended, and with it its locks: its words go before those do."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return ended and len(os.listdir(f"/proc/{pid}/task")) == 1
+  return True
 
 
 def alive(pid):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from support import (
@@ -19,9 +18,11 @@ from support import (
   end_processes,
   free_port,
   furnish,
+  gone,
   parent_of,
   processes_of,
   qemu_pid,
+  wait_for,
   works,
 )
 
@@ -491,16 +492,9 @@ def test_detach_and_rm(machines):
   names = instances(machines)
   assert "vm.qcow2" in names
   os.kill(pid, signal.SIGUSR1)
-  wait_gone(machines, pid)
+  wait_for(lambda: gone(pid))
   machines.qvm("list")
   assert instances(machines) == []
-
-
-def wait_gone(machines, pid):
-  deadline = time.monotonic() + DEADLINE
-  while pid in machines.running():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
 
 
 @pytest.mark.parametrize("command", [("stop", "vm"), ("rm", "--force", "vm"), ("list",)])
@@ -509,7 +503,7 @@ def test_detach_and_rm_with_the_next_command(machines, command):
   machines.ssh(press="vm")
   if command == ("list",):
     os.kill(pid, signal.SIGKILL)
-    wait_gone(machines, pid)
+    wait_for(lambda: gone(pid))
   result = machines.qvm(*command)
   assert result.returncode == 0, result.stderr
   assert instances(machines) == []
@@ -814,7 +808,7 @@ def test_a_lock_that_nobody_holds(machines, text):
   """After a reboot: the file is there, and its process may be anybody's by now."""
   pid = machines.up()
   os.kill(pid, signal.SIGKILL)
-  wait_gone(machines, pid)
+  wait_for(lambda: gone(pid))
   lock = machines.qvm.cache / "instances" / "vm.lock"
   lock.write_bytes(text.format(me=os.getpid()).encode("latin-1"))
   assert machines.states() == {"vm": "stopped"}

@@ -14,6 +14,7 @@ from support import (
   BASE,
   DEADLINE,
   FREEBSD,
+  end_processes,
   fails,
   free_port,
   heard,
@@ -327,8 +328,7 @@ def kill_all(prepare, process):
   """Kill qvm, then the QEMU that it leaves."""
   process.kill()
   process.communicate()
-  for pid in processes_of(prepare.qvm.cache):
-    os.kill(pid, signal.SIGKILL)
+  end_processes(prepare.qvm.cache)
 
 
 @pytest.mark.parametrize("point", ["booting", "running", "powering off"])

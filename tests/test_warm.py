@@ -13,6 +13,7 @@ import pytest
 from support import (
   DEADLINE,
   FREEBSD,
+  end_processes,
   ended,
   fails,
   heard,
@@ -489,8 +490,7 @@ def test_kill_9_while_saving_and_restoring(warm, order):
   await_order(warm, order)
   process.kill()
   process.communicate()
-  for pid in processes_of(warm.qvm.cache):  # the orphaned QEMU, which `qvm stop` would end too
-    os.kill(pid, signal.SIGKILL)
+  end_processes(warm.qvm.cache)  # the orphaned QEMU, which `qvm stop` would end too
   control(warm)
   result = works(run(warm, "echo fine"))
   assert result.stdout == "fine\n" and frozen(warm) == WHOLE and warm.nothing_left()

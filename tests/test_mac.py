@@ -23,7 +23,7 @@ import pytest
 import ssh_guest
 from darwin_host import APPLE, INTEL, MACHINES, Mac, put_program
 from release_server import ReleaseServer
-from support import DEADLINE, ROOT, Qvm, fails, fill, free_port, tar_of, works
+from support import DEADLINE, ROOT, Qvm, fails, fill, free_port, tar_of, wait_for, works
 from support_pythons import MODERN, VERSION
 
 GUEST = ("freebsd", "15.1")
@@ -783,6 +783,7 @@ def test_m14_the_mac_stays_awake_for_as_long_as_qemu_runs(mac_of, detached):
     works(mac("stop", "vm"))
   else:
     works(mac("run", "--rm", *port(), *X86, "--", "true"))
+  wait_for(lambda: mac.calls("caffeinate"))  # for which nobody waits
   [[_, *words]] = mac.calls("caffeinate")
   pid = mac.calls("qemu")[0][4]
   assert "-i" in words and words[words.index("-w") + 1] == pid

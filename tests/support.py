@@ -263,8 +263,15 @@ def wait_for(condition):
 # --- Processes ------------------------------------------------------------------------------------
 
 
+PF_EXITING = 0x4  # proc(5) has the flags in a process's stat, Linux's sched.h what they mean
+kernel_threads = set()  # which have no words, and need not be looked at again
+
+
 def processes_of(path, environment=False):
-  """The processes with a path on their command line, or in their environment: {pid: words}."""
+  """The processes with a path on their command line, or in their environment: {pid: words}.
+
+  One that ends has no words any more while it still has its locks: that is waited for.
+  """
   found = {}
   for folder in Path("/proc").glob("[0-9]*"):
     with contextlib.suppress(OSError):
@@ -272,11 +279,25 @@ def processes_of(path, environment=False):
       told = (folder / "environ").read_bytes() if environment else b""
       if os.fsencode(path) in words + told:
         found[int(folder.name)] = words.decode("utf-8", "replace")
+      if not words and folder.name not in kernel_threads:
+        wait_for(lambda folder=folder: not ends(folder))
   return found
 
 
+def ends(folder):
+  """Whether a process, of which this is the folder in /proc, is about to end, but has not yet."""
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    state, parent, *_, flags = (folder / "stat").read_text().rpartition(")")[2].split()[:7]
+    if parent == "2":
+      kernel_threads.add(folder.name)
+    elif state in "ZX":
+      return len(list((folder / "task").iterdir())) > 1
+    return bool(int(flags) & PF_EXITING)
+  return False
+
+
 def end_processes(path, environment=False):
-  """Kill them, wait until they are gone, and see to what they have started meanwhile."""
+  """Kill them, and what they have started meanwhile, and wait until they are gone."""
   found = processes_of(path, environment)
   for pid in found:
     with contextlib.suppress(ProcessLookupError):
@@ -287,11 +308,9 @@ def end_processes(path, environment=False):
 
 
 def gone(pid):
-  """Whether a process has ended, and with it its locks: its words go before those do."""
-  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-    ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    return ended and len(os.listdir(f"/proc/{pid}/task")) == 1
-  return True
+  """Whether a process has ended, and with it its locks."""
+  folder = Path(f"/proc/{pid}")
+  return not alive(pid) and not ends(folder)
 
 
 def alive(pid):

@@ -809,6 +809,7 @@ class Origin(socketserver.ThreadingMixIn, socketserver.TCPServer):
     thread = threading.Thread(target=self.serve, args=arguments, name=name, daemon=True)
     with self.owner.lock:
       self.owner.connections[thread] = request
+      self.owner.lock.notify_all()
     thread.start()
 
   def serve(self, request: Any, client_address: Any) -> None:
@@ -818,6 +819,7 @@ class Origin(socketserver.ThreadingMixIn, socketserver.TCPServer):
     finally:
       with self.owner.lock:
         del self.owner.connections[threading.current_thread()]
+        self.owner.lock.notify_all()
 
   def handle_error(self, request: Any, client_address: Any) -> None:
     """Say nothing about broken connections; anything else is a bug of this file."""
@@ -1036,6 +1038,25 @@ class ReleaseServer:
     """Wait until each request begun is in the log: those of killed clients come a little later."""
     with self.lock:
       return self.lock.wait_for(lambda: not self._active, timeout)
+
+  def wait_closed(self, timeout: float = 5) -> bool:
+    """Wait until all connections are over: those of killed clients, also the ones not yet accepted.
+
+    Connections are accepted in their order: before one of our own come all earlier ones.
+    """
+    with contextlib.ExitStack() as stack, self.lock:
+      for origin in self._origins:
+        last = stack.enter_context(socket.create_connection(("127.0.0.1", origin.port)))
+        if not self.lock.wait_for(functools.partial(self._is_accepted, last), timeout):
+          return False
+      stack.close()
+      return self.lock.wait_for(lambda: not self.connections, timeout)
+
+  def _is_accepted(self, client: socket.socket) -> bool:
+    """Whether the other end of this connection is there."""
+    with contextlib.suppress(OSError):
+      return client.getsockname() in [each.getpeername() for each in self.connections.values()]
+    return False
 
   def clear_log(self) -> None:
     """Forget the requests so far."""

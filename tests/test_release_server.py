@@ -336,6 +336,18 @@ def test_log_has_what_the_client_has(server: ReleaseServer) -> None:
     assert len(server.log) == count + 2
 
 
+def test_client_that_leaves_before_it_is_accepted(server: ReleaseServer) -> None:
+  url = urlsplit(signed(server))
+  server.clear_log()
+  with server.lock:  # nothing is accepted meanwhile
+    for _ in range(5):
+      with socket.create_connection((str(url.hostname), url.port or 0)) as client:
+        client.sendall(f"HEAD {url.path}?{url.query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert server.wait_idle(0)
+  assert server.wait_closed()
+  assert len(server.log) == 5
+
+
 def test_client_that_leaves(server: ReleaseServer, capfd: pytest.CaptureFixture[str]) -> None:
   server.rate = 100_000
   url = urlsplit(signed(server))

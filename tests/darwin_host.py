@@ -3,17 +3,14 @@
 What Python sees there is tests/darwin/sitecustomize.py's; the kinds of machine are named there.
 """
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import sys
 import textwrap
 from pathlib import Path
 
 import ssh_guest
-from support import ROOT, Qvm, tar_of
+from support import ROOT, Qvm, processes_of, tar_of
 
 DARWIN = Path(__file__).resolve().parent / "darwin"
 INTEL, APPLE = "x86_64", "arm64"
@@ -333,22 +330,9 @@ class Mac(Qvm):
     """Let QEMU boot a guest with a real sshd, which behaves so; its files are in self.guest."""
     self.env["SSH_GUEST"] = json.dumps({"folder": str(self.guest), **play})
 
-  def end_processes(self):
-    """Kill what is left over that has the folder of this Mac on its command line."""
-    for pid in self.processes():
-      with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
   def processes(self):
     """What runs with the home on its command line: QEMU, and what serves it."""
-    found = []
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
-      with contextlib.suppress(OSError):
-        if (
-          entry.isdigit() and os.fsencode(self.home) in Path("/proc", entry, "cmdline").read_bytes()
-        ):
-          found.append(int(entry))
-    return found
+    return list(processes_of(self.home))
 
   def own_qemu(self, arch, cpu):
     """A QEMU as Homebrew's, built for that CPU; on PATH from now on, as is its qemu-img."""

@@ -13,7 +13,7 @@ import pytest
 import real_qemu
 import ssh_guest
 from darwin_host import put_program
-from support import forget_sizes, free_port, processes_of, works
+from support import end_processes, forget_sizes, free_port, processes_of, works
 
 FREEBSD_GUEST = ("freebsd", "15.1")
 OPENBSD_GUEST = ("openbsd", "7.9")
@@ -154,6 +154,12 @@ class Guests:
 
   def start(self, *command, options=(), **more):
     return self.qvm.start(*self.words(*options, command=command), **more)
+
+  def kill(self, process):
+    """Kill qvm, then the QEMU that it leaves."""
+    process.kill()
+    process.communicate()
+    end_processes(self.qvm.cache)
 
   def up(self, name="vm", *words, guest=FREEBSD_GUEST):
     """Start a guest in the background."""

@@ -3,7 +3,6 @@
 Every case is a clear error before anything is downloaded or booted, or it works.
 """
 
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -11,7 +10,6 @@ import os
 import pty
 import re
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -24,7 +22,16 @@ import pytest
 import ssh_guest
 from darwin_host import DARWIN, Mac, put_program, qemu_text
 from release_server import ReleaseServer
-from support import DEADLINE, PYTHON, fill, free_port, obey_modes, works
+from support import (
+  DEADLINE,
+  PYTHON,
+  end_processes,
+  fill,
+  free_port,
+  obey_modes,
+  processes_of,
+  works,
+)
 from support_pythons import MODERN, since
 
 GUEST = ("--platform", "x86-64", "freebsd", "15.1")
@@ -368,23 +375,7 @@ def qemu_plays(qvm, **play):
 def machine(full, tmp_path):
   qvm = machine_of(full, tmp_path)
   yield qvm
-  kill_all(qvm.home)
-
-
-def kill_all(home):
-  for pid in ours(home):
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, signal.SIGKILL)
-
-
-def ours(home):
-  """The processes whose home is that one."""
-  found = []
-  for entry in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-    with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
-      if os.fsencode(f"HOME={home}") in file.read().split(b"\0"):
-        found.append(int(entry))
-  return found
+  end_processes(f"HOME={qvm.home}", environment=True)
 
 
 def state_of(pid):
@@ -427,14 +418,15 @@ def in_the_background(qvm, *words, typed=b""):
     if typed:
       os.write(outside, typed)
     while process.poll() is None:
-      stopped = [pid for pid in ours(qvm.home) if state_of(pid) == "T"]
+      ours = processes_of(f"HOME={qvm.home}", environment=True)
+      stopped = [pid for pid in ours if state_of(pid) == "T"]
       assert not stopped, (stopped, shown)
       assert time.monotonic() < deadline, shown
       shown += read_all(outside)
       time.sleep(0.02)
     return process.returncode, (shown + read_all(outside)).decode()
   finally:
-    kill_all(qvm.home)
+    end_processes(f"HOME={qvm.home}", environment=True)
     process.wait()
     os.close(outside)
 

@@ -23,7 +23,18 @@ import pytest
 import ssh_guest
 from darwin_host import APPLE, INTEL, MACHINES, Mac, put_program
 from release_server import ReleaseServer
-from support import DEADLINE, ROOT, Qvm, fails, fill, free_port, tar_of, wait_for, works
+from support import (
+  DEADLINE,
+  ROOT,
+  Qvm,
+  end_processes,
+  fails,
+  fill,
+  free_port,
+  tar_of,
+  wait_for,
+  works,
+)
 from support_pythons import MODERN, VERSION
 
 GUEST = ("freebsd", "15.1")
@@ -86,7 +97,7 @@ def new_mac(tmp_path, server):
 
   yield make
   for mac in made:
-    mac.end_processes()
+    end_processes(mac.home)
 
 
 @pytest.fixture

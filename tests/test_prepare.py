@@ -14,7 +14,6 @@ from support import (
   BASE,
   DEADLINE,
   FREEBSD,
-  end_processes,
   fails,
   free_port,
   heard,
@@ -324,13 +323,6 @@ def test_a_signal_while_it_is_set_up(prepare, number, code):
   assert process.returncode == code and no_layer(prepare)
 
 
-def kill_all(prepare, process):
-  """Kill qvm, then the QEMU that it leaves."""
-  process.kill()
-  process.communicate()
-  end_processes(prepare.qvm.cache)
-
-
 @pytest.mark.parametrize("point", ["booting", "running", "powering off"])
 def test_kill_9(prepare, point, fifo, tmp_path):
   one = waiting(prepare)
@@ -343,7 +335,7 @@ def test_kill_9(prepare, point, fifo, tmp_path):
     one = script(prepare, stuck)
   process = prepare.start("true", options=with_scripts(one))
   heard(fifo, process) if point == "booting" else until_it_runs(prepare, process)
-  kill_all(prepare, process)
+  prepare.kill(process)
   assert layer_names(prepare) == []
   works(prepare.qvm("list"))
   for path in (tmp_path / "tmp").glob("qvm-ssh-*.log"):
@@ -873,7 +865,7 @@ def test_kill_9_while_the_checkpoint_is_made(warm, order):
   while not warm.note.exists() or order not in warm.note.read_text().split():
     assert time.monotonic() < patience
     time.sleep(0.01)
-  kill_all(warm, process)
+  warm.kill(process)
   warm.control()
   works(warm.run("true", options=options))
   assert ran(warm) == ["setup.sh"] * 2 and len(layer_names(warm)) == 2 and warm.nothing_left()

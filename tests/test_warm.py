@@ -13,7 +13,6 @@ import pytest
 from support import (
   DEADLINE,
   FREEBSD,
-  end_processes,
   ended,
   fails,
   heard,
@@ -488,9 +487,7 @@ def test_kill_9_while_saving_and_restoring(warm, order):
   control(warm, hang=order)
   process = warm.start("true", options=("--warm",))
   await_order(warm, order)
-  process.kill()
-  process.communicate()
-  end_processes(warm.qvm.cache)  # the orphaned QEMU, which `qvm stop` would end too
+  warm.kill(process)  # `qvm stop` would end the orphaned QEMU, too
   control(warm)
   result = works(run(warm, "echo fine"))
   assert result.stdout == "fine\n" and frozen(warm) == WHOLE and warm.nothing_left()

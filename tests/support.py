@@ -383,10 +383,11 @@ def free_port():
       return port
 
 
-def finished(process, before=""):
+def finished(process, before="", input=None, timeout=DEADLINE):
   """The result of a started process; before is what has been read of its stderr."""
-  output, errors = process.communicate(timeout=DEADLINE)
-  return subprocess.CompletedProcess(process.args, process.returncode, output, before + errors)
+  output, errors = process.communicate(input, timeout=timeout)
+  errors = before + errors if before else errors  # None if it is no pipe
+  return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def read_until(stream, pattern):
@@ -488,11 +489,10 @@ class Qvm:
       more["stdin"] = subprocess.PIPE
     with self.start(*words, **more) as process:
       try:
-        output, errors = process.communicate(input, timeout=timeout)
+        return finished(process, input=input, timeout=timeout)
       except BaseException:
         process.kill()
         raise
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
   def start(self, *words, env=None, python=PYTHON, code=None, **more):
     """Start it and go on."""
